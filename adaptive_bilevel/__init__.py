@@ -1,0 +1,1 @@
+"""Automatic step sizes for bilevel optimization."""

@@ -1,0 +1,56 @@
+"""Every error and warning of the package.
+
+Each error is an `AdaptiveBilevelError` and also the builtin error that a reader would expect, so that
+``except ValueError`` keeps working. Messages name the argument, its value and the remedy. Whatever raised,
+parameters, buffers, random state and policy state are exactly as they were before the call.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdaptiveBilevelError",
+    "AdaptiveBilevelWarning",
+    "ClosureError",
+    "HypergradientError",
+    "LowerLevelError",
+    "NonFiniteError",
+    "OptionError",
+    "SolverError",
+    "TensorError",
+]
+
+
+class AdaptiveBilevelError(Exception):
+    """Base of all errors of this package."""
+
+
+class OptionError(AdaptiveBilevelError, ValueError):
+    """An option has a value outside its range."""
+
+
+class ClosureError(AdaptiveBilevelError, TypeError):
+    """A closure is missing, or what it returned is no attached scalar loss."""
+
+
+class TensorError(AdaptiveBilevelError, TypeError):
+    """A tensor is of a kind that cannot be stepped (sparse, complex, shared between the levels)."""
+
+
+class HypergradientError(AdaptiveBilevelError, RuntimeError):
+    """The hypergradient is absent or does not fit the upper parameters."""
+
+
+class LowerLevelError(AdaptiveBilevelError, RuntimeError):
+    """The lower level is missing, or has not taken a step yet."""
+
+
+class SolverError(AdaptiveBilevelError, RuntimeError):
+    """A linear solver cannot be used on this problem."""
+
+
+class NonFiniteError(AdaptiveBilevelError, RuntimeError):
+    """Too many steps in a row met a loss or a gradient that is not finite."""
+
+
+class AdaptiveBilevelWarning(UserWarning):
+    """Something that training survives, but that its owner should know."""

@@ -1,0 +1,1 @@
+"""Hypergradient estimators."""
