@@ -1,0 +1,59 @@
+"""Validation of options: every message names the option, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+from ..errors import OptionError
+
+__all__ = ["choice", "count", "finite", "fraction", "non_negative", "positive"]
+
+
+def _require(valid: bool, owner: str, name: str, value: object, remedy: str) -> None:
+    if not valid:
+        raise OptionError(f"{owner}({name}={value!r}): {remedy}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(float(value))
+
+
+def positive(owner: str, name: str, value: Any, *, optional: bool = False) -> None:
+    """Require a number above 0 (infinity included)."""
+    valid = (optional and value is None) or (_is_number(value) and value > 0)
+    _require(valid, owner, name, value, f"{name} must be a number above 0" + (", or None" if optional else ""))
+
+
+def non_negative(owner: str, name: str, value: Any) -> None:
+    """Require a finite number at or above 0."""
+    valid = _is_number(value) and 0 <= value < math.inf
+    _require(valid, owner, name, value, f"{name} must be a finite number at or above 0")
+
+
+def finite(owner: str, name: str, value: Any, *, optional: bool = False) -> None:
+    """Require a finite number."""
+    valid = (optional and value is None) or (_is_number(value) and math.isfinite(value))
+    _require(valid, owner, name, value, f"{name} must be a finite number" + (", or None" if optional else ""))
+
+
+def fraction(owner: str, name: str, value: Any) -> None:
+    """Require a number strictly between 0 and 1."""
+    _require(_is_number(value) and 0 < value < 1, owner, name, value, f"{name} must lie strictly between 0 and 1")
+
+
+def count(owner: str, name: str, value: Any, *, least: int = 1) -> None:
+    """Require a whole number at or above `least`."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    _require(valid, owner, name, value, f"{name} must be a whole number, at least {least}")
+
+
+def choice(owner: str, name: str, value: Any, choices: Iterable[str], *, or_callable: bool = False) -> None:
+    """Require one of some words (or, if allowed, a callable)."""
+    words = tuple(choices)
+    if or_callable and isinstance(value, Callable):  # type: ignore[arg-type]
+        return
+    listed = ", ".join(repr(word) for word in words) + (" or a callable" if or_callable else "")
+    _require(isinstance(value, str) and value in words, owner, name, value, f"{name} must be one of {listed}")

@@ -1,0 +1,231 @@
+"""Stochastic line search: the largest tried step with sufficient decrease (Fan et al., 2023, eq. (8))."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..errors import OptionError
+from . import _options
+from ._scalars import Scalar, resolution
+from .envelope import armijo_ceiling
+from .record import Outcome, Record, Trial
+from .reset import RESETS, reset
+from .schedule import DECAYS, Decay, decay_factor
+
+__all__ = ["SLS", "SLSB", "SearchState"]
+
+Certificate = Callable[[float], bool]
+
+
+class SearchState(NamedTuple):
+    """State of a search.
+
+    Attributes:
+        count: Number of steps that moved; the k of the schedules.
+        found: The initial bound or first trial that the search found by itself; 0 before, and when one was given.
+        previous: The last accepted step; 0 before there was one.
+    """
+
+    count: int = 0
+    found: float = 0.0
+    previous: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    c: float = 0.1
+    shrink: float = 0.5
+    grow: float = 1.2
+    reset: str = "grow"
+    slack: float = 0.0
+    lower_bound: float | None = 0.0
+    max_trials: int | None = None
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        _options.fraction(owner, "c", self.c)
+        _options.fraction(owner, "shrink", self.shrink)
+        valid = isinstance(self.grow, (int, float)) and not isinstance(self.grow, bool) and 1.0 <= self.grow < math.inf
+        if not valid:
+            raise OptionError(f"{owner}(grow={self.grow!r}): grow must be a finite number, at least 1")
+        _options.choice(owner, "reset", self.reset, RESETS)
+        _options.non_negative(owner, "slack", self.slack)
+        _options.finite(owner, "lower_bound", self.lower_bound, optional=True)
+        if self.max_trials is not None:
+            _options.count(owner, "max_trials", self.max_trials)
+
+    def init(self) -> SearchState:
+        """Return the state before the first step."""
+        return SearchState()
+
+    def _search(
+        self,
+        state: SearchState,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None,
+        lower_bound: Scalar | None,
+        rounding: float | None,
+        certify: Certificate | None,
+        given: float | None,
+        factor: float,
+        largest: float,
+    ) -> tuple[Record, SearchState]:
+        """Search from the reset rule's start under min{initial * factor (SLSB), largest}."""
+        if trial is None:
+            raise OptionError(f"{type(self).__name__}.step(trial=None): a search needs the function step -> value")
+        rounding = resolution(loss) if rounding is None else rounding
+        loss, slope = float(loss), float(slope)
+        if not (math.isfinite(loss) and math.isfinite(slope)):
+            return Record(0.0, math.nan, math.inf, Outcome.non_finite, slope=slope), state
+        if slope <= 0.0:
+            outcome = Outcome.zero_gradient if slope == 0.0 else Outcome.no_descent
+            return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
+        low = self.lower_bound if lower_bound is None else float(lower_bound)
+        ceiling = math.inf
+        if low is not None and loss > low:
+            # With slack, and with the rounding allowance below, a step slightly above the bare ceiling may still pass.
+            ceiling = float(armijo_ceiling(loss + self.slack, slope, low, self.c))
+        found = state.found
+        initial = given
+        if initial is None:
+            found = found or (ceiling if math.isfinite(ceiling) else 0.0)
+            if found == 0.0:
+                return Record(0.0, 0.0, math.inf, Outcome.below_lower_bound, slope=slope), state
+            initial = found
+        cap = min(initial * factor, largest, ceiling)
+        start = reset(state.previous, initial, option=self.reset, grow=self.grow, cap=cap)
+        threshold = loss + self.slack + rounding * abs(loss)
+        candidate, accepted, trials, value = start, False, 0, math.nan
+        limit = self.max_trials or math.ceil(math.log(_SMALLEST_RATIO) / math.log(self.shrink))
+        while not accepted and trials < limit and candidate > 0.0:
+            candidate = start if trials == 0 else candidate * self.shrink
+            trials += 1
+            value = float(trial(candidate))
+            accepted = math.isfinite(value) and value <= threshold - self.c * candidate * slope
+            accepted = accepted and (certify is None or certify(candidate))
+        if not accepted:
+            return Record(0.0, candidate, cap, Outcome.search_failed, trials, value, slope), state
+        outcome = Outcome.at_bound if candidate == cap else Outcome.accepted
+        record = Record(candidate, candidate, cap, outcome, trials, value, slope)
+        return record, SearchState(state.count + 1, found, candidate)
+
+
+_SMALLEST_RATIO = 1e-12
+"""A search gives up below this fraction of its first trial (40 trials with shrink = .5, 263 with .9)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLS(_Search):
+    """Stochastic line search: the first step of start, start w, start w^2, ... with sufficient decrease, eq. (8).
+
+    Accepts gamma as soon as f_i(x - gamma d) <= f_i(x) - c gamma <g, d> + slack, up to one rounding unit of the loss's
+    dtype. No step above (f_i - l)/(c <g, d>) can pass, so none is tried.
+
+    Args:
+        start: The first trial of the first search, > 0. None: found at the first step, see `armijo_ceiling`. Later
+            searches may grow beyond it.
+        c: Armijo constant, in (0, 1).
+        shrink: w, the factor between two trials, in (0, 1).
+        grow: eta >= 1 of reset="grow".
+        reset: Start of the later searches: "initial", "keep" or "grow" (options 1, 2, 3), see `reset`.
+        slack: delta >= 0, an allowed increase.
+        lower_bound: l, any lower bound of the loss; None if there is none (then `start` is required).
+        max_step: No trial is above it; None = no cap.
+        max_trials: Trials before a search has failed; None: until the step is 1e-12 of the first trial.
+
+    >>> policy = SLS(start=1.0)
+    >>> record, state = policy.step(policy.init(), loss=1.0, slope=4.0, trial=lambda a: (1.0 - 2.0 * a) ** 2)
+    >>> record.step_size, record.trials
+    (0.5, 2)
+    """
+
+    start: float | None = None
+    max_step: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _options.positive("SLS", "start", self.start, optional=True)
+        _options.positive("SLS", "max_step", self.max_step, optional=True)
+        if self.start is None and self.lower_bound is None:
+            raise OptionError(
+                "SLS(start=None, lower_bound=None): without a lower bound of the loss the first trial cannot be found; "
+                "give one of the two"
+            )
+
+    def step(
+        self,
+        state: SearchState,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Any = None,
+        bound: Scalar | None = None,
+        rounding: float | None = None,
+        certify: Certificate | None = None,
+    ) -> tuple[Record, SearchState]:
+        """Return the record of one search, and the state after it.
+
+        Args:
+            state: The state before the step.
+            loss: f_i(x_k), the sampled loss.
+            slope: <g, d>; the squared norm for plain gradients.
+            trial: step -> f_i(x_k - step d), on the same sample. Values that are not finite are rejected.
+            lower_bound: Overrides the option for this sample.
+            shared: Unused.
+            bound: Overrides `start` for this step.
+            rounding: Relative rounding unit of the loss; None: that of the loss's dtype.
+            certify: A further test, asked about a step right after its trial passed; False rejects it.
+        """
+        given = self.start if bound is None else float(bound)
+        largest = math.inf if self.max_step is None else self.max_step
+        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, math.inf, largest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLSB(_Search):
+    """Stochastic line search under a non-increasing bound: start = min{reset(previous), gamma_b,k}, step <= gamma_b,k.
+
+    Options as in `SLS`, with `bound` (gamma_b,0 > 0; None: found at the first step) and its `decay` in the place of
+    `start` and `max_step`.
+
+    >>> policy = SLSB(bound=1.0)
+    >>> policy.step(policy.init(), loss=1.0, slope=4.0, trial=lambda a: (1.0 - 2.0 * a) ** 2)[0].step_size
+    0.5
+    """
+
+    bound: float | None = None
+    decay: Decay = "inverse_sqrt"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _options.positive("SLSB", "bound", self.bound, optional=True)
+        _options.choice("SLSB", "decay", self.decay, DECAYS, or_callable=True)
+        if self.bound is None and self.lower_bound is None:
+            raise OptionError(
+                "SLSB(bound=None, lower_bound=None): without a lower bound of the loss the bound cannot be found; "
+                "give one of the two"
+            )
+
+    def step(
+        self,
+        state: SearchState,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Any = None,
+        bound: Scalar | None = None,
+        rounding: float | None = None,
+        certify: Certificate | None = None,
+    ) -> tuple[Record, SearchState]:
+        """Return the record of one search, and the state after it (arguments as in `SLS.step`)."""
+        given = self.bound if bound is None else float(bound)
+        factor = float(decay_factor(self.decay, state.count))
+        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, factor, math.inf)

@@ -1,0 +1,206 @@
+"""The envelope of Fan et al. (2023), eqs. (9) and (10): any raw step, kept between a floor and a bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..errors import OptionError
+from . import _options
+from ._scalars import Scalar, isfinite, larger, smaller, where
+from .record import Outcome, Record, Trial
+from .schedule import DECAYS, Decay, decay_factor
+
+__all__ = ["BoundState", "Constant", "Envelope", "armijo_ceiling", "clip", "polyak_ratio"]
+
+
+def polyak_ratio(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: Scalar) -> Scalar:
+    """Return max(loss - lower_bound, 0) / (c slope), and inf for a slope that is not positive."""
+    gap = loss - lower_bound
+    ratio = where(gap > 0, gap, 0.0) / (c * where(slope > 0, slope, 1.0))
+    return where(slope > 0, ratio, float("inf"))
+
+
+def armijo_ceiling(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: float = 0.1) -> Scalar:
+    """Return (loss - lower_bound) / (c slope): no longer step can satisfy sufficient decrease with constant c.
+
+    From ``lower_bound <= f(x - a d) <= f(x) - c a slope``. It is the largest step worth considering at this point, so
+    it serves as cap of every search, and as first trial or bound where the user gave no number.
+    """
+    return polyak_ratio(loss, slope, lower_bound, c)
+
+
+def clip(
+    raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar, lower_bound: Scalar
+) -> Record:
+    """Return min{max{min(low, high), raw}, high} with its outcome, eq. (9); a step of 0 where nothing may move."""
+    low = smaller(low, high)
+    step = smaller(larger(raw, low), high)
+    outcome = where(raw > high, int(Outcome.at_bound), int(Outcome.accepted))
+    outcome = where(raw < low, int(Outcome.at_floor), outcome)
+    outcome = where(loss < lower_bound, int(Outcome.below_lower_bound), outcome)
+    outcome = where(slope < 0, int(Outcome.no_descent), outcome)
+    outcome = where(slope == 0, int(Outcome.zero_gradient), outcome)
+    valid = isfinite(loss) & isfinite(slope) & (raw == raw)
+    outcome = where(valid, outcome, int(Outcome.non_finite))
+    step = where(valid & (slope > 0), step, 0.0)
+    return Record(step, raw, high, outcome, slope=slope)
+
+
+class BoundState(NamedTuple):
+    """State of a rule under a decaying bound.
+
+    Attributes:
+        count: Number of steps that moved; the k of the schedules.
+        found: The initial bound that the rule found by itself; 0 before the first step, and when a bound was given.
+    """
+
+    count: Scalar = 0
+    found: Scalar = 0.0
+
+
+def advance(state: Any, record: Record, found: Scalar) -> Any:
+    """Return the state after a step: only steps that move count, and only they may settle the bound."""
+    moved = record.step_size > 0
+    return state._replace(
+        count=where(moved, state.count + 1, state.count), found=where(moved, found, state.found)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bounded:
+    """Options of the rules under a bound, and the bound in force."""
+
+    bound: float | None = None
+    decay: Decay = "constant"
+    lower_bound: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        _options.positive(owner, "bound", self.bound, optional=True)
+        _options.choice(owner, "decay", self.decay, DECAYS, or_callable=True)
+        _options.finite(owner, "lower_bound", self.lower_bound, optional=True)
+
+    def init(self) -> BoundState:
+        """Return the state before the first step."""
+        return BoundState()
+
+    def _lower_bound(self, override: Scalar | None) -> Scalar:
+        low = self.lower_bound if override is None else override
+        if low is None:
+            raise OptionError(
+                f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one as an "
+                "option or at the step, or use a search (SLS) for losses that are unbounded below"
+            )
+        return low
+
+    def _bound(
+        self, state: BoundState, override: Scalar | None, loss: Scalar, slope: Scalar, low: Scalar
+    ) -> tuple[Scalar, Scalar]:
+        """Return (the initial bound in force, what to remember as found)."""
+        given = self.bound if override is None else override
+        if given is not None:
+            return given, state.found
+        found = where(state.found > 0, state.found, armijo_ceiling(loss, slope, low))
+        return found, found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(_Bounded):
+    """A fixed or decaying step: gamma_k = bound * decay(k).
+
+    Args:
+        bound: gamma_b,0 > 0; required.
+        decay: "constant", "inverse_sqrt", "inverse", or a callable k -> factor.
+        lower_bound: Unused; kept so that all policies take the same options.
+
+    >>> policy = Constant(bound=0.5, decay="inverse")
+    >>> record, state = policy.step(policy.init(), loss=1.0, slope=4.0)
+    >>> policy.step(state, loss=1.0, slope=4.0)[0].step_size
+    0.25
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bound is None:
+            raise OptionError("Constant(bound=None): a constant step has no rule to find it; give a number")
+
+    def step(
+        self,
+        state: BoundState,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Any = None,
+        bound: Scalar | None = None,
+    ) -> tuple[Record, BoundState]:
+        """Return the record of one step, and the state after it."""
+        high = (self.bound if bound is None else bound) * decay_factor(self.decay, state.count)
+        record = clip(high + 0.0 * slope, 0.0, high, loss=loss, slope=slope, lower_bound=-float("inf"))
+        return record, advance(state, record, state.found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Envelope(_Bounded):
+    """Any raw step between a floor and a bound: min{max{min(low_k, high_k), raw_k}, high_k}, eqs. (9) and (10).
+
+    Args:
+        bound: high_0 = gamma_b,0 > 0. None: found at the first step, see `armijo_ceiling`.
+        decay: Schedule of the bound.
+        c: Constant of the default raw step (loss - lower_bound) / (c slope), a number or a callable k -> number.
+        lower_bound: l, any lower bound of the loss. None: to be given at each step.
+        floor: low_0 = omega of (9) or alpha_l,0 of (10); 0 = no floor. A floor above the bound is the bound.
+        floor_decay: Schedule of the floor.
+
+    >>> policy = Envelope(bound=0.5, decay="inverse_sqrt", floor=0.3)
+    >>> policy.step(policy.init(), loss=6.0, slope=20.0, raw=0.125)[0].step_size
+    0.3
+    """
+
+    c: float | Any = 1.0
+    floor: float = 0.0
+    floor_decay: Decay = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        if not callable(self.c):
+            _options.positive(owner, "c", self.c)
+        _options.non_negative(owner, "floor", self.floor)
+        _options.choice(owner, "floor_decay", self.floor_decay, DECAYS, or_callable=True)
+
+    def step(
+        self,
+        state: BoundState,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Any = None,
+        bound: Scalar | None = None,
+        raw: Scalar | None = None,
+    ) -> tuple[Record, BoundState]:
+        """Return the record of one step, and the state after it.
+
+        Args:
+            state: The state before the step.
+            loss: f_i(x_k), the sampled loss.
+            slope: <g, d>; the squared norm for plain gradients.
+            trial: Unused.
+            lower_bound: Overrides the option for this sample.
+            shared: Unused.
+            bound: Overrides the initial bound for this step.
+            raw: The raw step, any number; by default Polyak's ratio. NaN counts as non-finite.
+        """
+        low = self._lower_bound(lower_bound)
+        initial, found = self._bound(state, bound, loss, slope, low)
+        if raw is None:
+            c = self.c(state.count) if callable(self.c) else self.c
+            raw = polyak_ratio(loss, slope, low, c)
+        high = initial * decay_factor(self.decay, state.count)
+        floor = self.floor * decay_factor(self.floor_decay, state.count)
+        record = clip(raw, floor, high, loss=loss, slope=slope, lower_bound=low)
+        return record, advance(state, record, found)

@@ -1,0 +1,90 @@
+"""Accumulated gradient norms: the tuning-free steps of TFBO (AdaGrad-norm, coupled between variables)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from . import _options
+from ._scalars import Scalar, isfinite, larger, where
+from .record import Outcome, Record, Trial
+
+__all__ = ["COUPLINGS", "GradientNorm", "GradientNormState"]
+
+COUPLINGS = ("none", "max", "product")
+
+
+class GradientNormState(NamedTuple):
+    """State: the number of steps, and the accumulator initial^2 + sum of squared norms."""
+
+    count: Scalar = 0
+    squares: Scalar = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNorm:
+    """gamma_k = 1 / a_k with a_k^2 = a_{k-1}^2 + ||g_k||^2, coupled as in S-TFBO (arXiv 2410.05140).
+
+    Args:
+        initial: a_{-1} > 0 (a zero start with a zero gradient would be 0/0).
+        coupling: "none": 1/a (S-TFBO's y, all of D-TFBO); "max": 1/max{a, shared} (S-TFBO's v, which shares y's
+            state); "product": 1/(a max{shared}) (S-TFBO's x, which shares y's and v's).
+
+    The accumulators of all variables are updated first and used then, so `shared` takes the states after this
+    iteration's step of the variables it couples to. D-TFBO's cold start is a new `init`.
+
+    >>> policy = GradientNorm(initial=1.0)
+    >>> policy.step(policy.init(), loss=0.0, slope=16.0)[0].step_size ** -2
+    17.0
+    """
+
+    initial: float = 1.0
+    coupling: str = "none"
+
+    def __post_init__(self) -> None:
+        _options.positive("GradientNorm", "initial", self.initial)
+        _options.choice("GradientNorm", "coupling", self.coupling, COUPLINGS)
+
+    def init(self) -> GradientNormState:
+        """Return the state before the first step."""
+        return GradientNormState(0, self.initial**2)
+
+    def step(
+        self,
+        state: GradientNormState,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Sequence[GradientNormState] | None = None,
+    ) -> tuple[Record, GradientNormState]:
+        """Return the record of one step, and the state after it.
+
+        Args:
+            state: The state before the step.
+            loss: Only looked at for being finite.
+            slope: ||g||^2.
+            trial: Unused.
+            lower_bound: Unused.
+            shared: States (after this iteration's step) of the variables that this one is coupled to.
+        """
+        valid = isfinite(loss) & isfinite(slope)
+        moved = valid & (slope > 0)
+        squares = state.squares + where(moved, slope, 0.0)
+        others: Any = 0.0
+        for other in shared or ():
+            others = larger(other.squares, others)
+        if self.coupling == "max":
+            total = larger(squares, others)
+        elif self.coupling == "product":
+            total = squares * where(others > 0, others, 1.0)
+        else:
+            total = squares
+        proposed = total**-0.5
+        outcome = where(slope < 0, int(Outcome.no_descent), int(Outcome.accepted))
+        outcome = where(slope == 0, int(Outcome.zero_gradient), outcome)
+        outcome = where(valid, outcome, int(Outcome.non_finite))
+        record = Record(where(moved, proposed, 0.0), proposed, float("inf"), outcome, slope=slope)
+        return record, GradientNormState(where(moved, state.count + 1, state.count), squares)

@@ -1,0 +1,98 @@
+"""Stochastic Polyak step sizes (Fan et al., 2023, section 3): eqs. (5), (6) and (7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from . import _options
+from ._scalars import Scalar, where
+from .envelope import BoundState, Envelope, _Bounded, advance, clip, polyak_ratio
+from .record import Record, Trial
+from .schedule import Decay, decay_factor
+
+__all__ = ["SPSB", "DecSPS", "DecSPSState", "SPSMax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPSMax(Envelope):
+    """SPS_max: gamma_k = min{(f_i - l_i) / (c ||grad f_i||^2), gamma_b}, eq. (5).
+
+    Converges to a neighbourhood of the solution only, unless the model interpolates; `SPSB` has no such floor.
+    Options as in `Envelope`, of which it is the case of a constant bound.
+
+    >>> policy = SPSMax(bound=1.0)
+    >>> policy.step(policy.init(), loss=6.0, slope=20.0)[0].step_size
+    0.3
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPSB(Envelope):
+    """SPSB: gamma_k = min{(f_i - l_i) / (c ||grad f_i||^2), gamma_b,k}, gamma_b,k non-increasing, eq. (7).
+
+    Options as in `Envelope`; the bound decays as 1/sqrt(k+1) unless told otherwise (Theorem 1; "inverse" for strongly
+    convex problems, Theorem 2).
+
+    >>> policy = SPSB(bound=0.4)
+    >>> policy.step(policy.init(), loss=6.0, slope=20.0)[0].step_size
+    0.3
+    """
+
+    decay: Decay = "inverse_sqrt"
+
+
+class DecSPSState(NamedTuple):
+    """State of DecSPS: count and found as in `BoundState`; `product` is c_{k-1} gamma_{k-1}, 0 before the first step."""
+
+    count: Scalar = 0
+    found: Scalar = 0.0
+    product: Scalar = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecSPS(_Bounded):
+    """DecSPS: gamma_k = (1/c_k) min{(f_i - l_i) / ||grad f_i||^2, c_{k-1} gamma_{k-1}}, eq. (6), non-increasing.
+
+    Args:
+        bound: gamma_b,0 > 0, with c_{-1} gamma_{-1} = c_0 gamma_b,0. None: found at the first step.
+        c: c > 0 of c_k = c sqrt(k+1).
+        lower_bound: l, any lower bound of the loss.
+        decay: Only "constant": the rule decays by itself.
+
+    >>> policy = DecSPS(bound=1.0)
+    >>> policy.step(policy.init(), loss=6.0, slope=20.0)[0].step_size
+    0.3
+    """
+
+    c: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _options.positive("DecSPS", "c", self.c)
+        _options.choice("DecSPS", "decay", self.decay, ("constant",))
+
+    def init(self) -> BoundState:
+        """Return the state before the first step."""
+        return DecSPSState()  # type: ignore[return-value]
+
+    def step(
+        self,
+        state: Any,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Any = None,
+        bound: Scalar | None = None,
+    ) -> tuple[Record, Any]:
+        """Return the record of one step, and the state after it (arguments as in `Envelope.step`)."""
+        low = self._lower_bound(lower_bound)
+        initial, found = self._bound(state, bound, loss, slope, low)
+        c = self.c * (state.count + 1) ** 0.5
+        high = where(state.product > 0, state.product, self.c * initial) / c
+        raw = polyak_ratio(loss, slope, low, c)
+        record = clip(raw, 0.0, high, loss=loss, slope=slope, lower_bound=low)
+        state = state._replace(product=where(record.step_size > 0, c * record.step_size, state.product))
+        return record, advance(state, record, found)

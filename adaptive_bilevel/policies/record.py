@@ -1,0 +1,116 @@
+"""What a policy reports: an outcome, and a record of the numbers that led to it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from ._scalars import Scalar
+
+__all__ = ["Outcome", "Policy", "Record", "Trial"]
+
+
+class Outcome(IntEnum):
+    """Why a step is what it is; `sentence` says it in words.
+
+    >>> Outcome.search_failed.sentence
+    'no trial step gave sufficient decrease: nothing moved, the last good step is kept'
+    """
+
+    accepted = 0
+    at_bound = 1
+    at_floor = 2
+    search_failed = 3
+    no_descent = 4
+    zero_gradient = 5
+    non_finite = 6
+    below_lower_bound = 7
+
+    @property
+    def sentence(self) -> str:
+        """The sentence a user reads."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Outcome.accepted: "the proposed step was taken",
+    Outcome.at_bound: "the proposed step was longer than the bound: the bound was taken",
+    Outcome.at_floor: "the proposed step was shorter than the floor: the floor was taken",
+    Outcome.search_failed: "no trial step gave sufficient decrease: nothing moved, the last good step is kept",
+    Outcome.no_descent: "the slope is negative, so the direction does not descend: nothing moved",
+    Outcome.zero_gradient: "the gradient is zero: nothing moved",
+    Outcome.non_finite: "the loss or the slope is not finite: nothing moved",
+    Outcome.below_lower_bound: "the loss is at or below lower_bound, which therefore is no lower bound here",
+}
+
+
+class Record(NamedTuple):
+    """What one step did, and why.
+
+    Attributes:
+        step_size: The step to take; 0 when nothing moves.
+        proposed: The raw value before the bounds, or a search's last candidate.
+        bound: The cap in force; inf when there was none.
+        outcome: An `Outcome` (as an integer, so that it can be traced).
+        trials: Number of trial evaluations.
+        value: The objective at the last trial; NaN when there was none.
+        slope: The slope that was used, <g, d>.
+        slope_ratio: For a bilevel step, slope of the searched function / <hypergradient, direction>. Persistently far
+            from 1, the hypergradient and the solver of the response disagree. NaN elsewhere.
+    """
+
+    step_size: Scalar
+    proposed: Scalar
+    bound: Scalar
+    outcome: Scalar
+    trials: int = 0
+    value: Scalar = float("nan")
+    slope: Scalar = float("nan")
+    slope_ratio: Scalar = float("nan")
+
+    @property
+    def moved(self) -> bool:
+        """Whether anything moves (waits for an accelerator)."""
+        return float(self.step_size) > 0.0
+
+    def describe(self) -> str:
+        """Return a sentence on the step.
+
+        >>> Record(0.25, 0.25, 1.0, Outcome.accepted, 2, 0.5).describe()
+        'step 0.25 (proposed 0.25, bound 1, 2 trials): the proposed step was taken'
+        """
+        trials = "" if not self.trials else f", {self.trials} trial" + "s" * (self.trials != 1)
+        return (
+            f"step {float(self.step_size):.4g} (proposed {float(self.proposed):.4g}, "
+            f"bound {float(self.bound):.4g}{trials}): {Outcome(int(self.outcome)).sentence}"
+        )
+
+
+class Trial(Protocol):
+    """The searched function: step -> value of the objective there."""
+
+    def __call__(self, step_size: float, /) -> Scalar: ...
+
+
+S = TypeVar("S")
+
+
+class Policy(Protocol[S]):
+    """A step-size rule: frozen options, a separate state, and two pure functions between them."""
+
+    def init(self) -> S:
+        """Return the state before the first step."""
+        ...
+
+    def step(
+        self,
+        state: S,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Any = None,
+    ) -> tuple[Record, S]:
+        """Return the record of one step, and the state after it."""
+        ...

@@ -1,0 +1,27 @@
+"""Decay schedules: factors that turn a bound into a non-increasing sequence of bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ._scalars import Scalar
+
+__all__ = ["DECAYS", "Decay", "decay_factor"]
+
+Decay = str | Callable[[Scalar], Scalar]
+
+DECAYS: dict[str, Callable[[Scalar], Scalar]] = {
+    "constant": lambda k: 1.0,
+    "inverse_sqrt": lambda k: (k + 1) ** -0.5,
+    "inverse": lambda k: 1.0 / (k + 1),
+}
+"""Named schedules, k counted from 0: 1, 1/sqrt(k+1) (convex), 1/(k+1) (strongly convex)."""
+
+
+def decay_factor(decay: Decay, k: Scalar) -> Scalar:
+    """Return the factor of step k (the first step has k = 0 and, for named schedules, factor 1).
+
+    >>> [decay_factor("inverse", k) for k in range(3)]
+    [1.0, 0.5, 0.3333333333333333]
+    """
+    return DECAYS[decay](k) if isinstance(decay, str) else decay(k)
