@@ -1,0 +1,114 @@
+"""Tensors at the edge: flattening what the user passes, refusing what cannot be differentiated, evaluating closures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import ClosureError, TensorError
+
+__all__ = ["Closure", "Tree", "check_levels", "evaluate", "flatten", "same_structure", "undisturbed_grad"]
+
+Closure: TypeAlias = Callable[[], Tensor]
+Tree: TypeAlias = Any  # a tensor, or lists, tuples, mappings and iterators of trees
+
+
+def flatten(tree: Tree, name: str) -> tuple[tuple[Tensor, ...], Tree]:
+    """Return the tensors of ``tree`` in order, and its structure for `same_structure`.
+
+    An iterator such as ``model.parameters()`` can be walked once, so the structure is a realised copy.
+    """
+    if isinstance(tree, Tensor):
+        return (tree,), tree
+    if isinstance(tree, Mapping):
+        children: list[Any] = list(tree.values())
+        structure: Tree = tree
+    elif isinstance(tree, Iterable) and not isinstance(tree, (str, bytes)):
+        children = list(tree)
+        structure = tree if isinstance(tree, Sequence) else children
+    else:
+        raise TensorError(f"{name} must hold tensors only, got {type(tree).__name__}: pass a list of tensors.")
+    leaves: list[Tensor] = []
+    for child in children:
+        leaves.extend(flatten(child, name)[0])
+    return tuple(leaves), structure
+
+
+def same_structure(structure: Tree, leaves: Sequence[Tensor]) -> Tree:
+    """Arrange ``leaves`` as in ``structure``; a list or iterator of tensors at the top becomes a tuple."""
+    built = _rebuild(structure, iter(leaves))
+    return tuple(built) if isinstance(built, list) else built
+
+
+def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
+    if isinstance(structure, Tensor):
+        return next(leaves)
+    if isinstance(structure, Mapping):
+        return {key: _rebuild(child, leaves) for key, child in structure.items()}
+    children = [_rebuild(child, leaves) for child in structure]
+    if hasattr(structure, "_fields"):  # a NamedTuple takes its fields one by one
+        return type(structure)(*children)
+    return tuple(children) if isinstance(structure, tuple) else children
+
+
+def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
+    """Refuse tensors that no hypergradient can be taken for.
+
+    Raises:
+        TensorError: A level is empty or entirely frozen, holds a sparse, complex or integer tensor, or a tensor occurs
+            twice (in one level or in both).
+    """
+    seen: dict[int, str] = {}
+    for name, tensors in (("upper", upper), ("lower", lower)):
+        if not tensors:
+            raise TensorError(f"{name}=[] holds no tensor: pass the tensors that are the {name} variable.")
+        for index, tensor in enumerate(tensors):
+            where = f"{name}[{index}]"
+            if tensor.layout is not torch.strided:
+                raise TensorError(f"{where} has layout {tensor.layout}: only dense tensors can be differentiated twice.")
+            if not tensor.is_floating_point():
+                raise TensorError(f"{where} has dtype {tensor.dtype}: only real floating tensors can be stepped.")
+            if id(tensor) in seen:
+                raise TensorError(f"{where} is the same tensor as {seen[id(tensor)]}: pass every tensor once.")
+            seen[id(tensor)] = where
+        if not any(tensor.requires_grad for tensor in tensors):
+            raise TensorError(f"No tensor of {name} requires a gradient: call requires_grad_() on what is optimized.")
+
+
+def evaluate(closure: Closure, name: str) -> Tensor:
+    """Call ``closure`` once and return its loss, an attached scalar.
+
+    Raises:
+        ClosureError: ``closure`` is not callable, or returned something else than an attached real scalar.
+    """
+    if not callable(closure):
+        raise ClosureError(f"{name}={closure!r} is not callable: pass a function of no arguments returning the loss.")
+    loss = closure()
+    if not isinstance(loss, Tensor):
+        raise ClosureError(f"{name} returned {type(loss).__name__}, not a tensor: return the loss without item().")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ClosureError(
+            f"{name} returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}: return a real scalar loss."
+        )
+    if not loss.requires_grad:
+        raise ClosureError(f"{name} returned a detached loss: compute it with gradients, without detach() or no_grad().")
+    return loss.reshape(())
+
+
+@contextmanager
+def undisturbed_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give every leaf of ``tensors`` its own ``.grad`` back on exit, whatever a closure did to it."""
+    # Only leaves: reading .grad of another tensor warns. Setting the field aside costs no copy, and a backward inside
+    # the closure then starts a fresh .grad instead of adding to this one.
+    kept = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
+    try:
+        for tensor, _ in kept:
+            tensor.grad = None
+        yield
+    finally:
+        for tensor, grad in kept:
+            tensor.grad = grad

@@ -1,0 +1,172 @@
+"""Products with the second derivatives of the lower loss at one point, from one evaluation.
+
+Why double backward through a kept graph, and not ``torch.func``: closures take no arguments, so there is no function of x
+and y to hand to ``torch.func.jvp`` or ``functional_call``. It is also the faster way, because the forward and the first
+backward are done once and not in every product. Measured on one CPU core, torch 2.13, batch 64 / 256, time of
+(building + 10 products) with ``torch.func.jvp(torch.func.grad(g))`` over that with a kept graph:
+
+| lower loss | ratio | one product, kept graph | one product, jvp of grad | one product, vjp of grad |
+|---|---|---|---|---|
+| logistic regression 196-10, weighted samples | 25 / 19 | .67 / .60 gradients | 18 / 11 | 4.1 / 3.0 |
+| MLP 196-128-64-10, weighted samples | 8.9 / 6.8 | .88 / 1.3 gradients | 11 / 9.6 | 8.5 / 3.7 |
+
+The price is memory: the graph of the gradient lives as long as the object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import ClosureError
+
+from ._vectors import Vector
+
+__all__ = ["LowerCurvature", "PartialGradients", "partial_gradients"]
+
+
+class PartialGradients(NamedTuple):
+    """The two partial gradients of an upper loss, detached.
+
+    Attributes:
+        upper: ``f_x``, zeros where f does not depend on a tensor.
+        lower: ``f_y``, likewise.
+    """
+
+    upper: Vector
+    lower: Vector
+
+
+def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> PartialGradients:
+    """Return ``(f_x, f_y)`` of an attached scalar upper loss with one backward; no ``.grad`` is touched.
+
+    Args:
+        loss: The value f(x, y) with its graph, which is freed.
+        upper: The tensors of x.
+        lower: The tensors of y.
+
+    Raises:
+        ClosureError: ``loss`` depends on no tensor of either level, or its graph is gone already.
+
+    >>> x, y = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    >>> partial_gradients((y * y).sum(), [x], [y])
+    PartialGradients(upper=(tensor([0., 0.]),), lower=(tensor([2.]),))
+    """
+    wanted = [*upper, *lower]
+    gradients = _gradients([loss], wanted, None, name="upper_closure")
+    if all(gradient is None for gradient in gradients):
+        raise ClosureError(
+            "upper_closure returned a loss that depends on no tensor of upper or lower: "
+            "compute it from the very tensors that are passed, not from copies of them."
+        )
+    filled = _fill(gradients, wanted)
+    return PartialGradients(filled[: len(upper)], filled[len(upper) :])
+
+
+@final
+class LowerCurvature:
+    """Products with H = grad^2_yy g and C = grad^2_xy g at the point where ``loss`` was evaluated.
+
+    One object serves the hypergradient, ``h = f_x - C v`` with ``v = P f_y``, and the response ``w = P C^T d``. A lower
+    level of several losses is their sum. Products see the parameters as they were at the evaluation; changing one in
+    place afterwards makes autograd refuse.
+
+    Args:
+        loss: g(x, y), an attached scalar with its graph.
+        upper: The tensors of x. Frozen ones, and those that g does not use, give zeros.
+        lower: The tensors of y, likewise.
+
+    Attributes:
+        gradient: ``grad_y g``, detached.
+        gradients: Number of backward passes through the loss so far: 1, and 2 after the first `cross_jvp`.
+        hvps: Number of products with H so far.
+        jvps: Number of products with C or C^T so far.
+
+    Raises:
+        ClosureError: ``loss`` depends on no tensor of ``lower``, or its graph is gone already.
+
+    >>> x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([1.0, 3.0], requires_grad=True)
+    >>> g = LowerCurvature((x * y**2).sum(), [x], [y])
+    >>> g.gradient, g.hvp([torch.ones(2)]), g.cross_vjp([torch.ones(2)]), g.cross_jvp([torch.ones(1)])
+    ((tensor([ 4., 12.]),), (tensor([4., 4.]),), (tensor([8.]),), (tensor([2., 6.]),))
+    """
+
+    def __init__(self, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
+        self._loss = loss
+        self._upper = tuple(upper)
+        self._lower = tuple(lower)
+        self._slopes = _gradients([loss], self._lower, None, create_graph=True)
+        if all(slope is None for slope in self._slopes):
+            raise ClosureError(
+                "lower_closure returned a loss that depends on no tensor of lower: "
+                "compute it from the very tensors that are passed, not from copies of them."
+            )
+        self._upper_slopes: tuple[Tensor | None, ...] | None = None
+        self.gradient: Vector = tuple(slope.detach() for slope in _fill(self._slopes, self._lower))
+        self.gradients = 1
+        self.hvps = 0
+        self.jvps = 0
+
+    def hvp(self, vector: Sequence[Tensor]) -> Vector:
+        """Return ``H v``, shaped like ``lower``, for ``vector`` v shaped like ``lower``."""
+        self.hvps += 1
+        return _pull_back(self._slopes, self._lower, vector)
+
+    def cross_vjp(self, vector: Sequence[Tensor]) -> Vector:
+        """Return ``C v = grad_x <grad_y g, v>``, shaped like ``upper``, for ``vector`` v shaped like ``lower``."""
+        self.jvps += 1
+        return _pull_back(self._slopes, self._upper, vector)
+
+    def cross_jvp(self, direction: Sequence[Tensor]) -> Vector:
+        """Return ``C^T d = grad_y <grad_x g, d>``, shaped like ``lower``, for ``direction`` d shaped like ``upper``."""
+        if self._upper_slopes is None:  # only the response needs it, so only the response pays for it
+            self._upper_slopes = _gradients([self._loss], self._upper, None, create_graph=True)
+            self.gradients += 1
+        self.jvps += 1
+        return _pull_back(self._upper_slopes, self._lower, direction)
+
+
+def _pull_back(slopes: Sequence[Tensor | None], inputs: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
+    """Return the gradient of <slopes, vector> for ``inputs``, keeping the graph for the next product."""
+    pairs = [(s, v) for s, v in zip(slopes, vector, strict=True) if s is not None and s.requires_grad]
+    if not pairs:  # the loss is linear in what it was differentiated for
+        return _fill([None] * len(inputs), inputs)
+    return _fill(_gradients([s for s, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True), inputs)
+
+
+def _gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+    name: str = "lower_closure",
+) -> tuple[Tensor | None, ...]:
+    """Run ``torch.autograd.grad`` for the inputs that require a gradient, None for the others."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not wanted:
+        return (None,) * len(inputs)
+    try:
+        found = iter(
+            torch.autograd.grad(
+                outputs, wanted, vectors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+            )
+        )
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise ClosureError(
+            f"{name} freed the graph of its loss: return the loss without calling backward() on it."
+        ) from error
+    return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
+
+
+def _fill(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+    return tuple(
+        torch.zeros_like(tensor, requires_grad=False) if gradient is None else gradient
+        for gradient, tensor in zip(gradients, like, strict=True)
+    )

@@ -1,0 +1,197 @@
+"""The implicit hypergradient, for code that brings none of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import AdaptiveBilevelWarning, HypergradientError
+
+from ._tensors import Closure, Tree, check_levels, evaluate, flatten, same_structure, undisturbed_grad
+from ._vectors import Vector, add
+from ._warm_start import recall, remember
+from .curvature import LowerCurvature, partial_gradients
+from .solvers import CG, LinearSolver, Solution, SolverStatus
+
+__all__ = ["ImplicitInfo", "assign", "implicit", "implicit_with_info"]
+
+DEFAULT_SOLVER = CG()
+
+
+class ImplicitInfo(NamedTuple):
+    """How a hypergradient came about.
+
+    Attributes:
+        solution: The linear solve: ``solution.tensors`` is v, ``solution.status.sentence`` says how it ended.
+        upper_loss: f(x, y), detached.
+        lower_loss: g(x, y), detached (of the last sample, if several were drawn).
+        direct: ``f_x``, the part that does not go through y.
+        lower_gradient: ``grad_y g``, small if the lower problem is solved.
+        gradients: Number of gradients taken (of f and of g together).
+        hvps: Number of products with H.
+        jvps: Number of products with C.
+    """
+
+    solution: Solution
+    upper_loss: Tensor
+    lower_loss: Tensor
+    direct: Vector
+    lower_gradient: Vector
+    gradients: int
+    hvps: int
+    jvps: int
+
+
+@overload
+def implicit(
+    upper_closure: Closure,
+    lower_closure: Closure,
+    upper: Sequence[Tensor] | Iterator[Tensor],
+    lower: Tree,
+    solver: LinearSolver = ...,
+    *,
+    initial: Tree | None = ...,
+) -> tuple[Tensor, ...]: ...
+@overload
+def implicit(
+    upper_closure: Closure,
+    lower_closure: Closure,
+    upper: Tree,
+    lower: Tree,
+    solver: LinearSolver = ...,
+    *,
+    initial: Tree | None = ...,
+) -> Any: ...
+def implicit(
+    upper_closure: Closure,
+    lower_closure: Closure,
+    upper: Tree,
+    lower: Tree,
+    solver: LinearSolver = DEFAULT_SOLVER,
+    *,
+    initial: Tree | None = None,
+) -> Any:
+    """Return the hypergradient ``h = grad_x f - C v``, with ``v = P grad_y f`` and P the solver's inverse of H.
+
+    Here f(x, y) is what ``upper_closure`` returns, g(x, y) what ``lower_closure`` returns, H = grad^2_yy g and
+    C = grad^2_xy g. At y = y*(x) with P = H^{-1} this is the gradient of F(x) = f(x, y*(x)). The right sign is minus;
+    eq. (2) of Fan et al. (2023), arXiv 2305.18666, prints plus.
+
+    Each closure is called exactly once, so that dropout draws one mask per loss and BatchNorm counts one batch; with
+    ``Neumann(random=True)`` the lower one is called once more per product, and may draw a new batch each time. No
+    ``.grad`` is touched, and no random number is drawn beyond what the closures and a random solver draw. Nothing is
+    raised on losses or gradients that are not finite: the result then is not finite either, for the optimizer to see.
+
+    Args:
+        upper_closure: Returns the upper loss, without calling backward.
+        lower_closure: Returns the lower loss (the sum of them, if there are several), without calling backward.
+        upper: The tensors of x: a list, ``model.parameters()``, a mapping, or any nesting of these. They must be the very
+            objects that the closures use. Frozen ones, and those a loss does not use, contribute zeros.
+        lower: The tensors of y, likewise.
+        solver: `CG`, `Neumann`, `Identity`, or any `LinearSolver`.
+        initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the last
+            solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint, save
+            ``info.solution.tensors`` of `implicit_with_info` and pass them here.
+
+    Returns:
+        The hypergradient, detached: a tuple for a list or an iterator of tensors, else arranged like ``upper``.
+
+    Raises:
+        ClosureError: A closure is not callable, returned no attached real scalar, called backward on its loss, or its loss
+            depends on none of the tensors.
+        TensorError: A level is empty or frozen, holds a sparse, complex or integer tensor, or a tensor occurs twice.
+
+    Warns:
+        AdaptiveBilevelWarning: A Neumann series was stopped because it grows.
+
+    >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
+    >>> f = lambda: ((y - 1) ** 2 / 2 + x**2 / 20).sum()
+    >>> g = lambda: (y**2 - x * y).sum()
+    >>> implicit(f, g, [x], [y])
+    (tensor([0.9000]),)
+    """
+    return implicit_with_info(upper_closure, lower_closure, upper, lower, solver, initial=initial)[0]
+
+
+def implicit_with_info(
+    upper_closure: Closure,
+    lower_closure: Closure,
+    upper: Tree,
+    lower: Tree,
+    solver: LinearSolver = DEFAULT_SOLVER,
+    *,
+    initial: Tree | None = None,
+) -> tuple[Any, ImplicitInfo]:
+    """Return what `implicit` returns, and an `ImplicitInfo` on how it came about.
+
+    Arguments and errors are those of `implicit`.
+
+    >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    >>> h, info = implicit_with_info(lambda: (y**2).sum(), lambda: (y**2 - x * y).sum(), [x], [y])
+    >>> info.solution.status.name, info.solution.tensors, info.hvps
+    ('converged', (tensor([2.]),), 1)
+    """
+    x, structure = flatten(upper, "upper")
+    y, _ = flatten(lower, "lower")
+    check_levels(x, y)
+    start = None if initial is None else flatten(initial, "initial")[0]
+    if start is None and solver.warm_start:
+        start = recall(y)
+    with torch.enable_grad(), undisturbed_grad((*x, *y)):
+        upper_loss = evaluate(upper_closure, "upper_closure")
+        direct, rhs = partial_gradients(upper_loss, x, y)
+        gradients = hvps = 0
+
+        def sample() -> tuple[Tensor, LowerCurvature]:
+            nonlocal gradients
+            loss = evaluate(lower_closure, "lower_closure")
+            gradients += 1
+            return loss, LowerCurvature(loss, x, y)
+
+        if solver.resamples:
+            solution = solver.solve(lambda v: sample()[1].hvp(v), rhs, start)
+            lower_loss, curvature = sample()
+        else:
+            lower_loss, curvature = sample()
+            solution = solver.solve(curvature.hvp, rhs, start)
+        hvps = solution.iterations
+        h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
+    if solver.warm_start:
+        remember(y, solution.tensors)
+    if solution.status is SolverStatus.diverging:
+        warnings.warn(f"{solver}: {solution.status.sentence}.", AdaptiveBilevelWarning, stacklevel=2)
+    info = ImplicitInfo(
+        solution, upper_loss.detach(), lower_loss.detach(), direct, curvature.gradient, 1 + gradients, hvps, curvature.jvps
+    )
+    return same_structure(structure, h), info
+
+
+def assign(upper: Tree, hypergradient: Tree) -> None:
+    """Write ``hypergradient`` into ``.grad`` of the upper tensors, where the bilevel optimizers read it.
+
+    Args:
+        upper: The tensors of x, arranged as they were for `implicit`. Frozen ones keep what they have.
+        hypergradient: What `implicit` returned.
+
+    Raises:
+        HypergradientError: The number or the shapes of the tensors differ.
+
+    >>> x = torch.zeros(2, requires_grad=True)
+    >>> assign([x], (torch.ones(2),))
+    >>> x.grad
+    tensor([1., 1.])
+    """
+    x, _ = flatten(upper, "upper")
+    h, _ = flatten(hypergradient, "hypergradient")
+    if len(x) != len(h) or any(a.shape != b.shape for a, b in zip(x, h, strict=False)):
+        raise HypergradientError(
+            f"hypergradient has shapes {[tuple(t.shape) for t in h]}, upper has {[tuple(t.shape) for t in x]}: "
+            "pass what implicit() returned for the same tensors."
+        )
+    for tensor, part in zip(x, h, strict=True):
+        if tensor.requires_grad:
+            tensor.grad = part.detach().to(tensor, copy=True)

@@ -1,0 +1,361 @@
+"""Linear solvers: approximations P of the inverse of the lower Hessian H, applied to one vector.
+
+The same solver serves the hypergradient, ``h = f_x - C P f_y``, and the response of the lower variable to a move d of the
+upper one, ``w = P C^T d``: the searched function then has the slope that the hypergradient promises.
+
+| solver | P | Hessian-vector products |
+|---|---|---|
+| `CG` | conjugate gradients to a relative residual | until the tolerance, at most ``max_iterations`` |
+| `Neumann` | ``scale * sum_{q=0}^{steps} (I - scale H)^q`` | ``steps`` |
+| `Neumann` with ``random=True`` | ``N scale prod_{j=1}^{n} (I - scale H_j)``, n uniform on 0..N-1 | (N-1)/2 on average |
+| `Identity` | ``scale * I`` | none |
+
+Solvers hold options only. A vector is a sequence of tensors; its arithmetic is done in at least float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple, Protocol, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.policies._options import count, finite, non_negative, positive
+
+from ._vectors import Vector, add, cast_like, inner, rounding, scale, widen, zeros_like
+
+__all__ = ["CG", "Identity", "LinearSolver", "MatVec", "Neumann", "Solution", "SolverStatus"]
+
+MatVec: TypeAlias = Callable[[Vector], Sequence[Tensor]]
+
+
+class SolverStatus(IntEnum):
+    """Why a solve ended; `sentence` says it in words.
+
+    >>> SolverStatus.negative_curvature.sentence
+    'met a direction without positive curvature: the lower loss is not strongly convex here, the iterate so far is kept'
+    """
+
+    converged = 0
+    iteration_limit = 1
+    negative_curvature = 2
+    diverging = 3
+    zero_rhs = 4
+    non_finite = 5
+    complete = 6
+
+    @property
+    def sentence(self) -> str:
+        """The sentence a user reads."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    SolverStatus.converged: "the relative residual met the tolerance",
+    SolverStatus.iteration_limit: "the iteration limit came before the tolerance",
+    SolverStatus.negative_curvature: (
+        "met a direction without positive curvature: the lower loss is not strongly convex here, "
+        "the iterate so far is kept"
+    ),
+    SolverStatus.diverging: (
+        "a factor (I - scale H) made its vector grow: scale is above 2 / (largest eigenvalue of H), or H is indefinite; "
+        "the growing term and all after it are left out"
+    ),
+    SolverStatus.zero_rhs: "the right side is zero, so the solution is zero",
+    SolverStatus.non_finite: "a number that is not finite came up: what was computed before it is kept",
+    SolverStatus.complete: "all terms were taken",
+}
+
+
+class Solution(NamedTuple):
+    """What a solve of ``H v = b`` returned.
+
+    Attributes:
+        tensors: v, in the shapes and dtypes of b, detached.
+        iterations: Number of Hessian-vector products that were taken.
+        residual: ``||b - H v|| / ||b||`` as the solver knows it; NaN where it is not computed (`Identity`, and `Neumann`
+            with ``random=True``).
+        status: A `SolverStatus`.
+    """
+
+    tensors: Vector
+    iterations: int
+    residual: float
+    status: SolverStatus
+
+
+class LinearSolver(Protocol):
+    """Anything that solves ``H v = b`` from products with H."""
+
+    @property
+    def warm_start(self) -> bool:
+        """Whether the previous solution should be passed as ``initial``; whoever calls in a loop keeps it."""
+        ...
+
+    @property
+    def resamples(self) -> bool:
+        """Whether every product should be taken with an independent sample of the lower loss."""
+        ...
+
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return an approximation of ``H^{-1} rhs``, where ``matvec(v)`` is ``H v``."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients, eq. (23) of the lecture's table and the solver of Fan et al. (2023), arXiv 2305.18666.
+
+    Iterates until ``||b - H v|| <= tolerance ||b||``. The error in the norm of H is at most
+    ``2 ((sqrt(k) - 1) / (sqrt(k) + 1))^Q`` times the first one after Q iterations, k being the condition number of H.
+    The returned iterate is the one after the last update.
+
+    A direction p with ``<p, H p> <= 0`` up to rounding ends the solve with the iterate so far, which is zero in the first
+    iteration of a cold start: then the hypergradient is its direct part alone, and the response is none. Adding
+    ``(damping / 2) ||y||^2`` to the lower loss, `Neumann` or `Identity` are the ways out for a lower loss that is not convex.
+
+    Solving further from a solution is ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with that
+    solution's ``tensors`` as ``initial``.
+
+    Args:
+        max_iterations: Most iterations, at least 1. Each takes one product; a start from ``initial`` takes one more.
+        tolerance: Relative residual to reach, in [0, 1). Below the rounding unit of the dtype it counts as that.
+        warm_start: Ask the caller to pass the previous solution as ``initial``. `implicit` does.
+
+    Raises:
+        OptionError: An option is outside its range.
+
+    >>> import torch
+    >>> H = torch.diag(torch.tensor([1.0, 4.0]))
+    >>> solution = CG(tolerance=1e-6).solve(lambda v: (H @ v[0],), (torch.tensor([1.0, 1.0]),))
+    >>> solution.tensors[0], solution.iterations, solution.status.name
+    (tensor([1.0000, 0.2500]), 2, 'converged')
+    """
+
+    max_iterations: int = 20
+    tolerance: float = 0.1
+    warm_start: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        count("CG", "max_iterations", self.max_iterations)
+        non_negative("CG", "tolerance", self.tolerance)
+        if self.tolerance >= 1:
+            raise OptionError(f"CG(tolerance={self.tolerance!r}): tolerance is a relative residual, pass less than 1")
+
+    @property
+    def resamples(self) -> bool:
+        """CG needs the same matrix in every product."""
+        return False
+
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return v with ``||rhs - H v|| <= tolerance ||rhs||``, or the best that could be had.
+
+        Args:
+            matvec: The product with H, symmetric and positive definite.
+            rhs: The right side b. If it is not finite, it is returned unchanged with the status ``non_finite``.
+            initial: Where to start, zero by default. It is dropped when it is worse than zero in the norm of H.
+        """
+        b = widen(rhs)
+        size = inner(b, b)
+        if (ended := _trivial(rhs, size)) is not None:
+            return ended
+        v, residual, taken = zeros_like(b), b, 0
+        if initial is not None:
+            start, taken = widen(initial), 1
+            image = widen(matvec(cast_like(start, rhs)))
+            # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
+            # The residual would be the wrong judge: it may grow while the iterate improves.
+            if 0.5 * inner(start, image) - inner(b, start) < 0:
+                v, residual = start, add(b, image, -1.0)
+        unit = rounding(b)
+        target = max(self.tolerance, unit) ** 2 * size
+        p, square, norm = residual, inner(residual, residual), 0.0
+        status = SolverStatus.converged
+        iteration = 0
+        while square > target:
+            if iteration == self.max_iterations:
+                status = SolverStatus.iteration_limit
+                break
+            image = widen(matvec(cast_like(p, rhs)))
+            iteration, taken = iteration + 1, taken + 1
+            curvature, length = inner(p, image), inner(p, p)
+            norm = max(norm, math.sqrt(inner(image, image) / length))
+            if not math.isfinite(curvature) or not math.isfinite(norm):
+                status = SolverStatus.non_finite
+                break
+            # Below unit * ||H|| ||p||^2 the sign of the curvature is rounding, and dividing by it would throw v far away.
+            if curvature <= unit * norm * length:
+                status = SolverStatus.negative_curvature
+                break
+            step = square / curvature
+            shorter = add(residual, image, -step)
+            following = inner(shorter, shorter)
+            if not math.isfinite(following):
+                status = SolverStatus.non_finite
+                break
+            v, residual = add(v, p, step), shorter
+            p = add(residual, p, following / square)
+            square = following
+        return Solution(cast_like(v, rhs), taken, math.sqrt(square / size), status)
+
+
+@final
+@dataclass(frozen=True)
+class Neumann:
+    """The truncated Neumann series of the inverse, or one random term of it.
+
+    Sum: ``scale * sum_{q=0}^{steps} (I - scale H)^q b``, with ``steps`` products; relative error at most
+    ``(1 - scale mu)^(steps + 1)``. From ``initial`` the series is applied to ``b - H initial``, for one product more.
+
+    Random: ``N scale prod_{j=1}^{n} (I - scale H_j) b`` with N = steps and n uniform on 0..N-1; eq. (13) of Fan et al.
+    (2023), arXiv 2305.18666, with the factor ``scale`` inside the product and the range of n corrected. Its expectation is
+    the sum with ``steps = N - 1`` if each H_j is the Hessian on an independent sample, which is why `implicit` calls the
+    lower closure anew for each product. Its variance grows with N, so the sum is the default.
+
+    Args:
+        steps: Number of products of the sum (0 or more), or N (1 or more).
+        scale: The letter 1 / L_g, above 0. Stable below 2 / (largest eigenvalue of H); the step size of a lower loop of
+            gradient descent that converges is a good choice.
+        random: Draw one term instead of summing.
+        generator: Source of n; torch's global one by default, which moves like under any random call.
+
+    Raises:
+        OptionError: An option is outside its range.
+
+    >>> import torch
+    >>> H = torch.diag(torch.tensor([1.0, 2.0]))
+    >>> solution = Neumann(steps=1, scale=0.5).solve(lambda v: (H @ v[0],), (torch.tensor([1.0, 1.0]),))
+    >>> solution.tensors[0], solution.iterations
+    (tensor([0.7500, 0.5000]), 1)
+    """
+
+    steps: int
+    scale: float
+    random: bool = False
+    generator: torch.Generator | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        count("Neumann", "steps", self.steps, least=1 if self.random else 0)
+        positive("Neumann", "scale", self.scale)
+        finite("Neumann", "scale", self.scale)
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise OptionError(f"Neumann(generator={self.generator!r}): pass a torch.Generator, or None")
+
+    @property
+    def warm_start(self) -> bool:
+        """A series has no use for the previous solution."""
+        return False
+
+    @property
+    def resamples(self) -> bool:
+        """The random product is unbiased only with independent samples."""
+        return self.random
+
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return the series applied to ``rhs``.
+
+        A term that is longer than the one before it ends the series with the status ``diverging``: it and what follows
+        are left out. The residual reported is the length of the last term taken, ``||(I - scale H)^steps b|| / ||b||``,
+        which bounds the true one.
+
+        Args:
+            matvec: The product with H, or with an independent sample of it at every call.
+            rhs: The right side b. If it is not finite, it is returned unchanged with the status ``non_finite``.
+            initial: Where to start, zero by default; without effect under ``random``.
+        """
+        b = widen(rhs)
+        size = inner(b, b)
+        if (ended := _trivial(rhs, size)) is not None:
+            return ended
+        offset, taken = None, 0
+        if initial is not None and not self.random:
+            offset, taken = widen(initial), 1
+            b = add(b, widen(matvec(cast_like(offset, rhs))), -1.0)
+        draws = self._draw() if self.random else self.steps
+        term, total, square = b, b, inner(b, b)
+        status = SolverStatus.complete
+        # A term at the rounding level of b may grow by rounding alone.
+        slack, floor = 1.0 + 16 * rounding(b), rounding(b) ** 2 * size
+        for _ in range(draws):
+            image = widen(matvec(cast_like(term, rhs)))
+            taken += 1
+            following = add(term, image, -self.scale)
+            previous, square = square, inner(following, following)
+            if not math.isfinite(square):
+                status, square = SolverStatus.non_finite, previous
+                break
+            if square > previous * slack + floor:
+                status, square = SolverStatus.diverging, previous
+                break
+            term, total = following, following if self.random else add(total, following)
+        result = scale(total, self.scale * (self.steps if self.random else 1))
+        if offset is not None:
+            result = add(offset, result)
+        residual = math.nan if self.random else math.sqrt(square / size)
+        return Solution(cast_like(result, rhs), taken, residual, status)
+
+    def _draw(self) -> int:
+        device = "cpu" if self.generator is None else self.generator.device
+        return int(torch.randint(0, self.steps, (), generator=self.generator, device=device))
+
+
+@final
+@dataclass(frozen=True)
+class Identity:
+    """``scale * b``: the inverse Hessian replaced by a multiple of the identity, without any product.
+
+    With ``scale`` the lower step size, the hypergradient is that of one unrolled lower step (T1-T2, DARTS); with
+    ``scale=1`` it is the "Identity" of Fan et al. (2023), arXiv 2305.18666.
+
+    Args:
+        scale: A number above 0.
+
+    Raises:
+        OptionError: ``scale`` is not a finite number above 0.
+
+    >>> import torch
+    >>> Identity(0.5).solve(lambda v: v, (torch.ones(2),)).tensors
+    (tensor([0.5000, 0.5000]),)
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        positive("Identity", "scale", self.scale)
+        finite("Identity", "scale", self.scale)
+
+    @property
+    def warm_start(self) -> bool:
+        """There is nothing to start."""
+        return False
+
+    @property
+    def resamples(self) -> bool:
+        """There are no products."""
+        return False
+
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return ``scale * rhs``; ``matvec`` and ``initial`` are not used."""
+        b = widen(rhs)
+        size = inner(b, b)
+        if (ended := _trivial(rhs, size)) is not None:
+            return ended
+        return Solution(cast_like(scale(b, self.scale), rhs), 0, math.nan, SolverStatus.complete)
+
+
+def _trivial(rhs: Sequence[Tensor], size: float) -> Solution | None:
+    """Return the solution for a right side that is zero or not finite, which passes through for the caller to see."""
+    if size == 0.0:
+        return Solution(zeros_like(rhs), 0, 0.0, SolverStatus.zero_rhs)
+    if not math.isfinite(size):
+        return Solution(tuple(tensor.detach().clone() for tensor in rhs), 0, math.nan, SolverStatus.non_finite)
+    return None
