@@ -1,0 +1,54 @@
+# From a fresh clone, with Python 3.10-3.13, pip and make: `make demo`, `make test`.
+#   PYTHON=python3.12   the interpreter that .venv is built from
+#   ARGS="..."          passed on to the demo or to pytest
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+# The environment is rebuilt when the Python, the requirements or their pins change, not when a file is touched.
+KEY := $(shell $(PYTHON) -c 'import hashlib, sys; v = "%d.%d" % sys.version_info[:2]; \
+	print(v + "-" + hashlib.sha256(b"".join(open(f, "rb").read() for f in ("pyproject.toml", "constraints.txt"))).hexdigest()[:12])' 2>/dev/null)
+INSTALLED := $(VENV)/.installed-$(KEY)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format types pytest test-jax clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(INSTALLED) ## build .venv (every other command does it when needed)
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
+		"adaptive-bilevel needs Python 3.10-3.13, but $(PYTHON) is %d.%d: name another one, as in  make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt hatchling editables
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## learn a representation of handwritten digits, with no step size given
+	$(PY) examples/hyper_representation.py $(ARGS)
+
+test: lint types pytest ## all gates: lint, types, doctests, tests
+
+lint: $(INSTALLED) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(INSTALLED) ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(INSTALLED) ## mypy: strict on the package, looser on tests and examples
+	$(PY) -m mypy
+
+pytest: $(INSTALLED) ## doctests and tests only; ARGS="-k bisls"
+	$(PY) -m pytest $(ARGS)
+
+test-jax: $(INSTALLED) ## the tests on JAX scalars only (make test runs them too)
+	$(PY) -m pytest -k jax $(ARGS)
+
+clean: ## remove what these commands made
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
