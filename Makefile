@@ -9,10 +9,14 @@ PY := $(VENV)/bin/python
 # The environment is rebuilt when the Python, the requirements or their pins change, not when a file is touched.
 KEY := $(shell $(PYTHON) -c 'import hashlib, sys; v = "%d.%d" % sys.version_info[:2]; \
 	print(v + "-" + hashlib.sha256(b"".join(open(f, "rb").read() for f in ("pyproject.toml", "constraints.txt"))).hexdigest()[:12])' 2>/dev/null)
+CHECK_PYTHON := $(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
+	"adaptive-bilevel needs Python 3.10-3.13 and $(PYTHON) is %d.%d: name another one, as in  make test PYTHON=python3.12" \
+	% sys.version_info[:2])'
+PIP := pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/.installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types pytest test-jax clean
+.PHONY: help env demo test lint format types pytest test-jax test-policies clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,11 +24,10 @@ help: ## list the commands
 env: $(INSTALLED) ## build .venv (every other command does it when needed)
 
 $(INSTALLED):
-	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
-		"adaptive-bilevel needs Python 3.10-3.13, but $(PYTHON) is %d.%d: name another one, as in  make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt hatchling editables
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PY) -m $(PIP) hatchling editables
+	$(PY) -m $(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## learn a representation of handwritten digits, with no step size given
@@ -46,9 +49,19 @@ types: $(INSTALLED) ## mypy: strict on the package, looser on tests and examples
 pytest: $(INSTALLED) ## doctests and tests only; ARGS="-k bisls"
 	$(PY) -m pytest $(ARGS)
 
-test-jax: $(INSTALLED) ## the tests on JAX scalars only (make test runs them too)
+test-jax: $(INSTALLED) ## only the tests on JAX scalars (make test runs them too)
 	$(PY) -m pytest -k jax $(ARGS)
 
+# The policies promise to need no framework: here there is no torch, so this also is the quick check of another Python.
+BARE := .venv-policies-$(firstword $(subst -, ,$(KEY)))
+
+test-policies: ## the policies and their tests where torch is not installed; PYTHON=python3.13
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(BARE)
+	$(BARE)/bin/python -m $(PIP) array-api-compat numpy jax pytest hypothesis hatchling editables
+	$(BARE)/bin/python -m $(PIP) --no-build-isolation --no-deps --editable .
+	$(BARE)/bin/python -m pytest adaptive_bilevel/policies $(wildcard tests/policies tests/test_polic*.py) $(ARGS)
+
 clean: ## remove what these commands made
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-policies-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,163 @@
+"""What a user installs: the wheel, its imports, its version; and what must not be in the repository."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SHIPPED = [Path(folder) for folder in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
+NAMES = {folder.name for folder in SHIPPED}
+
+
+def run(*command: str, **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel; with the hatchling that is installed, so that nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=ROOT)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder outside the checkout that holds what the wheel installs."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def python(code: str, installed: Path, *flags: str) -> str:
+    """Run code on the installed wheel, from outside the checkout and ahead of an editable install."""
+    return run(sys.executable, *flags, "-c", code, cwd=installed, env={**os.environ, "PYTHONPATH": str(installed)})
+
+
+def modules(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*.py")}
+
+
+def test_wheel_has_the_listed_packages_and_nothing_else(installed: Path) -> None:
+    top = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert top == NAMES
+    for folder in SHIPPED:
+        assert modules(installed / folder.name) == modules(ROOT / folder)
+        assert (installed / folder.name / "py.typed").is_file()
+
+
+def test_wheel_imports_outside_the_checkout(installed: Path) -> None:
+    for name in sorted(NAMES):
+        assert Path(python(f"import {name}; print({name}.__file__)", installed).strip()).is_relative_to(installed)
+
+
+def test_policies_import_no_framework(installed: Path) -> None:
+    python("import adaptive_bilevel.policies, sys; assert 'torch' not in sys.modules", installed)
+    python("import adaptive_bilevel.policies", installed, "-S")  # without site-packages: the standard library is enough
+
+
+def test_version_has_one_source(wheel: Path, installed: Path) -> None:
+    version = PROJECT["project"]["version"]
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    assert Parser().parsestr(metadata.read_text())["Version"] == version
+    assert importlib.metadata.version("adaptive-bilevel") == version
+    assert version in wheel.name
+    for folder in SHIPPED:
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f'"{version}"' not in path.read_text(), f"{path}: read the version from importlib.metadata"
+
+
+def imports(path: Path) -> set[str]:
+    """Return the absolute names that a file imports, at any depth of its code."""
+    found = set()
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(package[: len(package) - node.level + 1] if node.level else ()), node.module or ""])
+            found |= {f"{base.rstrip('.')}.{alias.name}" for alias in node.names}
+    return found
+
+
+HOSTS = ["torchopt", "betty", "adaptive_bilevel_torchopt", "adaptive_bilevel_betty"]
+HIGHER = ["adaptive_bilevel.optim", "adaptive_bilevel.hypergradient"]
+METHODS = ["adaptive_bilevel.methods"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "banned"),
+    [
+        ("adaptive_bilevel", [*HOSTS, "jax", "numpy", "examples", "tests", "integrations"]),
+        ("adaptive_bilevel/policies", ["torch", *HIGHER, *METHODS]),
+        ("adaptive_bilevel/hypergradient", METHODS),
+        ("adaptive_bilevel/optim", METHODS),
+    ],
+)
+def test_arrows_point_one_way(folder: str, banned: list[str]) -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imports(path)
+        if any(name == ban or name.startswith(f"{ban}.") for ban in banned)
+    }
+    assert not wrong
+
+
+def test_everything_that_is_installed_is_pinned() -> None:
+    lines = [line.split(";")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins = {normal(line.split("==")[0]) for line in lines if line and not line.startswith("#")}
+    wanted = {normal(name) for name in ("adaptive-bilevel", "pip")}
+    needed = closure("adaptive-bilevel", {"dev"}, set())
+    assert needed - wanted <= pins
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def closure(name: str, extras: set[str], seen: set[str]) -> set[str]:
+    """Return the distributions that an installed one needs in this environment, itself included."""
+    from packaging.requirements import Requirement
+
+    seen.add(normal(name))
+    for line in importlib.metadata.requires(name) or []:
+        requirement = Requirement(line)
+        wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in extras | {""})
+        if wanted and (normal(requirement.name) not in seen or requirement.extras):
+            closure(requirement.name, requirement.extras, seen)
+    return seen
+
+
+def test_no_path_of_a_machine_is_committed() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    folders = "|".join(["work", "root", "home", "Users"])
+    machine = re.compile(rf"(?<![\w.~}}-])/(?:{folders})/".encode())
+    found = []
+    for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0"):
+        path = ROOT / name
+        if path.is_file() and path.suffix != ".png":
+            lines = enumerate(path.read_bytes().splitlines(), 1)
+            found += [f"{name}:{number}" for number, line in lines if machine.search(line)]
+    assert not found
