@@ -10,12 +10,15 @@
 tensor([0.9000])
 """
 
+from .check import CheckReport, DirectionCheck, Verdict, check
 from .curvature import LowerCurvature, PartialGradients, partial_gradients
 from .implicit import ImplicitInfo, assign, implicit, implicit_with_info
 from .solvers import CG, Identity, LinearSolver, Neumann, Solution, SolverStatus
 
 __all__ = [
     "CG",
+    "CheckReport",
+    "DirectionCheck",
     "Identity",
     "ImplicitInfo",
     "LinearSolver",
@@ -24,7 +27,9 @@ __all__ = [
     "PartialGradients",
     "Solution",
     "SolverStatus",
+    "Verdict",
     "assign",
+    "check",
     "implicit",
     "implicit_with_info",
     "partial_gradients",

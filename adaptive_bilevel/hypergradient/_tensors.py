@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError, TensorError
 
-__all__ = ["Closure", "Tree", "check_levels", "evaluate", "flatten", "same_structure", "undisturbed_grad"]
+if TYPE_CHECKING:
+    from adaptive_bilevel.optim.guard import Guard, RandomState
 
-Closure: TypeAlias = Callable[[], Tensor]
+__all__ = ["Closure", "Tree", "check_callable", "check_levels", "evaluate", "flatten", "guarded", "same_structure"]
+
+Closure: TypeAlias = Callable[[], Any]  # returns the loss; like in the optimizers, a backward inside has no effect
 Tree: TypeAlias = Any  # a tensor, or lists, tuples, mappings and iterators of trees
 
 
@@ -79,36 +81,31 @@ def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
             raise TensorError(f"No tensor of {name} requires a gradient: call requires_grad_() on what is optimized.")
 
 
-def evaluate(closure: Closure, name: str) -> Tensor:
-    """Call ``closure`` once and return its loss, an attached scalar.
+def guarded(tensors: Sequence[Tensor]) -> Guard:
+    """Return the guard under which closures run; used as a context it puts everything back after an exception."""
+    # Imported late: the bilevel optimizers import this folder, and the guard lives beside them.
+    from adaptive_bilevel.optim.guard import Guard, Workspace
+
+    return Guard(tensors, Workspace())
+
+
+def evaluate(guard: Guard, closure: Closure, name: str, random: RandomState | None = None) -> Tensor:
+    """Call ``closure`` once and return its loss with its graph, an attached real scalar.
 
     Raises:
-        ClosureError: ``closure`` is not callable, or returned something else than an attached real scalar.
+        ClosureError: ``closure`` is not callable, or returned something else.
     """
+    check_callable(closure, name)
+    try:
+        loss = guard.attached(closure, random)
+    except ClosureError as error:
+        raise ClosureError(f"{name}: {error}") from error
+    if not loss.requires_grad or not loss.is_floating_point():
+        raise ClosureError(f"{name} returned a loss without a graph: compute it with gradients, not under no_grad().")
+    return loss
+
+
+def check_callable(closure: Closure, name: str) -> None:
+    """Refuse what is no function."""
     if not callable(closure):
         raise ClosureError(f"{name}={closure!r} is not callable: pass a function of no arguments returning the loss.")
-    loss = closure()
-    if not isinstance(loss, Tensor):
-        raise ClosureError(f"{name} returned {type(loss).__name__}, not a tensor: return the loss without item().")
-    if loss.numel() != 1 or not loss.is_floating_point():
-        raise ClosureError(
-            f"{name} returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}: return a real scalar loss."
-        )
-    if not loss.requires_grad:
-        raise ClosureError(f"{name} returned a detached loss: compute it with gradients, without detach() or no_grad().")
-    return loss.reshape(())
-
-
-@contextmanager
-def undisturbed_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give every leaf of ``tensors`` its own ``.grad`` back on exit, whatever a closure did to it."""
-    # Only leaves: reading .grad of another tensor warns. Setting the field aside costs no copy, and a backward inside
-    # the closure then starts a fresh .grad instead of adding to this one.
-    kept = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
-    try:
-        for tensor, _ in kept:
-            tensor.grad = None
-        yield
-    finally:
-        for tensor, grad in kept:
-            tensor.grad = grad

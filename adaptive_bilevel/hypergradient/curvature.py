@@ -51,6 +51,7 @@ def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Ten
     Raises:
         ClosureError: ``loss`` depends on no tensor of either level, or its graph is gone already.
 
+    >>> import torch
     >>> x, y = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
     >>> partial_gradients((y * y).sum(), [x], [y])
     PartialGradients(upper=(tensor([0., 0.]),), lower=(tensor([2.]),))
@@ -88,6 +89,7 @@ class LowerCurvature:
     Raises:
         ClosureError: ``loss`` depends on no tensor of ``lower``, or its graph is gone already.
 
+    >>> import torch
     >>> x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([1.0, 3.0], requires_grad=True)
     >>> g = LowerCurvature((x * y**2).sum(), [x], [y])
     >>> g.gradient, g.hvp([torch.ones(2)]), g.cross_vjp([torch.ones(2)]), g.cross_jvp([torch.ones(1)])
@@ -160,7 +162,7 @@ def _gradients(
         if "second time" not in str(error):
             raise
         raise ClosureError(
-            f"{name} freed the graph of its loss: return the loss without calling backward() on it."
+            f"{name} freed the graph of its loss: return it without differentiating it inside, or retain the graph there."
         ) from error
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
 

@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import AdaptiveBilevelWarning, HypergradientError
 
-from ._tensors import Closure, Tree, check_levels, evaluate, flatten, same_structure, undisturbed_grad
+from ._tensors import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 from ._vectors import Vector, add
 from ._warm_start import recall, remember
 from .curvature import LowerCurvature, partial_gradients
@@ -87,8 +86,8 @@ def implicit(
     raised on losses or gradients that are not finite: the result then is not finite either, for the optimizer to see.
 
     Args:
-        upper_closure: Returns the upper loss, without calling backward.
-        lower_closure: Returns the lower loss (the sum of them, if there are several), without calling backward.
+        upper_closure: Returns the upper loss. A backward inside has no effect, as in the optimizers.
+        lower_closure: Returns the lower loss (the sum of them, if there are several), likewise.
         upper: The tensors of x: a list, ``model.parameters()``, a mapping, or any nesting of these. They must be the very
             objects that the closures use. Frozen ones, and those a loss does not use, contribute zeros.
         lower: The tensors of y, likewise.
@@ -101,13 +100,14 @@ def implicit(
         The hypergradient, detached: a tuple for a list or an iterator of tensors, else arranged like ``upper``.
 
     Raises:
-        ClosureError: A closure is not callable, returned no attached real scalar, called backward on its loss, or its loss
-            depends on none of the tensors.
+        ClosureError: A closure is not callable, returned no attached real scalar, or its loss depends on none of the
+            tensors. As after any exception, buffers and random state are what they were before the call.
         TensorError: A level is empty or frozen, holds a sparse, complex or integer tensor, or a tensor occurs twice.
 
     Warns:
         AdaptiveBilevelWarning: A Neumann series was stopped because it grows.
 
+    >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
     >>> f = lambda: ((y - 1) ** 2 / 2 + x**2 / 20).sum()
     >>> g = lambda: (y**2 - x * y).sum()
@@ -130,6 +130,7 @@ def implicit_with_info(
 
     Arguments and errors are those of `implicit`.
 
+    >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)
     >>> h, info = implicit_with_info(lambda: (y**2).sum(), lambda: (y**2 - x * y).sum(), [x], [y])
     >>> info.solution.status.name, info.solution.tensors, info.hvps
@@ -141,14 +142,16 @@ def implicit_with_info(
     start = None if initial is None else flatten(initial, "initial")[0]
     if start is None and solver.warm_start:
         start = recall(y)
-    with torch.enable_grad(), undisturbed_grad((*x, *y)):
-        upper_loss = evaluate(upper_closure, "upper_closure")
+    check_callable(upper_closure, "upper_closure")
+    check_callable(lower_closure, "lower_closure")
+    with guarded((*x, *y)) as guard:
+        upper_loss = evaluate(guard, upper_closure, "upper_closure")
         direct, rhs = partial_gradients(upper_loss, x, y)
-        gradients = hvps = 0
+        gradients = 0
 
         def sample() -> tuple[Tensor, LowerCurvature]:
             nonlocal gradients
-            loss = evaluate(lower_closure, "lower_closure")
+            loss = evaluate(guard, lower_closure, "lower_closure")
             gradients += 1
             return loss, LowerCurvature(loss, x, y)
 
@@ -158,14 +161,20 @@ def implicit_with_info(
         else:
             lower_loss, curvature = sample()
             solution = solver.solve(curvature.hvp, rhs, start)
-        hvps = solution.iterations
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
     if solver.warm_start:
         remember(y, solution.tensors)
     if solution.status is SolverStatus.diverging:
         warnings.warn(f"{solver}: {solution.status.sentence}.", AdaptiveBilevelWarning, stacklevel=2)
     info = ImplicitInfo(
-        solution, upper_loss.detach(), lower_loss.detach(), direct, curvature.gradient, 1 + gradients, hvps, curvature.jvps
+        solution=solution,
+        upper_loss=upper_loss.detach(),
+        lower_loss=lower_loss.detach(),
+        direct=direct,
+        lower_gradient=curvature.gradient,
+        gradients=1 + gradients,
+        hvps=solution.iterations,
+        jvps=curvature.jvps,
     )
     return same_structure(structure, h), info
 
@@ -180,6 +189,7 @@ def assign(upper: Tree, hypergradient: Tree) -> None:
     Raises:
         HypergradientError: The number or the shapes of the tensors differ.
 
+    >>> import torch
     >>> x = torch.zeros(2, requires_grad=True)
     >>> assign([x], (torch.ones(2),))
     >>> x.grad
