@@ -1,1 +1,33 @@
-"""Automatic step sizes for bilevel optimization."""
+"""Automatic step sizes for bilevel optimization.
+
+Optimizers (they need PyTorch, which is imported when one is first named): `SPSMax`, `DecSPS`, `SPSB` (Polyak steps),
+`SLS`, `SLSB` (line searches), `BiSPS`, `BiSLS` (upper levels). The rules themselves are in
+`adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import hypergradient, policies
+    from .optim import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, SPSMax
+
+__version__ = "0.1.0"
+
+_OPTIMIZERS = ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "BiSPS", "BiSLS")
+
+__all__ = ["SLS", "SLSB", "SPSB", "BiSLS", "BiSPS", "DecSPS", "SPSMax", "hypergradient", "policies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPTIMIZERS:
+        return getattr(importlib.import_module(".optim", __name__), name)
+    if name in ("policies", "hypergradient", "optim", "errors"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

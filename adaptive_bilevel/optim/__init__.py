@@ -1,1 +1,9 @@
-"""The policies as optimizers."""
+"""The policies as `torch.optim.Optimizer`: one conduct, one guard, two directions, and the upper level."""
+
+from .bilevel import BiSLS, BiSPS
+from .evaluations import Counts, Evaluations
+from .line_search import SLS, SLSB
+from .polyak import SPSB, DecSPS, SPSMax
+from .projection import Box, Simplex
+
+__all__ = ["SLS", "SLSB", "SPSB", "BiSLS", "BiSPS", "Box", "Counts", "DecSPS", "Evaluations", "SPSMax", "Simplex"]

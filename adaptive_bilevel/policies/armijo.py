@@ -61,6 +61,25 @@ class _Search:
         """Return the state before the first step."""
         return SearchState()
 
+    def first_bound(self, *, loss: float, slope: float, lower_bound: float | None = None) -> float:
+        """Return the first trial that the search takes where none is given; 0 if this point does not show one."""
+        ceiling = self._ceiling(loss, slope, lower_bound)
+        return ceiling if math.isfinite(ceiling) else 0.0
+
+    def first_trial(self, state: SearchState, *, loss: float, slope: float, bound: float | None = None) -> float:
+        """Return where an uncapped search at this point starts; inf where that is not known."""
+        given = bound or state.found or self.first_bound(loss=loss, slope=slope)
+        cap = self._ceiling(loss, slope, None)
+        return reset(state.previous, given, option=self.reset, grow=self.grow, cap=cap) if given else math.inf
+
+    def _ceiling(self, loss: float, slope: float, lower_bound: float | None) -> float:
+        """Return the longest step that could pass; inf where that is not known."""
+        low = self.lower_bound if lower_bound is None else float(lower_bound)
+        if low is None or not (math.isfinite(loss) and math.isfinite(slope) and slope > 0.0 and loss > low):
+            return math.inf
+        # With slack, a step above the bare ceiling may still pass.
+        return float(armijo_ceiling(loss + self.slack, slope, low, self.c))
+
     def _search(
         self,
         state: SearchState,
@@ -84,20 +103,15 @@ class _Search:
         if slope <= 0.0:
             outcome = Outcome.zero_gradient if slope == 0.0 else Outcome.no_descent
             return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
-        low = self.lower_bound if lower_bound is None else float(lower_bound)
-        ceiling = math.inf
-        if low is not None and loss > low:
-            # With slack, and with the rounding allowance below, a step slightly above the bare ceiling may still pass.
-            ceiling = float(armijo_ceiling(loss + self.slack, slope, low, self.c))
+        ceiling = self._ceiling(loss, slope, lower_bound)
         found = state.found
-        initial = given
-        if initial is None:
+        if given is None:
             found = found or (ceiling if math.isfinite(ceiling) else 0.0)
             if found == 0.0:
                 return Record(0.0, 0.0, math.inf, Outcome.below_lower_bound, slope=slope), state
-            initial = found
-        cap = min(initial * factor, largest, ceiling)
-        start = reset(state.previous, initial, option=self.reset, grow=self.grow, cap=cap)
+            given = found
+        cap = min(given * factor, largest, ceiling)
+        start = reset(state.previous, given, option=self.reset, grow=self.grow, cap=cap)
         threshold = loss + self.slack + rounding * abs(loss)
         candidate, accepted, trials, value = start, False, 0, math.nan
         limit = self.max_trials or math.ceil(math.log(_SMALLEST_RATIO) / math.log(self.shrink))
@@ -168,6 +182,7 @@ class SLS(_Search):
         bound: Scalar | None = None,
         rounding: float | None = None,
         certify: Certificate | None = None,
+        max_step: float | None = None,
     ) -> tuple[Record, SearchState]:
         """Return the record of one search, and the state after it.
 
@@ -181,9 +196,11 @@ class SLS(_Search):
             bound: Overrides `start` for this step.
             rounding: Relative rounding unit of the loss; None: that of the loss's dtype.
             certify: A further test, asked about a step right after its trial passed; False rejects it.
+            max_step: Overrides the option for this step.
         """
         given = self.start if bound is None else float(bound)
-        largest = math.inf if self.max_step is None else self.max_step
+        largest = self.max_step if max_step is None else max_step
+        largest = math.inf if largest is None else largest
         return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, math.inf, largest)
 
 

@@ -85,6 +85,14 @@ class _Bounded:
         """Return the state before the first step."""
         return BoundState()
 
+    def first_bound(self, *, loss: Scalar, slope: Scalar, lower_bound: Scalar | None = None) -> Scalar:
+        """Return the initial bound that the rule takes where none is given; 0 if this point does not show one."""
+        low = self.lower_bound if lower_bound is None else lower_bound
+        if low is None:
+            return 0.0
+        valid = isfinite(loss) & isfinite(slope) & (slope > 0)
+        return where(valid, armijo_ceiling(where(valid, loss, low), where(valid, slope, 1.0), low), 0.0)
+
     def _lower_bound(self, override: Scalar | None) -> Scalar:
         low = self.lower_bound if override is None else override
         if low is None:
@@ -101,7 +109,7 @@ class _Bounded:
         given = self.bound if override is None else override
         if given is not None:
             return given, state.found
-        found = where(state.found > 0, state.found, armijo_ceiling(loss, slope, low))
+        found = where(state.found > 0, state.found, self.first_bound(loss=loss, slope=slope, lower_bound=low))
         return found, found
 
 

@@ -1,0 +1,296 @@
+"""The conduct that all optimizers of this package share: options, groups, state, records, warnings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..errors import AdaptiveBilevelWarning, ClosureError, NonFiniteError, OptionError, TensorError
+from ..policies import Outcome, Record, _options
+from .direction import DIRECTIONS, Descent, adam, sgd
+from .evaluations import Evaluations
+from .guard import Closure, Guard, RandomState, Workspace
+from .scalars import inner
+
+__all__ = ["AdaptiveOptimizer", "Sample"]
+
+_WARNED = {
+    Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
+    "returns, or the loss is at its rounding floor.",
+    Outcome.below_lower_bound: "Give lower_bound= a number that the loss never falls below.",
+    Outcome.no_descent: "The direction does not descend on the searched function; see optimizer.record.",
+}
+
+
+class Sample(NamedTuple):
+    """The last sample that an optimizer stepped on, to be evaluated again by the level above.
+
+    Attributes:
+        closure: The closure.
+        random: Random state before it was evaluated.
+        step_size: The step that was taken on it.
+    """
+
+    closure: Closure
+    random: RandomState
+    step_size: float
+
+
+class AdaptiveOptimizer(torch.optim.Optimizer):
+    """A policy as a `torch.optim.Optimizer`; the concrete rules derive from it.
+
+    `param_groups[i]["lr"]` scales the bound (or first trial) of the rule, so schedulers act on it; left out, it is 1
+    and `param_groups[i]["scale"]` holds the bound that was found at the first step. Groups with different lr share one
+    step: group i moves by step * lr_i / lr_0.
+
+    Attributes:
+        record: The last step's `Record`; None before.
+        evaluations: Every oracle call so far.
+        sample: The last sample stepped on; None before.
+    """
+
+    _option_names: tuple[str, ...] = ()
+
+    def __init__(self, params: ParamsT, lr: float | None, options: dict[str, Any]) -> None:
+        self._callables = {name: value for name, value in options.items() if callable(value)}
+        defaults = {name: "callable" if callable(value) else value for name, value in options.items()}
+        owner = type(self).__name__
+        _options.positive(owner, "lr", lr, optional=True)
+        _options.choice(owner, "direction", options["direction"], DIRECTIONS)
+        betas = options["betas"]
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0.0 <= b < 1.0 for b in betas)):
+            raise OptionError(f"{owner}(betas={betas!r}): betas must be two numbers in [0, 1)")
+        _options.non_negative(owner, "eps", options["eps"])
+        _options.count(owner, "max_skips", options["max_skips"])
+        self._options = options
+        self._policy = self._make_policy(options)
+        if lr is None and options["lower_bound"] is None:
+            raise OptionError(
+                f"{owner}(lr=None, lower_bound=None): without a lower bound of the loss the step cannot be found from "
+                "the problem; give one of the two"
+            )
+        super().__init__(params, {"lr": lr, **defaults})
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Set what is not saved."""
+        self._workspace = Workspace()
+        self._warned: dict[int, int] = {}
+        self._skips: Any = 0
+        self._looks = 0
+        self.record: Record | None = None
+        self.evaluations = Evaluations.single()
+        self.sample: Sample | None = None
+
+    def _make_policy(self, options: dict[str, Any]) -> Any:
+        raise NotImplementedError  # abstract
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copying and pickling keep: everything but closures, counts and scratch memory."""
+        return {**super().__getstate__(), "_callables": self._callables}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from `__getstate__`; missing group entries get their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, 1.0 if name == "lr" and value is None else value)
+        if "_workspace" not in self.__dict__:
+            self._options = {**self.defaults, **self._callables}
+            self._options.pop("lr")
+            self._policy = self._make_policy(self._options)
+            self._prepare()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group` does; complex and sparse tensors are refused."""
+        given = param_group.get("lr", self.defaults["lr"])
+        param_group["lr"] = 1.0 if given is None else given
+        found = self.param_groups[0]["scale"] if self.param_groups else 0.0
+        param_group.setdefault("scale", found if self.defaults["lr"] is None else 1.0)
+        param_group.setdefault("step_size", 0.0)
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            refuse_unsupported(type(self).__name__, p)
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def _rule_state(self) -> Any:
+        initial = self._policy.init()
+        saved = self.state["policy"] if "policy" in self.state else {}
+        return type(initial)(**{name: saved[name] for name in initial._fields if name in saved})
+
+    def _save_rule_state(self, state: Any, **more: Any) -> None:
+        saved = self.state["policy"] if "policy" in self.state else {}
+        # A new dictionary each time: the old one may be part of a state_dict that the user holds.
+        self.state["policy"] = {**saved, **state._asdict(), **more}  # type: ignore[index]
+
+    def _saved(self, name: str, default: Any) -> Any:
+        return self.state["policy"].get(name, default) if "policy" in self.state else default
+
+    # ------------------------------------------------------------------------------------------ parameters
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _reference_lr(self) -> float:
+        """Return lr_0: that of the first group whose lr is not 0."""
+        return next((float(g["lr"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
+
+    def _with_gradient(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """Return the parameters that have a gradient, their gradients, and their groups' lr_i / lr_0."""
+        reference = self._reference_lr() or 1.0
+        factors = [float(g["lr"]) / reference for g in self.param_groups for _ in g["params"]]
+        kept = [(p, g, w) for p, g, w in zip(params, grads, factors, strict=True) if g is not None]
+        for p, g, _ in kept:
+            refuse_unsupported(type(self).__name__, p)
+            refuse_unsupported(type(self).__name__, g, "gradient")
+        return [p for p, _, _ in kept], [g for _, g, _ in kept], [w for _, _, w in kept]
+
+    def _descent(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Descent:
+        if self._options["direction"] == "sgd":
+            return sgd()
+        return adam(params, grads, self.state, self._options["betas"], self._options["eps"])
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
+    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Return loss and gradients on the sample; first decide about an offered starting point."""
+        offered = self._take_offer(params)
+        if offered is None:
+            self.evaluations.upper.gradients += 1
+            return guard.gradient(closure, params)
+        guard.copy()
+        torch._foreach_add_(params, offered)
+        there = float(guard.value(closure))
+        guard.put_back()
+        loss, grads = guard.gradient(closure, params, guard.entry)
+        self.evaluations.upper.values += 1
+        self.evaluations.upper.gradients += 1
+        here = float(loss)
+        if there < here or (here != here and there == there):
+            torch._foreach_add_(params, offered)
+            guard.rebase()
+            loss, grads = guard.gradient(closure, params, guard.entry)
+            self.evaluations.upper.gradients += 1
+        return loss, grads
+
+    def offer(self, offsets: Sequence[Tensor]) -> None:
+        """Offer a starting point for the next step, as offsets of all parameters in order.
+
+        The next `step(closure)` evaluates the loss here and there, on its own first sample, and starts from the better
+        one. The level above calls this with the response that it predicted.
+        """
+        for p, offset in zip(self._parameters(), offsets, strict=True):
+            self.state[p] = {**self.state[p], "offered": offset}
+
+    def _take_offer(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+        if not any("offered" in self.state[p] for p in params if p in self.state):
+            return None
+        return [self.state[p].get("offered", torch.zeros_like(p)) for p in params]
+
+    def _drop_offer(self) -> None:
+        for p in self._parameters():
+            if p in self.state and "offered" in self.state[p]:
+                self.state[p] = {k: v for k, v in self.state[p].items() if k != "offered"}
+
+    # ------------------------------------------------------------------------------------------ conclusion
+
+    def _bound(self, loss: Any, slope: Any, lower_bound: float | None) -> tuple[Any, Any]:
+        """Return the rule's bound (or first trial) before decay, and the scale behind it.
+
+        A scale of 0 means that none could be found at this point; the rule then sees no bound of the user's.
+        """
+        group = self.param_groups[0]
+        scale = group["scale"]
+        if isinstance(scale, Tensor) or scale == 0.0:
+            first = self._policy.first_bound(loss=loss, slope=slope, lower_bound=lower_bound)
+            scale = torch.where(scale > 0, scale, first) if isinstance(scale, Tensor) else first
+        return self._reference_lr() * scale, scale
+
+    def _conclude(self, record: Record, scale: Any) -> None:
+        """Keep the record, tell what should be told, and count what may not go on."""
+        self.record = record
+        moved = not isinstance(record.step_size, Tensor) and record.step_size > 0.0
+        reference = self._reference_lr() or 1.0
+        for group in self.param_groups:
+            if moved or isinstance(record.step_size, Tensor):
+                group["scale"] = scale
+                group["step_size"] = record.step_size * (float(group["lr"]) / reference)
+        if isinstance(record.outcome, Tensor):
+            # Looked at rarely, since looking waits for the device.
+            self._skips = torch.where(record.outcome == int(Outcome.non_finite), self._skips + 1, 0)
+            self._looks += 1
+            if self._looks % self._options["max_skips"] == 0:
+                self._refuse_skips(int(self._skips))
+            return
+        outcome = Outcome(int(record.outcome))
+        self._skips = self._skips + 1 if outcome is Outcome.non_finite else 0
+        if outcome in _WARNED:
+            self._warn(outcome, f"{outcome.sentence}. {_WARNED[outcome]}")
+        self._refuse_skips(self._skips)
+
+    def _refuse_skips(self, skips: int) -> None:
+        if skips >= self._options["max_skips"]:
+            raise NonFiniteError(
+                f"{type(self).__name__}: {skips} steps in a row met a loss or gradient that is not finite; nothing "
+                f"has moved since. Look at the data and the loss, or raise max_skips={self._options['max_skips']}"
+            )
+
+    def _warn(self, key: int, message: str) -> None:
+        """Warn at the 1st, 10th, 100th, ... time."""
+        times = self._warned[key] = self._warned.get(key, 0) + 1
+        if times in (1, 10, 100, 1000) or times % 10000 == 0:
+            warnings.warn(f"{type(self).__name__} (time {times}): {message}", AdaptiveBilevelWarning, stacklevel=4)
+
+    def __repr__(self) -> str:
+        """Return the options and the last step."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        last = "" if self.record is None else f"; {self.record.describe()}"
+        return f"{type(self).__name__}({options}{last})"
+
+
+def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, factors: Sequence[float]) -> None:
+    """Move the parameters by -step * factor * direction, as torch.optim.SGD moves them."""
+    if all(w == 1.0 for w in factors):
+        torch._foreach_add_(list(params), list(directions), alpha=-step)
+        return
+    for factor in sorted(set(factors)):
+        chosen = [i for i, w in enumerate(factors) if w == factor]
+        torch._foreach_add_([params[i] for i in chosen], [directions[i] for i in chosen], alpha=-step * factor)
+
+
+def refuse_unsupported(owner: str, tensor: Tensor, what: str = "parameter") -> None:
+    """Raise for tensors that no step size makes sense for."""
+    if tensor.is_complex() or tensor.layout is not torch.strided or not tensor.is_floating_point():
+        kind = "complex" if tensor.is_complex() else str(tensor.layout if tensor.is_floating_point() else tensor.dtype)
+        raise TensorError(
+            f"{owner}: a {what} of shape {tuple(tensor.shape)} is {kind}; only dense real floating-point tensors can be "
+            "stepped (for an embedding, pass sparse=False; view complex tensors as real)"
+        )
+
+
+def require_closure(owner: str, closure: Any) -> None:
+    """Raise where there is no closure to evaluate."""
+    if not callable(closure):
+        raise ClosureError(
+            f"{owner}.step(closure={closure!r}): the rule evaluates the loss, so step needs a closure that returns it, "
+            "e.g. optimizer.step(lambda: loss_fn(model(x), y))"
+        )
+
+
+def slope_of(grads: Iterable[Tensor], directions: Iterable[Tensor], factors: Sequence[float]) -> Tensor:
+    """Return the slope <g, d> over all groups."""
+    return inner(list(grads), list(directions), factors)
+
+
+def gradients_of(chosen: Sequence[Tensor], params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the gradients of some of the parameters, zeros where there is none."""
+    by_id = {id(p): g for p, g in zip(params, grads, strict=True)}
+    return [torch.zeros_like(p) if (g := by_id[id(p)]) is None else g for p in chosen]

@@ -1,0 +1,36 @@
+"""Oracle counts: every function value, gradient, HVP and JVP that the steps made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Counts", "Evaluations"]
+
+
+@dataclass
+class Counts:
+    """Calls of one level's oracles: values (forwards), gradients (each includes its value), HVPs and JVPs."""
+
+    values: int = 0
+    gradients: int = 0
+    hvps: int = 0
+    jvps: int = 0
+
+    @property
+    def cost(self) -> float:
+        """Cost in gradients: a value counts .35, an HVP 2.2, a JVP 1."""
+        return self.gradients + 0.35 * self.values + 2.2 * self.hvps + self.jvps
+
+
+@dataclass
+class Evaluations:
+    """Counts since construction. A single-level optimizer has one level, which both names give."""
+
+    upper: Counts = field(default_factory=Counts)
+    lower: Counts = field(default_factory=Counts)
+
+    @classmethod
+    def single(cls) -> Evaluations:
+        """Return counts of one level."""
+        counts = Counts()
+        return cls(counts, counts)

@@ -1,0 +1,205 @@
+"""SLS and SLSB as optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import policies
+from ..policies import Outcome, Record
+from ..policies.schedule import Decay
+from .base import AdaptiveOptimizer, Sample, gradients_of, move, require_closure, slope_of
+from .guard import Closure, Guard
+from .scalars import agree, loss_resolution
+
+__all__ = ["SLS", "SLSB"]
+
+
+class _LineSearch(AdaptiveOptimizer):
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Closure, *, step_closure: Closure | None = None, lower_bound: float | None = None
+    ) -> Tensor:
+        """Search a step on the closure's sample, take it, and return the loss before it.
+
+        Args:
+            closure: Returns the loss of one sample; it is evaluated once with gradients, and once per trial.
+            step_closure: The 2-sample form: the step is searched on this closure's loss and gradient, and taken along
+                the gradient of `closure`.
+            lower_bound: Overrides the option for this sample.
+
+        Raises:
+            ClosureError: No closure, or it does not return an attached scalar.
+            TensorError: A gradient is sparse.
+            NonFiniteError: max_skips steps in a row were not finite.
+        """
+        require_closure(type(self).__name__, closure)
+        params = [p for p in self._parameters()]
+        with Guard(params, self._workspace) as guard:
+            loss, grads = self._evaluate(guard, closure, params)
+            searched, random = closure, guard.entry
+            searched_loss, searched_grads = loss, grads
+            if step_closure is not None:
+                require_closure(type(self).__name__, step_closure)
+                searched, random = step_closure, guard.random_state()
+                searched_loss, searched_grads = guard.gradient(step_closure, params)
+                self.evaluations.upper.gradients += 1
+            guard.mark()
+            active, gradient, factors = self._with_gradient(params, grads)
+            rule_gradient = gradient if step_closure is None else gradients_of(active, params, searched_grads)
+            descent = self._descent(active, gradient)
+            directions = descent.precondition(rule_gradient)
+            value, slope = agree(searched_loss, slope_of(rule_gradient, directions, factors))
+            value, slope = float(value), float(slope)
+
+            def trial(step: float) -> float:
+                guard.put_back()
+                move(active, directions, step, factors)
+                self.evaluations.upper.values += 1
+                return float(agree(guard.value(searched, random))[0])
+
+            bound, scale = self._bound(value, slope, lower_bound)
+            if self._reference_lr() == 0.0:
+                record, state = Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=slope), self._rule_state()
+            else:
+                guard.copy()
+                record, state = self._policy.step(
+                    self._rule_state(),
+                    loss=value,
+                    slope=slope,
+                    trial=trial,
+                    lower_bound=lower_bound,
+                    bound=bound or None,
+                    rounding=loss_resolution(searched_loss),
+                )
+            if not record.moved:
+                guard.put_back()
+                if record.outcome == Outcome.non_finite:
+                    guard.undo()
+            else:
+                if descent.step is not None or step_closure is not None:
+                    guard.put_back()
+                    move(active, gradient if descent.step is None else descent.step, record.step_size, factors)
+                descent.commit()
+                self._save_rule_state(state)
+            if record.outcome != Outcome.non_finite:
+                self._drop_offer()
+            self.sample = Sample(searched, random, record.step_size)
+        self._conclude(record, scale)
+        return loss
+
+
+class SLS(_LineSearch):
+    """Stochastic line search: the largest tried step with sufficient decrease on the sample, eq. (8).
+
+    Takes the first step of start, start w, start w^2, ... with f_i(x - step d) <= f_i(x) - c step <grad f_i, d> + slack.
+    See `adaptive_bilevel.policies.SLS` for the rule.
+
+    Args:
+        params: Parameters or groups.
+        lr: The first trial of the first search, > 0. Left out: (f - lower_bound)/(c slope) at the first step, the
+            longest step that could pass. Later searches grow beyond it unless `max_step` says otherwise.
+        c: Armijo constant, in (0, 1).
+        shrink: w, factor between two trials, in (0, 1).
+        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
+        reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
+        slack: delta >= 0, an allowed increase.
+        lower_bound: Any lower bound of the loss; None if there is none (then give lr).
+        max_step: No trial is above it.
+        max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
+        direction: "sgd", or "adam" (search along A^{-1} g, step along A^{-1} m).
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range (also a ValueError).
+
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
+    >>> optimizer = SLS([x])
+    >>> for _ in range(60):
+    ...     loss = optimizer.step(lambda: (x**2 * torch.tensor([1.0, 10.0])).sum())
+    >>> bool(loss < 1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        c: float = 0.1,
+        shrink: float = 0.5,
+        grow: float = 1.2,
+        reset: str = "grow",
+        slack: float = 0.0,
+        lower_bound: float | None = 0.0,
+        max_step: float | None = None,
+        max_trials: int | None = None,
+        direction: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "params", "lr", "__class__")}
+        super().__init__(params, lr, options)
+
+    def _make_policy(self, options: dict[str, Any]) -> policies.SLS:
+        names = ("c", "shrink", "grow", "reset", "slack", "lower_bound", "max_step", "max_trials")
+        start = 1.0 if options["lower_bound"] is None else None
+        return policies.SLS(start=start, **{name: options[name] for name in names})
+
+
+class SLSB(_LineSearch):
+    """Stochastic line search under a decaying bound: step_k <= lr decay(k), eq. (8) with gamma_b,k.
+
+    Options as in `SLS`, with:
+
+    Args:
+        params: Parameters or groups.
+        lr: gamma_b,0 > 0, the bound. Left out, it is found at the first step.
+        decay: "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
+        c: Armijo constant, in (0, 1).
+        shrink: w, factor between two trials, in (0, 1).
+        grow: eta >= 1 of reset="grow".
+        reset: "initial", "keep" or "grow".
+        slack: delta >= 0, an allowed increase.
+        lower_bound: Any lower bound of the loss; None if there is none (then give lr).
+        max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
+        direction: "sgd" or "adam".
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range (also a ValueError).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        decay: Decay = "inverse_sqrt",
+        c: float = 0.1,
+        shrink: float = 0.5,
+        grow: float = 1.2,
+        reset: str = "grow",
+        slack: float = 0.0,
+        lower_bound: float | None = 0.0,
+        max_trials: int | None = None,
+        direction: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "params", "lr", "__class__")}
+        super().__init__(params, lr, options)
+
+    def _make_policy(self, options: dict[str, Any]) -> policies.SLSB:
+        names = ("decay", "c", "shrink", "grow", "reset", "slack", "lower_bound", "max_trials")
+        bound = 1.0 if options["lower_bound"] is None else None
+        return policies.SLSB(bound=bound, **{name: options[name] for name in names})

@@ -1,0 +1,91 @@
+"""The lower level as an upper step sees it: its tensors, and the sample that its optimizer stepped on last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LowerLevelError, OptionError, TensorError
+from .base import AdaptiveOptimizer, Sample
+from .guard import Closure, Guard
+
+__all__ = ["LowerLevel"]
+
+
+class LowerLevel:
+    """One or several lower optimizers, whose losses add up to one lower loss.
+
+    Args:
+        lower: Any torch optimizer, a list of them, or None.
+        upper: The upper parameters, none of which may be a lower one.
+    """
+
+    def __init__(self, lower: Any, upper: Sequence[Tensor]) -> None:
+        listed = [] if lower is None else list(lower) if isinstance(lower, (list, tuple)) else [lower]
+        for optimizer in listed:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise OptionError(
+                    f"lower={type(optimizer).__name__}: lower must be the optimizer of the lower level (any "
+                    "torch.optim.Optimizer), a list of them, or None"
+                )
+        self.optimizers: list[torch.optim.Optimizer] = listed
+        shared = {id(p) for p in upper} & {id(p) for p in self.tensors()}
+        if shared:
+            shapes = [tuple(p.shape) for p in upper if id(p) in shared]
+            raise TensorError(
+                f"the upper and the lower level share tensors of shapes {shapes}: each tensor belongs to one level; "
+                "give the lower optimizer its own parameters only"
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self.optimizers)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the lower variable: every trainable parameter of the lower optimizers, once."""
+        found = {
+            id(p): p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad
+        }
+        return list(found.values())
+
+    def samples(self, closures: Any, guard: Guard) -> list[Sample]:
+        """Return the last sample of each lower optimizer, or those of the closures that were passed."""
+        given = [None] * len(self.optimizers)
+        if closures is not None:
+            given = list(closures) if isinstance(closures, (list, tuple)) else [closures]
+            if len(given) != len(self.optimizers):
+                raise LowerLevelError(
+                    f"lower_closure has {len(given)} closures for {len(self.optimizers)} lower optimizers: pass one "
+                    "for each, in the same order"
+                )
+        return [self._sample(o, c, guard) for o, c in zip(self.optimizers, given, strict=True)]
+
+    @staticmethod
+    def _sample(optimizer: torch.optim.Optimizer, closure: Closure | None, guard: Guard) -> Sample:
+        remembered = optimizer.sample if isinstance(optimizer, AdaptiveOptimizer) else None
+        if closure is not None:
+            step = remembered.step_size if remembered is not None else _step_size(optimizer)
+            return Sample(closure, guard.random_state(), step)
+        if remembered is None:
+            remedy = (
+                "take lower steps with a closure first, or pass step(..., lower_closure=...)"
+                if isinstance(optimizer, AdaptiveOptimizer)
+                else "it remembers no closure, so pass step(..., lower_closure=lambda: lower_loss)"
+            )
+            raise LowerLevelError(f"the lower optimizer {type(optimizer).__name__} has no sample to evaluate: {remedy}")
+        return remembered
+
+    def offer(self, offsets: Sequence[Tensor]) -> None:
+        """Offer the predicted response to those lower optimizers that can choose it."""
+        by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AdaptiveOptimizer):
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                optimizer.offer([by_id.get(id(p), torch.zeros_like(p)) for p in params])
+
+
+def _step_size(optimizer: torch.optim.Optimizer) -> float:
+    """Return the step of a stock optimizer: its lr."""
+    return float(optimizer.param_groups[0]["lr"])

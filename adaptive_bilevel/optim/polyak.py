@@ -1,0 +1,249 @@
+"""SPS_max, DecSPS and SPSB as optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import policies
+from ..errors import ClosureError, OptionError
+from ..policies import Outcome, Record
+from ..policies.schedule import Decay
+from .base import AdaptiveOptimizer, Sample, gradients_of, move, require_closure, slope_of
+from .guard import Closure, Guard
+from .scalars import agree
+
+__all__ = ["SPSB", "DecSPS", "SPSMax"]
+
+
+class PolyakOptimizer(AdaptiveOptimizer):
+    """The step that the Polyak rules share: no trial, and on an accelerator no wait for the device."""
+
+    @property
+    def clock(self) -> int:
+        """The k of the bound's schedule if a level above sets it (beta_b,k of eq. (11)); -1: the own steps count."""
+        return int(self._saved("clock", -1))
+
+    def set_clock(self, k: int) -> None:
+        """Set the k of the bound's schedule."""
+        self._save_rule_state(self._rule_state(), clock=k)
+
+    def _on_host(self, params: Sequence[Tensor]) -> bool:
+        return all(p.device.type == "cpu" for p in params)
+
+    def _polyak_step(
+        self,
+        active: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        factors: Sequence[float],
+        rule_gradient: Sequence[Tensor],
+        loss: Tensor | float,
+        lower_bound: float | None,
+    ) -> tuple[Record, Any]:
+        """Take the step and return its record and the scale found."""
+        if lower_bound is None and self._options["lower_bound"] is None:
+            raise OptionError(
+                f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
+                "optimizer or to step(lower_bound=...), or use SLS for losses that are unbounded below"
+            )
+        descent = self._descent(active, gradient)
+        value, slope = agree(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
+        if self._on_host(active):
+            value, slope = float(value), float(slope)
+        bound, scale = self._bound(value, slope, lower_bound)
+        state = self._rule_state()
+        if self.clock >= 0:
+            state = state._replace(count=self.clock)
+        record, state = self._policy.step(state, loss=value, slope=slope, lower_bound=lower_bound, bound=bound)
+        directions = list(gradient) if descent.step is None else descent.step
+        if isinstance(record.step_size, Tensor):
+            _move_by_tensor(active, directions, record.step_size, factors)
+            self._save_rule_state(state)
+            descent.commit()
+        elif record.moved:
+            move(active, directions, record.step_size, factors)
+            self._save_rule_state(state)
+            descent.commit()
+        return record, scale
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        step_closure: Closure | None = None,
+        lower_bound: float | None = None,
+    ) -> Tensor | float:
+        """Take one step and return the loss before it.
+
+        Args:
+            closure: Returns the loss of one sample; evaluated once, with gradients.
+            loss: In the place of a closure: the loss whose gradient is in ``.grad`` already.
+            step_closure: The 2-sample form: loss and gradient of this closure give the step size, the gradient of
+                `closure` the direction.
+            lower_bound: Overrides the option for this sample.
+
+        Raises:
+            ClosureError: Neither closure nor loss, or the closure does not return an attached scalar.
+            TensorError: A gradient is sparse.
+            NonFiniteError: max_skips steps in a row were not finite.
+        """
+        params = self._parameters()
+        with Guard(params, self._workspace) as guard:
+            if loss is None:
+                require_closure(type(self).__name__, closure)
+                assert closure is not None
+                loss, grads = self._evaluate(guard, closure, params)
+                self.sample = Sample(closure, guard.entry, 0.0)
+            elif closure is not None:
+                raise ClosureError(f"{type(self).__name__}.step(closure=..., loss=...): give one of the two")
+            else:
+                loss, grads = (loss.detach() if isinstance(loss, Tensor) else float(loss)), [p.grad for p in params]
+            rule_loss, rule_grads = loss, grads
+            if step_closure is not None:
+                require_closure(type(self).__name__, step_closure)
+                rule_loss, rule_grads = guard.gradient(step_closure, params)
+                self.evaluations.upper.gradients += 1
+            active, gradient, factors = self._with_gradient(params, grads)
+            rule_gradient = gradient if step_closure is None else gradients_of(active, params, rule_grads)
+            record, scale = self._polyak_step(active, gradient, factors, rule_gradient, rule_loss, lower_bound)
+            if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
+                guard.undo()
+            else:
+                self._drop_offer()
+            if self.sample is not None:
+                self.sample = self.sample._replace(step_size=record.step_size)
+        self._conclude(record, scale)
+        return loss
+
+
+def _move_by_tensor(
+    params: Sequence[Tensor], directions: Sequence[Tensor], step: Tensor, factors: Sequence[float]
+) -> None:
+    """Move by a step that is still on the device; where it is 0, a direction that is not finite moves nothing."""
+    for p, d, w in zip(params, directions, factors, strict=True):
+        length = (step * w).to(device=p.device, dtype=p.dtype)
+        p.sub_(torch.where(length > 0, d * length, torch.zeros_like(d)))
+
+
+_NOT_OPTIONS = ("self", "params", "lr", "__class__")
+
+
+class SPSMax(PolyakOptimizer):
+    """SPS_max: step_k = min{(f_i - lower_bound) / (c ||grad f_i||^2), lr}, eq. (5).
+
+    Args:
+        params: Parameters or groups.
+        lr: gamma_b > 0, the bound. Left out, it is found at the first step.
+        c: c > 0; 1 in the experiments, 1/2 in the theorems.
+        lower_bound: l, any lower bound of the loss, e.g. 0 for cross-entropy; None: to be given at each step.
+        decay: Schedule of the bound, "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
+        floor: No step is shorter (unless the bound is), eqs. (9) and (10).
+        floor_decay: Schedule of the floor.
+        direction: "sgd", or "adam" (slope in Adam's metric).
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range (also a ValueError).
+
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
+    >>> optimizer = SPSMax([x], lr=1.0)
+    >>> float(optimizer.step(lambda: 0.5 * (x**2).sum()))
+    6.5
+    >>> optimizer.param_groups[0]["step_size"]
+    0.5
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        c: float = 1.0,
+        lower_bound: float | None = 0.0,
+        decay: Decay = "constant",
+        floor: float = 0.0,
+        floor_decay: Decay = "constant",
+        direction: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+        super().__init__(params, lr, options)
+
+    def _make_policy(self, options: dict[str, Any]) -> policies.SPSMax:
+        names = ("c", "lower_bound", "decay", "floor", "floor_decay")
+        return policies.SPSMax(**{name: options[name] for name in names})
+
+
+class SPSB(PolyakOptimizer):
+    """SPSB: step_k = min{(f_i - lower_bound) / (c ||grad f_i||^2), lr decay(k)}, eq. (7).
+
+    Options as in `SPSMax`; the bound decays as 1/sqrt(k+1) ("inverse" for strongly convex problems).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        c: float = 1.0,
+        lower_bound: float | None = 0.0,
+        decay: Decay = "inverse_sqrt",
+        floor: float = 0.0,
+        floor_decay: Decay = "constant",
+        direction: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+        super().__init__(params, lr, options)
+
+    def _make_policy(self, options: dict[str, Any]) -> policies.SPSB:
+        names = ("c", "lower_bound", "decay", "floor", "floor_decay")
+        return policies.SPSB(**{name: options[name] for name in names})
+
+
+class DecSPS(PolyakOptimizer):
+    """DecSPS: step_k = (1/c_k) min{(f_i - lower_bound) / ||grad f_i||^2, c_{k-1} step_{k-1}}, c_k = c sqrt(k+1), eq. (6).
+
+    Args:
+        params: Parameters or groups.
+        lr: gamma_b,0 > 0, the first bound. Left out, it is found at the first step.
+        c: c > 0.
+        lower_bound: l, any lower bound of the loss; None: to be given at each step.
+        direction: "sgd" or "adam".
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range (also a ValueError).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        c: float = 1.0,
+        lower_bound: float | None = 0.0,
+        direction: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+        super().__init__(params, lr, options)
+
+    def _make_policy(self, options: dict[str, Any]) -> policies.DecSPS:
+        return policies.DecSPS(c=options["c"], lower_bound=options["lower_bound"])

@@ -1,0 +1,90 @@
+"""Projections onto convex sets, for upper variables that are constrained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..policies import _options
+
+__all__ = ["Box", "Projection", "Simplex", "as_projection"]
+
+Projection = Callable[[Sequence[Tensor]], Any]
+"""Moves the tensors, in place, to the nearest point of a convex set."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """low <= x <= high, elementwise.
+
+    Args:
+        low: Lower end, -inf for none.
+        high: Upper end, inf for none; above `low`.
+
+    Raises:
+        OptionError: The box is empty.
+
+    >>> x = torch.tensor([-2.0, 0.5, 3.0])
+    >>> Box(0.0, 1.0)([x]); x
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Validate the ends."""
+        if not self.low < self.high:
+            raise OptionError(f"Box(low={self.low!r}, high={self.high!r}): low must be below high")
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Project in place."""
+        for x in tensors:
+            x.clamp_(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Simplex:
+    """x >= 0 with sum `total` along the last dimension, the Euclidean projection.
+
+    Args:
+        total: The sum, > 0.
+
+    Raises:
+        OptionError: total is not positive.
+
+    >>> x = torch.tensor([0.5, 0.8, -1.0])
+    >>> Simplex()([x]); x
+    tensor([0.3500, 0.6500, 0.0000])
+    """
+
+    total: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate the sum."""
+        _options.positive("Simplex", "total", self.total)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Project in place: x <- max(x - t, 0) with the t that gives the sum (by sorting)."""
+        for x in tensors:
+            ordered = x.sort(dim=-1, descending=True).values
+            ranks = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+            thresholds = (ordered.cumsum(-1) - self.total) / ranks
+            kept = (ordered > thresholds).sum(-1, keepdim=True)
+            x.sub_(thresholds.gather(-1, kept - 1)).clamp_(min=0.0)
+
+
+def as_projection(owner: str, project: Any) -> Projection | None:
+    """Return the option as a callable, or raise."""
+    if project is None or callable(project):
+        return project
+    raise OptionError(
+        f"{owner}(project={project!r}): project must be Box(low, high), Simplex(total), or a callable that moves a list "
+        "of tensors, in place, into a convex set"
+    )

@@ -1,0 +1,180 @@
+"""How the lower variable answers to a move of the upper one: the searched function of an upper step.
+
+An upper search needs phi(a) = f(x - a d, y(a)). The two ways to model y(a):
+
+* `TangentResponse`: y + a w with w = P C^T d, along the tangent of y*(x - a d). The slope of phi at 0 is exactly -s,
+  s = <f_x, d> - <f_y, w>, whatever the quality of P, so small steps always pass, and a trial costs one value of f.
+* `StepResponse`: one more lower step at x - a d, as in Fan et al. (2023), eq. (14). Its slope is not that of the
+  hypergradient, so every step may fail, and an accepted one may raise F; kept for comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..hypergradient import CG, LinearSolver
+from ..hypergradient.curvature import LowerCurvature
+from .base import Sample
+from .evaluations import Counts
+from .guard import Guard
+from .scalars import agree, inner
+
+__all__ = ["NoResponse", "Response", "StepResponse", "TangentResponse"]
+
+
+class Response(Protocol):
+    """The searched function's lower part."""
+
+    slope: float
+    offsets: Sequence[Tensor] | None
+
+    def answer(self, step: float) -> None:
+        """Put the lower variable to y(step), the upper one being at x - step d."""
+        ...
+
+    def certify(self, step: float) -> bool:
+        """Return whether the model of y can be believed at this step (the candidate is in place)."""
+        ...
+
+
+class NoResponse:
+    """f does not need the lower variable: phi(a) = f(x - a d)."""
+
+    offsets = None
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def answer(self, step: float) -> None:
+        """Do nothing."""
+
+    def certify(self, step: float) -> bool:
+        """Believe."""
+        return True
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(max(float(inner(tensors, tensors)), 0.0))
+
+
+class TangentResponse:
+    """y(a) = y + a w, w = P C^T d.
+
+    Args:
+        guard: The step's guard.
+        samples: The lower samples, frozen.
+        upper: The upper tensors that move.
+        lower: The lower tensors.
+        direction: d, the direction searched along.
+        partials: f_x and f_y.
+        solver: P.
+        tolerance: Largest accepted change of the lower gradient along the step beyond what the inexact w explains,
+            relative to step * ||C^T d||; inf: no test.
+        counts: Where lower oracle calls are counted.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        samples: Sequence[Sample],
+        upper: Sequence[Tensor],
+        lower: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        partials: tuple[Sequence[Tensor], Sequence[Tensor]],
+        solver: LinearSolver,
+        tolerance: float,
+        counts: Counts,
+    ) -> None:
+        self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
+        self._tolerance = tolerance
+        with torch.enable_grad():
+            losses = [guard.attached(sample.closure, sample.random) for sample in samples]
+            curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
+            self._push = curvature.cross_jvp(direction)
+            f_x, f_y = partials
+            solution = solver.solve(curvature.hvp, self._push)
+            direct = float(agree(inner(f_x, direction))[0])
+            self.slope = direct - float(agree(inner(f_y, solution.tensors))[0])
+            if self.slope <= 0.0 and isinstance(solver, CG):
+                # The solver's error has the last word on the sign: solve further once, then decide.
+                finer = dataclasses.replace(
+                    solver, tolerance=solver.tolerance / 10, max_iterations=2 * solver.max_iterations
+                )
+                solution = finer.solve(curvature.hvp, self._push, solution.tensors)
+                self.slope = direct - float(agree(inner(f_y, solution.tensors))[0])
+        self.offsets: Sequence[Tensor] | None = solution.tensors
+        self.residual = solution.residual
+        self._gradient = curvature.gradient
+        counts.gradients += curvature.gradients
+        counts.hvps += curvature.hvps
+        counts.jvps += curvature.jvps
+
+    def answer(self, step: float) -> None:
+        """Move y by step * w (it is at y)."""
+        assert self.offsets is not None
+        torch._foreach_add_(list(self._lower), list(self.offsets), alpha=step)
+
+    def certify(self, step: float) -> bool:
+        """Return whether the lower gradient changed little: along the exact tangent it does not, to first order."""
+        push = _norm(self._push)
+        if math.isinf(self._tolerance) or push == 0.0:
+            return True
+        moved: list[Tensor] | None = None
+        for sample in self._samples:
+            _, grads = self._guard.gradient(sample.closure, self._lower, sample.random)
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self._lower, grads, strict=True)]
+            moved = filled if moved is None else list(torch._foreach_add(moved, filled))
+        self._counts.gradients += 1
+        assert moved is not None
+        change = _norm(torch._foreach_sub(moved, list(self._gradient)))
+        rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in self._gradient) * (_norm(moved) + _norm(self._gradient))
+        change, push = (float(v) for v in agree(change, push))
+        return change <= self._tolerance * step * push + rounding
+
+
+class StepResponse:
+    """y(a) = y - beta grad_y g(x - a d, y), `steps` times: Fan et al. (2023), Algorithm 2, line 14.
+
+    Args:
+        guard: The step's guard.
+        samples: The lower samples, frozen, with the last lower step beta of each.
+        lower: The lower tensors.
+        slope: <h, d>, with h the user's hypergradient.
+        steps: Number of lower steps.
+        counts: Where lower oracle calls are counted.
+    """
+
+    offsets = None
+
+    def __init__(
+        self,
+        guard: Guard,
+        samples: Sequence[Sample],
+        lower: Sequence[Tensor],
+        slope: float,
+        steps: int,
+        counts: Counts,
+    ) -> None:
+        self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
+        self._steps = steps
+        self.slope = slope
+
+    def answer(self, step: float) -> None:
+        """Take the lower steps at the present x."""
+        for _ in range(self._steps):
+            gradients = [self._guard.gradient(s.closure, self._lower, s.random)[1] for s in self._samples]
+            self._counts.gradients += 1
+            for sample, grads in zip(self._samples, gradients, strict=True):
+                for p, g in zip(self._lower, grads, strict=True):
+                    if g is not None:
+                        p.add_(g, alpha=-sample.step_size)
+
+    def certify(self, step: float) -> bool:
+        """Believe, as the paper does."""
+        return True
