@@ -38,8 +38,8 @@ def resolve(
 ) -> Resolved:
     """Move ``lower`` in place to a minimizer of the lower loss, as near as the dtype allows.
 
-    Far away, Newton's direction with an Armijo search on the loss. Once the predicted decrease drowns in the rounding of
-    the loss, full steps as long as the gradient halves: gradients keep their digits where losses have lost them.
+    Far away, Newton's direction with an Armijo search on the loss. Once the predicted decrease drowns in the rounding
+    of the loss, full steps as long as the gradient halves: gradients keep their digits where losses have lost them.
 
     Args:
         loss_at: Returns g at the present point with its graph.

@@ -71,7 +71,7 @@ def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
         for index, tensor in enumerate(tensors):
             where = f"{name}[{index}]"
             if tensor.layout is not torch.strided:
-                raise TensorError(f"{where} has layout {tensor.layout}: only dense tensors can be differentiated twice.")
+                raise TensorError(f"{where} has layout {tensor.layout}: only dense ones can be differentiated twice.")
             if not tensor.is_floating_point():
                 raise TensorError(f"{where} has dtype {tensor.dtype}: only real floating tensors can be stepped.")
             if id(tensor) in seen:

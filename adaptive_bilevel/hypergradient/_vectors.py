@@ -1,5 +1,8 @@
 """Arithmetic on lists of tensors seen as one long vector, accumulated in at least float32."""
 
+# torch._foreach_* has no public name, and torch.optim itself is built on it.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

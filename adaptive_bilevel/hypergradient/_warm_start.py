@@ -11,9 +11,9 @@ from ._vectors import Vector
 
 __all__ = ["forget", "recall", "remember"]
 
-# Options are frozen and `implicit` is a function, so neither can hold a state. The solution belongs to the lower tensors:
-# it has their shapes, and is useless without them. So they are the key, weakly: it dies with them. It is only ever a
-# starting point, hence a stale one costs iterations and not correctness.
+# Options are frozen and `implicit` is a function, so neither can hold a state. The solution belongs to the lower
+# tensors: it has their shapes, and is useless without them. So they are the key, weakly: it dies with them. It is only
+# ever a starting point, hence a stale one costs iterations and not correctness.
 _solutions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -22,7 +22,9 @@ def recall(lower: Sequence[Tensor]) -> Vector | None:
     solution: Vector | None = _solutions.get(lower[0])
     if solution is None or len(solution) != len(lower):
         return None
-    fits = all(v.shape == y.shape and v.dtype == y.dtype and v.device == y.device for v, y in zip(solution, lower))
+    fits = all(
+        v.shape == y.shape and v.dtype == y.dtype and v.device == y.device for v, y in zip(solution, lower, strict=True)
+    )
     return solution if fits else None
 
 

@@ -1,13 +1,14 @@
 """Is this hypergradient right? Finite differences through a re-solved lower problem, and a sentence on what is wrong.
 
-Wrong hypergradients are the commonest bug of bilevel code, and a silent one: a flipped sign of the implicit term, a lost
-factor or a detached tensor still trains, to the wrong place. This module measures; `_diagnosis` names the fault.
+Wrong hypergradients are the commonest bug of bilevel code, and a silent one: a flipped sign of the implicit term, a
+lost factor or a detached tensor still trains, to the wrong place. This module measures; `_diagnosis` names the fault.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from ._tensors import Closure, Tree, check_callable, check_levels, evaluate, fla
 from ._vectors import Vector, rounding
 from .curvature import LowerCurvature, partial_gradients
 from .solvers import CG
+
+if TYPE_CHECKING:
+    from adaptive_bilevel.optim.guard import Guard
 
 __all__ = ["CheckReport", "DirectionCheck", "Verdict", "check"]
 
@@ -43,10 +47,10 @@ def check(
     """Compare a hypergradient with finite differences of ``F(x) = f(x, y*(x))``, and say what is wrong with it.
 
     For each direction d the lower problem is solved anew, by Newton's method from the present y, at x +- e d and
-    x +- 2 e d, and ``(F(x + e d) - F(x - e d)) / (2 e)`` is compared with <gradient, d>. With at most 6 numbers in x the
-    directions are the coordinates; otherwise the gradient to check, the reference (`implicit` at the re-solved point), its
-    direct part, and some random ones, made orthonormal. The cost is that of a few dozen lower solves: this is a tool for
-    a test or for the first iteration, not for training.
+    x +- 2 e d, and ``(F(x + e d) - F(x - e d)) / (2 e)`` is compared with <gradient, d>. With at most 6 numbers in x
+    the directions are the coordinates; otherwise the gradient to check, the reference (`implicit` at the re-solved
+    point), its direct part, and some random ones, made orthonormal. The cost is that of a few dozen lower solves: this
+    is a tool for a test or for the first iteration, not for training.
 
     Afterwards everything is bitwise as before, exceptions included: parameters, ``.grad``, buffers and torch's random
     state.
@@ -109,7 +113,15 @@ def check(
 class _Bench:
     """The two losses at whatever point the tensors are put to; all vectors of x are flat, in float64 on the CPU."""
 
-    def __init__(self, guard, upper_closure, lower_closure, x, y, max_iterations):  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        guard: Guard,
+        upper_closure: Closure,
+        lower_closure: Closure,
+        x: Vector,
+        y: Vector,
+        max_iterations: int,
+    ) -> None:
         self.guard, self.x, self.y = guard, x, y
         self._upper_closure, self._lower_closure, self._max_iterations = upper_closure, lower_closure, max_iterations
         self.origin = _flat(x)
@@ -148,8 +160,10 @@ class _Bench:
     def parts(self) -> tuple[Tensor, Tensor, float]:
         """Return f_x, C H^{-1} f_y and ||grad_y g|| at the present point."""
         entry = self.guard.entry
-        direct, rhs = partial_gradients(evaluate(self.guard, self._upper_closure, "upper_closure", entry), self.x, self.y)
-        curvature = LowerCurvature(evaluate(self.guard, self._lower_closure, "lower_closure", entry), self.x, self.y)
+        upper_loss = evaluate(self.guard, self._upper_closure, "upper_closure", entry)
+        direct, rhs = partial_gradients(upper_loss, self.x, self.y)
+        lower_loss = evaluate(self.guard, self._lower_closure, "lower_closure", entry)
+        curvature = LowerCurvature(lower_loss, self.x, self.y)
         size = sum(tensor.numel() for tensor in self.y)
         solution = CG(max_iterations=max(20, min(1000, 4 * size)), tolerance=1e-10).solve(curvature.hvp, rhs)
         return _flat(direct), _flat(curvature.cross_vjp(solution.tensors)), float(_flat(curvature.gradient).norm())

@@ -1,8 +1,8 @@
 """Products with the second derivatives of the lower loss at one point, from one evaluation.
 
-Why double backward through a kept graph, and not ``torch.func``: closures take no arguments, so there is no function of x
-and y to hand to ``torch.func.jvp`` or ``functional_call``. It is also the faster way, because the forward and the first
-backward are done once and not in every product. Measured on one CPU core, torch 2.13, batch 64 / 256, time of
+Why double backward through a kept graph, and not ``torch.func``: closures take no arguments, so there is no function of
+x and y to hand to ``torch.func.jvp`` or ``functional_call``. It is also the faster way, because the forward and the
+first backward are done once and not in every product. Measured on one CPU core, torch 2.13, batch 64 / 256, time of
 (building + 10 products) with ``torch.func.jvp(torch.func.grad(g))`` over that with a kept graph:
 
 | lower loss | ratio | one product, kept graph | one product, jvp of grad | one product, vjp of grad |
@@ -162,7 +162,7 @@ def _gradients(
         if "second time" not in str(error):
             raise
         raise ClosureError(
-            f"{name} freed the graph of its loss: return it without differentiating it inside, or retain the graph there."
+            f"{name} freed the graph of its loss: do not differentiate the loss inside, or retain the graph there."
         ) from error
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
 

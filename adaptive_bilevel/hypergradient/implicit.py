@@ -88,13 +88,13 @@ def implicit(
     Args:
         upper_closure: Returns the upper loss. A backward inside has no effect, as in the optimizers.
         lower_closure: Returns the lower loss (the sum of them, if there are several), likewise.
-        upper: The tensors of x: a list, ``model.parameters()``, a mapping, or any nesting of these. They must be the very
-            objects that the closures use. Frozen ones, and those a loss does not use, contribute zeros.
+        upper: The tensors of x: a list, ``model.parameters()``, a mapping, or any nesting of these. They must be the
+            very objects that the closures use. Frozen ones, and those a loss does not use, contribute zeros.
         lower: The tensors of y, likewise.
         solver: `CG`, `Neumann`, `Identity`, or any `LinearSolver`.
-        initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the last
-            solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint, save
-            ``info.solution.tensors`` of `implicit_with_info` and pass them here.
+        initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the
+            last solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint,
+            save ``info.solution.tensors`` of `implicit_with_info` and pass them here.
 
     Returns:
         The hypergradient, detached: a tuple for a list or an iterator of tensors, else arranged like ``upper``.

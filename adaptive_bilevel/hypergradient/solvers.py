@@ -1,13 +1,13 @@
 """Linear solvers: approximations P of the inverse of the lower Hessian H, applied to one vector.
 
-The same solver serves the hypergradient, ``h = f_x - C P f_y``, and the response of the lower variable to a move d of the
-upper one, ``w = P C^T d``: the searched function then has the slope that the hypergradient promises.
+The same solver serves the hypergradient, ``h = f_x - C P f_y``, and the response of the lower variable to a move d of
+the upper one, ``w = P C^T d``: the searched function then has the slope that the hypergradient promises.
 
 | solver | P | Hessian-vector products |
 |---|---|---|
 | `CG` | conjugate gradients to a relative residual | until the tolerance, at most ``max_iterations`` |
 | `Neumann` | ``scale * sum_{q=0}^{steps} (I - scale H)^q`` | ``steps`` |
-| `Neumann` with ``random=True`` | ``N scale prod_{j=1}^{n} (I - scale H_j)``, n uniform on 0..N-1 | (N-1)/2 on average |
+| `Neumann` with ``random=True`` | ``N scale prod_{j=1}^{n} (I - scale H_j)``, n from 0..N-1 | (N-1)/2 on average |
 | `Identity` | ``scale * I`` | none |
 
 Solvers hold options only. A vector is a sequence of tensors; its arithmetic is done in at least float32.
@@ -63,8 +63,8 @@ _SENTENCES = {
         "the iterate so far is kept"
     ),
     SolverStatus.diverging: (
-        "a factor (I - scale H) made its vector grow: scale is above 2 / (largest eigenvalue of H), or H is indefinite; "
-        "the growing term and all after it are left out"
+        "a factor (I - scale H) made its vector grow: scale is above 2 / (largest eigenvalue of H), or H is "
+        "indefinite; the growing term and all after it are left out"
     ),
     SolverStatus.zero_rhs: "the right side is zero, so the solution is zero",
     SolverStatus.non_finite: "a number that is not finite came up: what was computed before it is kept",
@@ -78,8 +78,8 @@ class Solution(NamedTuple):
     Attributes:
         tensors: v, in the shapes and dtypes of b, detached.
         iterations: Number of Hessian-vector products that were taken.
-        residual: ``||b - H v|| / ||b||`` as the solver knows it; NaN where it is not computed (`Identity`, and `Neumann`
-            with ``random=True``).
+        residual: ``||b - H v|| / ||b||`` as the solver knows it; NaN where it is not computed (`Identity`, and
+            `Neumann` with ``random=True``).
         status: A `SolverStatus`.
     """
 
@@ -110,15 +110,16 @@ class LinearSolver(Protocol):
 @final
 @dataclass(frozen=True)
 class CG:
-    """Conjugate gradients, eq. (23) of the lecture's table and the solver of Fan et al. (2023), arXiv 2305.18666.
+    """Conjugate gradients, the solver of AID-BiO and one of those in Fan et al. (2023), arXiv 2305.18666.
 
     Iterates until ``||b - H v|| <= tolerance ||b||``. The error in the norm of H is at most
     ``2 ((sqrt(k) - 1) / (sqrt(k) + 1))^Q`` times the first one after Q iterations, k being the condition number of H.
     The returned iterate is the one after the last update.
 
-    A direction p with ``<p, H p> <= 0`` up to rounding ends the solve with the iterate so far, which is zero in the first
-    iteration of a cold start: then the hypergradient is its direct part alone, and the response is none. Adding
-    ``(damping / 2) ||y||^2`` to the lower loss, `Neumann` or `Identity` are the ways out for a lower loss that is not convex.
+    A direction p with ``<p, H p> <= 0`` up to rounding ends the solve with the iterate so far, which is zero in the
+    first iteration of a cold start: then the hypergradient is its direct part alone, and the response is none. Adding
+    ``(damping / 2) ||y||^2`` to the lower loss, `Neumann` or `Identity` are the ways out for a lower loss that is not
+    convex.
 
     Solving further from a solution is ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with that
     solution's ``tensors`` as ``initial``.
@@ -190,7 +191,8 @@ class CG:
             if not math.isfinite(curvature) or not math.isfinite(norm):
                 status = SolverStatus.non_finite
                 break
-            # Below unit * ||H|| ||p||^2 the sign of the curvature is rounding, and dividing by it would throw v far away.
+            # Below unit * ||H|| ||p||^2 the sign of the curvature is rounding, and dividing by it would throw v far
+            # away.
             if curvature <= unit * norm * length:
                 status = SolverStatus.negative_curvature
                 break
@@ -215,9 +217,9 @@ class Neumann:
     ``(1 - scale mu)^(steps + 1)``. From ``initial`` the series is applied to ``b - H initial``, for one product more.
 
     Random: ``N scale prod_{j=1}^{n} (I - scale H_j) b`` with N = steps and n uniform on 0..N-1; eq. (13) of Fan et al.
-    (2023), arXiv 2305.18666, with the factor ``scale`` inside the product and the range of n corrected. Its expectation is
-    the sum with ``steps = N - 1`` if each H_j is the Hessian on an independent sample, which is why `implicit` calls the
-    lower closure anew for each product. Its variance grows with N, so the sum is the default.
+    (2023), arXiv 2305.18666, with the factor ``scale`` inside the product and the range of n corrected. Its expectation
+    is the sum with ``steps = N - 1`` if each H_j is the Hessian on an independent sample, which is why `implicit` calls
+    the lower closure anew for each product. Its variance grows with N, so the sum is the default.
 
     Args:
         steps: Number of products of the sum (0 or more), or N (1 or more).
