@@ -1,9 +1,11 @@
 """Runs methods on a task over seeds and writes one small JSON file per run; runs whose file exists are not repeated.
 
-R="python examples/benchmarks/run.py --data DIR --output results"
-$R hyper-representation --method adam:lr=1e-3 --method bisls-adam --seeds 0 1 2
-$R w8a --method sgd:lr=100 --method spsb:lr=1000,two_sample=True
-$R hyper-cleaning --method bisls-sgd:lr=1e3,carry=False --set lower_steps=1 solver_steps=3
+Examples, from the project's folder:
+
+    R="python examples/benchmarks/run.py --data DIR --output results"
+    $R hyper-representation --method adam:lr=1e-3 --method bisls-adam --seeds 0 1 2
+    $R w8a --method sgd:lr=100 --method spsb:lr=1000,two_sample=True
+    $R hyper-cleaning --method bisls-sgd:lr=1e3,carry=False --set lower_steps=1 solver_steps=3
 """
 
 from __future__ import annotations

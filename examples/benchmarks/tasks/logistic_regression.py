@@ -39,7 +39,7 @@ class LogisticRegression:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        accuracy = (self.y * (self.x @ self.params[0]) > 0).float().mean()
+        accuracy = ((self.x @ self.params[0] > 0) == (self.y > 0)).float().mean()
         return {"loss": float(self.loss((self.x, self.y))) - self.optimum, "accuracy": float(accuracy)}
 
 
