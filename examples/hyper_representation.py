@@ -28,6 +28,7 @@ from adaptive_bilevel.hypergradient import assign, implicit
 
 LOWER_STEPS, BATCH, RIDGE = 10, 128, 1e-3
 EVALUATE_EVERY = 5
+TOP = 0.6  # of the picture; a head of zeros has the loss 0.5
 
 Batch = tuple[Tensor, Tensor]
 MakeOuter = Callable[[list[nn.Parameter], torch.optim.Optimizer], torch.optim.Optimizer]
@@ -177,15 +178,17 @@ def draw_figure(histories: dict[str, History], title: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, run in histories.items():
         width = 2.2 if name not in fixed else 1.4
-        left.plot(run.iterations, run.losses, color=colors[name], lw=width, label=name)
+        label = name if min(run.losses) < TOP and run.final < TOP else f"{name} (ends at {run.final:.2g})"
+        left.plot(run.iterations, run.losses, color=colors[name], lw=width, label=label)
         if name in fixed:
             right.axhline(run.step_sizes[0], color=colors[name], lw=width, ls="--")
+            right.text(0, run.step_sizes[0] * 1.1, name, color=colors[name], fontsize=9)
         else:
             moved = [(k, step) for k, step in enumerate(run.step_sizes, 1) if step > 0]
             right.plot(*zip(*moved, strict=True), color=colors[name], lw=width)
-    best = min(run.final for run in histories.values() if math.isfinite(run.final))
-    left.set(yscale="log", ylim=(best / 1.3, 2.0), xlabel="upper iteration", ylabel="validation loss", title=title)
-    left.legend(frameon=False, loc="upper right")
+    bottom = min(run.final for run in histories.values() if math.isfinite(run.final)) / 1.3
+    left.set(yscale="log", ylim=(bottom, TOP), xlabel="upper iteration", ylabel="validation loss", title=title)
+    left.legend(frameon=False, loc="lower left")
     right.set(yscale="log", xlabel="upper iteration", ylabel="upper step size", title="step sizes: fixed, and found")
     for axes in (left, right):
         axes.grid(alpha=0.25)
