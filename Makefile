@@ -43,7 +43,7 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-types: $(INSTALLED) ## mypy: strict on the package, looser on tests and examples
+types: $(INSTALLED) ## mypy: strict on the package, looser on tests
 	$(PY) -m mypy
 
 pytest: $(INSTALLED) ## doctests and tests only; ARGS="-k bisls"
