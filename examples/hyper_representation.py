@@ -182,7 +182,7 @@ def draw_figure(histories: dict[str, History], title: str, path: Path) -> None:
         left.plot(run.iterations, run.losses, color=colors[name], lw=width, label=label)
         if name in fixed:
             right.axhline(run.step_sizes[0], color=colors[name], lw=width, ls="--")
-            right.text(0, run.step_sizes[0] * 1.1, name, color=colors[name], fontsize=9)
+            right.annotate(name, (1.01, run.step_sizes[0]), xycoords=right.get_yaxis_transform(), color=colors[name])
         else:
             moved = [(k, step) for k, step in enumerate(run.step_sizes, 1) if step > 0]
             right.plot(*zip(*moved, strict=True), color=colors[name], lw=width)

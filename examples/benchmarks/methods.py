@@ -93,7 +93,7 @@ def polyak(upper: Params, lower: Params, lower_rule: LowerRule, solver: Any, **o
     """BiSPS; `options` are its own."""
     inner = lower_rule(lower)
     outer = BiSPS(upper, lower=inner, **options)
-    return Hooks(inner, outer, plain_step(inner, lower), with_lower_closure(outer, inner))
+    return Hooks(inner, outer, plain_step(inner, lower), lambda upper_closure, lower_closure: outer.step(upper_closure))
 
 
 def with_lower_closure(outer: Any, inner: torch.optim.Optimizer) -> Callable[[Closure, Closure], Any]:
