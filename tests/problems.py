@@ -54,7 +54,9 @@ class Problem:
 
     def hessian(self, x: Tensor, y: Tensor) -> Tensor:
         """H as a dense matrix, d_y x d_y."""
-        return torch.func.hessian(self.g, argnums=1)(x, y).reshape(y.numel(), y.numel())
+        # Reverse over reverse: forward mode sets off a deprecation warning inside torch.
+        rows = torch.func.jacrev(torch.func.grad(self.g, argnums=1), argnums=1)(x, y)
+        return rows.reshape(y.numel(), y.numel())
 
     def cross(self, x: Tensor, y: Tensor) -> Tensor:
         """C = grad^2_xy g as a dense matrix, d_x x d_y."""
@@ -123,11 +125,11 @@ class Quadratic:
 
 
 def vector(values) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64)
 
 
 def quadratic(H, C, b, A, B, D, p, q, const=0.0) -> Quadratic:
-    return Quadratic(*(vector(t) for t in (H, C, b, A, B, D, p, q)), const)
+    return Quadratic(vector(H), vector(C), vector(b), vector(A), vector(B), vector(D), vector(p), vector(q), const)
 
 
 def b1_data() -> Quadratic:

@@ -195,13 +195,16 @@ def _name_the_fault(
     if cosine <= -0.995:
         also = "" if abs(factor - 1) <= tolerance else f", and the scale is off by a factor of about {factor:.2g}"
         return Verdict.sign, f"The sign is flipped: the gradient points uphill{also}."
-    if cosine >= 0.995:
-        return Verdict.scale, f"The direction is right, but the scale is off by a factor of about {factor:.2g}."
+    scaled = Verdict.scale, f"The direction is right, but the scale is off by a factor of about {factor:.2g}."
+    if cosine >= 1 - 1e-6:
+        return scaled
     if trusted and (weight := _implicit_weight(claimed, direct, implicit)) is not None:
         return Verdict.implicit_scale, (
             f"The implicit term is off by a factor of about {weight:.2g}: the gradient is f_x - {weight:.2g} C v. "
             "Look at the scale of the inverse (a Neumann sum without its step, an identity), or at its accuracy."
         )
+    if cosine >= 0.995:
+        return scaled
     return Verdict.direction, (
         f"The direction is wrong (cosine {cosine:.2f}): the gradient is no combination of f_x and C v. Look for a "
         "detached tensor, a different batch, or an inverse that is not solved."
@@ -213,29 +216,29 @@ def _usual_fault(
 ) -> tuple[Verdict, str] | None:
     """Return the mistake that gives exactly this gradient, if one does."""
     size = float(claimed.norm()) + float(right.norm())
+    no_direct = ", which is zero" if float(direct.norm()) <= 1e-9 * size else ""
+    # How near counts: no solver enters the direct part; the others carry the error of the user's solver.
     suspects = (
         (
+            1e-3,
             Verdict.direct_only,
             direct,
-            "The gradient is the direct part f_x only"
-            + (", which is zero" if float(direct.norm()) <= 1e-9 * size else "")
-            + ": the path through y*(x) is missing.",
+            f"The gradient is the direct part f_x only{no_direct}: the path through y*(x) is missing.",
         ),
-        (Verdict.sign, -right, "The sign is flipped: the gradient points uphill."),
+        (0.03, Verdict.sign, -right, "The sign is flipped: the gradient points uphill."),
         (
+            0.03,
             Verdict.implicit_sign,
             direct + implicit,
             "The implicit term has the wrong sign: the gradient is f_x + C v, right is f_x - C v.",
         ),
     )
-    for verdict, suspect, sentence in suspects:
-        # Ten times nearer to the mistake than to the right one. A gradient that passes is accused only if the
-        # coincidence is exact: the implicit term may be a small part of it, but it is not an excuse to flip its sign.
-        gap = _apart(suspect, right)
-        near = _apart(claimed, suspect) <= (1e-3 if passes else 0.1) * gap
-        if near and gap > 1e-4 * size:
-            return verdict, sentence
-    return None
+    near, verdict, suspect, sentence = min(suspects, key=lambda s: _apart(claimed, s[2]))
+    gap = _apart(suspect, right)
+    # A gradient that passes is accused only if the coincidence is exact: the implicit term may be a small part of it,
+    # but that is no excuse for its sign.
+    accused = gap > 1e-4 * size and _apart(claimed, suspect) <= (1e-3 if passes else near) * gap
+    return (verdict, sentence) if accused else None
 
 
 def _implicit_weight(claimed: Tensor, direct: Tensor, implicit: Tensor) -> float | None:

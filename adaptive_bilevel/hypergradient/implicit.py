@@ -114,7 +114,7 @@ def implicit(
     >>> implicit(f, g, [x], [y])
     (tensor([0.9000]),)
     """
-    return implicit_with_info(upper_closure, lower_closure, upper, lower, solver, initial=initial)[0]
+    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial)[0]
 
 
 def implicit_with_info(
@@ -136,6 +136,12 @@ def implicit_with_info(
     >>> info.solution.status.name, info.solution.tensors, info.hvps
     ('converged', (tensor([2.]),), 1)
     """
+    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial)
+
+
+def _differentiate(
+    upper_closure: Closure, lower_closure: Closure, upper: Tree, lower: Tree, solver: LinearSolver, initial: Tree | None
+) -> tuple[Any, ImplicitInfo]:
     x, structure = flatten(upper, "upper")
     y, _ = flatten(lower, "lower")
     check_levels(x, y)
@@ -165,7 +171,7 @@ def implicit_with_info(
     if solver.warm_start:
         remember(y, solution.tensors)
     if solution.status is SolverStatus.diverging:
-        warnings.warn(f"{solver}: {solution.status.sentence}.", AdaptiveBilevelWarning, stacklevel=2)
+        warnings.warn(f"{solver}: {solution.status.sentence}.", AdaptiveBilevelWarning, stacklevel=3)
     info = ImplicitInfo(
         solution=solution,
         upper_loss=upper_loss.detach(),
