@@ -13,7 +13,8 @@ tensor([0.9000])
 from .check import CheckReport, DirectionCheck, Verdict, check
 from .curvature import LowerCurvature, PartialGradients, partial_gradients
 from .implicit import ImplicitInfo, assign, implicit, implicit_with_info
-from .solvers import CG, Identity, LinearSolver, Neumann, Solution, SolverStatus
+from .solution import LinearSolver, Solution, SolverStatus
+from .solvers import CG, Identity, Neumann
 
 __all__ = [
     "CG",

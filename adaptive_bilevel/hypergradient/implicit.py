@@ -14,7 +14,8 @@ from ._tensors import Closure, Tree, check_callable, check_levels, evaluate, fla
 from ._vectors import Vector, add
 from ._warm_start import recall, remember
 from .curvature import LowerCurvature, partial_gradients
-from .solvers import CG, LinearSolver, Solution, SolverStatus
+from .solution import LinearSolver, Solution, SolverStatus
+from .solvers import CG
 
 __all__ = ["ImplicitInfo", "assign", "implicit", "implicit_with_info"]
 

@@ -16,10 +16,9 @@ Solvers hold options only. A vector is a sequence of tensors; its arithmetic is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import NamedTuple, Protocol, TypeAlias, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -27,84 +26,10 @@ from torch import Tensor
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies._options import count, finite, non_negative, positive
 
-from ._vectors import Vector, add, cast_like, inner, rounding, scale, widen, zeros_like
+from ._vectors import add, cast_like, inner, rounding, scale, widen, zeros_like
+from .solution import MatVec, Solution, SolverStatus
 
-__all__ = ["CG", "Identity", "LinearSolver", "MatVec", "Neumann", "Solution", "SolverStatus"]
-
-MatVec: TypeAlias = Callable[[Vector], Sequence[Tensor]]
-
-
-class SolverStatus(IntEnum):
-    """Why a solve ended; `sentence` says it in words.
-
-    >>> SolverStatus.negative_curvature.sentence
-    'met a direction without positive curvature: the lower loss is not strongly convex here, the iterate so far is kept'
-    """
-
-    converged = 0
-    iteration_limit = 1
-    negative_curvature = 2
-    diverging = 3
-    zero_rhs = 4
-    non_finite = 5
-    complete = 6
-
-    @property
-    def sentence(self) -> str:
-        """The sentence a user reads."""
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    SolverStatus.converged: "the relative residual met the tolerance",
-    SolverStatus.iteration_limit: "the iteration limit came before the tolerance",
-    SolverStatus.negative_curvature: (
-        "met a direction without positive curvature: the lower loss is not strongly convex here, "
-        "the iterate so far is kept"
-    ),
-    SolverStatus.diverging: (
-        "a factor (I - scale H) made its vector grow: scale is above 2 / (largest eigenvalue of H), or H is "
-        "indefinite; the growing term and all after it are left out"
-    ),
-    SolverStatus.zero_rhs: "the right side is zero, so the solution is zero",
-    SolverStatus.non_finite: "a number that is not finite came up: what was computed before it is kept",
-    SolverStatus.complete: "all terms were taken",
-}
-
-
-class Solution(NamedTuple):
-    """What a solve of ``H v = b`` returned.
-
-    Attributes:
-        tensors: v, in the shapes and dtypes of b, detached.
-        iterations: Number of Hessian-vector products that were taken.
-        residual: ``||b - H v|| / ||b||`` as the solver knows it; NaN where it is not computed (`Identity`, and
-            `Neumann` with ``random=True``).
-        status: A `SolverStatus`.
-    """
-
-    tensors: Vector
-    iterations: int
-    residual: float
-    status: SolverStatus
-
-
-class LinearSolver(Protocol):
-    """Anything that solves ``H v = b`` from products with H."""
-
-    @property
-    def warm_start(self) -> bool:
-        """Whether the previous solution should be passed as ``initial``; whoever calls in a loop keeps it."""
-        ...
-
-    @property
-    def resamples(self) -> bool:
-        """Whether every product should be taken with an independent sample of the lower loss."""
-        ...
-
-    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
-        """Return an approximation of ``H^{-1} rhs``, where ``matvec(v)`` is ``H v``."""
-        ...
+__all__ = ["CG", "Identity", "Neumann"]
 
 
 @final
@@ -178,6 +103,7 @@ class CG:
         unit = rounding(b)
         target = max(self.tolerance, unit) ** 2 * size
         p, square, norm = residual, inner(residual, residual), 0.0
+        length = square  # ||p||^2, by recurrence: the residual is orthogonal to the last p
         status = SolverStatus.converged
         iteration = 0
         while square > target:
@@ -186,7 +112,7 @@ class CG:
                 break
             image = widen(matvec(cast_like(p, rhs)))
             iteration, taken = iteration + 1, taken + 1
-            curvature, length = inner(p, image), inner(p, p)
+            curvature = inner(p, image)
             norm = max(norm, math.sqrt(inner(image, image) / length))
             if not math.isfinite(curvature) or not math.isfinite(norm):
                 status = SolverStatus.non_finite
@@ -203,8 +129,8 @@ class CG:
                 status = SolverStatus.non_finite
                 break
             v, residual = add(v, p, step), shorter
-            p = add(residual, p, following / square)
-            square = following
+            ratio = following / square
+            p, length, square = add(residual, p, ratio), following + ratio**2 * length, following
         return Solution(cast_like(v, rhs), taken, math.sqrt(square / size), status)
 
 

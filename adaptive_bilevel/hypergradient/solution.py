@@ -1,0 +1,88 @@
+"""What a linear solver is, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+from ._vectors import Vector
+
+__all__ = ["LinearSolver", "MatVec", "Solution", "SolverStatus"]
+
+MatVec: TypeAlias = Callable[[Vector], Sequence[Tensor]]
+
+
+class SolverStatus(IntEnum):
+    """Why a solve ended; `sentence` says it in words.
+
+    >>> SolverStatus.negative_curvature.sentence
+    'met a direction without positive curvature: the lower loss is not strongly convex here, the iterate so far is kept'
+    """
+
+    converged = 0
+    iteration_limit = 1
+    negative_curvature = 2
+    diverging = 3
+    zero_rhs = 4
+    non_finite = 5
+    complete = 6
+
+    @property
+    def sentence(self) -> str:
+        """The sentence a user reads."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    SolverStatus.converged: "the relative residual met the tolerance",
+    SolverStatus.iteration_limit: "the iteration limit came before the tolerance",
+    SolverStatus.negative_curvature: (
+        "met a direction without positive curvature: the lower loss is not strongly convex here, "
+        "the iterate so far is kept"
+    ),
+    SolverStatus.diverging: (
+        "a factor (I - scale H) made its vector grow: scale is above 2 / (largest eigenvalue of H), or H is "
+        "indefinite; the growing term and all after it are left out"
+    ),
+    SolverStatus.zero_rhs: "the right side is zero, so the solution is zero",
+    SolverStatus.non_finite: "a number that is not finite came up: what was computed before it is kept",
+    SolverStatus.complete: "all terms were taken",
+}
+
+
+class Solution(NamedTuple):
+    """What a solve of ``H v = b`` returned.
+
+    Attributes:
+        tensors: v, in the shapes and dtypes of b, detached.
+        iterations: Number of Hessian-vector products that were taken.
+        residual: ``||b - H v|| / ||b||`` as the solver knows it; NaN where it is not computed (`Identity`, and
+            `Neumann` with ``random=True``).
+        status: A `SolverStatus`.
+    """
+
+    tensors: Vector
+    iterations: int
+    residual: float
+    status: SolverStatus
+
+
+class LinearSolver(Protocol):
+    """Anything that solves ``H v = b`` from products with H."""
+
+    @property
+    def warm_start(self) -> bool:
+        """Whether the previous solution should be passed as ``initial``; whoever calls in a loop keeps it."""
+        ...
+
+    @property
+    def resamples(self) -> bool:
+        """Whether every product should be taken with an independent sample of the lower loss."""
+        ...
+
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return an approximation of ``H^{-1} rhs``, where ``matvec(v)`` is ``H v``."""
+        ...
