@@ -139,6 +139,7 @@ def test_cg_solves_further_from_a_solution():
         lambda v: (H @ v[0],), (b,), first.tensors
     )  # nothing to do: one product to see that the tolerance is met
     assert further.iterations == 1
+    assert further.tensors[0].data_ptr() != first.tensors[0].data_ptr()
     torch.testing.assert_close(further.tensors, first.tensors, rtol=0, atol=0)
     finer = dataclasses.replace(solver, tolerance=solver.tolerance / 10)
     further = finer.solve(lambda v: (H @ v[0],), (b,), first.tensors)

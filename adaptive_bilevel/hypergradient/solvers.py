@@ -94,7 +94,7 @@ class CG:
             return ended
         v, residual, taken = zeros_like(b), b, 0
         if initial is not None:
-            start, taken = widen(initial), 1
+            start, taken = tuple(tensor.clone() for tensor in widen(initial)), 1
             image = widen(matvec(cast_like(start, rhs)))
             # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
             # The residual would be the wrong judge: it may grow while the iterate improves.
