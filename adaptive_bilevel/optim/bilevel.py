@@ -284,6 +284,7 @@ class BiSLS(AdaptiveOptimizer):
             record: Record | None = None
             scale: Any = self.param_groups[0]["scale"]
             response: Response | None = None
+            tangents: dict[str, Any] | None = None
             if not (math.isfinite(value) and math.isfinite(promised)) or promised <= 0.0:
                 outcome = Outcome.non_finite if not math.isfinite(value + promised) else Outcome.zero_gradient
                 record = Record(0.0, 0.0, math.inf, outcome, slope=promised)
@@ -301,6 +302,16 @@ class BiSLS(AdaptiveOptimizer):
                 response = self._respond(
                     guard, lower_closure, active, lower, direction, ([chosen[id(p)] for p in active], f_y), promised
                 )
+                if isinstance(response, TangentResponse):
+                    response.along(direction)
+                    if response.slope <= 0.0 and self.project is None:
+                        # The hypergradient does not descend on phi, solved further or not: replace it by its own.
+                        h = response.hypergradient()
+                        direction = _scaled(descent.precondition(h), factors)
+                        promised = float(agree(slope_of(h, direction, [1.0] * len(h)))[0])
+                        response.along(direction)
+                    tangents = self._mean_tangent(response.offsets)
+                response.close()
                 record, scale, state = self._search(guard, upper_closure, active, direction, response, value, loss, longest)
             if response is not None:
                 record = record._replace(slope=response.slope, slope_ratio=response.slope / promised if promised else math.nan)
@@ -308,11 +319,13 @@ class BiSLS(AdaptiveOptimizer):
                 guard.undo()
             else:
                 descent.commit()
+                if tangents is not None:
+                    self.state["tangents"] = tangents  # type: ignore[index]
                 if not record.moved:
                     guard.put_back()
                 else:
                     assert response is not None
-                    self._settle(guard, params, lower, active, direction, stepped, response, record.step_size, copies)
+                    self._settle(params, lower, active, stepped, response.offsets, tangents, record.step_size, copies)
                     self._save_rule_state(state)
         self._conclude(record, scale)
         self._compare_slopes(record)
@@ -347,7 +360,6 @@ class BiSLS(AdaptiveOptimizer):
             samples,
             active,
             lower,
-            direction,
             partials,
             self.solver,
             options["curvature"],
@@ -424,15 +436,31 @@ class BiSLS(AdaptiveOptimizer):
         guard.put_back()
         return feasible, longest
 
+    def _mean_tangent(self, offsets: Sequence[Tensor] | None) -> dict[str, Any] | None:
+        """Return the running mean of the tangents, averaged as Adam averages the gradients; None for plain steps.
+
+        The step goes along the mean of the gradients, so y answers along the mean of the tangents. That would cost a
+        second solve; the mean of the solves made so far is free, and differs by how H, C and A changed meanwhile.
+        """
+        if self._options["direction"] != "adam" or offsets is None:
+            return None
+        beta = self._options["betas"][0]
+        saved = self.state["tangents"] if "tangents" in self.state else {"count": 0, "mean": None}
+        mean = list(offsets) if saved["mean"] is None else saved["mean"]
+        if saved["mean"] is None:
+            mean = list(torch._foreach_mul(mean, 1.0 - beta))
+        else:
+            mean = list(torch._foreach_lerp(mean, list(offsets), 1.0 - beta))
+        return {"count": saved["count"] + 1, "mean": mean}
+
     def _settle(
         self,
-        guard: Guard,
         params: list[Tensor],
         lower: list[Tensor],
         active: list[Tensor],
-        direction: list[Tensor],
         stepped: list[Tensor] | None,
-        response: Response,
+        offsets: Sequence[Tensor] | None,
+        tangents: dict[str, Any] | None,
         step: float,
         copies: list[Tensor],
     ) -> None:
@@ -445,12 +473,17 @@ class BiSLS(AdaptiveOptimizer):
             self.project(params)
         if not lower:
             return
-        carry = self._options["carry"]
-        carried = carry is True and response.offsets is not None
-        if not carried:
-            torch._foreach_copy_(lower, copies[len(params) :])
-        if carry == "auto" and response.offsets is not None:
-            self.lower.offer(torch._foreach_mul(list(response.offsets), step))
+        torch._foreach_copy_(lower, copies[len(params) :])
+        if offsets is None or self._options["carry"] is False:
+            return
+        answer = list(offsets)
+        if tangents is not None:
+            step /= 1.0 - self._options["betas"][0] ** tangents["count"]
+            answer = tangents["mean"]
+        if self._options["carry"] == "auto":
+            self.lower.offer(torch._foreach_mul(answer, step))
+        else:
+            torch._foreach_add_(lower, answer, alpha=step)
 
     def _compare_slopes(self, record: Record) -> None:
         """Say once when the slope has been far from what the hypergradient promised for 20 steps in a row."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..hypergradient import CG, LinearSolver
+from ..hypergradient import CG, LinearSolver, Neumann
 from ..hypergradient.curvature import LowerCurvature
 from .base import Sample
 from .evaluations import Counts
@@ -33,6 +33,10 @@ class Response(Protocol):
 
     slope: float
     offsets: Sequence[Tensor] | None
+
+    def close(self) -> None:
+        """Get ready for trials."""
+        ...
 
     def answer(self, step: float) -> None:
         """Put the lower variable to y(step), the upper one being at x - step d."""
@@ -50,6 +54,9 @@ class NoResponse:
 
     def __init__(self, slope: float) -> None:
         self.slope = slope
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def answer(self, step: float) -> None:
         """Do nothing."""
@@ -71,11 +78,9 @@ class TangentResponse:
         samples: The lower samples, frozen.
         upper: The upper tensors that move.
         lower: The lower tensors.
-        direction: d, the direction searched along.
-        partials: f_x and f_y.
+        partials: f_x (of those upper tensors) and f_y.
         solver: P.
-        tolerance: Largest accepted change of the lower gradient along the step beyond what the inexact w explains,
-            relative to step * ||C^T d||; inf: no test.
+        tolerance: See `certify`; inf: no test.
         counts: Where lower oracle calls are counted.
     """
 
@@ -85,35 +90,55 @@ class TangentResponse:
         samples: Sequence[Sample],
         upper: Sequence[Tensor],
         lower: Sequence[Tensor],
-        direction: Sequence[Tensor],
         partials: tuple[Sequence[Tensor], Sequence[Tensor]],
         solver: LinearSolver,
         tolerance: float,
         counts: Counts,
     ) -> None:
         self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
-        self._tolerance = tolerance
+        self._partials, self._solver, self._tolerance = partials, solver, tolerance
         with torch.enable_grad():
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
-            curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
-            self._push = curvature.cross_jvp(direction)
-            f_x, f_y = partials
-            solution = solver.solve(curvature.hvp, self._push)
-            direct = float(agree(inner(f_x, direction))[0])
-            self.slope = direct - float(agree(inner(f_y, solution.tensors))[0])
-            if self.slope <= 0.0 and isinstance(solver, CG):
-                # The solver's error has the last word on the sign: solve further once, then decide.
-                finer = dataclasses.replace(
-                    solver, tolerance=solver.tolerance / 10, max_iterations=2 * solver.max_iterations
-                )
-                solution = finer.solve(curvature.hvp, self._push, solution.tensors)
-                self.slope = direct - float(agree(inner(f_y, solution.tensors))[0])
+            self._curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
+        self.slope, self.offsets = 0.0, None
+
+    def along(self, direction: Sequence[Tensor]) -> None:
+        """Set w and the slope s for a direction d."""
+        with torch.enable_grad():
+            self._push = self._curvature.cross_jvp(direction)
+            self._solve(direction, self._solver, None)
+            finer = refined(self._solver)
+            if self.slope <= 0.0 and finer is not None:
+                # The solver's error may have the last word on the sign: solve further once, then decide.
+                self._solve(direction, finer, self.offsets)
+
+    def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, initial: Sequence[Tensor] | None) -> None:
+        f_x, f_y = self._partials
+        solution = solver.solve(self._curvature.hvp, self._push, initial)
         self.offsets: Sequence[Tensor] | None = solution.tensors
-        self.residual = solution.residual
+        self._residual = solution.residual
+        self.slope = float(agree(inner(f_x, direction) - inner(f_y, solution.tensors))[0])
+
+    def hypergradient(self) -> list[Tensor]:
+        """Return f_x - C P f_y with P solved further than for the tangent."""
+        f_x, f_y = self._partials
+        with torch.enable_grad():
+            solution = (refined(self._solver) or self._solver).solve(self._curvature.hvp, f_y)
+            return list(torch._foreach_sub(list(f_x), list(self._curvature.cross_vjp(solution.tensors))))
+
+    def close(self) -> None:
+        """Drop the graph: parameters are about to move."""
+        curvature = self._curvature
+        if math.isnan(self._residual) and not math.isinf(self._tolerance):
+            assert self.offsets is not None
+            with torch.enable_grad():
+                defect = torch._foreach_sub(list(self._push), list(curvature.hvp(self.offsets)))
+            self._residual = _norm(defect) / (_norm(self._push) or 1.0)
         self._gradient = curvature.gradient
-        counts.gradients += curvature.gradients
-        counts.hvps += curvature.hvps
-        counts.jvps += curvature.jvps
+        self._counts.gradients += curvature.gradients
+        self._counts.hvps += curvature.hvps
+        self._counts.jvps += curvature.jvps
+        del self._curvature
 
     def answer(self, step: float) -> None:
         """Move y by step * w (it is at y)."""
@@ -121,7 +146,11 @@ class TangentResponse:
         torch._foreach_add_(list(self._lower), list(self.offsets), alpha=step)
 
     def certify(self, step: float) -> bool:
-        """Return whether the lower gradient changed little: along the exact tangent it does not, to first order."""
+        """Return whether the lower gradient moved by less than (tolerance + residual) * step * ||C^T d||.
+
+        Along the exact tangent it does not move to first order, and with ||C^T d - H w|| = residual ||C^T d|| by the
+        residual's part: the tolerance bounds what the linear model ignores.
+        """
         push = _norm(self._push)
         if math.isinf(self._tolerance) or push == 0.0:
             return True
@@ -135,7 +164,16 @@ class TangentResponse:
         change = _norm(torch._foreach_sub(moved, list(self._gradient)))
         rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in self._gradient) * (_norm(moved) + _norm(self._gradient))
         change, push = (float(v) for v in agree(change, push))
-        return change <= self._tolerance * step * push + rounding
+        return change <= (self._tolerance + self._residual) * step * push + rounding
+
+
+def refined(solver: LinearSolver) -> LinearSolver | None:
+    """Return the solver solving further: CG to a tenth of the tolerance, Neumann with twice the terms; else None."""
+    if isinstance(solver, CG):
+        return dataclasses.replace(solver, tolerance=solver.tolerance / 10, max_iterations=2 * solver.max_iterations)
+    if isinstance(solver, Neumann) and not solver.random:
+        return dataclasses.replace(solver, steps=2 * solver.steps + 1)
+    return None
 
 
 class StepResponse:
@@ -164,6 +202,9 @@ class StepResponse:
         self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
         self._steps = steps
         self.slope = slope
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def answer(self, step: float) -> None:
         """Take the lower steps at the present x."""
