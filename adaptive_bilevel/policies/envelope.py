@@ -30,9 +30,7 @@ def armijo_ceiling(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: float = 
     return polyak_ratio(loss, slope, lower_bound, c)
 
 
-def clip(
-    raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar, lower_bound: Scalar
-) -> Record:
+def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar, lower_bound: Scalar) -> Record:
     """Return min{max{min(low, high), raw}, high} with its outcome, eq. (9); a step of 0 where nothing may move."""
     low = smaller(low, high)
     step = smaller(larger(raw, low), high)
@@ -62,9 +60,7 @@ class BoundState(NamedTuple):
 def advance(state: Any, record: Record, found: Scalar) -> Any:
     """Return the state after a step: only steps that move count, and only they may settle the bound."""
     moved = record.step_size > 0
-    return state._replace(
-        count=where(moved, state.count + 1, state.count), found=where(moved, found, state.found)
-    )
+    return state._replace(count=where(moved, state.count + 1, state.count), found=where(moved, found, state.found))
 
 
 @dataclass(frozen=True, kw_only=True)

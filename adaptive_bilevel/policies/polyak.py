@@ -9,7 +9,7 @@ from . import _options
 from ._scalars import Scalar, where
 from .envelope import BoundState, Envelope, _Bounded, advance, clip, polyak_ratio
 from .record import Record, Trial
-from .schedule import Decay, decay_factor
+from .schedule import Decay
 
 __all__ = ["SPSB", "DecSPS", "DecSPSState", "SPSMax"]
 
@@ -43,7 +43,7 @@ class SPSB(Envelope):
 
 
 class DecSPSState(NamedTuple):
-    """State of DecSPS: count and found as in `BoundState`; `product` is c_{k-1} gamma_{k-1}, 0 before the first step."""
+    """State of DecSPS: as `BoundState`, with `product` = c_{k-1} gamma_{k-1}, 0 before the first step."""
 
     count: Scalar = 0
     found: Scalar = 0.0

@@ -89,7 +89,9 @@ class Record(NamedTuple):
 class Trial(Protocol):
     """The searched function: step -> value of the objective there."""
 
-    def __call__(self, step_size: float, /) -> Scalar: ...
+    def __call__(self, step_size: float, /) -> Scalar:
+        """Return the value after a step of that size."""
+        ...
 
 
 S = TypeVar("S")
