@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from ..errors import OptionError
@@ -21,10 +21,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(float(value))
 
 
-def positive(owner: str, name: str, value: Any, *, optional: bool = False) -> None:
-    """Require a number above 0 (infinity included)."""
-    valid = (optional and value is None) or (_is_number(value) and value > 0)
-    _require(valid, owner, name, value, f"{name} must be a number above 0" + (", or None" if optional else ""))
+def positive(owner: str, name: str, value: Any, *, optional: bool = False, below_infinity: bool = False) -> None:
+    """Require a number above 0 (infinity included, unless told otherwise)."""
+    valid = (optional and value is None) or (_is_number(value) and 0 < value)
+    valid = valid and not (below_infinity and value == math.inf)
+    kind = "a finite number" if below_infinity else "a number"
+    _require(valid, owner, name, value, f"{name} must be {kind} above 0" + (", or None" if optional else ""))
 
 
 def non_negative(owner: str, name: str, value: Any) -> None:
@@ -46,7 +48,7 @@ def fraction(owner: str, name: str, value: Any) -> None:
 
 def count(owner: str, name: str, value: Any, *, least: int = 1) -> None:
     """Require a whole number at or above `least`."""
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    valid = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
     _require(valid, owner, name, value, f"{name} must be a whole number, at least {least}")
 
 

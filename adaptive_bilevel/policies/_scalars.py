@@ -1,26 +1,35 @@
 """Arithmetic on scalars of any kind: Python and NumPy numbers, 0-dim arrays and tensors, traced values.
 
-The rules are written once, with operators and the two functions that operators cannot express (`where`,
-`isfinite`). On numbers these are plain Python; on arrays they come from the array namespace (`array_api_compat`,
-which imports no framework by itself). What this costs per step is printed by
-``python examples/benchmarks/policy_cost.py``.
+The rules are written once, with operators and the few functions that operators cannot express (`where`, `isfinite`).
+On numbers these are plain Python; on arrays they come from the array namespace: torch itself, which may be compiling,
+or else what `array_api_compat` finds (it imports no framework by itself), looked up once per type.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
-__all__ = ["Scalar", "isfinite", "larger", "resolution", "smaller", "where"]
+__all__ = ["Scalar", "clock", "isfinite", "larger", "like", "resolution", "smaller", "where"]
 
 Scalar = Any
 """A number, or a 0-dim array or tensor of NumPy, PyTorch or JAX (traced or not)."""
 
 
-def _namespace(array: Any) -> Any:
-    import array_api_compat
+_NAMESPACES: dict[type, Any] = {}
 
-    return array_api_compat.array_namespace(array)
+
+def _namespace(array: Any) -> Any:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return torch
+    found = _NAMESPACES.get(type(array))
+    if found is None:
+        import array_api_compat
+
+        found = _NAMESPACES[type(array)] = array_api_compat.array_namespace(array)
+    return found
 
 
 def where(condition: Any, left: Scalar, right: Scalar) -> Scalar:
@@ -33,6 +42,21 @@ def where(condition: Any, left: Scalar, right: Scalar) -> Scalar:
 def isfinite(scalar: Scalar) -> Any:
     """Return whether the scalar is neither infinite nor NaN."""
     return math.isfinite(scalar) if isinstance(scalar, (int, float)) else _namespace(scalar).isfinite(scalar)
+
+
+def like(number: Scalar, scalar: Scalar) -> Scalar:
+    """Return a Python number as a scalar of the same kind, dtype and device as `scalar`; anything else as it is."""
+    if isinstance(scalar, (int, float)) or not isinstance(number, (int, float)):
+        return number
+    return _namespace(scalar).full_like(scalar, number)
+
+
+def clock(count: Scalar, scalar: Scalar) -> Scalar:
+    """Return a step count for use in powers: where it is an array of integers, in the dtype of `scalar`.
+
+    Torch takes powers of integers in its default dtype, whatever the dtype of the problem.
+    """
+    return count if isinstance(count, int) else count + like(0.0, scalar)
 
 
 def smaller(left: Scalar, right: Scalar) -> Scalar:

@@ -29,7 +29,7 @@ class SearchState(NamedTuple):
         previous: The last accepted step; 0 before there was one.
     """
 
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]
     found: float = 0.0
     previous: float = 0.0
 
@@ -90,10 +90,10 @@ class _Search:
         rounding: float | None,
         certify: Certificate | None,
         given: float | None,
-        factor: float,
+        factor: float | None,
         largest: float,
     ) -> tuple[Record, SearchState]:
-        """Search from the reset rule's start under min{initial * factor (SLSB), largest}."""
+        """Search from the reset rule's start, under given * factor (SLSB) and `largest`."""
         if trial is None:
             raise OptionError(f"{type(self).__name__}.step(trial=None): a search needs the function step -> value")
         rounding = resolution(loss) if rounding is None else rounding
@@ -110,7 +110,11 @@ class _Search:
             if found == 0.0:
                 return Record(0.0, 0.0, math.inf, Outcome.below_lower_bound, slope=slope), state
             given = found
-        cap = min(given * factor, largest, ceiling)
+        high = given if factor is None else given * factor
+        if not high > 0.0:
+            outcome = Outcome.non_finite if math.isnan(high) else Outcome.at_bound
+            return Record(0.0, high, high, outcome, slope=slope), state
+        cap = min(largest if factor is None else high, ceiling)
         start = reset(state.previous, given, option=self.reset, grow=self.grow, cap=cap)
         threshold = loss + self.slack + rounding * abs(loss)
         candidate, accepted, trials, value = start, False, 0, math.nan
@@ -162,7 +166,7 @@ class SLS(_Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _options.positive("SLS", "start", self.start, optional=True)
+        _options.positive("SLS", "start", self.start, optional=True, below_infinity=True)
         _options.positive("SLS", "max_step", self.max_step, optional=True)
         if self.start is None and self.lower_bound is None:
             raise OptionError(
@@ -201,7 +205,7 @@ class SLS(_Search):
         given = self.start if bound is None else float(bound)
         largest = self.max_step if max_step is None else max_step
         largest = math.inf if largest is None else largest
-        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, math.inf, largest)
+        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, None, largest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +225,7 @@ class SLSB(_Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _options.positive("SLSB", "bound", self.bound, optional=True)
+        _options.positive("SLSB", "bound", self.bound, optional=True, below_infinity=True)
         _options.choice("SLSB", "decay", self.decay, DECAYS, or_callable=True)
         if self.bound is None and self.lower_bound is None:
             raise OptionError(

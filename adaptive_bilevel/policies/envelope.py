@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import OptionError
 from . import _options
-from ._scalars import Scalar, isfinite, larger, smaller, where
+from ._scalars import Scalar, clock, isfinite, larger, like, smaller, where
 from .record import Outcome, Record, Trial
 from .schedule import DECAYS, Decay, decay_factor
 
@@ -15,10 +15,14 @@ __all__ = ["BoundState", "Constant", "Envelope", "armijo_ceiling", "clip", "poly
 
 
 def polyak_ratio(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: Scalar) -> Scalar:
-    """Return max(loss - lower_bound, 0) / (c slope), and inf for a slope that is not positive."""
+    """Return max(loss - lower_bound, 0) / (c slope), and inf for a slope that is not positive.
+
+    Beyond 2^100 the ratio also is inf: no division here can overflow (which NumPy would warn about), or be by zero.
+    """
     gap = loss - lower_bound
-    ratio = where(gap > 0, gap, 0.0) / (c * where(slope > 0, slope, 1.0))
-    return where(slope > 0, ratio, float("inf"))
+    gap = where(gap > 0, gap, 0.0)
+    divides = gap * 2.0**-100 < slope
+    return where(divides, gap / where(divides, slope, 1.0), float("inf")) / c
 
 
 def armijo_ceiling(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: float = 0.1) -> Scalar:
@@ -36,12 +40,12 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
     step = smaller(larger(raw, low), high)
     outcome = where(raw > high, int(Outcome.at_bound), int(Outcome.accepted))
     outcome = where(raw < low, int(Outcome.at_floor), outcome)
-    outcome = where(loss < lower_bound, int(Outcome.below_lower_bound), outcome)
+    outcome = where(loss <= lower_bound, int(Outcome.below_lower_bound), outcome)
     outcome = where(slope < 0, int(Outcome.no_descent), outcome)
     outcome = where(slope == 0, int(Outcome.zero_gradient), outcome)
-    valid = isfinite(loss) & isfinite(slope) & (raw == raw)
+    valid = isfinite(loss) & isfinite(slope) & isfinite(step) & (raw == raw)
     outcome = where(valid, outcome, int(Outcome.non_finite))
-    step = where(valid & (slope > 0), step, 0.0)
+    step = where(valid & (slope > 0), like(step, slope), 0.0)
     return Record(step, raw, high, outcome, slope=slope)
 
 
@@ -77,17 +81,13 @@ class _Bounded:
         _options.choice(owner, "decay", self.decay, DECAYS, or_callable=True)
         _options.finite(owner, "lower_bound", self.lower_bound, optional=True)
 
-    def init(self) -> BoundState:
-        """Return the state before the first step."""
-        return BoundState()
-
     def first_bound(self, *, loss: Scalar, slope: Scalar, lower_bound: Scalar | None = None) -> Scalar:
         """Return the initial bound that the rule takes where none is given; 0 if this point does not show one."""
         low = self.lower_bound if lower_bound is None else lower_bound
         if low is None:
             return 0.0
-        valid = isfinite(loss) & isfinite(slope) & (slope > 0)
-        return where(valid, armijo_ceiling(where(valid, loss, low), where(valid, slope, 1.0), low), 0.0)
+        ceiling = armijo_ceiling(loss, slope, low)
+        return where(isfinite(ceiling), ceiling, 0.0)
 
     def _lower_bound(self, override: Scalar | None) -> Scalar:
         low = self.lower_bound if override is None else override
@@ -99,7 +99,7 @@ class _Bounded:
         return low
 
     def _bound(
-        self, state: BoundState, override: Scalar | None, loss: Scalar, slope: Scalar, low: Scalar
+        self, state: Any, override: Scalar | None, loss: Scalar, slope: Scalar, low: Scalar
     ) -> tuple[Scalar, Scalar]:
         """Return (the initial bound in force, what to remember as found)."""
         given = self.bound if override is None else override
@@ -126,8 +126,14 @@ class Constant(_Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bound is None:
-            raise OptionError("Constant(bound=None): a constant step has no rule to find it; give a number")
+        if self.bound is None or self.bound == float("inf"):
+            raise OptionError(
+                f"Constant(bound={self.bound!r}): a constant step has no rule to find it; give a finite number above 0"
+            )
+
+    def init(self) -> BoundState:
+        """Return the state before the first step."""
+        return BoundState()
 
     def step(
         self,
@@ -141,8 +147,8 @@ class Constant(_Bounded):
         bound: Scalar | None = None,
     ) -> tuple[Record, BoundState]:
         """Return the record of one step, and the state after it."""
-        high = (self.bound if bound is None else bound) * decay_factor(self.decay, state.count)
-        record = clip(high + 0.0 * slope, 0.0, high, loss=loss, slope=slope, lower_bound=-float("inf"))
+        high = (self.bound if bound is None else bound) * decay_factor(self.decay, clock(state.count, loss))
+        record = clip(high, 0.0, high, loss=loss, slope=slope, lower_bound=-float("inf"))
         return record, advance(state, record, state.found)
 
 
@@ -171,9 +177,13 @@ class Envelope(_Bounded):
         super().__post_init__()
         owner = type(self).__name__
         if not callable(self.c):
-            _options.positive(owner, "c", self.c)
+            _options.positive(owner, "c", self.c, below_infinity=True)
         _options.non_negative(owner, "floor", self.floor)
         _options.choice(owner, "floor_decay", self.floor_decay, DECAYS, or_callable=True)
+
+    def init(self) -> BoundState:
+        """Return the state before the first step."""
+        return BoundState()
 
     def step(
         self,
@@ -198,13 +208,18 @@ class Envelope(_Bounded):
             shared: Unused.
             bound: Overrides the initial bound for this step.
             raw: The raw step, any number; by default Polyak's ratio. NaN counts as non-finite.
+
+        Raises:
+            OptionError: The rule needs a lower bound, and there is none.
         """
-        low = self._lower_bound(lower_bound)
+        low = -float("inf")
+        if raw is None or (bound is None and self.bound is None):
+            low = self._lower_bound(lower_bound)
         initial, found = self._bound(state, bound, loss, slope, low)
+        k = clock(state.count, loss)
         if raw is None:
-            c = self.c(state.count) if callable(self.c) else self.c
-            raw = polyak_ratio(loss, slope, low, c)
-        high = initial * decay_factor(self.decay, state.count)
-        floor = self.floor * decay_factor(self.floor_decay, state.count)
+            raw = polyak_ratio(loss, slope, low, self.c(k) if callable(self.c) else self.c)
+        high = initial * decay_factor(self.decay, k)
+        floor = self.floor * decay_factor(self.floor_decay, k)
         record = clip(raw, floor, high, loss=loss, slope=slope, lower_bound=low)
         return record, advance(state, record, found)

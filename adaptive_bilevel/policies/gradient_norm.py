@@ -43,7 +43,7 @@ class GradientNorm:
     coupling: str = "none"
 
     def __post_init__(self) -> None:
-        _options.positive("GradientNorm", "initial", self.initial)
+        _options.positive("GradientNorm", "initial", self.initial, below_infinity=True)
         _options.choice("GradientNorm", "coupling", self.coupling, COUPLINGS)
 
     def init(self) -> GradientNormState:
@@ -70,7 +70,9 @@ class GradientNorm:
             lower_bound: Unused.
             shared: States (after this iteration's step) of the variables that this one is coupled to.
         """
-        valid = isfinite(loss) & isfinite(slope)
+        valid = isfinite(loss) & isfinite(
+            state.squares + slope
+        )  # nor may the sum overflow, or it would be inf for ever
         moved = valid & (slope > 0)
         squares = state.squares + where(moved, slope, 0.0)
         others: Any = 0.0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import _options
-from ._scalars import Scalar, where
-from .envelope import BoundState, Envelope, _Bounded, advance, clip, polyak_ratio
+from ._scalars import Scalar, clock, where
+from .envelope import Envelope, _Bounded, advance, clip, polyak_ratio
 from .record import Record, Trial
 from .schedule import Decay
 
@@ -69,16 +69,16 @@ class DecSPS(_Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _options.positive("DecSPS", "c", self.c)
+        _options.positive("DecSPS", "c", self.c, below_infinity=True)
         _options.choice("DecSPS", "decay", self.decay, ("constant",))
 
-    def init(self) -> BoundState:
+    def init(self) -> DecSPSState:
         """Return the state before the first step."""
-        return DecSPSState()  # type: ignore[return-value]
+        return DecSPSState()
 
     def step(
         self,
-        state: Any,
+        state: DecSPSState,
         *,
         loss: Scalar,
         slope: Scalar,
@@ -86,11 +86,11 @@ class DecSPS(_Bounded):
         lower_bound: Scalar | None = None,
         shared: Any = None,
         bound: Scalar | None = None,
-    ) -> tuple[Record, Any]:
+    ) -> tuple[Record, DecSPSState]:
         """Return the record of one step, and the state after it (arguments as in `Envelope.step`)."""
         low = self._lower_bound(lower_bound)
         initial, found = self._bound(state, bound, loss, slope, low)
-        c = self.c * (state.count + 1) ** 0.5
+        c = self.c * (clock(state.count, loss) + 1) ** 0.5
         high = where(state.product > 0, state.product, self.c * initial) / c
         raw = polyak_ratio(loss, slope, low, c)
         record = clip(raw, 0.0, high, loss=loss, slope=slope, lower_bound=low)

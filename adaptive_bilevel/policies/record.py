@@ -34,12 +34,12 @@ class Outcome(IntEnum):
 
 _SENTENCES = {
     Outcome.accepted: "the proposed step was taken",
-    Outcome.at_bound: "the proposed step was longer than the bound: the bound was taken",
+    Outcome.at_bound: "the bound was reached: the step is the bound",
     Outcome.at_floor: "the proposed step was shorter than the floor: the floor was taken",
     Outcome.search_failed: "no trial step gave sufficient decrease: nothing moved, the last good step is kept",
     Outcome.no_descent: "the slope is negative, so the direction does not descend: nothing moved",
     Outcome.zero_gradient: "the gradient is zero: nothing moved",
-    Outcome.non_finite: "the loss or the slope is not finite: nothing moved",
+    Outcome.non_finite: "the loss, the slope or the proposed step is not finite: nothing moved",
     Outcome.below_lower_bound: "the loss is at or below lower_bound, which therefore is no lower bound here",
 }
 

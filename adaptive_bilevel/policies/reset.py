@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 __all__ = ["RESETS", "reset"]
 
 RESETS = ("initial", "keep", "grow")
@@ -16,7 +18,7 @@ def reset(previous: float, initial: float, *, option: str, grow: float, cap: flo
         option: "initial" (option 1: the initial bound), "keep" (option 2: the last step), "grow" (option 3: `grow`
             times the last step). Before there was a step, all start at `initial`.
         grow: The factor eta >= 1 of option 3.
-        cap: No start is above it. Without a cap, 1100 accepted steps with eta = 2 are infinite.
+        cap: No start is above it, nor above the largest float: 1100 accepted steps with eta = 2 would be infinite.
 
     >>> [reset(0.5, 8.0, option=option, grow=2.0, cap=10.0) for option in RESETS]
     [8.0, 0.5, 1.0]
@@ -27,4 +29,4 @@ def reset(previous: float, initial: float, *, option: str, grow: float, cap: flo
         start = initial
     else:
         start = previous if option == "keep" else grow * previous
-    return min(start, cap)
+    return min(start, cap, sys.float_info.max)
