@@ -387,6 +387,7 @@ class BiSLS(AdaptiveOptimizer):
         bound, scale = self._bound(value, response.slope, None)
         arguments: dict[str, Any] = {}
         if self._options["response"] == "step":
+            arguments = {"rounding": 0.0}  # as in the paper, to the bit
             if self._options["baseline"] == "matched":
                 value = trial(0.0)
         else:
@@ -398,8 +399,7 @@ class BiSLS(AdaptiveOptimizer):
             slope=response.slope,
             trial=trial,
             bound=bound or None,
-            rounding=loss_resolution(loss),
-            **arguments,
+            **{"rounding": loss_resolution(loss), **arguments},
         )
         return record, scale, state
 
