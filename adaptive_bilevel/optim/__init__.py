@@ -1,6 +1,7 @@
 """The policies as `torch.optim.Optimizer`: one conduct, one guard, two directions, and the upper level."""
 
-from .bilevel import BiSLS, BiSPS
+from .bisls import BiSLS
+from .bisps import BiSPS
 from .evaluations import Counts, Evaluations
 from .line_search import SLS, SLSB
 from .polyak import SPSB, DecSPS, SPSMax

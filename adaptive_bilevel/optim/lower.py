@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LowerLevelError, OptionError, TensorError
+from ..errors import HypergradientError, LowerLevelError, OptionError, TensorError
 from .base import AdaptiveOptimizer, Sample
 from .guard import Closure, Guard
 
-__all__ = ["LowerLevel"]
+__all__ = ["LowerLevel", "hypergradient_of"]
 
 
 class LowerLevel:
@@ -89,3 +89,14 @@ class LowerLevel:
 def _step_size(optimizer: torch.optim.Optimizer) -> float:
     """Return the step of a stock optimizer: its lr."""
     return float(optimizer.param_groups[0]["lr"])
+
+
+def hypergradient_of(owner: str, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return .grad of the upper parameters, which must have been set."""
+    grads = [p.grad for p in params]
+    if all(g is None for g in grads):
+        raise HypergradientError(
+            f"{owner}.step: .grad of all {len(params)} upper parameters is None. Put the hypergradient there first, "
+            "e.g. by adaptive_bilevel.hypergradient.implicit, and do not call zero_grad in between"
+        )
+    return grads

@@ -1,0 +1,121 @@
+"""BiSPS: Polyak steps at the upper level of a bilevel problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import policies
+from ..policies import Outcome, _options
+from ..policies.schedule import Decay
+from .base import require_closure
+from .guard import Closure, Guard
+from .lower import LowerLevel, hypergradient_of
+from .polyak import PolyakOptimizer
+
+__all__ = ["BiSPS"]
+
+
+class BiSPS(PolyakOptimizer):
+    """BiSPS: alpha_k = min{max{alpha_l,k, (f - lower_bound) / (c ||h||^2)}, alpha_b,k}, x <- x - alpha_k h, eq. (12).
+
+    `.grad` of the upper parameters holds the hypergradient h when `step` is called.
+
+    Args:
+        params: Upper parameters or groups.
+        lr: alpha_b,0 > 0, the bound. Left out, it is found at the first step.
+        lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
+        lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
+            the upper iterations and is constant within one.
+        c: c > 0.
+        lower_bound: A lower bound of f over both variables, e.g. 0. (A bound for the present y makes every step 0.)
+        decay: Schedule of bound and floor.
+        direction: "sgd" or "adam".
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range (also a ValueError).
+        TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        lr_min: float = 0.0,
+        lower: Any = None,
+        c: float = 1.0,
+        lower_bound: float | None = 0.0,
+        decay: Decay = "inverse_sqrt",
+        direction: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        excluded = ("self", "params", "lr", "lower", "__class__")
+        super().__init__(params, lr, {name: value for name, value in locals().items() if name not in excluded})
+        self.bind(lower)
+
+    def bind(self, lower: Any) -> None:
+        """Set the lower optimizers."""
+        self.lower = LowerLevel(lower, self._parameters())
+        for optimizer in self._clocked():
+            optimizer.set_clock(max(optimizer.clock, 0))
+
+    def _clocked(self) -> list[PolyakOptimizer]:
+        return [o for o in self.lower.optimizers if isinstance(o, PolyakOptimizer)]
+
+    def _make_policy(self, options: dict[str, Any]) -> policies.Envelope:
+        _options.non_negative("BiSPS", "lr_min", options["lr_min"])
+        return policies.Envelope(
+            c=options["c"],
+            lower_bound=options["lower_bound"],
+            decay=options["decay"],
+            floor=options["lr_min"],
+            floor_decay=options["decay"],
+        )
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        lower_bound: float | None = None,
+    ) -> Tensor | float:
+        """Take one upper step along .grad, and return the upper loss before it.
+
+        Args:
+            closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, no gradients.
+            loss: In the place of a closure: that loss.
+            lower_bound: Overrides the option for this sample.
+
+        Raises:
+            HypergradientError: No upper parameter has a .grad.
+            ClosureError: Neither closure nor loss.
+            NonFiniteError: max_skips steps in a row were not finite.
+        """
+        params = self._parameters()
+        grads = hypergradient_of("BiSPS", params)
+        with Guard(params, self._workspace) as guard:
+            if loss is None:
+                require_closure("BiSPS", closure)
+                assert closure is not None
+                value = guard.value(closure)
+                self.evaluations.upper.values += 1
+            else:
+                value = loss.detach() if isinstance(loss, Tensor) else float(loss)
+            active, gradient, factors = self._with_gradient(params, grads)
+            record, scale = self._polyak_step(active, gradient, factors, gradient, value, lower_bound)
+            if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
+                guard.undo()
+        for optimizer in self._clocked():
+            optimizer.set_clock(optimizer.clock + 1)
+        self._conclude(record, scale)
+        return value
