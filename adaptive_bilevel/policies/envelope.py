@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import OptionError
 from . import _options
 from ._scalars import Scalar, clock, isfinite, larger, like, smaller, where
-from .record import Outcome, Record, Trial
+from .record import Outcome, Record, Trial, closed_form
 from .schedule import DECAYS, Decay, decay_factor
 
 __all__ = ["BoundState", "Constant", "Envelope", "armijo_ceiling", "clip", "polyak_ratio"]
@@ -46,7 +46,7 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
     valid = isfinite(loss) & isfinite(slope) & isfinite(step) & (raw == raw)
     outcome = where(valid, outcome, int(Outcome.non_finite))
     step = where(valid & (slope > 0), like(step, slope), 0.0)
-    return Record(step, raw, high, outcome, slope=slope)
+    return closed_form(step, raw, high, outcome, slope)
 
 
 class BoundState(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from . import _options
 from ._scalars import Scalar, isfinite, larger, where
-from .record import Outcome, Record, Trial
+from .record import Outcome, Record, Trial, closed_form
 
 __all__ = ["COUPLINGS", "GradientNorm", "GradientNormState"]
 
@@ -88,5 +88,5 @@ class GradientNorm:
         outcome = where(slope < 0, int(Outcome.no_descent), int(Outcome.accepted))
         outcome = where(slope == 0, int(Outcome.zero_gradient), outcome)
         outcome = where(valid, outcome, int(Outcome.non_finite))
-        record = Record(where(moved, proposed, 0.0), proposed, float("inf"), outcome, slope=slope)
+        record = closed_form(where(moved, proposed, 0.0), proposed, float("inf"), outcome, slope)
         return record, GradientNormState(where(moved, state.count + 1, state.count), squares)

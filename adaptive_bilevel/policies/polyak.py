@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import _options
-from ._scalars import Scalar, clock, where
+from ._scalars import Scalar, clock, smaller, where
 from .envelope import Envelope, _Bounded, advance, clip, polyak_ratio
 from .record import Record, Trial
 from .schedule import Decay
@@ -87,11 +87,14 @@ class DecSPS(_Bounded):
         shared: Any = None,
         bound: Scalar | None = None,
     ) -> tuple[Record, DecSPSState]:
-        """Return the record of one step, and the state after it (arguments as in `Envelope.step`)."""
+        """Return the record of one step, and the state after it (arguments as in `Envelope.step`).
+
+        Once there was a step, the bound only shows where it is overridden by a smaller one, as by a schedule.
+        """
         low = self._lower_bound(lower_bound)
         initial, found = self._bound(state, bound, loss, slope, low)
         c = self.c * (clock(state.count, loss) + 1) ** 0.5
-        high = where(state.product > 0, state.product, self.c * initial) / c
+        high = where(state.product > 0, smaller(state.product / c, initial), initial)
         raw = polyak_ratio(loss, slope, low, c)
         record = clip(raw, 0.0, high, loss=loss, slope=slope, lower_bound=low)
         state = state._replace(product=where(record.step_size > 0, c * record.step_size, state.product))

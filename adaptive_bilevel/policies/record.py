@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from ._scalars import Scalar
+from ._scalars import Scalar, like
 
 __all__ = ["Outcome", "Policy", "Record", "Trial"]
 
@@ -84,6 +84,14 @@ class Record(NamedTuple):
             f"step {float(self.step_size):.4g} (proposed {float(self.proposed):.4g}, "
             f"bound {float(self.bound):.4g}{trials}): {Outcome(int(self.outcome)).sentence}"
         )
+
+
+def closed_form(step_size: Scalar, proposed: Scalar, bound: Scalar, outcome: Scalar, slope: Scalar) -> Record:
+    """Return the record of a step without trials, all of it of the slope's kind: torch's vmap returns nothing else."""
+    none = like(float("nan"), slope)
+    return Record(
+        step_size, like(proposed, slope), like(bound, slope), outcome, like(0, outcome), none, slope, slope_ratio=none
+    )
 
 
 class Trial(Protocol):
