@@ -15,7 +15,7 @@ from ..policies import Outcome, Record, _options
 from .direction import DIRECTIONS, Descent, adam, sgd
 from .evaluations import Evaluations
 from .guard import Closure, Guard, RandomState, Workspace
-from .scalars import inner
+from .scalars import agree, inner
 
 __all__ = ["AdaptiveOptimizer", "Sample"]
 
@@ -83,6 +83,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         self._warned: dict[int, int] = {}
         self._skips: Any = 0
         self._looks = 0
+        self._versions: list[int] | None = None
         self.record: Record | None = None
         self.evaluations = Evaluations.single()
         self.sample: Sample | None = None
@@ -97,6 +98,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from `__getstate__`; missing group entries get their defaults."""
         super().__setstate__(state)
+        self._versions = None
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, 1.0 if name == "lr" and value is None else value)
@@ -167,33 +169,40 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             self.evaluations.upper.gradients += 1
             return guard.gradient(closure, params)
         guard.copy()
-        torch._foreach_add_(params, offered)
-        there = float(guard.value(closure))
+        torch._foreach_copy_(params, offered)
+        there = float(agree(guard.value(closure))[0])
         guard.put_back()
         loss, grads = guard.gradient(closure, params, guard.entry)
         self.evaluations.upper.values += 1
         self.evaluations.upper.gradients += 1
-        here = float(loss)
+        here = float(agree(loss)[0])
         if there < here or (here != here and there == there):
-            torch._foreach_add_(params, offered)
+            torch._foreach_copy_(params, offered)
             guard.rebase()
             loss, grads = guard.gradient(closure, params, guard.entry)
             self.evaluations.upper.gradients += 1
         return loss, grads
 
-    def offer(self, offsets: Sequence[Tensor]) -> None:
-        """Offer a starting point for the next step, as offsets of all parameters in order.
+    def offer(self, points: Sequence[Tensor]) -> None:
+        """Offer another starting point for the next step, copies of all parameters in order.
 
         The next `step(closure)` evaluates the loss here and there, on its own first sample, and starts from the better
-        one. The level above calls this with the response that it predicted.
+        one. The level above calls this with the point before its prediction. Parameters that somebody has changed in the
+        meantime (a cold start) void the offer.
         """
-        for p, offset in zip(self._parameters(), offsets, strict=True):
-            self.state[p] = {**self.state[p], "offered": offset}
+        params = self._parameters()
+        for p, point in zip(params, points, strict=True):
+            self.state[p] = {**self.state[p], "offered": point}
+        self._versions = [p._version for p in params]
 
     def _take_offer(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         if not any("offered" in self.state[p] for p in params if p in self.state):
             return None
-        return [self.state[p].get("offered", torch.zeros_like(p)) for p in params]
+        # None after loading a state: the parameters then come from the same checkpoint.
+        if self._versions is not None and self._versions != [p._version for p in params]:
+            self._drop_offer()
+            return None
+        return [self.state[p].get("offered", p.detach().clone()) for p in params]
 
     def _drop_offer(self) -> None:
         for p in self._parameters():

@@ -71,8 +71,8 @@ class BiSLS(AdaptiveOptimizer):
         direction: "sgd" or "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m).
         response: "tangent", or "step": one more lower step per trial, as in Fan et al. (2023), eq. (14).
         solver: P of the tangent; give the one that the hypergradient uses.
-        carry: Whether y + a w becomes the start of the next lower loop. "auto": the next lower step decides, by the
-            loss of its own first sample (lower optimizers of this package; for others False).
+        carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that or goes back,
+            whichever has the smaller loss on its own first sample (lower optimizers of this package; for others False).
         curvature: A step is also rejected if the lower gradient changed by more than curvature * a ||C^T d||, which it
             does where the tangent cannot be believed; inf: no such test.
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
@@ -363,10 +363,10 @@ class BiSLS(AdaptiveOptimizer):
         """Take the predicted response into the next lower loop, or offer it to that loop."""
         if answer is None or self._options["carry"] is False:
             return
-        if self._options["carry"] == "auto":
-            self.lower.offer(torch._foreach_mul(answer, step))
-        else:
+        if self._options["carry"] is True:
             torch._foreach_add_(lower, answer, alpha=step)
+        else:
+            self.lower.predict(torch._foreach_mul(answer, step))
 
     def _compare_slopes(self, record: Record) -> None:
         """Say once when the slope has been far from what the hypergradient promised for 20 steps in a row."""

@@ -77,13 +77,17 @@ class LowerLevel:
             raise LowerLevelError(f"the lower optimizer {type(optimizer).__name__} has no sample to evaluate: {remedy}")
         return remembered
 
-    def offer(self, offsets: Sequence[Tensor]) -> None:
-        """Offer the predicted response to those lower optimizers that can choose it."""
+    def predict(self, offsets: Sequence[Tensor]) -> None:
+        """Move y by the predicted response where the lower optimizer can take it back, and offer it to do so."""
         by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
         for optimizer in self.optimizers:
-            if isinstance(optimizer, AdaptiveOptimizer):
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-                optimizer.offer([by_id.get(id(p), torch.zeros_like(p)) for p in params])
+            if not isinstance(optimizer, AdaptiveOptimizer):
+                continue
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            before = [p.detach().clone() for p in params]
+            moved = [p for p in params if id(p) in by_id]
+            torch._foreach_add_(moved, [by_id[id(p)] for p in moved])
+            optimizer.offer(before)
 
 
 def _step_size(optimizer: torch.optim.Optimizer) -> float:
