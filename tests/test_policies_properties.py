@@ -52,7 +52,7 @@ def orders(samples: Sequence[Quadratic], length: int) -> list[int]:
 
 
 @given(
-    raw=st.floats(allow_nan=False),
+    raw=positive | st.floats(allow_nan=False),
     floor=st.floats(0.0, 1e6),
     bound=positive,
     decay=st.sampled_from(DECAYS),
@@ -243,6 +243,7 @@ def test_accumulators_never_fall_and_steps_never_grow(slopes: list[tuple[float, 
             record, states[j] = rule.step(states[j], loss=1.0, slope=slope, shared=states[:j])
             assert states[j].squares == before[j].squares + slope
             assert record.proposed <= last[j] * (1 + UNIT)
+            assert record.bound == math.inf
             assert record.step_size == (record.proposed if slope > 0.0 else 0.0)
             last[j] = record.proposed
         y, v, x = (state.squares for state in states)

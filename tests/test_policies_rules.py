@@ -193,6 +193,12 @@ def test_the_lower_bound_of_a_step_overrides_the_option(policy: SPSMax) -> None:
         take(refusing)
 
 
+@pytest.mark.parametrize(("raw", "outcome"), [(0.3, "at_floor"), (1.0, "at_bound"), (3.0, "at_bound")])
+def test_a_floor_above_the_bound_is_the_bound(raw: float, outcome: str) -> None:
+    record, _ = take(Envelope(bound=0.5, floor=2.0), raw=raw)
+    assert (record.step_size, record.outcome) == (0.5, Outcome[outcome])
+
+
 def test_a_raw_step_needs_no_lower_bound() -> None:
     record, _ = take(Envelope(bound=0.5, lower_bound=None), raw=0.3, loss=-7.0)
     assert (record.step_size, record.outcome) == (0.3, Outcome.accepted)
@@ -213,6 +219,19 @@ def test_a_decrease_below_the_resolution_of_the_loss_is_accepted() -> None:
     assert record.trials > 10
     record, _ = policy.step(policy.init(), loss=loss, slope=slope, trial=lambda step: np.float32(1.0001))
     assert record.outcome == Outcome.search_failed
+
+
+@pytest.mark.parametrize("rejected", [0, 2])
+def test_a_decrease_that_rounding_hides_does_not_shorten_the_next_search(rejected: int) -> None:
+    policy = SLS(start=1.0, reset="keep")
+    _, state = take(policy, trial=lambda step: 0.0)
+    values = iter([1.0 + 1e-12] * rejected + [1.0])
+    record, state = take(policy, state, loss=1.0, slope=1e-18, trial=lambda step: next(values))
+    assert record.step_size == 0.5**rejected
+    assert (state.previous, state.count) == (1.0, 2)
+    values = iter([1.0 + 1e-12] * rejected + [0.5])
+    record, state = take(policy, state, loss=1.0, slope=1e-3, trial=lambda step: next(values))
+    assert state.previous == record.step_size == 0.5**rejected
 
 
 # R7: the clock.

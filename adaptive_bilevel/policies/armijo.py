@@ -129,8 +129,8 @@ class _Search:
             return Record(0.0, candidate, cap, Outcome.search_failed, trials, value, slope), state
         outcome = Outcome.at_bound if candidate == cap else Outcome.accepted
         record = Record(candidate, candidate, cap, outcome, trials, value, slope)
-        # A decrease below the rounding of the loss passes only by the allowance above. After rejections such a step says
-        # nothing about which length is right, so the next search does not start from it.
+        # A decrease below the rounding of the loss passes only by the allowance above. After rejections such a step
+        # says nothing about which length is right, so the next search does not start from it.
         telling = trials == 1 or state.previous == 0.0 or self.c * candidate * slope > rounding * abs(loss)
         return record, SearchState(state.count + 1, found, candidate if telling else state.previous)
 

@@ -70,9 +70,8 @@ class GradientNorm:
             lower_bound: Unused.
             shared: States (after this iteration's step) of the variables that this one is coupled to.
         """
-        valid = isfinite(loss) & isfinite(
-            state.squares + slope
-        )  # nor may the sum overflow, or it would be inf for ever
+        # Neither may the sum overflow: it would be inf for ever.
+        valid = isfinite(loss) & isfinite(state.squares + slope)
         moved = valid & (slope > 0)
         squares = state.squares + where(moved, slope, 0.0)
         others: Any = 0.0
