@@ -166,7 +166,7 @@ def test_search_accepts_the_first_step_with_sufficient_decrease(
 
         def enough(step: float) -> bool:
             loss, value = sample.loss(visit.x), sample.loss(moved(visit.x, step, gradient))
-            return value <= loss * (1 + UNIT) - c * step * record.slope
+            return bool(value <= loss * (1 + UNIT) - c * step * record.slope)
 
         first, last = visit.tried[0], visit.tried[-1]
         assert record.step_size == last

@@ -255,7 +255,7 @@ def test_a_callable_schedule_gets_the_number_of_moves() -> None:
 
     def decay(k: Any) -> float:
         seen.append(k)
-        return 0.5**k
+        return float(0.5**k)
 
     policy, state = SPSB(bound=0.4, decay=decay), SPSB(bound=0.4).init()
     bounds = []

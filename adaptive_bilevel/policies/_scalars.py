@@ -3,6 +3,9 @@
 The rules are written once, with operators and the few functions that operators cannot express (`where`, `isfinite`).
 On numbers these are plain Python; on arrays they come from the array namespace: torch itself, which may be compiling,
 or else what `array_api_compat` finds (it imports no framework by itself), looked up once per type.
+
+A step of SPSB takes 9 microseconds on floats (1 if written by hand), 60 on NumPy, 170 on torch, 900 on JAX outside jit;
+the lookup has no measurable part in it, and 15 to 40 % if made at every call (``examples/benchmarks/policy_cost.py``).
 """
 
 from __future__ import annotations
