@@ -24,17 +24,18 @@ class Descent(NamedTuple):
     Attributes:
         precondition: g -> A^{-1} g, the direction to search along, for any gradients g.
         step: The direction to step along; None: the searched one.
-        commit: Takes the step's moments into the state; not called for a step that must leave no trace.
+        commit: Takes the step's moments into the state; not called for a step that must leave no trace. Where whether
+            it must is only known on the device, it takes them if the given tensor is true.
     """
 
     precondition: Callable[[Sequence[Tensor]], list[Tensor]]
     step: list[Tensor] | None
-    commit: Callable[[], None]
+    commit: Callable[..., None]
 
 
 def sgd() -> Descent:
     """Return the plain direction."""
-    return Descent(list, None, lambda: None)
+    return Descent(list, None, lambda moved=True: None)
 
 
 def adam(
@@ -49,15 +50,21 @@ def adam(
         betas: Decay of the first and of the second moment, in [0, 1).
         eps: Added to the root of the second moment.
     """
+    if not parameters:
+        return sgd()
     beta1, beta2 = betas
-    counts = [state[p].get("step", 0) + 1 for p in parameters]
-    zeros = [torch.zeros_like(g) if n == 1 else None for n, g in zip(counts, grads, strict=True)]
-    first = [z if z is not None else state[p]["exp_avg"] for z, p in zip(zeros, parameters, strict=True)]
-    second = [z if z is not None else state[p]["exp_avg_sq"] for z, p in zip(zeros, parameters, strict=True)]
-    first = list(torch._foreach_lerp(first, list(grads), 1.0 - beta1))
-    second = list(torch._foreach_mul(second, beta2))
+    known = [state.get(p, {}) for p in parameters]
+    counts = [saved.get("step", 0) + 1 for saved in known]
+    if any(isinstance(n, Tensor) for n in counts):  # counted on the device, and perhaps a parameter that came later
+        counts = [torch.as_tensor(n, device=g.device) for n, g in zip(counts, grads, strict=True)]
+    old_first, old_second = (
+        [saved[name] if name in saved else torch.zeros_like(g) for saved, g in zip(known, grads, strict=True)]
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    first = list(torch._foreach_lerp(old_first, list(grads), 1.0 - beta1))
+    second = list(torch._foreach_mul(old_second, beta2))
     torch._foreach_addcmul_(second, list(grads), list(grads), 1.0 - beta2)
-    root = torch._foreach_sqrt(second)
+    root = list(torch._foreach_sqrt(second))
     torch._foreach_div_(root, [(1.0 - beta2**n) ** 0.5 for n in counts])
     torch._foreach_add_(root, eps)
     step = list(torch._foreach_div(first, root))
@@ -66,8 +73,11 @@ def adam(
     def precondition(g: Sequence[Tensor]) -> list[Tensor]:
         return list(torch._foreach_div(list(g), root))
 
-    def commit() -> None:
-        for p, n, m, v in zip(parameters, counts, first, second, strict=True):
+    def commit(moved: Tensor | bool = True) -> None:
+        for p, n, m, v, m0, v0 in zip(parameters, counts, first, second, old_first, old_second, strict=True):
+            if isinstance(moved, Tensor):
+                n = torch.where(moved, n, n - 1)
+                m, v = torch.where(moved, m, m0), torch.where(moved, v, v0)
             state[p] = {**state[p], "step": n, "exp_avg": m, "exp_avg_sq": v}
 
     return Descent(precondition, step, commit)

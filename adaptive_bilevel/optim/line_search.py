@@ -9,19 +9,23 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
-from ..policies import Outcome, Record
+from ..policies import Outcome, Record, _options
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample, gradients_of, move, require_closure, slope_of
+from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, slope_of, tainted
 from .guard import Closure, Guard
-from .scalars import agree, loss_resolution
+from .scalars import loss_resolution, on_host
 
 __all__ = ["SLS", "SLSB"]
 
 
 class _LineSearch(AdaptiveOptimizer):
+    def _check_lr(self, lr: Any) -> None:
+        super()._check_lr(lr)
+        _options.finite(type(self).__name__, "lr", lr, optional=True)
+
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Closure, *, step_closure: Closure | None = None, lower_bound: float | None = None
+        self, closure: Closure | None = None, *, step_closure: Closure | None = None, lower_bound: float | None = None
     ) -> Tensor:
         """Search a step on the closure's sample, take it, and return the loss before it.
 
@@ -36,30 +40,30 @@ class _LineSearch(AdaptiveOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
-        require_closure(type(self).__name__, closure)
-        params = [p for p in self._parameters()]
+        owner = type(self).__name__
+        closure = require_closure(owner, closure)
+        lower_bound = self._sample_bound(lower_bound)
+        params = self._parameters()
         with Guard(params, self._workspace) as guard:
             loss, grads = self._evaluate(guard, closure, params)
-            searched, random = closure, guard.entry
-            searched_loss, searched_grads = loss, grads
-            if step_closure is not None:
-                require_closure(type(self).__name__, step_closure)
-                searched, random = step_closure, guard.random_state()
-                searched_loss, searched_grads = guard.gradient(step_closure, params)
-                self.evaluations.upper.gradients += 1
-            guard.mark()
             active, gradient, factors = self._with_gradient(params, grads)
-            rule_gradient = gradient if step_closure is None else gradients_of(active, params, searched_grads)
+            searched, random, searched_loss, searched_gradient = closure, guard.entry, loss, gradient
+            if step_closure is not None:
+                searched, random = require_closure(owner, step_closure), guard.random_state()
+                searched_loss, searched_grads = guard.gradient(searched, params)
+                self.evaluations.upper.gradients += 1
+                searched_gradient = gradients_of(active, params, searched_grads)
+                searched_loss = tainted(searched_loss, loss, gradient)
+            guard.mark()
             descent = self._descent(active, gradient)
-            directions = descent.precondition(rule_gradient)
-            value, slope = agree(searched_loss, slope_of(rule_gradient, directions, factors))
-            value, slope = float(value), float(slope)
+            directions = descent.precondition(searched_gradient)
+            value, slope = on_host(searched_loss, slope_of(searched_gradient, directions, factors))
 
             def trial(step: float) -> float:
                 guard.put_back()
                 move(active, directions, step, factors)
                 self.evaluations.upper.values += 1
-                return float(agree(guard.value(searched, random))[0])
+                return on_host(guard.value(searched, random))[0]
 
             bound, scale = self._bound(value, slope, lower_bound)
             if self._reference_lr() == 0.0:
@@ -87,7 +91,7 @@ class _LineSearch(AdaptiveOptimizer):
                 self._save_rule_state(state)
             if record.outcome != Outcome.non_finite:
                 self._drop_offer()
-            self.sample = Sample(searched, random, record.step_size)
+        self.sample = Sample(searched, random, record.step_size)
         self._conclude(record, scale)
         return loss
 
@@ -95,7 +99,7 @@ class _LineSearch(AdaptiveOptimizer):
 class SLS(_LineSearch):
     """Stochastic line search: the largest tried step with sufficient decrease on the sample, eq. (8).
 
-    Takes the first step of start, start w, start w^2, ... with f_i(x - step d) <= f_i(x) - c step <grad f_i, d> + slack.
+    Takes the first of start, start w, start w^2, ... with f_i(x - step d) <= f_i(x) - c step <grad f_i, d> + slack.
     See `adaptive_bilevel.policies.SLS` for the rule.
 
     Args:
@@ -126,6 +130,8 @@ class SLS(_LineSearch):
     True
     """
 
+    _rule = policies.SLS
+
     def __init__(
         self,
         params: ParamsT,
@@ -144,13 +150,7 @@ class SLS(_LineSearch):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "params", "lr", "__class__")}
-        super().__init__(params, lr, options)
-
-    def _make_policy(self, options: dict[str, Any]) -> policies.SLS:
-        names = ("c", "shrink", "grow", "reset", "slack", "lower_bound", "max_step", "max_trials")
-        start = 1.0 if options["lower_bound"] is None else None
-        return policies.SLS(start=start, **{name: options[name] for name in names})
+        super().__init__(params, lr, options_of(locals()))
 
 
 class SLSB(_LineSearch):
@@ -178,6 +178,8 @@ class SLSB(_LineSearch):
         OptionError: An option is out of range (also a ValueError).
     """
 
+    _rule = policies.SLSB
+
     def __init__(
         self,
         params: ParamsT,
@@ -196,10 +198,4 @@ class SLSB(_LineSearch):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "params", "lr", "__class__")}
-        super().__init__(params, lr, options)
-
-    def _make_policy(self, options: dict[str, Any]) -> policies.SLSB:
-        names = ("decay", "c", "shrink", "grow", "reset", "slack", "lower_bound", "max_trials")
-        bound = 1.0 if options["lower_bound"] is None else None
-        return policies.SLSB(bound=bound, **{name: options[name] for name in names})
+        super().__init__(params, lr, options_of(locals()))

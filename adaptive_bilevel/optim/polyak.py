@@ -13,9 +13,10 @@ from .. import policies
 from ..errors import ClosureError, OptionError
 from ..policies import Outcome, Record
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample, gradients_of, move, require_closure, slope_of
+from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, slope_of, tainted
+from .closures import value_of
 from .guard import Closure, Guard
-from .scalars import agree
+from .scalars import agree, on_host
 
 __all__ = ["SPSB", "DecSPS", "SPSMax"]
 
@@ -51,9 +52,12 @@ class PolyakOptimizer(AdaptiveOptimizer):
                 "optimizer or to step(lower_bound=...), or use SLS for losses that are unbounded below"
             )
         descent = self._descent(active, gradient)
-        value, slope = agree(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
+        value: Any
+        slope: Any
         if self._on_host(active):
-            value, slope = float(value), float(slope)
+            value, slope = on_host(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
+        else:
+            value, slope = agree(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
         bound, scale = self._bound(value, slope, lower_bound)
         state = self._rule_state()
         if self.clock >= 0:
@@ -63,7 +67,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         if isinstance(record.step_size, Tensor):
             _move_by_tensor(active, directions, record.step_size, factors)
             self._save_rule_state(state)
-            descent.commit()
+            descent.commit(record.step_size > 0)
         elif record.moved:
             move(active, directions, record.step_size, factors)
             self._save_rule_state(state)
@@ -93,33 +97,50 @@ class PolyakOptimizer(AdaptiveOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        owner = type(self).__name__
+        lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
+        held = [p.grad for p in params]
         with Guard(params, self._workspace) as guard:
+            grads: list[Tensor | None]
+            sample = self.sample
             if loss is None:
-                require_closure(type(self).__name__, closure)
-                assert closure is not None
-                loss, grads = self._evaluate(guard, closure, params)
-                self.sample = Sample(closure, guard.entry, 0.0)
-            elif closure is not None:
-                raise ClosureError(f"{type(self).__name__}.step(closure=..., loss=...): give one of the two")
+                loss, grads = self._evaluate(guard, require_closure(owner, closure), params)
+                sample = Sample(require_closure(owner, closure), guard.entry, 0.0)
             else:
-                loss, grads = (loss.detach() if isinstance(loss, Tensor) else float(loss)), [p.grad for p in params]
-            rule_loss, rule_grads = loss, grads
-            if step_closure is not None:
-                require_closure(type(self).__name__, step_closure)
-                rule_loss, rule_grads = guard.gradient(step_closure, params)
-                self.evaluations.upper.gradients += 1
+                loss, grads = _given(owner, closure, loss, held)
             active, gradient, factors = self._with_gradient(params, grads)
-            rule_gradient = gradient if step_closure is None else gradients_of(active, params, rule_grads)
+            rule_loss, rule_gradient = loss, gradient
+            if step_closure is not None:
+                rule_loss, rule_grads = guard.gradient(require_closure(owner, step_closure), params)
+                self.evaluations.upper.gradients += 1
+                rule_gradient = gradients_of(active, params, rule_grads)
+                rule_loss = tainted(rule_loss, loss, gradient)
             record, scale = self._polyak_step(active, gradient, factors, rule_gradient, rule_loss, lower_bound)
-            if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
+            if isinstance(record.outcome, Tensor):
+                guard.keep_buffers_if(record.outcome != int(Outcome.non_finite))
+                self._drop_offer()
+            elif record.outcome == Outcome.non_finite:
                 guard.undo()
             else:
                 self._drop_offer()
-            if self.sample is not None:
-                self.sample = self.sample._replace(step_size=record.step_size)
+        self.sample = sample if sample is None else sample._replace(step_size=record.step_size)
         self._conclude(record, scale)
         return loss
+
+
+def _given(
+    owner: str, closure: Any, loss: Any, grads: list[Tensor | None]
+) -> tuple[Tensor | float, list[Tensor | None]]:
+    """Return the loss and gradients that the user computed."""
+    if closure is not None:
+        raise ClosureError(f"{owner}.step(closure=..., loss=...): give one of the two")
+    if all(g is None for g in grads):
+        raise ClosureError(f"{owner}.step(loss=...): .grad of all parameters is None; call loss.backward() before")
+    try:
+        return value_of(loss), grads
+    except ClosureError:
+        raise ClosureError(f"{owner}.step(loss={loss!r}): loss must be one real number") from None
 
 
 def _move_by_tensor(
@@ -129,9 +150,6 @@ def _move_by_tensor(
     for p, d, w in zip(params, directions, factors, strict=True):
         length = (step * w).to(device=p.device, dtype=p.dtype)
         p.sub_(torch.where(length > 0, d * length, torch.zeros_like(d)))
-
-
-_NOT_OPTIONS = ("self", "params", "lr", "__class__")
 
 
 class SPSMax(PolyakOptimizer):
@@ -161,6 +179,8 @@ class SPSMax(PolyakOptimizer):
     0.5
     """
 
+    _rule = policies.SPSMax
+
     def __init__(
         self,
         params: ParamsT,
@@ -176,12 +196,7 @@ class SPSMax(PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
-        super().__init__(params, lr, options)
-
-    def _make_policy(self, options: dict[str, Any]) -> policies.SPSMax:
-        names = ("c", "lower_bound", "decay", "floor", "floor_decay")
-        return policies.SPSMax(**{name: options[name] for name in names})
+        super().__init__(params, lr, options_of(locals()))
 
 
 class SPSB(PolyakOptimizer):
@@ -189,6 +204,8 @@ class SPSB(PolyakOptimizer):
 
     Options as in `SPSMax`; the bound decays as 1/sqrt(k+1) ("inverse" for strongly convex problems).
     """
+
+    _rule = policies.SPSB
 
     def __init__(
         self,
@@ -205,16 +222,13 @@ class SPSB(PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
-        super().__init__(params, lr, options)
-
-    def _make_policy(self, options: dict[str, Any]) -> policies.SPSB:
-        names = ("c", "lower_bound", "decay", "floor", "floor_decay")
-        return policies.SPSB(**{name: options[name] for name in names})
+        super().__init__(params, lr, options_of(locals()))
 
 
 class DecSPS(PolyakOptimizer):
-    """DecSPS: step_k = (1/c_k) min{(f_i - lower_bound) / ||grad f_i||^2, c_{k-1} step_{k-1}}, c_k = c sqrt(k+1), eq. (6).
+    """DecSPS: step_k = (1/c_k) min{(f_i - lower_bound) / ||grad f_i||^2, c_{k-1} step_{k-1}}, eq. (6).
+
+    c_k = c sqrt(k+1), so the step never grows.
 
     Args:
         params: Parameters or groups.
@@ -230,6 +244,8 @@ class DecSPS(PolyakOptimizer):
         OptionError: An option is out of range (also a ValueError).
     """
 
+    _rule = policies.DecSPS
+
     def __init__(
         self,
         params: ParamsT,
@@ -242,8 +258,12 @@ class DecSPS(PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
-        super().__init__(params, lr, options)
+        super().__init__(params, lr, options_of(locals()))
 
-    def _make_policy(self, options: dict[str, Any]) -> policies.DecSPS:
-        return policies.DecSPS(c=options["c"], lower_bound=options["lower_bound"])
+    def _rule_state(self) -> Any:
+        # c_{k-1} step_{k-1} bounds the next step, so it follows lr: a scheduler scales it.
+        state, reference = super()._rule_state(), self._saved("lr", 0.0)
+        return state._replace(product=state.product * (self._reference_lr() / reference)) if reference else state
+
+    def _save_rule_state(self, state: Any, **more: Any) -> None:
+        super()._save_rule_state(state, lr=self._reference_lr(), **more)

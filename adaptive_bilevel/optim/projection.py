@@ -82,9 +82,12 @@ class Simplex:
 
 def as_projection(owner: str, project: Any) -> Projection | None:
     """Return the option as a callable, or raise."""
-    if project is None or callable(project):
-        return project
+    if project is None:
+        return None
+    if callable(project):
+        projection: Projection = project
+        return projection
     raise OptionError(
-        f"{owner}(project={project!r}): project must be Box(low, high), Simplex(total), or a callable that moves a list "
-        "of tensors, in place, into a convex set"
+        f"{owner}(project={project!r}): project must be Box(low, high), Simplex(total), or a callable that moves a "
+        "list of tensors, in place, into a convex set"
     )

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["agree", "inner", "loss_resolution"]
+__all__ = ["agree", "inner", "loss_resolution", "on_host"]
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Return sum_i w_i <left_i, right_i> as a 0-dim tensor, accumulated in float32 at least."""
-    total: Tensor | None = None
-    for i, (a, b) in enumerate(zip(left, right, strict=True)):
-        if a.dtype in (torch.float16, torch.bfloat16):
-            a, b = a.float(), b.float()
-        product = torch.dot(a.reshape(-1), b.reshape(-1))
-        if weights is not None and weights[i] != 1.0:
-            product = product * weights[i]
-        if total is None:
-            total = product
-        else:
-            wide = torch.promote_types(total.dtype, product.dtype)
-            total = total.to(wide) + product.to(device=total.device, dtype=wide)
-    return torch.zeros(()) if total is None else total
+    if not left:
+        return torch.zeros(())
+    products = [_dot(a, b) for a, b in zip(left, right, strict=True)]
+    if weights is not None and any(w != 1.0 for w in weights):
+        products = [p if w == 1.0 else p * w for p, w in zip(products, weights, strict=True)]
+    if len(products) == 1:
+        return products[0]
+    first = products[0]
+    if any(p.dtype is not first.dtype or p.device != first.device for p in products):
+        widest = functools.reduce(torch.promote_types, (p.dtype for p in products))
+        products = [p.to(device=first.device, dtype=widest) for p in products]
+    return torch.stack(products).sum()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def loss_resolution(loss: Tensor | float) -> float:
@@ -43,3 +49,14 @@ def agree(*scalars: Tensor | float) -> tuple[Tensor | float, ...]:
     packed = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device).reshape(()) for s in scalars])
     torch.distributed.all_reduce(packed)
     return tuple((packed / world).unbind())
+
+
+def on_host(*scalars: Tensor | float) -> list[float]:
+    """Return the scalars as agreed, as Python numbers: one read, for which an accelerator is waited for once."""
+    agreed = agree(*scalars)
+    tensors = [s for s in agreed if isinstance(s, Tensor)]
+    if len(tensors) < 2:
+        return [float(s) for s in agreed]
+    device = tensors[0].device
+    numbers = iter(torch.stack([t.reshape(()).to(device) for t in tensors]).tolist())
+    return [next(numbers) if isinstance(s, Tensor) else s for s in agreed]

@@ -1,0 +1,117 @@
+"""The buffers of the modules that run inside a closure: as they were before, and as one evaluation left them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Buffers"]
+
+
+class _Slot:
+    """One buffer of one module.
+
+    Attributes:
+        met: The tensor that was there before the module ran; under `torch.func.functional_call` it is the caller's.
+        before: Its value then.
+        after: The value that the marked evaluation left.
+        replaced: What the module put in its place, if it did not change it in place.
+    """
+
+    __slots__ = ("after", "before", "met", "name", "owner", "replaced")
+
+    def __init__(self, owner: nn.Module, name: str, met: Tensor | None) -> None:
+        self.owner, self.name, self.met = owner, name, met
+        self.before = _copied(met)
+        self.after: Tensor | None = None
+        self.replaced = met
+
+    @property
+    def value(self) -> Tensor | None:
+        return self.replaced
+
+    def write(self, value: Tensor | None) -> None:
+        """Give the buffer a value: in the tensor that was there if it fits, so that its storage is kept."""
+        if self.met is not None and value is not None and self.met.shape == value.shape:
+            self.met.copy_(value)
+            target: Tensor | None = self.met
+        else:
+            target = _copied(value)
+        present = self.owner._buffers.get(self.name)
+        # What is there may also be a tensor that functional_call has put back; that one is none of ours.
+        if present is not target and (present is self.met or present is self.replaced):
+            self.owner._buffers[self.name] = target
+        self.replaced = target
+
+
+class Buffers:
+    """The buffers of every module that has run since construction, as seen by hooks around the modules' calls."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, nn.Module] = {}
+        self._slots: list[_Slot] = []
+        self._marked = 0
+        self._depth = 0
+
+    def start(self) -> None:
+        """Begin an evaluation."""
+        self._depth = 0
+
+    def enter(self, module: nn.Module) -> None:
+        """Take note that a module is about to run."""
+        self._depth += 1
+        if id(module) in self._seen:
+            return
+        for part in module.modules():
+            if id(part) in self._seen:
+                continue
+            if any(b is not None and is_lazy(b) for b in part._buffers.values()):
+                continue  # met when it has a value
+            self._seen[id(part)] = part
+            self._slots += [_Slot(part, name, buffer) for name, buffer in part._buffers.items()]
+
+    def leave(self) -> None:
+        """Take note that a module has run; after an outermost one, of the buffers that were replaced."""
+        self._depth -= 1
+        if self._depth == 0:
+            self._look()
+
+    def end(self) -> None:
+        """End an evaluation, which an interruption may have left inside a module."""
+        if self._depth > 0:
+            self._look()
+
+    def _look(self) -> None:
+        for slot in self._slots:
+            slot.replaced = slot.owner._buffers.get(slot.name)
+
+    def mark(self) -> None:
+        """Remember the present values as those to leave behind."""
+        for slot in self._slots:
+            slot.after = _copied(slot.value)
+        self._marked = len(self._slots)
+
+    def to_before(self) -> None:
+        """Put all values back to before."""
+        for slot in self._slots:
+            slot.write(slot.before)
+
+    def to_after(self) -> None:
+        """Put all values to those that were marked; a module met since (only inside a trial) goes back to before."""
+        for slot in self._slots[: self._marked]:
+            slot.write(slot.after)
+        for slot in self._slots[self._marked :]:
+            slot.write(slot.before)
+
+    def keep_if(self, valid: Tensor) -> None:
+        """Keep the present values where `valid` holds, else put them back, without looking at `valid`."""
+        for slot in self._slots:
+            if slot.value is not None and slot.before is not None and slot.value.shape == slot.before.shape:
+                slot.write(torch.where(valid.to(slot.value.device), slot.value, slot.before))
+
+
+def _copied(value: Any) -> Any:
+    return None if value is None else value.detach().clone()

@@ -1,0 +1,254 @@
+"""What a closure does while it is evaluated, whichever way it is written.
+
+A closure may call backward or not, once or once per micro-batch, and zero_grad before; it may return the loss, its
+value, or (after a backward) nothing. While one runs, this thread's ``backward()`` goes to a `Recorder` and its
+``zero_grad()`` does nothing, since gradients are the guard's affair: code between ``backward()`` and the return sees no
+``.grad``. Other threads, and code outside of closures, notice nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import ClosureError
+from .buffers import Buffers
+
+__all__ = ["Closure", "Recorder", "installed", "value_of", "watched"]
+
+Closure = Callable[[], Any]
+"""A zero-argument function returning the loss; with or without zero_grad and backward inside."""
+
+
+class _Thread(threading.local):
+    """What this thread evaluates at present."""
+
+    recorder: Recorder | None = None
+    buffers: Buffers | None = None
+
+
+_here = _Thread()
+
+
+class _Interception:
+    """Stands between closures and torch for as long as any thread has a guard open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._hooks: list[tuple[RemovableHandle, Callable[..., None]]] = []
+        self.backward: Callable[..., None] = torch.autograd.backward
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._install()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._remove()
+
+    def _install(self) -> None:
+        self.backward = torch.autograd.backward
+        self._zero_grads = nn.Module.zero_grad, torch.optim.Optimizer.zero_grad
+        torch.autograd.backward = _backward
+        nn.Module.zero_grad = _zero_grad(self._zero_grads[0])  # type: ignore[method-assign]
+        torch.optim.Optimizer.zero_grad = _zero_grad(self._zero_grads[1])  # type: ignore[method-assign]
+        if not self._hooks:
+            self._hooks = [
+                (register_module_forward_pre_hook(_enter_module), _enter_module),
+                (register_module_forward_hook(_leave_module, always_call=True), _leave_module),
+            ]
+        for handle, hook in self._hooks:
+            _register_again(handle, hook)
+        _silence_the_warning_about_hooks()
+
+    def _remove(self) -> None:
+        torch.autograd.backward = self.backward
+        nn.Module.zero_grad, torch.optim.Optimizer.zero_grad = self._zero_grads  # type: ignore[method-assign]
+        for handle, _ in self._hooks:
+            handle.remove()
+
+
+def _register_again(handle: RemovableHandle, hook: Callable[..., None]) -> None:
+    """Register under the same number as before, since compiled code is compiled anew when the numbers change."""
+    for hooks, value in ((handle.hooks_dict_ref(), hook), *((ref(), True) for ref in handle.extra_dict_ref)):
+        assert hooks is not None
+        hooks[handle.id] = value
+
+
+installed = _Interception()
+"""``with installed:`` around everything that evaluates closures; it nests."""
+
+
+def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    if _here.recorder is None:
+        installed.backward(tensors, *args, **kwargs)
+    else:
+        _here.recorder.backward(tensors, *args, **kwargs)
+
+
+def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
+    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _here.recorder is None:
+            original(self, *args, **kwargs)
+
+    return zero_grad
+
+
+def _enter_module(module: nn.Module, args: Any) -> None:
+    # Under torch.compile nothing is traced of this: the module that was compiled is met from outside.
+    if not torch.compiler.is_compiling() and _here.buffers is not None:
+        _here.buffers.enter(module)
+
+
+def _leave_module(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling() and _here.buffers is not None:
+        _here.buffers.leave()
+
+
+_ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
+
+
+def _silence_the_warning_about_hooks() -> None:
+    """Let torch.compile not warn of hooks that are meant to see what it made; once, since filters cost."""
+    entry = ("ignore", re.compile(_ABOUT_HOOKS, re.IGNORECASE), UserWarning, None, 0)
+    if entry not in warnings.filters:
+        warnings.filterwarnings("ignore", message=_ABOUT_HOOKS, category=UserWarning)
+
+
+@contextmanager
+def watched(recorder: Recorder | None, buffers: Buffers | None) -> Iterator[None]:
+    """Send this thread's backward and zero_grad calls to a recorder, and its module calls to buffers."""
+    outer = _here.recorder, _here.buffers
+    _here.recorder, _here.buffers = recorder, buffers
+    if buffers is not None:
+        buffers.start()
+    try:
+        yield
+    finally:
+        _here.recorder, _here.buffers = outer
+        if buffers is not None:
+            buffers.end()
+
+
+class Recorder:
+    """What a closure did and returned: the loss, whichever way the closure is written.
+
+    A backward is put off until the closure has returned, since an attached loss is differentiated directly (and not,
+    for example, the scaled loss of a GradScaler). A second backward in one closure is gradient accumulation: from then
+    on each runs at once, so that no more than two micro-batches' graphs are ever alive.
+
+    Args:
+        inputs: What to differentiate by, into ``.grad``; None: nothing is differentiated.
+    """
+
+    def __init__(self, inputs: list[Tensor] | None) -> None:
+        self._inputs = inputs
+        self._waiting: tuple[Tensor, bool] | None = None
+        self._losses: list[Tensor] = []  # of the backwards that ran; without inputs, of all
+
+    def backward(
+        self, tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take a backward call of the closure."""
+        many = tuple(tensors) if isinstance(tensors, (tuple, list)) else (tensors,)
+        weights = tuple(grad_tensors) if isinstance(grad_tensors, (tuple, list)) else (grad_tensors,) * len(many)
+        loss = _total([_scalar(t if w is None else (t * w).sum()) for t, w in zip(many, weights, strict=True)])
+        if self._inputs is None:
+            self._losses.append(loss)
+        elif self._waiting is None and not self._losses:
+            self._waiting = loss, bool(retain_graph)
+        else:
+            if self._waiting is not None:
+                self._run(*self._waiting)
+                self._waiting = None
+            self._run(loss, bool(retain_graph))
+
+    def _run(self, loss: Tensor, retain_graph: bool = False) -> None:
+        if self._inputs:  # an empty list would mean all leaves
+            with watched(None, None):  # a backward may call backward (checkpointing does), or run modules again
+                installed.backward(loss, retain_graph=retain_graph, inputs=self._inputs)
+        self._losses.append(loss.detach())
+
+    def attached(self, returned: Any) -> Tensor:
+        """Return the loss with its graph."""
+        if isinstance(returned, Tensor) and returned.requires_grad:
+            return _scalar(returned)
+        losses = [*self._losses, *([] if self._waiting is None else [self._waiting[0]])]
+        if not losses:
+            value_of(returned)
+            raise ClosureError(
+                f"the closure returned {_kind(returned)} and called no backward: return the loss itself, attached to "
+                "its graph (no .item(), .detach() or torch.no_grad())"
+            )
+        return _total(losses)
+
+    def differentiated(self, returned: Any) -> Tensor:
+        """Run what was put off, and return the detached loss."""
+        if not self._losses:
+            loss = self.attached(returned)
+            self._run(loss)
+            if returned is None or (isinstance(returned, Tensor) and returned.requires_grad):
+                return loss.detach()
+        loss = _total(self._losses)
+        if returned is not None:
+            _compare(value_of(returned), loss)
+        return loss
+
+    def value(self, returned: Any) -> Tensor | float:
+        """Return the loss without its graph."""
+        if returned is None and self._losses:
+            return _total([loss.detach() for loss in self._losses])
+        return value_of(returned)
+
+
+def _total(losses: list[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _compare(returned: Tensor | float, differentiated: Tensor) -> None:
+    """Refuse a closure whose backward was not that of the value it returned."""
+    value, reference = float(returned), float(differentiated)
+    if abs(value - reference) > 1e-2 * max(abs(value), abs(reference)):
+        raise ClosureError(
+            f"the closure returned {value} but called backward on a loss of {reference}: call backward on the loss "
+            "that is returned (a GradScaler's scaled loss is not it), or leave backward out"
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{value.layout} "
+        return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)}" + (
+            "" if value.requires_grad else " without a graph"
+        )
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if loss.numel() != 1 or loss.is_complex() or loss.layout is not torch.strided:
+        raise ClosureError(f"the closure returned {_kind(loss)}: return one real number, e.g. loss.mean()")
+    return loss.reshape(())
+
+
+def value_of(returned: Any) -> Tensor | float:
+    """Return a loss's value, detached; a number if it was one."""
+    if isinstance(returned, Tensor):
+        return _scalar(returned).detach()
+    if isinstance(returned, Real) or getattr(returned, "shape", None) == ():
+        return float(returned)
+    raise ClosureError(f"the closure returned {_kind(returned)}: return the loss, a tensor with one element")
