@@ -581,6 +581,29 @@ def test_non_finite_moves_nothing_and_raises_after_max_skips(info: OptimizerInfo
     optimizer.step(poisoned)
 
 
+@every_optimizer
+@pytest.mark.parametrize("which", ["closure", "step_closure"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_in_either_of_two_samples(info: OptimizerInfo, which: str, where: str) -> None:
+    model = net()
+    optimizer = info.make(model.parameters())
+    good = closure_of(model, batches(2)[0])
+
+    def poisoned() -> Tensor:
+        loss = closure_of(model, batches(2)[1])()
+        if where == "loss":
+            return loss * math.nan
+        if loss.requires_grad:
+            loss.register_hook(lambda g: g * math.inf)
+        return loss
+
+    before = snapshot(model, optimizer)
+    closures = {"closure": good, "step_closure": good, which: poisoned}
+    optimizer.step(**closures)
+    assert optimizer.record.outcome == Outcome.non_finite
+    assert snapshot(model, optimizer) == before
+
+
 @every_search
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_trial_is_rejected(info: OptimizerInfo, bad: float) -> None:

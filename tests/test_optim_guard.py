@@ -226,7 +226,7 @@ class Broken(Exception):
 
 @every_optimizer
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
 @pytest.mark.parametrize("index", range(4))
 def test_an_exception_leaves_everything_as_it_was(
     info: OptimizerInfo, error: type[BaseException], when: str, index: int
@@ -237,9 +237,17 @@ def test_an_exception_leaves_everything_as_it_was(
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     calls = iter(range(100))
+    call = -1
     evaluate = closure_of(model, batches(3)[2])
 
+    def fail_inside(*_: Any) -> None:
+        if call == index and when == "inside":
+            raise error
+
+    model.second.register_forward_pre_hook(fail_inside)  # after buffers were changed and random numbers drawn
+
     def closure() -> Tensor:
+        nonlocal call
         call = next(calls)
         if call == index and when == "before":
             raise error
