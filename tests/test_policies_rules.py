@@ -288,7 +288,9 @@ def test_a_bound_of_zero_stops_quietly(policy: Policy[Any]) -> None:
 # A bound that was not given.
 
 
-@pytest.mark.parametrize("policy", [SPSMax(), SPSB(), DecSPS(), Envelope(), SLS(), SLSB()], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [SPSMax(), SPSB(decay="inverse"), DecSPS(), Envelope(), SLS(), SLSB(decay="inverse")], ids=repr
+)
 def test_the_bound_is_found_at_the_first_step_that_moves(policy: SPSMax) -> None:
     """(f - l) / (c s) with c = .1: 2 / .4 = 5."""
     assert policy.first_bound(loss=2.0, slope=4.0) == pytest.approx(5.0)

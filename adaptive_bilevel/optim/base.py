@@ -47,8 +47,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
     """A policy as a `torch.optim.Optimizer`; the concrete rules derive from it.
 
     `param_groups[i]["lr"]` scales the bound (or first trial) of the rule, so schedulers act on it; left out, it is 1
-    and `param_groups[i]["scale"]` holds the bound that was found at the first step. Groups with different lr share one
-    step: group i moves by step * lr_i / lr_0. All other options are the same for all groups.
+    and `param_groups[i]["scale"]` holds the bound (or first trial) that the rule found. Groups with different lr share
+    one step: group i moves by step * lr_i / lr_0. All other options are the same for all groups.
 
     Attributes:
         record: The last step's `Record`; None before.
@@ -156,11 +156,12 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if self.param_groups:
             first = self.param_groups[0]
             lr, scale = (first["lr"] if given is None else given), first["scale"]
+            automatic = first["automatic"]
         else:
-            lr, scale = (1.0, 0.0) if given is None else (given, 1.0)
+            lr, scale, automatic = (1.0, 0.0, True) if given is None else (given, 1.0, False)
         if not (isinstance(lr, Real) and float(lr) >= 0.0):
             raise OptionError(f"{owner}: a parameter group has lr={lr!r}; lr must be a number at or above 0")
-        super().add_param_group({"scale": scale, "step_size": 0.0, **param_group, "lr": lr})
+        super().add_param_group({"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": lr})
         try:
             for p in self.param_groups[-1]["params"]:
                 refuse_unsupported(owner, p)
@@ -282,22 +283,15 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------ conclusion
 
-    def _bound(self, loss: Any, slope: Any, lower_bound: float | None) -> tuple[Any, Any]:
-        """Return the rule's bound (or first trial) before decay, and the scale behind it.
+    def _bound(self) -> dict[str, Any]:
+        """Return what the policy is told: lr is its bound (or first trial), or scales one that it finds by itself."""
+        return {"scale" if self.param_groups[0]["automatic"] else "bound": self._reference_lr()}
 
-        A scale of 0 means that none could be found at this point; the rule then sees no bound of the user's.
-        """
-        group = self.param_groups[0]
-        scale = group["scale"]
-        if isinstance(scale, Tensor) or scale == 0.0:
-            first = self._policy.first_bound(loss=loss, slope=slope, lower_bound=lower_bound)
-            scale = torch.where(scale > 0, scale, first) if isinstance(scale, Tensor) else first
-        return self._reference_lr() * scale, scale
-
-    def _conclude(self, record: Record, scale: Any) -> None:
+    def _conclude(self, record: Record, state: Any) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""
         self.record = record
         on_device = isinstance(record.step_size, Tensor)
+        scale = state.found if self.param_groups[0]["automatic"] else 1.0
         for group, factor in zip(self.param_groups, self._factors(), strict=True):
             if on_device:
                 moved = record.step_size > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ class BiSLS(AdaptiveOptimizer):
         curvature: A step is also rejected if the lower gradient changed by more than curvature * a ||C^T d||, which it
             does where the tangent cannot be believed; inf: no such test.
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
-        c: Armijo constant, in (0, 1).
+        c: Armijo constant, in (0, 1). Left out: .5 for "sgd", .1 for "adam" and for response="step".
         shrink: w, factor between two trials, in (0, 1).
         grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
@@ -107,7 +108,7 @@ class BiSLS(AdaptiveOptimizer):
         carry: str | bool = "auto",
         curvature: float = 0.5,
         project: Projection | None = None,
-        c: float = 0.5,
+        c: float | None = None,
         shrink: float = 0.5,
         grow: float = 1.2,
         reset: str = "grow",
@@ -156,6 +157,8 @@ class BiSLS(AdaptiveOptimizer):
     def _make_policy(self, options: dict[str, Any]) -> Any:
         names = ("c", "shrink", "grow", "reset", "slack", "max_trials")
         shared = {name: options[name] for name in names}
+        if shared["c"] is None:
+            shared["c"] = 0.5 if (options["direction"], options["response"]) == ("sgd", "tangent") else 0.1
         if options["response"] == "step":
             # The searched function has not the slope of the hypergradient, so no step can be excluded beforehand.
             return policies.SLSB(bound=1.0, decay="constant", lower_bound=None, **shared)
@@ -191,12 +194,7 @@ class BiSLS(AdaptiveOptimizer):
             descent = self._descent(active, h)
             going = self._move_along(active, h, factors, descent)
             value = float(agree(loss)[0])
-            record, scale, state, response = (
-                self._refuse(value, going.promised),
-                self.param_groups[0]["scale"],
-                None,
-                None,
-            )
+            record, state, response = self._refuse(value, going.promised), self._rule_state(), None
             if record is None:
                 guard.copy()
                 f_x = gradients_of(active, params, partials[: len(params)])
@@ -210,7 +208,7 @@ class BiSLS(AdaptiveOptimizer):
                     descent,
                     factors,
                 )
-                record, scale, state = self._search(guard, upper_closure, going, response, value, loss)
+                record, state = self._search(guard, upper_closure, going, response, value, loss)
                 ratio = response.slope / going.promised if going.promised else math.nan
                 record = record._replace(slope=response.slope, slope_ratio=ratio)
             guard.put_back()
@@ -226,7 +224,7 @@ class BiSLS(AdaptiveOptimizer):
                 answer = self._answer(response)
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
-        self._conclude(record, scale)
+        self._conclude(record, state)
         self._compare_slopes(record)
         return loss
 
@@ -285,7 +283,7 @@ class BiSLS(AdaptiveOptimizer):
 
     def _search(
         self, guard: Guard, upper_closure: Closure, going: _Move, response: Response, value: float, loss: Tensor
-    ) -> tuple[Record, Any, Any]:
+    ) -> tuple[Record, Any]:
         def trial(step: float) -> float:
             guard.put_back()
             going.go(step)
@@ -293,27 +291,34 @@ class BiSLS(AdaptiveOptimizer):
             self.evaluations.upper.values += 1
             return float(agree(guard.value(upper_closure, guard.entry))[0])
 
-        bound, scale = self._bound(value, response.slope, None)
+        state, bound = self._rule_state(), self._bound()
         extra: dict[str, Any]
         if self._options["response"] == "step":
             extra = {"rounding": 0.0}  # as in the paper, to the bit
+            if "scale" in bound:
+                first = state.found or policies.armijo_ceiling(
+                    value, response.slope, self._options["lower_bound"], self._policy.c
+                )
+                state, bound = state._replace(found=first), {"bound": bound["scale"] * first}
             if self._options["baseline"] == "matched":
                 value = trial(0.0)
         else:
             most = self._options["max_step"]
             longest = going.longest if most is None else min(going.longest, most)
             extra = {"rounding": loss_resolution(loss), "certify": response.certify, "max_step": longest}
-        record, state = self._policy.step(
-            self._rule_state(), loss=value, slope=response.slope, trial=trial, bound=bound or None, **extra
+        searched: tuple[Record, Any] = self._searching(state).step(
+            state, loss=value, slope=response.slope, trial=trial, **bound, **extra
         )
-        return record, scale, state
+        return searched
 
-    def _bound(self, loss: Any, slope: Any, lower_bound: float | None) -> tuple[Any, Any]:
-        scale = self.param_groups[0]["scale"]
-        if scale == 0.0:
-            finder = policies.SLS(c=self._options["c"], lower_bound=self._options["lower_bound"])
-            scale = finder.first_bound(loss=loss, slope=slope)
-        return self._reference_lr() * scale, scale
+    def _searching(self, state: Any) -> Any:
+        """Return the policy; the first search takes no step beyond the minimizer of its own quadratic model.
+
+        That is Armijo's test with c = 1/2 (or above). Adam's first direction has entries of size 1 all over and no
+        scale; where x saturates (weights behind a sigmoid), what one step too long did is not undone by the next.
+        """
+        first = state.previous == 0.0 and self._options["response"] == "tangent"
+        return dataclasses.replace(self._policy, c=max(self._policy.c, 0.5)) if first else self._policy
 
     def _feasible(self, guard: Guard, params: list[Tensor], going: _Move, value: float) -> _Move:
         """Return the move along (x - P(x - a d)) / a for the longest step a to be tried; it is the move without P.
@@ -323,8 +328,8 @@ class BiSLS(AdaptiveOptimizer):
         """
         if self.project is None:
             return going
-        bound, _ = self._bound(value, going.promised, None)
-        longest = self._policy.first_trial(self._rule_state(), loss=value, slope=going.promised, bound=bound or None)
+        state = self._rule_state()
+        longest = self._searching(state).first_trial(state, loss=value, slope=going.promised, **self._bound())
         if not (math.isfinite(longest) and longest > 0.0):
             return going
         before = [p.clone() for p in going.tensors]
@@ -350,13 +355,10 @@ class BiSLS(AdaptiveOptimizer):
         if self._options["direction"] != "adam":
             return tangent
         beta = self._options["betas"][0]
-        saved = (
-            self.state["tangents"]
-            if "tangents" in self.state
-            else {"count": 0, "mean": torch._foreach_mul(tangent, 0.0)}
-        )
+        state: dict[Any, Any] = self.state  # torch types the keys as tensors
+        saved = state.get("tangents") or {"count": 0, "mean": torch._foreach_mul(tangent, 0.0)}
         count, mean = saved["count"] + 1, list(torch._foreach_lerp(list(saved["mean"]), tangent, 1.0 - beta))
-        self.state["tangents"] = {"count": count, "mean": mean}  # type: ignore[index]
+        state["tangents"] = {"count": count, "mean": mean}
         return list(torch._foreach_div(mean, 1.0 - beta**count))
 
     def _carry(self, lower: list[Tensor], answer: list[Tensor] | None, step: float) -> None:

@@ -112,10 +112,10 @@ class BiSPS(PolyakOptimizer):
             else:
                 value = loss.detach() if isinstance(loss, Tensor) else float(loss)
             active, gradient, factors = self._with_gradient(params, grads)
-            record, scale = self._polyak_step(active, gradient, factors, gradient, value, lower_bound)
+            record, state = self._polyak_step(active, gradient, factors, gradient, value, lower_bound)
             if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
                 guard.undo()
         for optimizer in self._clocked():
             optimizer.set_clock(optimizer.clock + 1)
-        self._conclude(record, scale)
+        self._conclude(record, state)
         return value

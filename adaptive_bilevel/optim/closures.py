@@ -8,11 +8,11 @@ value, or (after a backward) nothing. While one runs, this thread's ``backward()
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ClosureError
 from .buffers import Buffers
 
-__all__ = ["Closure", "Recorder", "installed", "value_of", "watched"]
+__all__ = ["Closure", "Recorder", "Watched", "installed", "value_of"]
 
 Closure = Callable[[], Any]
 """A zero-argument function returning the loss; with or without zero_grad and backward inside."""
@@ -63,11 +63,11 @@ class _Interception:
 
     def _install(self) -> None:
         self.backward = torch.autograd.backward
-        self._zero_grads = nn.Module.zero_grad, torch.optim.Optimizer.zero_grad
         torch.autograd.backward = _backward
-        nn.Module.zero_grad = _zero_grad(self._zero_grads[0])  # type: ignore[method-assign]
-        torch.optim.Optimizer.zero_grad = _zero_grad(self._zero_grads[1])  # type: ignore[method-assign]
         if not self._hooks:
+            # For good: changing a class voids the interpreter's caches, which would cost more than all the rest.
+            for owner in (nn.Module, torch.optim.Optimizer):
+                owner.zero_grad = _zero_grad(owner.zero_grad)  # type: ignore[method-assign]
             self._hooks = [
                 (register_module_forward_pre_hook(_enter_module), _enter_module),
                 (register_module_forward_hook(_leave_module, always_call=True), _leave_module),
@@ -78,7 +78,6 @@ class _Interception:
 
     def _remove(self) -> None:
         torch.autograd.backward = self.backward
-        nn.Module.zero_grad, torch.optim.Optimizer.zero_grad = self._zero_grads  # type: ignore[method-assign]
         for handle, _ in self._hooks:
             handle.remove()
 
@@ -102,6 +101,7 @@ def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
         if _here.recorder is None:
             original(self, *args, **kwargs)
@@ -121,28 +121,31 @@ def _leave_module(module: nn.Module, args: Any, output: Any) -> None:
 
 
 _ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
+_NO_WARNING = ("ignore", re.compile(_ABOUT_HOOKS, re.IGNORECASE), UserWarning, None, 0)
 
 
 def _silence_the_warning_about_hooks() -> None:
-    """Let torch.compile not warn of hooks that are meant to see what it made; once, since filters cost."""
-    entry = ("ignore", re.compile(_ABOUT_HOOKS, re.IGNORECASE), UserWarning, None, 0)
-    if entry not in warnings.filters:
+    """Let torch.compile not warn of hooks that are meant to see what it made."""
+    if _NO_WARNING not in warnings.filters:
         warnings.filterwarnings("ignore", message=_ABOUT_HOOKS, category=UserWarning)
 
 
-@contextmanager
-def watched(recorder: Recorder | None, buffers: Buffers | None) -> Iterator[None]:
+class Watched:
     """Send this thread's backward and zero_grad calls to a recorder, and its module calls to buffers."""
-    outer = _here.recorder, _here.buffers
-    _here.recorder, _here.buffers = recorder, buffers
-    if buffers is not None:
-        buffers.start()
-    try:
-        yield
-    finally:
-        _here.recorder, _here.buffers = outer
-        if buffers is not None:
-            buffers.end()
+
+    def __init__(self, recorder: Recorder | None, buffers: Buffers | None) -> None:
+        self._recorder, self._buffers = recorder, buffers
+
+    def __enter__(self) -> None:
+        self._outer = _here.recorder, _here.buffers
+        _here.recorder, _here.buffers = self._recorder, self._buffers
+        if self._buffers is not None:
+            self._buffers.start()
+
+    def __exit__(self, *error: object) -> None:
+        _here.recorder, _here.buffers = self._outer
+        if self._buffers is not None:
+            self._buffers.end()
 
 
 class Recorder:
@@ -180,7 +183,7 @@ class Recorder:
 
     def _run(self, loss: Tensor, retain_graph: bool = False) -> None:
         if self._inputs:  # an empty list would mean all leaves
-            with watched(None, None):  # a backward may call backward (checkpointing does), or run modules again
+            with Watched(None, None):  # a backward may call backward (checkpointing does), or run modules again
                 installed.backward(loss, retain_graph=retain_graph, inputs=self._inputs)
         self._losses.append(loss.detach())
 
@@ -242,7 +245,7 @@ def _kind(value: Any) -> str:
 def _scalar(loss: Tensor) -> Tensor:
     if loss.numel() != 1 or loss.is_complex() or loss.layout is not torch.strided:
         raise ClosureError(f"the closure returned {_kind(loss)}: return one real number, e.g. loss.mean()")
-    return loss.reshape(())
+    return loss if loss.dim() == 0 else loss.reshape(())
 
 
 def value_of(returned: Any) -> Tensor | float:

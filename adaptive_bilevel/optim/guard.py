@@ -14,8 +14,7 @@ What it cannot see: random generators other than torch's default ones, modules t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Buffers
-from .closures import Closure, Recorder, installed, watched
+from .closures import Closure, Recorder, Watched, installed
 
 __all__ = ["Closure", "Guard", "RandomState", "Workspace"]
 
@@ -183,18 +182,10 @@ class Guard:
             recorder = Recorder(None)
             return recorder.value(self._call(closure, recorder, True, random))
 
-    @contextmanager
-    def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> Iterator[None]:
+    def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> _Aside:
         """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""
-        tensors = {id(p): p for p in (*self._tensors, *inputs)}.values()
-        held = [(p, p.grad) for p in tensors]
-        try:
-            for p in tensors:
-                p.grad = None
-            yield
-        finally:
-            for p, grad in held:
-                p.grad = grad
+        known = {id(p) for p in self._tensors}
+        return _Aside([*self._tensors, *(p for p in inputs if id(p) not in known)])
 
     def _call(self, closure: Closure, recorder: Recorder, with_grad: bool, random: RandomState | None) -> Any:
         if random is not None:
@@ -203,5 +194,21 @@ class Guard:
             random.restore()
         # Autocast caches casts of the parameters for as long as its outermost block lasts; ours have moved since.
         torch.clear_autocast_cache()
-        with watched(recorder, self._buffers), torch.enable_grad() if with_grad else torch.no_grad():
+        with Watched(recorder, self._buffers), torch.enable_grad() if with_grad else torch.no_grad():
             return closure()
+
+
+class _Aside:
+    """Takes gradients away for a while."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._held = [(p, p.grad) for p in tensors]
+
+    def __enter__(self) -> None:
+        for p, grad in self._held:
+            if grad is not None:
+                p.grad = None
+
+    def __exit__(self, *error: object) -> None:
+        for p, grad in self._held:
+            p.grad = grad

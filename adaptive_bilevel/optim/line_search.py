@@ -65,7 +65,6 @@ class _LineSearch(AdaptiveOptimizer):
                 self.evaluations.upper.values += 1
                 return on_host(guard.value(searched, random))[0]
 
-            bound, scale = self._bound(value, slope, lower_bound)
             if self._reference_lr() == 0.0:
                 record, state = Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=slope), self._rule_state()
             else:
@@ -76,8 +75,8 @@ class _LineSearch(AdaptiveOptimizer):
                     slope=slope,
                     trial=trial,
                     lower_bound=lower_bound,
-                    bound=bound or None,
                     rounding=loss_resolution(searched_loss),
+                    **self._bound(),
                 )
             if not record.moved:
                 guard.put_back()
@@ -92,7 +91,7 @@ class _LineSearch(AdaptiveOptimizer):
             if record.outcome != Outcome.non_finite:
                 self._drop_offer()
         self.sample = Sample(searched, random, record.step_size)
-        self._conclude(record, scale)
+        self._conclude(record, state)
         return loss
 
 

@@ -34,7 +34,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         self._save_rule_state(self._rule_state(), clock=k)
 
     def _on_host(self, params: Sequence[Tensor]) -> bool:
-        return all(p.device.type == "cpu" for p in params)
+        return all(p.is_cpu for p in params)
 
     def _polyak_step(
         self,
@@ -45,7 +45,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         loss: Tensor | float,
         lower_bound: float | None,
     ) -> tuple[Record, Any]:
-        """Take the step and return its record and the scale found."""
+        """Take the step and return its record and the rule's state after it."""
         if lower_bound is None and self._options["lower_bound"] is None:
             raise OptionError(
                 f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
@@ -58,11 +58,10 @@ class PolyakOptimizer(AdaptiveOptimizer):
             value, slope = on_host(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
         else:
             value, slope = agree(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
-        bound, scale = self._bound(value, slope, lower_bound)
         state = self._rule_state()
         if self.clock >= 0:
             state = state._replace(count=self.clock)
-        record, state = self._policy.step(state, loss=value, slope=slope, lower_bound=lower_bound, bound=bound)
+        record, state = self._policy.step(state, loss=value, slope=slope, lower_bound=lower_bound, **self._bound())
         directions = list(gradient) if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):
             _move_by_tensor(active, directions, record.step_size, factors)
@@ -72,7 +71,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
             move(active, directions, record.step_size, factors)
             self._save_rule_state(state)
             descent.commit()
-        return record, scale
+        return record, state
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -116,7 +115,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
                 self.evaluations.upper.gradients += 1
                 rule_gradient = gradients_of(active, params, rule_grads)
                 rule_loss = tainted(rule_loss, loss, gradient)
-            record, scale = self._polyak_step(active, gradient, factors, rule_gradient, rule_loss, lower_bound)
+            record, state = self._polyak_step(active, gradient, factors, rule_gradient, rule_loss, lower_bound)
             if isinstance(record.outcome, Tensor):
                 guard.keep_buffers_if(record.outcome != int(Outcome.non_finite))
                 self._drop_offer()
@@ -125,7 +124,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
             else:
                 self._drop_offer()
         self.sample = sample if sample is None else sample._replace(step_size=record.step_size)
-        self._conclude(record, scale)
+        self._conclude(record, state)
         return loss
 
 

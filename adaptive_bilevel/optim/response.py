@@ -32,7 +32,11 @@ class Response(Protocol):
     """The searched function's lower part."""
 
     slope: float
-    offsets: Sequence[Tensor] | None
+
+    @property
+    def offsets(self) -> Sequence[Tensor] | None:
+        """How y answers to one unit of the step; None: not known."""
+        ...
 
     def close(self) -> None:
         """Get ready for trials."""
@@ -50,7 +54,7 @@ class Response(Protocol):
 class NoResponse:
     """f does not need the lower variable: phi(a) = f(x - a d)."""
 
-    offsets = None
+    offsets: Sequence[Tensor] | None = None
 
     def __init__(self, slope: float) -> None:
         self.slope = slope
@@ -100,7 +104,8 @@ class TangentResponse:
         with torch.enable_grad():
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
             self._curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
-        self.slope, self.offsets = 0.0, None
+        self.slope = 0.0
+        self.offsets: Sequence[Tensor] | None = None
 
     def along(self, direction: Sequence[Tensor]) -> None:
         """Set w and the slope s for a direction d."""
@@ -115,7 +120,7 @@ class TangentResponse:
     def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, initial: Sequence[Tensor] | None) -> None:
         f_x, f_y = self._partials
         solution = solver.solve(self._curvature.hvp, self._push, initial)
-        self.offsets: Sequence[Tensor] | None = solution.tensors
+        self.offsets = solution.tensors
         self._residual = solution.residual
         self.slope = float(agree(inner(f_x, direction) - inner(f_y, solution.tensors))[0])
 
@@ -188,7 +193,7 @@ class StepResponse:
         counts: Where lower oracle calls are counted.
     """
 
-    offsets = None
+    offsets: Sequence[Tensor] | None = None
 
     def __init__(
         self,

@@ -27,10 +27,14 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[flo
     return torch.stack(products).sum()
 
 
+_SHORT = (torch.float16, torch.bfloat16)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    if a.dim() != 1:
+        # Often both are the same gradient, and a view costs as much as a small product.
+        a, b = (a.reshape(-1),) * 2 if a is b else (a.reshape(-1), b.reshape(-1))
+    return torch.dot(a.float(), b.float()) if a.dtype in _SHORT else torch.dot(a, b)
 
 
 def loss_resolution(loss: Tensor | float) -> float:
@@ -57,6 +61,7 @@ def on_host(*scalars: Tensor | float) -> list[float]:
     tensors = [s for s in agreed if isinstance(s, Tensor)]
     if len(tensors) < 2:
         return [float(s) for s in agreed]
-    device = tensors[0].device
-    numbers = iter(torch.stack([t.reshape(()).to(device) for t in tensors]).tolist())
+    if any(t.device != tensors[0].device for t in tensors):
+        tensors = [t.to(tensors[0].device) for t in tensors]
+    numbers = iter(torch.stack(tensors).tolist())
     return [next(numbers) if isinstance(s, Tensor) else s for s in agreed]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..errors import OptionError
 from . import _options
 from ._scalars import Scalar, resolution
+from .distance import estimate, take
 from .envelope import armijo_ceiling
 from .record import Outcome, Record, Trial
 from .reset import RESETS, reset
@@ -27,11 +28,27 @@ class SearchState(NamedTuple):
         count: Number of steps that moved; the k of the schedules.
         found: The initial bound or first trial that the search found by itself; 0 before, and when one was given.
         previous: The last accepted step; 0 before there was one.
+        seen: This and what follows are the estimates of `BoundState`, used by `SLSB` without a bound.
+        mean_loss: See `BoundState`.
+        loss_variance: See `BoundState`.
+        mean_slope: See `BoundState`.
+        distance: See `BoundState`.
+        weighted_loss: See `BoundState`.
+        path: See `BoundState`.
+        squares: See `BoundState`.
     """
 
     count: int = 0  # type: ignore[assignment]
     found: float = 0.0
     previous: float = 0.0
+    seen: int = 0
+    mean_loss: float = 0.0
+    loss_variance: float = 0.0
+    mean_slope: float = 0.0
+    distance: float = 0.0
+    weighted_loss: float = 0.0
+    path: float = 0.0
+    squares: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +83,11 @@ class _Search:
         ceiling = self._ceiling(loss, slope, lower_bound)
         return ceiling if math.isfinite(ceiling) else 0.0
 
-    def first_trial(self, state: SearchState, *, loss: float, slope: float, bound: float | None = None) -> float:
+    def first_trial(
+        self, state: SearchState, *, loss: float, slope: float, bound: float | None = None, scale: float = 1.0
+    ) -> float:
         """Return where an uncapped search at this point starts; inf where that is not known."""
-        given = bound or state.found or self.first_bound(loss=loss, slope=slope)
+        given = bound or scale * (state.found or self.first_bound(loss=loss, slope=slope))
         cap = self._ceiling(loss, slope, None)
         return reset(state.previous, given, option=self.reset, grow=self.grow, cap=cap) if given else math.inf
 
@@ -79,6 +98,10 @@ class _Search:
             return math.inf
         # With slack, a step above the bare ceiling may still pass.
         return float(armijo_ceiling(loss + self.slack, slope, low, self.c))
+
+    def _find(self, state: SearchState, loss: float, slope: float, ceiling: float) -> tuple[SearchState, bool]:
+        """Return the state with a bound or first trial that was found, and whether it is an estimate."""
+        return state._replace(found=state.found or (ceiling if math.isfinite(ceiling) else 0.0)), False
 
     def _search(
         self,
@@ -92,6 +115,7 @@ class _Search:
         given: float | None,
         factor: float | None,
         largest: float,
+        scale: float,
     ) -> tuple[Record, SearchState]:
         """Search from the reset rule's start, under given * factor (SLSB) and `largest`."""
         if trial is None:
@@ -104,12 +128,12 @@ class _Search:
             outcome = Outcome.zero_gradient if slope == 0.0 else Outcome.no_descent
             return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
         ceiling = self._ceiling(loss, slope, lower_bound)
-        found = state.found
+        seen, estimated = state, False
         if given is None:
-            found = found or (ceiling if math.isfinite(ceiling) else 0.0)
-            if found == 0.0:
+            seen, estimated = self._find(state, loss, slope, ceiling)
+            if seen.found == 0.0:
                 return Record(0.0, 0.0, math.inf, Outcome.below_lower_bound, slope=slope), state
-            given = found
+            given = seen.found * scale
         high = given if factor is None else given * factor
         if not high > 0.0:
             outcome = Outcome.non_finite if math.isnan(high) else Outcome.at_bound
@@ -132,7 +156,8 @@ class _Search:
         # A decrease below the rounding of the loss passes only by the allowance above. After rejections such a step
         # says nothing about which length is right, so the next search does not start from it.
         telling = trials == 1 or state.previous == 0.0 or self.c * candidate * slope > rounding * abs(loss)
-        return record, SearchState(state.count + 1, found, candidate if telling else state.previous)
+        after = take(seen, loss, slope, candidate) if estimated else seen
+        return record, after._replace(count=state.count + 1, previous=candidate if telling else state.previous)
 
 
 _SMALLEST_RATIO = 1e-12
@@ -190,6 +215,7 @@ class SLS(_Search):
         rounding: float | None = None,
         certify: Certificate | None = None,
         max_step: float | None = None,
+        scale: float = 1.0,
     ) -> tuple[Record, SearchState]:
         """Return the record of one search, and the state after it.
 
@@ -204,18 +230,19 @@ class SLS(_Search):
             rounding: Relative rounding unit of the loss; None: that of the loss's dtype.
             certify: A further test, asked about a step right after its trial passed; False rejects it.
             max_step: Overrides the option for this step.
+            scale: Factor of a first trial that the search found by itself.
         """
         given = self.start if bound is None else float(bound)
         largest = self.max_step if max_step is None else max_step
         largest = math.inf if largest is None else largest
-        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, None, largest)
+        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, None, largest, scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLSB(_Search):
     """Stochastic line search under a non-increasing bound: start = min{reset(previous), gamma_b,k}, step <= gamma_b,k.
 
-    Options as in `SLS`, with `bound` (gamma_b,0 > 0; None: found at the first step) and its `decay` in the place of
+    Options as in `SLS`, with `bound` (gamma_b,0 > 0; None: found, see `Envelope`) and its `decay` in the place of
     `start` and `max_step`.
 
     >>> policy = SLSB(bound=1.0)
@@ -236,6 +263,12 @@ class SLSB(_Search):
                 "give one of the two"
             )
 
+    def _find(self, state: SearchState, loss: float, slope: float, ceiling: float) -> tuple[SearchState, bool]:
+        if self.decay != "inverse_sqrt" or (state.seen == 0 and not math.isfinite(ceiling)):
+            return super()._find(state, loss, slope, ceiling)
+        ratio = ceiling * self.c if math.isfinite(ceiling) else 0.0
+        return estimate(state, loss, slope, ratio * slope, ratio), True
+
     def step(
         self,
         state: SearchState,
@@ -248,8 +281,9 @@ class SLSB(_Search):
         bound: Scalar | None = None,
         rounding: float | None = None,
         certify: Certificate | None = None,
+        scale: float = 1.0,
     ) -> tuple[Record, SearchState]:
         """Return the record of one search, and the state after it (arguments as in `SLS.step`)."""
         given = self.bound if bound is None else float(bound)
         factor = float(decay_factor(self.decay, state.count))
-        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, factor, math.inf)
+        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, factor, math.inf, scale)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import OptionError
 from . import _options
 from ._scalars import Scalar, clock, isfinite, larger, like, smaller, where
+from .distance import estimate, take
 from .record import Outcome, Record, Trial, closed_form
 from .schedule import DECAYS, Decay, decay_factor
 
@@ -55,16 +56,41 @@ class BoundState(NamedTuple):
     Attributes:
         count: Number of steps that moved; the k of the schedules.
         found: The initial bound that the rule found by itself; 0 before the first step, and when a bound was given.
+        seen: Number of samples behind the estimates that follow; see `adaptive_bilevel.policies.distance`.
+        mean_loss: Decaying mean of the losses f_j.
+        loss_variance: Decaying variance of the losses.
+        mean_slope: Decaying mean of the slopes n_j.
+        distance: Lower estimate of ||x_0 - x*||^2.
+        weighted_loss: sum_j gamma_j f_j.
+        path: sum_j gamma_j.
+        squares: sum_j gamma_j^2 n_j.
     """
 
     count: Scalar = 0
     found: Scalar = 0.0
+    seen: Scalar = 0
+    mean_loss: Scalar = 0.0
+    loss_variance: Scalar = 0.0
+    mean_slope: Scalar = 0.0
+    distance: Scalar = 0.0
+    weighted_loss: Scalar = 0.0
+    path: Scalar = 0.0
+    squares: Scalar = 0.0
 
 
-def advance(state: Any, record: Record, found: Scalar) -> Any:
-    """Return the state after a step: only steps that move count, and only they may settle the bound."""
+def advance(state: Any, seen: Any, record: Record, loss: Scalar, slope: Scalar, *, estimated: bool = False) -> Any:
+    """Return the state after a step: only steps that move count, and only they leave what was seen in the state."""
     moved = record.step_size > 0
-    return state._replace(count=where(moved, state.count + 1, state.count), found=where(moved, found, state.found))
+    after = seen._replace(count=state.count + 1)
+    if estimated:
+        after = take(after, loss, slope, record.step_size)
+    return type(state)(*(_chosen(moved, new, old, slope) for new, old in zip(after, state, strict=True)))
+
+
+def _chosen(moved: Any, new: Scalar, old: Scalar, slope: Scalar) -> Scalar:
+    if isinstance(new, int) and isinstance(old, int):
+        return where(moved, new, old)
+    return where(moved, like(new, slope), like(old, slope))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +125,20 @@ class _Bounded:
         return low
 
     def _bound(
-        self, state: Any, override: Scalar | None, loss: Scalar, slope: Scalar, low: Scalar
-    ) -> tuple[Scalar, Scalar]:
-        """Return (the initial bound in force, what to remember as found)."""
+        self, state: Any, override: Scalar | None, scale: Scalar, loss: Scalar, slope: Scalar, low: Scalar
+    ) -> tuple[Scalar, Any]:
+        """Return (the initial bound in force, the state that has seen this sample)."""
         given = self.bound if override is None else override
         if given is not None:
-            return given, state.found
-        found = where(state.found > 0, state.found, self.first_bound(loss=loss, slope=slope, lower_bound=low))
-        return found, found
+            return given, state
+        if self.decay == "inverse_sqrt":
+            gap = where(loss > low, loss - low, 0.0)
+            ratio = polyak_ratio(loss, slope, low, 1.0)
+            seen = estimate(state, loss, slope, gap, where(isfinite(ratio), ratio, 0.0))
+        else:
+            first = self.first_bound(loss=loss, slope=slope, lower_bound=low)
+            seen = state._replace(found=where(state.found > 0, state.found, first))
+        return seen.found * scale, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +177,12 @@ class Constant(_Bounded):
         lower_bound: Scalar | None = None,
         shared: Any = None,
         bound: Scalar | None = None,
+        scale: Scalar = 1.0,
     ) -> tuple[Record, BoundState]:
         """Return the record of one step, and the state after it."""
         high = (self.bound if bound is None else bound) * decay_factor(self.decay, clock(state.count, loss))
         record = clip(high, 0.0, high, loss=loss, slope=slope, lower_bound=-float("inf"))
-        return record, advance(state, record, state.found)
+        return record, advance(state, state, record, loss, slope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +190,8 @@ class Envelope(_Bounded):
     """Any raw step between a floor and a bound: min{max{min(low_k, high_k), raw_k}, high_k}, eqs. (9) and (10).
 
     Args:
-        bound: high_0 = gamma_b,0 > 0. None: found at the first step, see `armijo_ceiling`.
+        bound: high_0 = gamma_b,0 > 0. None: found from the problem; under the schedule "inverse_sqrt" estimated anew at
+            each step (`adaptive_bilevel.policies.distance`), under others once (`armijo_ceiling`).
         decay: Schedule of the bound.
         c: Constant of the default raw step (loss - lower_bound) / (c slope), a number or a callable k -> number.
         lower_bound: l, any lower bound of the loss. None: to be given at each step.
@@ -195,6 +229,7 @@ class Envelope(_Bounded):
         lower_bound: Scalar | None = None,
         shared: Any = None,
         bound: Scalar | None = None,
+        scale: Scalar = 1.0,
         raw: Scalar | None = None,
     ) -> tuple[Record, BoundState]:
         """Return the record of one step, and the state after it.
@@ -207,6 +242,7 @@ class Envelope(_Bounded):
             lower_bound: Overrides the option for this sample.
             shared: Unused.
             bound: Overrides the initial bound for this step.
+            scale: Factor of a bound that the rule found by itself.
             raw: The raw step, any number; by default Polyak's ratio. NaN counts as non-finite.
 
         Raises:
@@ -215,11 +251,12 @@ class Envelope(_Bounded):
         low = -float("inf")
         if raw is None or (bound is None and self.bound is None):
             low = self._lower_bound(lower_bound)
-        initial, found = self._bound(state, bound, loss, slope, low)
+        initial, seen = self._bound(state, bound, scale, loss, slope, low)
         k = clock(state.count, loss)
         if raw is None:
             raw = polyak_ratio(loss, slope, low, self.c(k) if callable(self.c) else self.c)
         high = initial * decay_factor(self.decay, k)
         floor = self.floor * decay_factor(self.floor_decay, k)
         record = clip(raw, floor, high, loss=loss, slope=slope, lower_bound=low)
-        return record, advance(state, record, found)
+        estimated = seen is not state and self.decay == "inverse_sqrt"
+        return record, advance(state, seen, record, loss, slope, estimated=estimated)

@@ -86,16 +86,17 @@ class DecSPS(_Bounded):
         lower_bound: Scalar | None = None,
         shared: Any = None,
         bound: Scalar | None = None,
+        scale: Scalar = 1.0,
     ) -> tuple[Record, DecSPSState]:
         """Return the record of one step, and the state after it (arguments as in `Envelope.step`).
 
         Once there was a step, the bound only shows where it is overridden by a smaller one, as by a schedule.
         """
         low = self._lower_bound(lower_bound)
-        initial, found = self._bound(state, bound, loss, slope, low)
+        initial, seen = self._bound(state, bound, scale, loss, slope, low)
         c = self.c * (clock(state.count, loss) + 1) ** 0.5
         high = where(state.product > 0, smaller(state.product / c, initial), initial)
         raw = polyak_ratio(loss, slope, low, c)
         record = clip(raw, 0.0, high, loss=loss, slope=slope, lower_bound=low)
-        state = state._replace(product=where(record.step_size > 0, c * record.step_size, state.product))
-        return record, advance(state, record, found)
+        after = advance(state, seen, record, loss, slope)
+        return record, after._replace(product=where(record.step_size > 0, c * record.step_size, state.product))
