@@ -14,6 +14,7 @@ What it cannot see: random generators other than torch's default ones, modules t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -184,6 +185,8 @@ class Guard:
 
     def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> _Aside:
         """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""
+        if len(inputs) == len(self._tensors) and all(map(operator.is_, inputs, self._tensors)):
+            return _Aside(self._tensors)
         known = {id(p) for p in self._tensors}
         return _Aside([*self._tensors, *(p for p in inputs if id(p) not in known)])
 

@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 from .. import policies
 from ..policies import Outcome, Record, _options
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, slope_of, tainted
+from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, tainted
 from .guard import Closure, Guard
-from .scalars import loss_resolution, on_host
+from .scalars import loss_resolution, on_host, on_host_with_inner
 
 __all__ = ["SLS", "SLSB"]
 
@@ -57,7 +57,7 @@ class _LineSearch(AdaptiveOptimizer):
             guard.mark()
             descent = self._descent(active, gradient)
             directions = descent.precondition(searched_gradient)
-            value, slope = on_host(searched_loss, slope_of(searched_gradient, directions, factors))
+            value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, factors)
 
             def trial(step: float) -> float:
                 guard.put_back()

@@ -16,7 +16,7 @@ from ..policies.schedule import Decay
 from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, slope_of, tainted
 from .closures import value_of
 from .guard import Closure, Guard
-from .scalars import agree, on_host
+from .scalars import agree, on_host_with_inner
 
 __all__ = ["SPSB", "DecSPS", "SPSMax"]
 
@@ -54,21 +54,22 @@ class PolyakOptimizer(AdaptiveOptimizer):
         descent = self._descent(active, gradient)
         value: Any
         slope: Any
+        directions = descent.precondition(rule_gradient)
         if self._on_host(active):
-            value, slope = on_host(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
+            value, slope = on_host_with_inner(loss, rule_gradient, directions, factors)
         else:
-            value, slope = agree(loss, slope_of(rule_gradient, descent.precondition(rule_gradient), factors))
+            value, slope = agree(loss, slope_of(rule_gradient, directions, factors))
         state = self._rule_state()
         if self.clock >= 0:
             state = state._replace(count=self.clock)
         record, state = self._policy.step(state, loss=value, slope=slope, lower_bound=lower_bound, **self._bound())
-        directions = list(gradient) if descent.step is None else descent.step
+        stepped = list(gradient) if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):
-            _move_by_tensor(active, directions, record.step_size, factors)
+            _move_by_tensor(active, stepped, record.step_size, factors)
             self._save_rule_state(state)
             descent.commit(record.step_size > 0)
         elif record.moved:
-            move(active, directions, record.step_size, factors)
+            move(active, stepped, record.step_size, factors)
             self._save_rule_state(state)
             descent.commit()
         return record, state
@@ -99,7 +100,6 @@ class PolyakOptimizer(AdaptiveOptimizer):
         owner = type(self).__name__
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
-        held = [p.grad for p in params]
         with Guard(params, self._workspace) as guard:
             grads: list[Tensor | None]
             sample = self.sample
@@ -107,7 +107,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
                 loss, grads = self._evaluate(guard, require_closure(owner, closure), params)
                 sample = Sample(require_closure(owner, closure), guard.entry, 0.0)
             else:
-                loss, grads = _given(owner, closure, loss, held)
+                loss, grads = _given(owner, closure, loss, [p.grad for p in params])
             active, gradient, factors = self._with_gradient(params, grads)
             rule_loss, rule_gradient = loss, gradient
             if step_closure is not None:

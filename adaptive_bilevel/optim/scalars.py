@@ -8,23 +8,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["agree", "inner", "loss_resolution", "on_host"]
+__all__ = ["agree", "inner", "loss_resolution", "on_host", "on_host_with_inner"]
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Return sum_i w_i <left_i, right_i> as a 0-dim tensor, accumulated in float32 at least."""
     if not left:
         return torch.zeros(())
+    products = _products(left, right, weights)
+    return products[0] if len(products) == 1 else torch.stack(products).sum()
+
+
+def on_host_with_inner(
+    scalar: Tensor | float, left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None = None
+) -> tuple[float, float]:
+    """Return a scalar and an inner product as agreed, as Python numbers, by one read of all that they consist of."""
+    if not left or _world_size() > 1:
+        number, product = on_host(scalar, inner(left, right, weights))
+        return number, product
+    products = _products(left, right, weights)
+    if not isinstance(scalar, Tensor):
+        return scalar, sum(torch.stack(products).tolist())
+    number, *terms = torch.stack([scalar.to(products[0].device), *products]).tolist()
+    return number, sum(terms)
+
+
+def _products(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
     products = [_dot(a, b) for a, b in zip(left, right, strict=True)]
     if weights is not None and any(w != 1.0 for w in weights):
         products = [p if w == 1.0 else p * w for p, w in zip(products, weights, strict=True)]
-    if len(products) == 1:
-        return products[0]
     first = products[0]
     if any(p.dtype is not first.dtype or p.device != first.device for p in products):
         widest = functools.reduce(torch.promote_types, (p.dtype for p in products))
         products = [p.to(device=first.device, dtype=widest) for p in products]
-    return torch.stack(products).sum()
+    return products
 
 
 _SHORT = (torch.float16, torch.bfloat16)
@@ -42,11 +59,15 @@ def loss_resolution(loss: Tensor | float) -> float:
     return torch.finfo(loss.dtype).eps if isinstance(loss, Tensor) else 2.220446049250313e-16
 
 
+def _world_size() -> int:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()
+
+
 def agree(*scalars: Tensor | float) -> tuple[Tensor | float, ...]:
     """Return the scalars, averaged over all processes under torch.distributed, so that every rank decides alike."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return scalars
-    world = torch.distributed.get_world_size()
+    world = _world_size()
     if world == 1:
         return scalars
     device = next((s.device for s in scalars if isinstance(s, Tensor)), torch.device("cpu"))

@@ -1,0 +1,204 @@
+"""What a step costs beyond its evaluations, for four models, beside torch.optim.SGD and Adam.
+
+    python examples/benchmarks/overhead.py
+
+Overhead is the processor time of a step minus that inside its own closure, backward and zero_grad; the ratio is to what
+the step's evaluations cost: one forward and backward, and one forward per trial. All steps are interleaved in random
+order in one process, on one thread. Only figures of one run compare, since runs drift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_bilevel import SLS, SLSB, SPSB
+
+RESULTS = Path(__file__).parent / "results" / "overhead.json"
+
+
+class ManyTensors(nn.Module):
+    """100 tensors of 1,000 numbers, each the weights of a logistic regression on the same data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(0.01 * torch.randn(1000)) for _ in range(100)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x @ w for w in self.weights], dim=1)
+
+
+def lenet() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+    )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+def binary(out: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(out, target)
+
+
+MODELS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], int, Any]] = {
+    # name: what it is, model, input, classes (0: a sign per output), loss
+    "a": ("logistic regression 300-1, batch 100", lambda: nn.Linear(300, 1), (100, 300), 0, binary),
+    "b": ("LeNet-5 on 28x28, batch 128", lenet, (128, 1, 28, 28), 10, nn.functional.cross_entropy),
+    "c": ("MLP 784-1024-1024-10, batch 128", mlp, (128, 784), 10, nn.functional.cross_entropy),
+    "d": ("100 tensors of 1,000, batch 128", ManyTensors, (128, 1000), 0, binary),
+}
+
+
+class Clock:
+    """Processor time spent in evaluations, and the backward that adds to it wherever it is called."""
+
+    def __init__(self) -> None:
+        self.inside = 0.0
+        backward = torch.autograd.backward
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            start = time.thread_time()
+            backward(*args, **kwargs)
+            self.inside += time.thread_time() - start
+
+        torch.autograd.backward = timed
+
+
+class Case:
+    """One optimizer on one model."""
+
+    def __init__(self, clock: Clock, model: str, make: Callable[[Any], Any], rejected: int | None) -> None:
+        _, build, shape, classes, self.loss = MODELS[model]
+        self.clock, self.rejected, self.forwards = clock, rejected, 0
+        self.model = build()
+        self.x = torch.randn(shape)
+        out = self.model(self.x)
+        self.target = torch.randint(classes, (shape[0],)) if classes else torch.bernoulli(torch.full_like(out, 0.5))
+        self.optimizer = make(self.model.parameters())
+
+    def closure(self) -> Tensor:
+        start = time.thread_time()
+        loss: Tensor = self.loss(self.model(self.x), self.target)
+        if 0 < self.forwards <= (self.rejected or 0):
+            loss = loss + torch.inf  # a trial to be rejected
+        self.forwards += 1
+        self.clock.inside += time.thread_time() - start
+        return loss
+
+    def forward(self) -> float:
+        """Return what a forward without gradients costs, in microseconds."""
+        self.clock.inside, self.forwards = 0.0, 0
+        with torch.no_grad():
+            self.closure()
+        return 1e6 * self.clock.inside
+
+    def step(self) -> float:
+        """Take a step and return its overhead in microseconds; the clock has what its evaluations cost."""
+        self.clock.inside, self.forwards = 0.0, 0
+        start = time.thread_time()
+        if self.rejected is None:
+            zeroing = time.thread_time()
+            self.optimizer.zero_grad()
+            zeroing = time.thread_time() - zeroing
+            self.closure().backward()
+            start += zeroing  # in neither
+            self.optimizer.step()
+        else:
+            self.optimizer.step(self.closure)
+        return 1e6 * (time.thread_time() - start - self.clock.inside)
+
+
+CASES: dict[str, tuple[Callable[[Any], Any], int | None, int]] = {
+    # name: optimizer, rejected trials (None: a stock optimizer), forwards beside the first
+    "SGD foreach": (lambda p: torch.optim.SGD(p, lr=1e-4, foreach=True), None, 0),
+    "Adam foreach": (lambda p: torch.optim.Adam(p, lr=1e-5, foreach=True), None, 0),
+    "SPSB": (lambda p: SPSB(p, lr=1e-4), 0, 0),
+    "SLSB, 1 trial": (lambda p: SLSB(p, lr=1e-4), 0, 1),
+    "SLS, 4 trials": (lambda p: SLS(p, lr=1e-4, reset="initial"), 3, 4),
+    "SPSB adam": (lambda p: SPSB(p, lr=1e-5, direction="adam"), 0, 0),
+    "SLS adam, 4 trials": (lambda p: SLS(p, lr=1e-5, reset="initial", direction="adam"), 3, 4),
+}
+
+
+def measure(models: list[str], repeats: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    clock, table = Clock(), {}
+    for model in models:
+        cases = {name: Case(clock, model, make, rejected) for name, (make, rejected, _) in CASES.items()}
+        order = [name for name in [*cases, "forward"] for _ in range(repeats)]
+        random.Random(0).shuffle(order)
+        for case in cases.values():  # state and workspaces are there from the second step on
+            case.step()
+        found: dict[str, list[float]] = {name: [] for name in order}
+        both = []
+        for name in order:
+            if name == "forward":
+                found[name].append(cases["SGD foreach"].forward())
+                continue
+            found[name].append(cases[name].step())
+            if name == "SGD foreach":
+                both.append(1e6 * clock.inside)
+        gradient, value = statistics.median(both), statistics.median(found["forward"])
+        rows = {}
+        for name, (_, rejected, trials) in CASES.items():
+            overhead, cost = statistics.median(found[name]), gradient + trials * value
+            if rejected is not None:
+                assert cases[name].optimizer.record.trials == trials, name
+            rows[name] = {"overhead": round(overhead, 1), "ratio": round(overhead / cost, 4)}
+        table[model] = {
+            "model": MODELS[model][0],
+            "forward and backward": round(gradient, 1),
+            "forward": round(value, 1),
+            "optimizers": rows,
+        }
+    return table
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=150, help="steps per optimizer and model")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name} beside the other results")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    table = measure(args.models, args.repeats)
+    print(f"{'microseconds (ratio to its evaluations)':42}" + "".join(f"{m:>18}" for m in table))
+    for name in CASES:
+        cells = [table[m]["optimizers"][name] for m in table]
+        print(f"{name:42}" + "".join(f"{c['overhead']:>10.0f} ({c['ratio']:.3f})" for c in cells))
+    for kind in ("forward and backward", "forward"):
+        print(f"{kind:42}" + "".join(f"{table[m][kind]:>10.0f}        " for m in table))
+    result = {
+        "command": shlex.join(["python", "examples/benchmarks/overhead.py", *(sys.argv[1:] if argv is None else argv)]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "unit": "microseconds of processor time, medians; ratio = overhead / evaluations",
+        "models": table,
+    }
+    if args.save:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
