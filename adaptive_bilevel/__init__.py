@@ -1,8 +1,8 @@
 """Automatic step sizes for bilevel optimization.
 
 Optimizers (they need PyTorch, which is imported when one is first named): `SPSMax`, `DecSPS`, `SPSB` (Polyak steps),
-`SLS`, `SLSB` (line searches), `BiSPS`, `BiSLS` (upper levels). The rules themselves are in
-`adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`.
+`SLS`, `SLSB` (line searches), `BiSPS`, `BiSLS` (upper levels; `Box` and `Simplex` constrain them). The rules themselves are
+in `adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import hypergradient, policies
-    from .optim import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, SPSMax
+    from .optim import SLS, SLSB, SPSB, BiSLS, BiSPS, Box, DecSPS, Simplex, SPSMax
 
 __version__ = "0.1.0"
 
-_OPTIMIZERS = ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "BiSPS", "BiSLS")
+_OPTIMIZERS = ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "BiSPS", "BiSLS", "Box", "Simplex")
 
-__all__ = ["SLS", "SLSB", "SPSB", "BiSLS", "BiSPS", "DecSPS", "SPSMax", "hypergradient", "policies"]
+__all__ = ["SLS", "SLSB", "SPSB", "BiSLS", "BiSPS", "Box", "DecSPS", "SPSMax", "Simplex", "hypergradient", "policies"]
 
 
 def __getattr__(name: str) -> Any:

@@ -113,15 +113,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--rules", nargs="+", default=["default", "paper"], choices=["default", "paper"])
+    parser.add_argument("--tolerances", nargs="+", type=float, default=list(TOLERANCES), help="of CG; 0 = exact")
     arguments = parser.parse_args()
-    content = {"command": shlex.join(["python", *sys.argv]), "seeds": arguments.seeds, "rows": []}
+    content = {"command": shlex.join(["python", *sys.argv]), "rows": []}
     if arguments.output.exists():
         content["rows"] = json.loads(arguments.output.read_text())["rows"]
     done = {(r["rule"], r["mu"], r["T"], r["direction"], r["tolerance"]) for r in content["rows"]}
     cells = [
         (rule, mu, steps, direction, tolerance)
-        for rule in arguments.rules
-        for mu, steps, direction, tolerance in itertools.product((0.2, 0.01), (1, 10), ("sgd", "adam"), TOLERANCES)
+        for rule, tolerance in itertools.product(arguments.rules, arguments.tolerances)
+        for mu, steps, direction in itertools.product((0.2, 0.01), (1, 10), ("sgd", "adam"))
         if rule == "default" or tolerance == 0.0
     ]
     started = time.perf_counter()
