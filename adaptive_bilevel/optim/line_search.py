@@ -59,8 +59,13 @@ class _LineSearch(AdaptiveOptimizer):
             directions = descent.precondition(searched_gradient)
             value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, factors)
 
+            away = False
+
             def trial(step: float) -> float:
-                guard.put_back()
+                nonlocal away
+                if away:
+                    guard.put_back()
+                away = True
                 move(active, directions, step, factors)
                 self.evaluations.upper.values += 1
                 return on_host(guard.value(searched, random))[0]
