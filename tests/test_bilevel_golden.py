@@ -1,4 +1,4 @@
-"""BiSPS and BiLS in the paper's form against the reference's numbers (tests/golden.json), through the optimizers."""
+"""BiSPS and BiSLS in the paper's form against the reference's numbers (tests/golden.json), through the optimizers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Fixed:
         return Neumann(steps=0, scale=3 * 0.25).solve(matvec, v)
 
 
-BISPS = {
+BISPS: dict[str, Any] = {
     "bisps_exact": [EXACT] * 3,
     "bisps_neumann_sum": [Neumann(steps=2, scale=0.25)] * 3,
     "bisps_neumann_rand_nbar201": [Fixed(n) for n in (2, 0, 1)],
@@ -49,8 +49,8 @@ def test_bisps(row: str) -> None:
     """T = 2 lower SPS steps whose bound follows the upper clock, then the envelope of eq. (10)."""
     problem = b1()
     x, y, upper, lower = problem.instance()
-    inner = SPSB([y], lr=0.5, decay="inverse", lower_bound=None)
-    outer = BiSPS([x], lr=3.0, lr_min=0.1, lower=inner)
+    inner: Any = SPSB([y], lr=0.5, decay="inverse", lower_bound=None)
+    outer: Any = BiSPS([x], lr=3.0, lr_min=0.1, lower=inner)
     for expected, solver in zip(GOLDEN[row][:-1], BISPS[row], strict=True):
         assert close(x.detach(), expected["x"])
         for beta in expected["beta"]:
@@ -80,7 +80,7 @@ BISLS: dict[str, dict[str, Any]] = {
 
 def paper_step(problem: Problem, T: int = 5, **options: Any) -> tuple[Any, Any, Any]:
     x, y, upper, lower = problem.instance()
-    inner = SLS([y], lr=1.0, shrink=0.6, reset="initial", max_step=1.0)
+    inner: Any = SLS([y], lr=1.0, shrink=0.6, reset="initial", max_step=1.0)
     settings: dict[str, Any] = {"shrink": 0.6, "grow": 2.0, "c": 0.1, "max_trials": 61, **options}
     outer = BiSLS([x], lr=8.0, lower=inner, response="step", **settings)
 
