@@ -1,10 +1,10 @@
-"""BiSLS on random convex quadratics: first trials over seven decades, exact and inexact solves, the paper's rule beside it.
+"""BiSLS on random convex quadratics: first trials over seven decades, exact and inexact solves, the paper's rule too.
 
-    python examples/benchmarks/quadratics.py --output examples/benchmarks/results/quadratics.json [--seeds 30] [--jobs 2]
+    python examples/benchmarks/quadratics.py --output examples/benchmarks/results/quadratics.json
 
-One row is a cell (rule, mu, T, direction, solver): the runs are first trials x seeds, K = 60. "diverged": F not finite or
-above 10 F(x_0) at any iteration. The gap is (F(x_K) - F*) / (F(x_0) - F*), median over the runs. "reference" is the table
-of the prototype (lower carried always, c = .1), which the bar of 1.5x refers to. Finished rows are not run again.
+One row is a cell (rule, mu, T, direction, solver): the runs are first trials x seeds, K = 60. "diverged": F not finite
+or above 10 F(x_0) at any iteration. The gap is (F(x_K) - F*) / (F(x_0) - F*), median over the runs. "reference" is the
+table of the prototype (lower carried always, c = .1), which the bar of 1.5x refers to. Finished rows are not run again.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ def lookup(table: dict[str, Callable[..., Any]], name: str) -> Callable[..., Any
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False  # so that `command` knows --data when it sees it
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--method", action="append", required=True, help="NAME or NAME:key=value,key=value; repeatable")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -144,6 +145,7 @@ def file_name(task: str, method: Method, overrides: dict[str, Any], seed: int) -
 def command(arguments: Sequence[str] | None) -> str:
     """The command of this run, with the data folder left out: it is the reader's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    words = ["--data=DIR" if word.startswith("--data=") else word for word in words]
     if "--data" in words:
         words[words.index("--data") + 1] = "DIR"
     return shlex.join(["python", "examples/benchmarks/run.py", *words])
