@@ -6,7 +6,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from .. import policies
 from ..errors import AdaptiveBilevelWarning, LowerLevelError, OptionError
 from ..hypergradient import CG, Identity, LinearSolver
 from ..policies import Outcome, Record, _options
-from .base import AdaptiveOptimizer, gradients_of, move, require_closure
+from .base import gradients_of, require_closure
 from .direction import Descent
-from .evaluations import Evaluations
 from .guard import Closure, Guard
-from .lower import LowerLevel, hypergradient_of
+from .moves import Move
 from .projection import Projection, as_projection
 from .response import NoResponse, Response, StepResponse, TangentResponse
 from .scalars import agree, inner, loss_resolution
+from .upper import UpperOptimizer
 
 __all__ = ["BiSLS"]
 
@@ -32,31 +31,7 @@ RESPONSES = ("tangent", "step")
 BASELINES = ("paper", "matched")
 
 
-@dataclass
-class _Move:
-    """A move of the upper variable: x - a d in trials, x - a e in the end.
-
-    Attributes:
-        tensors: The upper tensors that have a hypergradient.
-        along: d, the direction searched along.
-        stepped: e, the direction stepped along; None: d.
-        promised: <h, d>, the slope that the hypergradient promises.
-        longest: No step above it stays in the projection's set.
-    """
-
-    tensors: list[Tensor]
-    along: list[Tensor]
-    stepped: list[Tensor] | None
-    promised: float
-    longest: float = math.inf
-
-    def go(self, step: float, *, finally_: bool = False) -> None:
-        """Move the tensors, which are at x."""
-        along = self.stepped if finally_ and self.stepped is not None else self.along
-        move(self.tensors, along, step, [1.0] * len(along))
-
-
-class BiSLS(AdaptiveOptimizer):
+class BiSLS(UpperOptimizer):
     """BiSLS: a line search at the upper level, for code that already computes hypergradients.
 
     `.grad` of the upper parameters holds the hypergradient h when ``step(upper_closure)`` is called. The step searches
@@ -128,31 +103,32 @@ class BiSLS(AdaptiveOptimizer):
         _options.choice("BiSLS", "baseline", baseline, BASELINES)
         _options.count("BiSLS", "response_steps", response_steps)
         _options.positive("BiSLS", "curvature", curvature)
-        if carry not in ("auto", True, False):
+        _options.positive("BiSLS", "max_step", max_step, optional=True)
+        _options.finite("BiSLS", "lower_bound", lower_bound, optional=True)
+        if not (isinstance(carry, bool) or carry == "auto"):
             raise OptionError(f"BiSLS(carry={carry!r}): carry must be 'auto', True or False")
         self.solver: LinearSolver = CG() if solver is None else solver
-        if not callable(getattr(self.solver, "solve", None)):
+        if isinstance(solver, type) or not callable(getattr(self.solver, "solve", None)):
             raise OptionError(f"BiSLS(solver={solver!r}): solver must be CG(...), Neumann(...) or Identity(...)")
         self.project = as_projection("BiSLS", project)
         super().__init__(params, lr, options)
         self.bind(lower)
-        self.evaluations = Evaluations()
-        if response == "tangent" and isinstance(self.solver, Identity):
+        if response == "tangent" and (isinstance(self.solver, Identity) or getattr(self.solver, "random", False)):
             warnings.warn(
-                "BiSLS(solver=Identity(...), response='tangent'): the identity is no inverse of the lower Hessian, so "
-                "the predicted response is poor and steps will be short. Prefer CG() or Neumann(...), or "
+                f"BiSLS(solver={self.solver}, response='tangent'): this solver does not come near the inverse of the "
+                "lower Hessian, so the predicted response is poor and steps will be very short. Prefer "
+                "CG() or Neumann(...), or "
                 "response='step', baseline='matched', response_steps= the lower steps per upper iteration",
                 AdaptiveBilevelWarning,
                 stacklevel=2,
             )
 
-    def bind(self, lower: Any) -> None:
-        """Set the lower optimizers."""
-        self.lower = LowerLevel(lower, self._parameters())
-        if self._options["response"] == "step" and not self.lower:
-            raise LowerLevelError(
-                "BiSLS(lower=None, response='step'): the trial takes lower steps; pass lower=optimizer"
-            )
+    def _check_lr(self, lr: Any) -> None:
+        _options.positive("BiSLS", "lr", lr, optional=True, below_infinity=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copying and pickling keep."""
+        return {**super().__getstate__(), "solver": self.solver, "project": self.project}
 
     def _make_policy(self, options: dict[str, Any]) -> Any:
         names = ("c", "shrink", "grow", "reset", "slack", "max_trials")
@@ -167,7 +143,7 @@ class BiSLS(AdaptiveOptimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, upper_closure: Closure, lower_closure: Closure | Sequence[Closure] | None = None
+        self, upper_closure: Closure | None = None, lower_closure: Closure | Sequence[Closure] | None = None
     ) -> Tensor:
         """Search and take one upper step along .grad, and return the upper loss before it.
 
@@ -183,42 +159,39 @@ class BiSLS(AdaptiveOptimizer):
             ClosureError: A closure is missing or does not return an attached scalar.
             NonFiniteError: max_skips steps in a row were not finite.
         """
-        require_closure("BiSLS", upper_closure)
+        upper_closure = require_closure("BiSLS", upper_closure)
         params, lower = self._parameters(), self.lower.tensors()
-        hypergradient = hypergradient_of("BiSLS", params)
+        hypergradient = self._hypergradient(params)
         with Guard([*params, *lower], self._workspace) as guard:
             loss, partials = guard.gradient(upper_closure, [*params, *lower])
             self.evaluations.upper.gradients += 1
             guard.mark()
             active, h, factors = self._with_gradient(params, hypergradient)
-            descent = self._descent(active, h)
-            going = self._move_along(active, h, factors, descent)
+            going, descent = self._move_along(active, h, factors)
             value = float(agree(loss)[0])
             record, state, response = self._refuse(value, going.promised), self._rule_state(), None
             if record is None:
                 guard.copy()
                 f_x = gradients_of(active, params, partials[: len(params)])
                 f_y = gradients_of(lower, lower, partials[len(params) :])
-                response, going = self._respond(
-                    guard,
-                    lower_closure,
-                    lower,
-                    (f_x, f_y),
-                    self._feasible(guard, params, going, value),
-                    descent,
-                    factors,
-                )
-                record, state = self._search(guard, upper_closure, going, response, value, loss)
+                going, limits = self._feasible(params, going, value)
+                response = self._respond(guard, lower_closure, lower, (f_x, f_y), going)
                 ratio = response.slope / going.promised if going.promised else math.nan
+                if isinstance(response, TangentResponse):
+                    if response.slope <= 0.0:
+                        # The hypergradient does not descend on phi: take the one of the response's solver.
+                        going, descent = self._move_along(active, response.hypergradient(), factors)
+                        going, limits = self._feasible(params, going, value)
+                        response.along(going.along)
+                    response.close()
+                record, state = self._search(guard, upper_closure, going, response, value, loss, limits)
                 record = record._replace(slope=response.slope, slope_ratio=ratio)
             guard.put_back()
             if record.outcome == Outcome.non_finite:
                 guard.undo()
-            else:
+            elif record.outcome != Outcome.zero_gradient:
                 if record.moved:
                     going.go(record.step_size, finally_=True)
-                    if self.project is not None:
-                        self.project(params)
                     self._save_rule_state(state)
                 descent.commit()
                 answer = self._answer(response)
@@ -230,13 +203,12 @@ class BiSLS(AdaptiveOptimizer):
 
     # ------------------------------------------------------------------------------------------ parts of a step
 
-    def _move_along(
-        self, active: list[Tensor], h: Sequence[Tensor], factors: Sequence[float], descent: Descent
-    ) -> _Move:
+    def _move_along(self, active: list[Tensor], h: Sequence[Tensor], factors: Sequence[float]) -> tuple[Move, Descent]:
         """Return the move along the preconditioned h; a group's lr counts as a part of its direction."""
+        descent = self._descent(active, h)
         along = _scaled(descent.precondition(h), factors)
         stepped = None if descent.step is None else _scaled(descent.step, factors)
-        return _Move(active, along, stepped, float(agree(inner(list(h), along))[0]))
+        return Move(active, list(h), along, stepped), descent
 
     def _refuse(self, value: float, promised: float) -> Record | None:
         """Return the record of a step that is not even tried, or None."""
@@ -254,35 +226,57 @@ class BiSLS(AdaptiveOptimizer):
         lower_closure: Any,
         lower: list[Tensor],
         partials: tuple[list[Tensor], list[Tensor]],
-        going: _Move,
-        descent: Descent,
-        factors: Sequence[float],
-    ) -> tuple[Response, _Move]:
-        """Return the response to the move, and the move: another one if that of the hypergradient does not descend."""
+        going: Move,
+    ) -> Response:
+        """Return the lower level's response to the move."""
         options, counts = self._options, self.evaluations.lower
         if not self.lower:
+            if options["response"] == "step":
+                raise LowerLevelError(
+                    "BiSLS(lower=None, response='step'): the trial takes lower steps; pass lower= the lower optimizer"
+                )
             if all(not bool(g.any()) for g in partials[0]):
                 raise LowerLevelError(
                     "BiSLS(lower=None): the upper loss does not depend on the upper parameters directly, so the search "
                     "needs the lower level's response; pass lower= the lower optimizer"
                 )
-            return NoResponse(float(agree(inner(partials[0], going.along))[0])), going
+            return NoResponse(float(agree(inner(partials[0], going.along))[0]))
         samples = self.lower.samples(lower_closure, guard)
         if options["response"] == "step":
-            return StepResponse(guard, samples, lower, going.promised, options["response_steps"], counts), going
+            return StepResponse(guard, samples, lower, going.promised, options["response_steps"], counts)
         response = TangentResponse(
             guard, samples, going.tensors, lower, partials, self.solver, options["curvature"], counts
         )
         response.along(going.along)
-        if response.slope <= 0.0 and self.project is None:
-            # Solved further or not, the hypergradient does not descend on phi: take the one of the response's solver.
-            going = self._move_along(going.tensors, response.hypergradient(), factors, descent)
-            response.along(going.along)
-        response.close()
-        return response, going
+        return response
+
+    def _limits(self, value: float, slope: float) -> tuple[Any, dict[str, Any]]:
+        """Return the rule's state, and what it is told of its first trial."""
+        state, bound = self._rule_state(), self._bound()
+        if self._options["response"] == "step" and "scale" in bound:
+            low = self._options["lower_bound"]
+            found = state.found or max(0.0, policies.armijo_ceiling(value, slope, low, self._policy.c))
+            state, bound = state._replace(found=found), {"bound": bound["scale"] * found}
+        return state, bound
+
+    def _feasible(self, params: list[Tensor], going: Move, value: float) -> tuple[Move, tuple[Any, dict[str, Any]]]:
+        """Return the move that stays in the convex set, if there is one, and the limits of its search."""
+        state, bound = self._limits(value, going.promised)
+        if self.project is not None:
+            longest = self._searching(state).first_trial(state, loss=value, slope=going.promised, **bound)
+            if math.isfinite(longest) and longest > 0.0:
+                going = going.within(params, self.project, longest)
+        return going, (state, bound)
 
     def _search(
-        self, guard: Guard, upper_closure: Closure, going: _Move, response: Response, value: float, loss: Tensor
+        self,
+        guard: Guard,
+        upper_closure: Closure,
+        going: Move,
+        response: Response,
+        value: float,
+        loss: Tensor,
+        limits: tuple[Any, dict[str, Any]],
     ) -> tuple[Record, Any]:
         def trial(step: float) -> float:
             guard.put_back()
@@ -291,15 +285,11 @@ class BiSLS(AdaptiveOptimizer):
             self.evaluations.upper.values += 1
             return float(agree(guard.value(upper_closure, guard.entry))[0])
 
-        state, bound = self._rule_state(), self._bound()
+        state, bound = limits
         extra: dict[str, Any]
         if self._options["response"] == "step":
             extra = {"rounding": 0.0}  # as in the paper, to the bit
-            if "scale" in bound:
-                first = state.found or policies.armijo_ceiling(
-                    value, response.slope, self._options["lower_bound"], self._policy.c
-                )
-                state, bound = state._replace(found=first), {"bound": bound["scale"] * first}
+            bound = {"bound": min(bound["bound"], going.longest)}
             if self._options["baseline"] == "matched":
                 value = trial(0.0)
         else:
@@ -319,27 +309,6 @@ class BiSLS(AdaptiveOptimizer):
         """
         first = state.previous == 0.0 and self._options["response"] == "tangent"
         return dataclasses.replace(self._policy, c=max(self._policy.c, 0.5)) if first else self._policy
-
-    def _feasible(self, guard: Guard, params: list[Tensor], going: _Move, value: float) -> _Move:
-        """Return the move along (x - P(x - a d)) / a for the longest step a to be tried; it is the move without P.
-
-        Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
-        sufficient decrease is that of the projected displacement.
-        """
-        if self.project is None:
-            return going
-        state = self._rule_state()
-        longest = self._searching(state).first_trial(state, loss=value, slope=going.promised, **self._bound())
-        if not (math.isfinite(longest) and longest > 0.0):
-            return going
-        before = [p.clone() for p in going.tensors]
-        going.go(longest)
-        self.project(params)
-        along = [(old - p) / longest for old, p in zip(before, going.tensors, strict=True)]
-        guard.put_back()
-        # <h, d> changes with d; h itself is what .grad holds.
-        promised = float(agree(inner([p.grad for p in going.tensors], along))[0])  # type: ignore[misc]
-        return _Move(going.tensors, along, going.stepped, promised, longest)
 
     def _answer(self, response: Response | None) -> list[Tensor] | None:
         """Return how y answers to one unit of the step that is taken; None: not known.

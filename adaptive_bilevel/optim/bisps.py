@@ -9,17 +9,19 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
+from ..errors import ClosureError
 from ..policies import Outcome, _options
 from ..policies.schedule import Decay
 from .base import require_closure
+from .closures import value_of
 from .guard import Closure, Guard
-from .lower import LowerLevel, hypergradient_of
 from .polyak import PolyakOptimizer
+from .upper import UpperOptimizer
 
 __all__ = ["BiSPS"]
 
 
-class BiSPS(PolyakOptimizer):
+class BiSPS(UpperOptimizer, PolyakOptimizer):
     """BiSPS: alpha_k = min{max{alpha_l,k, (f - lower_bound) / (c ||h||^2)}, alpha_b,k}, x <- x - alpha_k h, eq. (12).
 
     `.grad` of the upper parameters holds the hypergradient h when `step` is called.
@@ -64,7 +66,7 @@ class BiSPS(PolyakOptimizer):
 
     def bind(self, lower: Any) -> None:
         """Set the lower optimizers."""
-        self.lower = LowerLevel(lower, self._parameters())
+        super().bind(lower)
         for optimizer in self._clocked():
             optimizer.set_clock(max(optimizer.clock, 0))
 
@@ -101,21 +103,27 @@ class BiSPS(PolyakOptimizer):
             ClosureError: Neither closure nor loss.
             NonFiniteError: max_skips steps in a row were not finite.
         """
-        params = self._parameters()
-        grads = hypergradient_of("BiSPS", params)
+        params, lower_bound = self._parameters(), self._sample_bound(lower_bound)
+        grads = self._hypergradient(params)
         with Guard(params, self._workspace) as guard:
-            if loss is None:
-                require_closure("BiSPS", closure)
-                assert closure is not None
-                value = guard.value(closure)
-                self.evaluations.upper.values += 1
-            else:
-                value = loss.detach() if isinstance(loss, Tensor) else float(loss)
+            value = _given(closure, loss) if loss is not None else guard.value(require_closure("BiSPS", closure))
+            self.evaluations.upper.values += loss is None
             active, gradient, factors = self._with_gradient(params, grads)
             record, state = self._polyak_step(active, gradient, factors, gradient, value, lower_bound)
             if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
                 guard.undo()
-        for optimizer in self._clocked():
-            optimizer.set_clock(optimizer.clock + 1)
+        if isinstance(record.outcome, Tensor) or record.moved:
+            for optimizer in self._clocked():
+                optimizer.set_clock(optimizer.clock + 1)
         self._conclude(record, state)
         return value
+
+
+def _given(closure: Any, loss: Any) -> Tensor | float:
+    """Return the loss that the user computed."""
+    if closure is not None:
+        raise ClosureError("BiSPS.step(closure=..., loss=...): give one of the two")
+    try:
+        return value_of(loss)
+    except ClosureError:
+        raise ClosureError(f"BiSPS.step(loss={loss!r}): loss must be one real number") from None

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import HypergradientError, LowerLevelError, OptionError, TensorError
-from .base import AdaptiveOptimizer, Sample
+from ..errors import ClosureError, LowerLevelError, OptionError, TensorError
+from .base import AdaptiveOptimizer, Sample, refuse_unsupported
 from .guard import Closure, Guard
 
-__all__ = ["LowerLevel", "hypergradient_of"]
+__all__ = ["LowerLevel"]
 
 
 class LowerLevel:
@@ -32,9 +32,15 @@ class LowerLevel:
                     "torch.optim.Optimizer), a list of them, or None"
                 )
         self.optimizers: list[torch.optim.Optimizer] = listed
-        shared = {id(p) for p in upper} & {id(p) for p in self.tensors()}
-        if shared:
-            shapes = [tuple(p.shape) for p in upper if id(p) in shared]
+        for p in self.tensors():
+            refuse_unsupported("the lower level", p)
+        self.refuse_shared(upper)
+
+    def refuse_shared(self, upper: Sequence[Tensor]) -> None:
+        """Raise if an upper parameter is a lower one, too."""
+        own = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        shapes = [tuple(p.shape) for p in upper if id(p) in own]
+        if shapes:
             raise TensorError(
                 f"the upper and the lower level share tensors of shapes {shapes}: each tensor belongs to one level; "
                 "give the lower optimizer its own parameters only"
@@ -60,6 +66,12 @@ class LowerLevel:
                     f"lower_closure has {len(given)} closures for {len(self.optimizers)} lower optimizers: pass one "
                     "for each, in the same order"
                 )
+            for closure in given:
+                if not (closure is None or callable(closure)):
+                    raise ClosureError(
+                        f"step(lower_closure={closure!r}): pass a function that returns the lower loss, e.g. "
+                        "lower_closure=lambda: lower_loss(x, y), or a list of them"
+                    )
         return [self._sample(o, c, guard) for o, c in zip(self.optimizers, given, strict=True)]
 
     @staticmethod
@@ -93,14 +105,3 @@ class LowerLevel:
 def _step_size(optimizer: torch.optim.Optimizer) -> float:
     """Return the step of a stock optimizer: its lr."""
     return float(optimizer.param_groups[0]["lr"])
-
-
-def hypergradient_of(owner: str, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return .grad of the upper parameters, which must have been set."""
-    grads = [p.grad for p in params]
-    if all(g is None for g in grads):
-        raise HypergradientError(
-            f"{owner}.step: .grad of all {len(params)} upper parameters is None. Put the hypergradient there first, "
-            "e.g. by adaptive_bilevel.hypergradient.implicit, and do not call zero_grad in between"
-        )
-    return grads

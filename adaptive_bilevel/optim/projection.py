@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class Box:
 
     def __post_init__(self) -> None:
         """Validate the ends."""
-        if not self.low < self.high:
-            raise OptionError(f"Box(low={self.low!r}, high={self.high!r}): low must be below high")
+        if not (isinstance(self.low, Real) and isinstance(self.high, Real) and self.low < self.high):
+            raise OptionError(f"Box(low={self.low!r}, high={self.high!r}): the ends must be numbers, low below high")
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place."""
@@ -68,7 +69,7 @@ class Simplex:
 
     def __post_init__(self) -> None:
         """Validate the sum."""
-        _options.positive("Simplex", "total", self.total)
+        _options.positive("Simplex", "total", self.total, below_infinity=True)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place: x <- max(x - t, 0) with the t that gives the sum (by sorting)."""
@@ -80,13 +81,34 @@ class Simplex:
             x.sub_(thresholds.gather(-1, kept - 1)).clamp_(min=0.0)
 
 
+@dataclass(frozen=True)
+class InPlace:
+    """A projection by the user, watched for the usual mistake: returning the projected tensors."""
+
+    project: Projection
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Project in place.
+
+        Raises:
+            OptionError: The callable returned tensors of its own.
+        """
+        returned = self.project(tensors)
+        listed = returned if isinstance(returned, (list, tuple)) else [returned]
+        own = {id(p) for p in tensors}
+        if any(isinstance(t, Tensor) and id(t) not in own for t in listed):
+            raise OptionError(
+                f"project={self.project!r} returned new tensors: project must change the tensors of the list that it "
+                "is given in place, e.g. lambda tensors: [t.clamp_(0, 1) for t in tensors]"
+            )
+
+
 def as_projection(owner: str, project: Any) -> Projection | None:
     """Return the option as a callable, or raise."""
-    if project is None:
-        return None
-    if callable(project):
-        projection: Projection = project
-        return projection
+    if project is None or isinstance(project, (Box, Simplex)):
+        return project
+    if callable(project) and not isinstance(project, type):
+        return InPlace(project)
     raise OptionError(
         f"{owner}(project={project!r}): project must be Box(low, high), Simplex(total), or a callable that moves a "
         "list of tensors, in place, into a convex set"
