@@ -1,8 +1,8 @@
 """Automatic step sizes for bilevel optimization.
 
 Optimizers (they need PyTorch, which is imported when one is first named): `SPSMax`, `DecSPS`, `SPSB` (Polyak steps),
-`SLS`, `SLSB` (line searches), `BiSPS`, `BiSLS` (upper levels; `Box` and `Simplex` constrain them). The rules themselves are
-in `adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`.
+`SLS`, `SLSB` (line searches), `BiSPS`, `BiSLS` (upper levels; `Box` and `Simplex` constrain them). The rules
+themselves are in `adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`.
 """
 
 from __future__ import annotations
