@@ -43,7 +43,7 @@ class Traced:
                 loss = loss * self.fault
             else:
                 raise self.fault
-        self.values.append(float(loss))
+        self.values.append(float(torch.as_tensor(loss).detach()))
         return loss
 
     @property
