@@ -143,7 +143,7 @@ class BiSLS(UpperOptimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, upper_closure: Closure | None = None, lower_closure: Closure | Sequence[Closure] | None = None
+        self, upper_closure: Closure | None = None, lower_closure: Closure | Sequence[Closure | None] | None = None
     ) -> Tensor:
         """Search and take one upper step along .grad, and return the upper loss before it.
 
