@@ -79,11 +79,13 @@ def run(
     }
 
 
-def row(cell: tuple[str, float, int, str, float], seeds: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
+def row(
+    cell: tuple[str, float, int, str, float], seeds: int, first_trials: list[float | None], pool: ProcessPoolExecutor
+) -> dict[str, Any]:
     """The statistics of a cell."""
     rule, mu, steps, direction, tolerance = cell
     jobs = [
-        pool.submit(run, s, lr, *cell) for lr in FIRST_TRIALS for s in range(seeds) if (rule, lr) != ("paper", None)
+        pool.submit(run, s, lr, *cell) for lr in first_trials for s in range(seeds) if (rule, lr) != ("paper", None)
     ]
     runs = [job.result() for job in jobs]
     gaps = [r["gap"] if math.isfinite(r["gap"]) else math.inf for r in runs]
@@ -95,6 +97,7 @@ def row(cell: tuple[str, float, int, str, float], seeds: int, pool: ProcessPoolE
         "direction": direction,
         "tolerance": tolerance,
         "runs": len(runs),
+        "first_trials": first_trials,
         "diverged": sum(r["diverged"] for r in runs),
         "failed_searches": sum(r["failed"] for r in runs),
         "failed_percent": 100 * mean(r["failed"] for r in runs) / 60,
@@ -114,7 +117,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--rules", nargs="+", default=["default", "paper"], choices=["default", "paper"])
     parser.add_argument("--tolerances", nargs="+", type=float, default=list(TOLERANCES), help="of CG; 0 = exact")
+    parser.add_argument("--first-trials", nargs="+", default=[str(lr) for lr in FIRST_TRIALS], help="None: none given")
     arguments = parser.parse_args()
+    first_trials = [None if lr == "None" else float(lr) for lr in arguments.first_trials]
     content = {"command": shlex.join(["python", *sys.argv]), "rows": []}
     if arguments.output.exists():
         content["rows"] = json.loads(arguments.output.read_text())["rows"]
@@ -129,7 +134,7 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for cell in cells:
             if cell not in done:
-                content["rows"].append(row(cell, arguments.seeds, pool))
+                content["rows"].append(row(cell, arguments.seeds, first_trials, pool))
                 arguments.output.write_text(json.dumps(content, indent=1) + "\n")
                 r = content["rows"][-1]
                 print(
