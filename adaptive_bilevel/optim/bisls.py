@@ -16,7 +16,7 @@ from .. import policies
 from ..errors import AdaptiveBilevelWarning, LowerLevelError, OptionError
 from ..hypergradient import CG, Identity, LinearSolver
 from ..policies import Outcome, Record, _options
-from .base import gradients_of, require_closure
+from .base import gradients_of, options_of, require_closure
 from .direction import Descent
 from .guard import Closure, Guard
 from .moves import Move
@@ -97,8 +97,7 @@ class BiSLS(UpperOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        excluded = ("self", "params", "lr", "lower", "solver", "project", "__class__")
-        options = {name: value for name, value in locals().items() if name not in excluded}
+        options = {name: v for name, v in options_of(locals()).items() if name not in ("lower", "solver", "project")}
         _options.choice("BiSLS", "response", response, RESPONSES)
         _options.choice("BiSLS", "baseline", baseline, BASELINES)
         _options.count("BiSLS", "response_steps", response_steps)
@@ -125,6 +124,14 @@ class BiSLS(UpperOptimizer):
 
     def _check_lr(self, lr: Any) -> None:
         _options.positive("BiSLS", "lr", lr, optional=True, below_infinity=True)
+
+    def bind(self, lower: Any) -> None:
+        """Set the lower optimizers."""
+        super().bind(lower)
+        known: dict[Any, Any] = self.state  # torch types the keys as tensors
+        shapes = [p.shape for p in self.lower.tensors()]
+        if "tangents" in known and [t.shape for t in known["tangents"]["mean"]] != shapes:
+            del known["tangents"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
@@ -350,7 +357,7 @@ class BiSLS(UpperOptimizer):
                 f"{record.slope_ratio:.3g}): .grad and {self.solver} disagree. Check the hypergradient with "
                 "adaptive_bilevel.hypergradient.check, give BiSLS the solver that it uses, or solve further",
                 AdaptiveBilevelWarning,
-                stacklevel=3,
+                stacklevel=5,  # torch wraps step twice
             )
 
     _far = 0

@@ -12,7 +12,7 @@ from .. import policies
 from ..errors import ClosureError
 from ..policies import Outcome, _options
 from ..policies.schedule import Decay
-from .base import require_closure
+from .base import options_of, require_closure
 from .closures import value_of
 from .guard import Closure, Guard
 from .polyak import PolyakOptimizer
@@ -60,8 +60,7 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        excluded = ("self", "params", "lr", "lower", "__class__")
-        super().__init__(params, lr, {name: value for name, value in locals().items() if name not in excluded})
+        super().__init__(params, lr, {name: v for name, v in options_of(locals()).items() if name != "lower"})
         self.bind(lower)
 
     def bind(self, lower: Any) -> None:
