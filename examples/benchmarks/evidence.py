@@ -211,7 +211,7 @@ EXPERIMENTS = {
         distillation_bars,
     ),
     "hyper_cleaning": Experiment(
-        "Data hyper-cleaning, MNIST 14x14, full batch, CG 10: validation loss",
+        "Data hyper-cleaning, MNIST 14x14, full batch, CG 10, T=5 unless said: validation loss",
         [
             Sweep(
                 "hyper-cleaning",
