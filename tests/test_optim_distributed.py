@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import socket
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
+from adaptive_bilevel import SLS, SLSB, SPSB
 from tests.optimizers import INFOS, batches, closure_of, net, plain
 
 WORLD = 2
+CHOSEN = [info for info in INFOS if info.cls in (SPSB, SLS, SLSB)]
+LIMIT = timedelta(seconds=30)  # processes that disagree wait for each other
 
 
 def free_port() -> int:
@@ -23,16 +27,18 @@ def free_port() -> int:
 def work(rank: int, port: int, results: Any) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=LIMIT
+    )
     found = {}
-    for info in INFOS:
+    for info in CHOSEN:
         for form in ("closure", "backward", "two samples", "offer", "poison"):
             torch.manual_seed(rank)
             module = net(dropout=0.3)
             model = nn.parallel.DistributedDataParallel(module)
             optimizer = info.make(module.parameters(), None if form == "closure" else 10.0)
             steps = []
-            data = batches(4, seed=10 + rank)
+            data = batches(3, seed=10 + rank)
             for k, batch in enumerate(data):
                 evaluate = closure_of(model, batch)
 
@@ -72,8 +78,8 @@ def test_processes_agree() -> None:
         results = manager.dict()
         multiprocessing.spawn(work, (free_port(), results), nprocs=WORLD)
         one, two = (dict(results[rank]) for rank in range(WORLD))
-    assert len(one) == 5 * len(INFOS)
+    assert len(one) == 5 * len(CHOSEN)
     for key, value in one.items():
         assert value == two[key], key
         steps = value[0]
-        assert sum(step > 0 for step, _, _ in steps) >= 3, (key, steps)
+        assert sum(step > 0 for step, _, _ in steps) >= 2, (key, steps)

@@ -734,3 +734,54 @@ def test_autocast_around_and_inside(info: OptimizerInfo) -> None:
                 optimizer.step(closure)
         results.append(model.state_dict())
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@every_search
+def test_random_state_is_that_of_the_first_evaluation_alone(info: OptimizerInfo) -> None:
+    x = nn.Parameter(torch.tensor([3.0, 2.0]))
+    optimizer = info.make([x], 1.0)
+
+    def closure() -> Tensor:
+        torch.rand(1 if torch.is_grad_enabled() else 5)  # trials draw more
+        return (x**2).sum()
+
+    torch.manual_seed(0)
+    torch.rand(1)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    optimizer.step(closure)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+class BackwardInside(torch.autograd.Function):
+    """x^2 by a backward of its own, as reentrant checkpointing does it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        inner = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            (inner**2).backward(gradients[0])
+        assert inner.grad is not None
+        return inner.grad
+
+
+@every_class
+@pytest.mark.parametrize("backwards", [0, 1, 3])
+def test_a_backward_inside_a_backward_is_left_alone(info: OptimizerInfo, backwards: int) -> None:
+    x, y = (nn.Parameter(torch.tensor([3.0, 2.0])) for _ in range(2))
+    one, two = info.make([x]), info.make([y])
+
+    def closure() -> Any:
+        losses = [BackwardInside.apply(y).sum() / max(backwards, 1) for _ in range(max(backwards, 1))]
+        for loss in losses[:backwards]:
+            loss.backward()
+        return losses[0] if backwards < 2 else torch.stack(losses).sum().item()
+
+    one.step(lambda: (x**2).sum())
+    two.step(closure)
+    torch.testing.assert_close(x, y)
