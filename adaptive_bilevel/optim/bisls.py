@@ -185,7 +185,7 @@ class BiSLS(UpperOptimizer):
                 response = self._respond(guard, lower_closure, lower, (f_x, f_y), going)
                 ratio = response.slope / going.promised if going.promised else math.nan
                 if isinstance(response, TangentResponse):
-                    if response.slope <= 0.0:
+                    while response.slope <= 0.0 and response.refine():
                         # The hypergradient does not descend on phi: take the one of the response's solver.
                         going, descent = self._move_along(active, response.hypergradient(), factors)
                         going, limits = self._feasible(params, going, value)

@@ -105,6 +105,7 @@ class TangentResponse:
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
             self._curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
         self.slope = 0.0
+        self._refinements = 0
         self.offsets: Sequence[Tensor] | None = None
 
     def along(self, direction: Sequence[Tensor]) -> None:
@@ -125,11 +126,19 @@ class TangentResponse:
         self._residual = 0.0 if math.isnan(solution.residual) else solution.residual
         self.slope = float(agree(inner(f_x, direction) - inner(f_y, solution.tensors))[0])
 
+    def refine(self) -> bool:
+        """Solve further from now on; False where that is not possible, or was asked for twice already."""
+        finer = refined(self._solver)
+        if finer is None or self._refinements == 2:
+            return False
+        self._solver, self._refinements = finer, self._refinements + 1
+        return True
+
     def hypergradient(self) -> list[Tensor]:
-        """Return f_x - C P f_y with P solved further than for the tangent."""
+        """Return f_x - C P f_y."""
         f_x, f_y = self._partials
         with torch.enable_grad():
-            solution = (refined(self._solver) or self._solver).solve(self._curvature.hvp, f_y)
+            solution = self._solver.solve(self._curvature.hvp, f_y)
             return list(torch._foreach_sub(list(f_x), list(self._curvature.cross_vjp(solution.tensors))))
 
     def close(self) -> None:
