@@ -200,7 +200,7 @@ EXPERIMENTS = {
         [
             Sweep("hyper-representation", ["bisls-adam", *(f"bisls-adam:lr={lr}" for lr in FIRST_TRIALS)]),
             Sweep("hyper-representation", ["bisls-sgd", "adam:lr=1e-3", "adam:lr=4e-3"]),
-            Sweep("hyper-representation", ["adam:lr=1e-4", "adam:lr=1e-2", "adam:lr=1e-1"], seeds=(0, 1)),
+            Sweep("hyper-representation", ["adam:lr=1e-4", "adam:lr=1e-2", "adam:lr=1e-1"], seeds=(0,)),
         ],
         hyper_representation_bars,
     ),
