@@ -90,11 +90,7 @@ def cold_by_new_data(y: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "restart",
-    [
-        cold_in_place,
-        pytest.param(cold_by_data, marks=pytest.mark.xfail(strict=True, reason="versions do not count .data")),
-        pytest.param(cold_by_new_data, marks=pytest.mark.xfail(strict=True, reason="versions do not count .data")),
-    ],
+    [cold_in_place, cold_by_data, cold_by_new_data],
 )
 def test_a_cold_start_voids_the_offer(restart: Any) -> None:
     point, inner, outer = prepared()

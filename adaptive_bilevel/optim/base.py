@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -101,7 +102,6 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         self._skips: Any = 0
         self._looks = 0
         self._offered = False
-        self._versions: list[int] | None = None
         self.record: Record | None = None
         self.evaluations = Evaluations.single()
         self.sample: Sample | None = None
@@ -133,7 +133,6 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if "_workspace" not in self.__dict__:
             self._prepare()
         self._offered = any("offered" in saved for saved in self.state.values())
-        self._versions = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does.
@@ -260,14 +259,17 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         params = self._parameters()
         for p, point in zip(params, points, strict=True):
             self.state[p] = {**self.state[p], "offered": point}
-        self._versions = [p._version for p in params]
+        self._save_rule_state(self._rule_state(), offered_at=self._fingerprint(params))
         self._offered = True
+
+    def _fingerprint(self, params: Sequence[Tensor]) -> float:
+        """Return ||params||^2: it tells whether somebody moved them, in whichever way (versions do not count .data)."""
+        return float(inner([p.detach() for p in params], [p.detach() for p in params]))
 
     def _take_offer(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         if not self._offered:
             return None
-        # None after loading a state: the parameters then come from the same checkpoint.
-        if self._versions is not None and self._versions != [p._version for p in params]:
+        if self._saved("offered_at", math.nan) != self._fingerprint(params):
             self._drop_offer()
             return None
         saved = [self.state.get(p, {}) for p in params]
