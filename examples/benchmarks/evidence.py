@@ -225,7 +225,7 @@ EXPERIMENTS = {
     ),
     "carry": Experiment(
         "Hyper-representation, a fresh batch for every lower step: validation loss",
-        [Sweep("hyper-representation", [f"{m}{c}" for c in CARRY], [f"lower_steps={T}", "fresh_lower_batches=True"])
+        [Sweep("hyper-representation", [m, f"{m}:carry=False"], [f"lower_steps={T}", "fresh_lower_batches=True"])
          for m, T in CARRIED],
         carry_bars,
     ),
