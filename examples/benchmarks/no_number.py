@@ -1,9 +1,10 @@
-"""SPSB and SLSB with no number given, against bounds over five decades: logistic regression on four sets.
+"""SPSB and SLSB with no number given, against a grid of bounds: logistic regression on four sets.
 
     python examples/benchmarks/no_number.py --data DIR --output RUNS [--only NAME ...]
 
 Batches of 100 for 10 epochs, the suboptimality of the last iterate, medians over three seeds. "ratio" is what is
-reached with no number given over what the best bound of the grid reaches; who tries the grid pays six runs for it. The
+reached with no number given over what the best bound of the grid reaches; who tries the grid pays six runs for it.
+mushrooms is separable, so its solution is at infinity: the larger the bound, the better, and no rule finds that. The
 runs are kept in RUNS (see evidence.py), the tables and the picture in ``results/no_number.json`` and ``.png``.
 """
 
@@ -16,14 +17,14 @@ from typing import Any
 
 from evidence import BOUNDED, RESULTS, Sweep, finite, options_of, pyplot, versions, write
 
-SETS = ("w8a", "a9a", "mushrooms", "phishing")
 BOUNDS = (1, 10, 100, 1000, 10_000, 100_000)
+SETS = {"w8a": (100, 1000, 10_000), "a9a": BOUNDS, "mushrooms": BOUNDS, "phishing": BOUNDS}  # w8a: the best and beside
 COLOURS = {"spsb": "tab:blue", "slsb": "tab:orange"}
 
 
 def sweeps(name: str) -> list[Sweep]:
     """For each rule: nothing given, then the grid."""
-    return [Sweep(name, [rule, *(f"{rule}:lr={bound}" for bound in BOUNDS)]) for rule in BOUNDED]
+    return [Sweep(name, [rule, *(f"{rule}:lr={bound}" for bound in SETS[name])]) for rule in BOUNDED]
 
 
 def row(name: str, rule: str, table: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -35,9 +36,9 @@ def row(name: str, rule: str, table: list[list[dict[str, Any]]]) -> dict[str, An
         "set": name,
         "rule": rule,
         "ratio": chosen / best,
-        "best bound": BOUNDS[grid.index(best)],
+        "best bound": SETS[name][grid.index(best)],
         "nothing given": {"last_loss": values[0], "median": chosen},
-        "grid": {str(bound): value for bound, value in zip(BOUNDS, grid, strict=True)},
+        "grid": {str(bound): value for bound, value in zip(SETS[name], grid, strict=True)},
         "bounds worse than nothing given": sum(value > chosen for value in grid),
     }
 
@@ -48,9 +49,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         panel, colour = axes[0, names.index(r["set"])], COLOURS[r["rule"]]
         grid = list(r["grid"].values())
-        panel.plot(BOUNDS, grid, "o-", color=colour, markersize=4, label=f"{r['rule']}, bound given")
+        panel.plot(SETS[r["set"]], grid, "o-", color=colour, markersize=4, label=f"{r['rule']}, bound given")
         panel.axhline(r["nothing given"]["median"], color=colour, linestyle="--", label=f"{r['rule']}, nothing given")
-        panel.set(xscale="log", yscale="log", xlabel="bound", title=r["set"], xticks=BOUNDS)
+        panel.set(xscale="log", yscale="log", xlabel="bound", title=r["set"], xticks=BOUNDS, xlim=(0.6, 1.6e5))
         panel.grid(alpha=0.25)
     axes[0, 0].set_ylabel("suboptimality of the last iterate")
     axes[0, 0].legend(fontsize=7)
@@ -61,7 +62,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
-    options = options_of(__doc__, SETS, arguments)
+    options = options_of(__doc__, list(SETS), arguments)
     rows = []
     for name in options.only:
         for rule, sweep in zip(BOUNDED, sweeps(name), strict=True):
