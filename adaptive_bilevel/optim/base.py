@@ -281,6 +281,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         for p in self._parameters():
             if "offered" in self.state.get(p, {}):
                 self.state[p] = {k: v for k, v in self.state[p].items() if k != "offered"}
+        keys: dict[Any, Any] = self.state
+        keys["policy"] = {k: v for k, v in self._rule_saved.items() if k != "offered_at"}
         self._offered = False
 
     # ------------------------------------------------------------------------------------------ conclusion
