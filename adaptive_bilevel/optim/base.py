@@ -328,7 +328,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         """Warn at the 1st, 10th, 100th, ... time."""
         times = self._warned[key] = self._warned.get(key, 0) + 1
         if times in (1, 10, 100, 1000) or times % 10000 == 0:
-            warnings.warn(f"{type(self).__name__} (time {times}): {message}", AdaptiveBilevelWarning, stacklevel=4)
+            warnings.warn(f"{type(self).__name__} (time {times}): {message}", AdaptiveBilevelWarning, stacklevel=6)
 
     def __repr__(self) -> str:
         """Return the options and the last step."""
