@@ -16,13 +16,14 @@ from .. import policies
 from ..errors import AdaptiveBilevelWarning, LowerLevelError, OptionError
 from ..hypergradient import CG, Identity, LinearSolver
 from ..policies import Outcome, Record, _options
+from ..policies._scalars import resolution
 from .base import gradients_of, options_of, require_closure
 from .direction import Descent
 from .guard import Closure, Guard
 from .moves import Move
 from .projection import Projection, as_projection
 from .response import NoResponse, Response, StepResponse, TangentResponse
-from .scalars import agree, inner, loss_resolution
+from .scalars import agree, inner
 from .upper import UpperOptimizer
 
 __all__ = ["BiSLS"]
@@ -302,7 +303,7 @@ class BiSLS(UpperOptimizer):
         else:
             most = self._options["max_step"]
             longest = going.longest if most is None else min(going.longest, most)
-            extra = {"rounding": loss_resolution(loss), "certify": response.certify, "max_step": longest}
+            extra = {"rounding": resolution(loss), "certify": response.certify, "max_step": longest}
         searched: tuple[Record, Any] = self._searching(state).step(
             state, loss=value, slope=response.slope, trial=trial, **bound, **extra
         )

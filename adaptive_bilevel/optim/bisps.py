@@ -28,7 +28,8 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
 
     Args:
         params: Upper parameters or groups.
-        lr: alpha_b,0 > 0, the bound. Left out, it is found at the first step.
+        lr: alpha_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each
+            step (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
         lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
         lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
             the upper iterations and is constant within one.

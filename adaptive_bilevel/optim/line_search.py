@@ -10,10 +10,11 @@ from torch.optim.optimizer import ParamsT
 
 from .. import policies
 from ..policies import Outcome, Record, _options
+from ..policies._scalars import resolution
 from ..policies.schedule import Decay
 from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, tainted
 from .guard import Closure, Guard
-from .scalars import loss_resolution, on_host, on_host_with_inner
+from .scalars import on_host, on_host_with_inner
 
 __all__ = ["SLS", "SLSB"]
 
@@ -80,7 +81,7 @@ class _LineSearch(AdaptiveOptimizer):
                     slope=slope,
                     trial=trial,
                     lower_bound=lower_bound,
-                    rounding=loss_resolution(searched_loss),
+                    rounding=resolution(searched_loss),
                     **self._bound(),
                 )
             if not record.moved:
@@ -164,7 +165,8 @@ class SLSB(_LineSearch):
 
     Args:
         params: Parameters or groups.
-        lr: gamma_b,0 > 0, the bound. Left out, it is found at the first step.
+        lr: gamma_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each
+            step (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
         decay: "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
         c: Armijo constant, in (0, 1).
         shrink: w, factor between two trials, in (0, 1).

@@ -156,7 +156,8 @@ class SPSMax(PolyakOptimizer):
 
     Args:
         params: Parameters or groups.
-        lr: gamma_b > 0, the bound. Left out, it is found at the first step.
+        lr: gamma_b > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each step
+            (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
         c: c > 0; 1 in the experiments, 1/2 in the theorems.
         lower_bound: l, any lower bound of the loss, e.g. 0 for cross-entropy; None: to be given at each step.
         decay: Schedule of the bound, "constant", "inverse_sqrt", "inverse" or a callable k -> factor.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["agree", "inner", "loss_resolution", "on_host", "on_host_with_inner"]
+__all__ = ["agree", "inner", "on_host", "on_host_with_inner"]
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -52,11 +52,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
         # Often both are the same gradient, and a view costs as much as a small product.
         a, b = (a.reshape(-1),) * 2 if a is b else (a.reshape(-1), b.reshape(-1))
     return torch.dot(a.float(), b.float()) if a.dtype in _SHORT else torch.dot(a, b)
-
-
-def loss_resolution(loss: Tensor | float) -> float:
-    """Return the relative rounding unit of the loss's dtype."""
-    return torch.finfo(loss.dtype).eps if isinstance(loss, Tensor) else 2.220446049250313e-16
 
 
 def _world_size() -> int:
