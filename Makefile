@@ -28,6 +28,7 @@ $(INSTALLED):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m $(PIP) hatchling editables
 	$(PY) -m $(PIP) --no-build-isolation --editable '.[dev]'
+	$(PY) -m $(PIP) --no-deps --ignore-requires-python betty-ml
 	@touch $@
 
 demo: $(INSTALLED) ## learn a representation of handwritten digits, with no step size given

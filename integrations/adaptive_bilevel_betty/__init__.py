@@ -1,0 +1,1 @@
+"""Automatic step sizes for the problems of Betty's engine."""

@@ -1,0 +1,1 @@
+"""Automatic step sizes for TorchOpt's implicit solvers and gradient transformations."""
