@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 from ._vectors import Vector
 
-__all__ = ["LinearSolver", "MatVec", "Solution", "SolverStatus"]
+__all__ = ["LinearSolver", "MatVec", "Refinable", "Solution", "SolverStatus"]
 
 MatVec: TypeAlias = Callable[[Vector], Sequence[Tensor]]
 
@@ -85,4 +85,13 @@ class LinearSolver(Protocol):
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Return an approximation of ``H^{-1} rhs``, where ``matvec(v)`` is ``H v``."""
+        ...
+
+
+@runtime_checkable
+class Refinable(Protocol):
+    """A linear solver that knows how to solve further."""
+
+    def refined(self) -> LinearSolver | None:
+        """Return the solver solving further, or None if that is not possible."""
         ...

@@ -78,7 +78,7 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
 
     def _set_options(self, options: dict[str, Any]) -> None:
         owner = type(self).__name__
-        _options.choice(owner, "direction", options["direction"], DIRECTIONS)
+        _options.choice(owner, "direction", options["direction"], DIRECTIONS, or_callable=True)
         betas = options["betas"]
         if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_decay, betas))):
             raise OptionError(f"{owner}(betas={betas!r}): betas must be two numbers in [0, 1)")
@@ -168,6 +168,30 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
 
+    def rebind(self, params: Iterable[Tensor]) -> None:
+        """Step on other tensors from now on, one for each of the present ones, in order; all state stays.
+
+        For code that puts new tensors in the place of a model's parameters.
+
+        Raises:
+            TensorError: They are not as many, or not of the same shapes and dtypes.
+        """
+        old, new = self._parameters(), list(params)
+        if [(p.shape, p.dtype, p.device) for p in old] != [(p.shape, p.dtype, p.device) for p in new]:
+            raise TensorError(
+                f"{type(self).__name__}.rebind: shapes {[tuple(p.shape) for p in new]} in the place of "
+                f"{[tuple(p.shape) for p in old]}; each present tensor needs one of the same shape, dtype and device"
+            )
+        for p in new:
+            refuse_unsupported(type(self).__name__, p)
+        renamed = {id(p): q for p, q in zip(old, new, strict=True)}
+        for group in self.param_groups:
+            group["params"] = [renamed[id(p)] for p in group["params"]]
+        state: dict[Any, Any] = self.state
+        moved = [(renamed.get(id(key), key), value) for key, value in state.items()]
+        state.clear()
+        state.update(moved)
+
     # ------------------------------------------------------------------------------------------ state
 
     @property
@@ -221,7 +245,11 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         return lower_bound
 
     def _descent(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Descent:
-        if self._options["direction"] == "sgd":
+        direction = self._options["direction"]
+        if callable(direction):
+            made: Descent = direction(params, grads, self.state)
+            return made
+        if direction == "sgd":
             return sgd()
         group = self.param_groups[0]  # read at each step: schedulers that cycle momentum write to it
         return adam(params, grads, self.state, group["betas"], group["eps"])
@@ -345,16 +373,6 @@ def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _is_decay(beta: Any) -> bool:
     return isinstance(beta, Real) and 0.0 <= float(beta) < 1.0
-
-
-def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, factors: Sequence[float]) -> None:
-    """Move the parameters by -step * factor * direction, as torch.optim.SGD moves them."""
-    if all(w == 1.0 for w in factors):
-        torch._foreach_add_(list(params), list(directions), alpha=-step)
-        return
-    for factor in sorted(set(factors)):
-        chosen = [i for i, w in enumerate(factors) if w == factor]
-        torch._foreach_add_([params[i] for i in chosen], [directions[i] for i in chosen], alpha=-step * factor)
 
 
 def refuse_unsupported(owner: str, tensor: Tensor, what: str = "parameter") -> None:

@@ -18,7 +18,7 @@ from ..hypergradient import CG, Identity, LinearSolver
 from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
 from .base import gradients_of, options_of, require_closure
-from .direction import Descent
+from .direction import Descent, Direction
 from .guard import Closure, Guard
 from .moves import Move
 from .projection import Projection, as_projection
@@ -45,7 +45,7 @@ class BiSLS(UpperOptimizer):
             pass; it caps every later search too.
         lower: The optimizer of the lower level (any torch optimizer), a list of them (several children, a meta-batch of
             tasks), or None if f does not depend on a lower variable.
-        direction: "sgd" or "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m).
+        direction: "sgd", "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m), or a `Direction` of yours.
         response: "tangent", or "step": one more lower step per trial, as in Fan et al. (2023), eq. (14).
         solver: P of the tangent; give the one that the hypergradient uses.
         carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that or goes back,
@@ -78,7 +78,7 @@ class BiSLS(UpperOptimizer):
         lr: float | None = None,
         *,
         lower: Any = None,
-        direction: str = "sgd",
+        direction: str | Direction = "sgd",
         response: str = "tangent",
         solver: LinearSolver | None = None,
         carry: str | bool = "auto",
@@ -142,7 +142,8 @@ class BiSLS(UpperOptimizer):
         names = ("c", "shrink", "grow", "reset", "slack", "max_trials")
         shared = {name: options[name] for name in names}
         if shared["c"] is None:
-            shared["c"] = 0.5 if (options["direction"], options["response"]) == ("sgd", "tangent") else 0.1
+            kind = getattr(options["direction"], "kind", options["direction"])
+            shared["c"] = 0.5 if (kind, options["response"]) == ("sgd", "tangent") else 0.1
         if options["response"] == "step":
             # The searched function has not the slope of the hypergradient, so no step can be excluded beforehand.
             return policies.SLSB(bound=1.0, decay="constant", lower_bound=None, **shared)
@@ -216,14 +217,16 @@ class BiSLS(UpperOptimizer):
         descent = self._descent(active, h)
         along = _scaled(descent.precondition(h), factors)
         stepped = None if descent.step is None else _scaled(descent.step, factors)
-        return Move(active, list(h), along, stepped), descent
+        return Move(active, list(h), along, stepped, mover=descent.move), descent
 
     def _refuse(self, value: float, promised: float) -> Record | None:
         """Return the record of a step that is not even tried, or None."""
         if not (math.isfinite(value) and math.isfinite(promised)):
             return Record(0.0, 0.0, math.inf, Outcome.non_finite, slope=promised)
         if promised <= 0.0:
-            return Record(0.0, 0.0, math.inf, Outcome.zero_gradient, slope=promised)
+            # Negative only for directions of others (a momentum): the next one may descend, since memory goes on.
+            outcome = Outcome.zero_gradient if promised == 0.0 else Outcome.no_descent
+            return Record(0.0, 0.0, math.inf, outcome, slope=promised)
         if self._reference_lr() == 0.0:
             return Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=promised)
         return None

@@ -14,6 +14,7 @@ from ..policies import Outcome, _options
 from ..policies.schedule import Decay
 from .base import options_of, require_closure
 from .closures import value_of
+from .direction import Direction
 from .guard import Closure, Guard
 from .polyak import PolyakOptimizer
 from .upper import UpperOptimizer
@@ -56,7 +57,7 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         c: float = 1.0,
         lower_bound: float | None = 0.0,
         decay: Decay = "inverse_sqrt",
-        direction: str = "sgd",
+        direction: str | Direction = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_skips: int = 100,

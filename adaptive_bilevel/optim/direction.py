@@ -8,14 +8,24 @@ bias-corrected.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["DIRECTIONS", "Descent", "adam", "sgd"]
+__all__ = ["DIRECTIONS", "Descent", "Direction", "adam", "move", "sgd"]
 
 DIRECTIONS = ("sgd", "adam")
+
+
+def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, factors: Sequence[float]) -> None:
+    """Move the parameters by -step * factor * direction, as torch.optim.SGD moves them."""
+    if all(w == 1.0 for w in factors):
+        torch._foreach_add_(list(params), list(directions), alpha=-step)
+        return
+    for factor in sorted(set(factors)):
+        chosen = [i for i, w in enumerate(factors) if w == factor]
+        torch._foreach_add_([params[i] for i in chosen], [directions[i] for i in chosen], alpha=-step * factor)
 
 
 class Descent(NamedTuple):
@@ -26,11 +36,27 @@ class Descent(NamedTuple):
         step: The direction to step along; None: the searched one.
         commit: Takes the step's moments into the state; not called for a step that must leave no trace. Where whether
             it must is only known on the device, it takes them if the given tensor is true.
+        move: Moves parameters by -step * factor * direction, in the roundings of whoever made the direction.
     """
 
     precondition: Callable[[Sequence[Tensor]], list[Tensor]]
     step: list[Tensor] | None
     commit: Callable[..., None]
+    move: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
+
+
+class Direction(Protocol):
+    """A direction of somebody else's making, for an optimizer's option ``direction``.
+
+    Attributes:
+        kind: "sgd" if it is the gradient itself, so that defaults measured for plain gradients apply.
+    """
+
+    kind: str
+
+    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
+        """Return the directions at these gradients; `state` is the optimizer's, for numbers and tensors to keep."""
+        ...
 
 
 def sgd() -> Descent:

@@ -12,7 +12,8 @@ from .. import policies
 from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, tainted
+from .base import AdaptiveOptimizer, Sample, gradients_of, options_of, require_closure, tainted
+from .direction import Direction
 from .guard import Closure, Guard
 from .scalars import on_host, on_host_with_inner
 
@@ -67,7 +68,7 @@ class _LineSearch(AdaptiveOptimizer):
                 if away:
                     guard.put_back()
                 away = True
-                move(active, directions, step, factors)
+                descent.move(active, directions, step, factors)
                 self.evaluations.upper.values += 1
                 return on_host(guard.value(searched, random))[0]
 
@@ -88,10 +89,12 @@ class _LineSearch(AdaptiveOptimizer):
                 guard.put_back()
                 if record.outcome == Outcome.non_finite:
                     guard.undo()
+                elif record.outcome == Outcome.no_descent:
+                    descent.commit()  # its memory has to turn, or nothing ever moves again
             else:
                 if descent.step is not None or step_closure is not None:
                     guard.put_back()
-                    move(active, gradient if descent.step is None else descent.step, record.step_size, factors)
+                    descent.move(active, gradient if descent.step is None else descent.step, record.step_size, factors)
                 descent.commit()
                 self._save_rule_state(state)
             if record.outcome != Outcome.non_finite:
@@ -150,7 +153,7 @@ class SLS(_LineSearch):
         lower_bound: float | None = 0.0,
         max_step: float | None = None,
         max_trials: int | None = None,
-        direction: str = "sgd",
+        direction: str | Direction = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_skips: int = 100,
@@ -199,7 +202,7 @@ class SLSB(_LineSearch):
         slack: float = 0.0,
         lower_bound: float | None = 0.0,
         max_trials: int | None = None,
-        direction: str = "sgd",
+        direction: str | Direction = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_skips: int = 100,

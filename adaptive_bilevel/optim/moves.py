@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from .base import move
+from .direction import move
 from .projection import Projection
 from .scalars import agree, inner
 
@@ -26,6 +26,7 @@ class Move:
         stepped: e, the direction stepped along; None: d.
         constrained: The upper tensors, if there is a convex set for them, and the projection to it.
         longest: No step above it stays in that set.
+        mover: Moves tensors along directions, see `Descent`.
         promised: <h, d>, the slope that the hypergradient promises.
     """
 
@@ -35,6 +36,7 @@ class Move:
     stepped: list[Tensor] | None
     constrained: tuple[Sequence[Tensor], Projection] | None = None
     longest: float = math.inf
+    mover: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
     promised: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +46,7 @@ class Move:
     def go(self, step: float, *, finally_: bool = False) -> None:
         """Move the tensors, which are at x."""
         along = self.stepped if finally_ and self.stepped is not None else self.along
-        move(self.tensors, along, step, [1.0] * len(along))
+        self.mover(self.tensors, along, step, [1.0] * len(along))
         if self.constrained is not None:
             # For d this changes rounding errors only.
             params, project = self.constrained
@@ -58,7 +60,7 @@ class Move:
         """
         copies = {id(p): p.detach().clone() for p in params}
         moved = [copies[id(p)] for p in self.tensors]
-        move(moved, self.along, longest, [1.0] * len(moved))
+        self.mover(moved, self.along, longest, [1.0] * len(moved))
         project(list(copies.values()))
         along = [(p - q) / longest for p, q in zip(self.tensors, moved, strict=True)]
         return replace(self, along=along, constrained=(params, project), longest=longest)

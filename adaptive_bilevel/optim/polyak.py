@@ -13,8 +13,9 @@ from .. import policies
 from ..errors import ClosureError, OptionError
 from ..policies import Outcome, Record
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample, gradients_of, move, options_of, require_closure, slope_of, tainted
+from .base import AdaptiveOptimizer, Sample, gradients_of, options_of, require_closure, slope_of, tainted
 from .closures import value_of
+from .direction import Direction
 from .guard import Closure, Guard
 from .scalars import agree, on_host_with_inner
 
@@ -67,11 +68,13 @@ class PolyakOptimizer(AdaptiveOptimizer):
         if isinstance(record.step_size, Tensor):
             _move_by_tensor(active, stepped, record.step_size, factors)
             self._save_rule_state(state)
-            descent.commit(record.step_size > 0)
+            descent.commit((record.step_size > 0) | (record.outcome == int(Outcome.no_descent)))
         elif record.moved:
-            move(active, stepped, record.step_size, factors)
+            descent.move(active, stepped, record.step_size, factors)
             self._save_rule_state(state)
             descent.commit()
+        elif record.outcome == Outcome.no_descent:
+            descent.commit()  # its memory has to turn, or nothing ever moves again
         return record, state
 
     @torch.no_grad()
@@ -191,7 +194,7 @@ class SPSMax(PolyakOptimizer):
         decay: Decay = "constant",
         floor: float = 0.0,
         floor_decay: Decay = "constant",
-        direction: str = "sgd",
+        direction: str | Direction = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_skips: int = 100,
@@ -217,7 +220,7 @@ class SPSB(PolyakOptimizer):
         decay: Decay = "inverse_sqrt",
         floor: float = 0.0,
         floor_decay: Decay = "constant",
-        direction: str = "sgd",
+        direction: str | Direction = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_skips: int = 100,
@@ -253,7 +256,7 @@ class DecSPS(PolyakOptimizer):
         *,
         c: float = 1.0,
         lower_bound: float | None = 0.0,
-        direction: str = "sgd",
+        direction: str | Direction = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_skips: int = 100,

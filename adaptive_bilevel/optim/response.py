@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..hypergradient import CG, LinearSolver, Neumann
 from ..hypergradient.curvature import LowerCurvature
+from ..hypergradient.solution import Refinable
 from .base import Sample
 from .evaluations import Counts
 from .guard import Guard
@@ -179,6 +180,8 @@ class TangentResponse:
 
 def refined(solver: LinearSolver) -> LinearSolver | None:
     """Return the solver solving further: CG to a tenth of the tolerance, Neumann with twice the terms; else None."""
+    if isinstance(solver, Refinable):
+        return solver.refined()
     if isinstance(solver, CG):
         return dataclasses.replace(solver, tolerance=solver.tolerance / 10, max_iterations=2 * solver.max_iterations)
     if isinstance(solver, Neumann) and not solver.random:
