@@ -1,9 +1,12 @@
-"""Data sets of the benchmarks: NumPy archives from a folder that the user names, or scikit-learn's digits.
+"""Data sets of the benchmarks: NumPy archives from a folder that the user names, or a small stand-in without one.
 
 The folder is given by ``--data DIR`` or by the environment variable ``ADAPTIVE_BILEVEL_DATA``. Images are read from
-``mnist_train.npz`` and ``mnist_test.npz`` (keys ``images``, ``labels``) or from the four original idx files, plain or
+``NAME_train.npz`` and ``NAME_test.npz`` (keys ``images``, ``labels``) or from MNIST's four original idx files, plain or
 gzipped. Sparse classification sets are read from ``NAME.npz`` in CSR form (keys ``indptr``, ``indices``, ``data``,
-``shape``, ``y``; prefixed by ``train_`` where there are two parts).
+``shape``, ``y``; prefixed by ``train_`` and ``test_`` where there are two parts). Everything is read once.
+
+Without a folder, images are scikit-learn's digits and the other sets are generated: enough to run every benchmark, and
+another problem, so results say which it was.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import gzip
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,9 @@ import torch
 from torch import Tensor
 
 VARIABLE = "ADAPTIVE_BILEVEL_DATA"
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+STANDARD = {"mnist": (0.1307, 0.3081), "fashion_mnist": (0.2860, 0.3530)}  # mean, standard deviation of the pixels
+ROWS = 25_000  # of the training images: more are not used
+Part = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,39 +44,88 @@ def folder(given: str | Path | None = None) -> Path | None:
     return Path(chosen) if chosen else None
 
 
-def images(given: str | Path | None = None, *, pooled: bool = True) -> Images:
-    """MNIST from the data folder, or scikit-learn's digits when no folder is named.
+@cache
+def images(given: str | Path | None = None, name: str = "mnist", *, pooled: bool = True) -> Images:
+    """MNIST or Fashion-MNIST from the data folder, or scikit-learn's digits when no folder is named.
+
+    A folder that has Fashion-MNIST's test part only serves its first 8,000 images for training and the rest for tests.
 
     Args:
         given: the folder; None looks at the environment variable.
-        pooled: average MNIST over 2x2 blocks, which gives 14x14 (digits are 8x8 and stay as they are).
+        name: "mnist" or "fashion_mnist".
+        pooled: average over 2x2 blocks, which gives 14x14; else 28x28. Digits are 8x8, or are resized to 28x28.
 
     Raises:
-        FileNotFoundError: a folder is named and holds no MNIST.
+        FileNotFoundError: a folder is named and holds no such set.
     """
     where = folder(given)
     if where is None:
-        return _digits()
-    (x, y), (test_x, test_y) = _mnist_part(where, "train"), _mnist_part(where, "test")
-    return Images("mnist", _standardise(x, pooled), _labels(y), _standardise(test_x, pooled), _labels(test_y))
+        return _digits(pooled)
+    mean, deviation = STANDARD[name]
+
+    def standardise(x: np.ndarray) -> Tensor:
+        scaled = (torch.from_numpy(x.copy()).float() / 255 - mean) / deviation
+        return torch.nn.functional.avg_pool2d(scaled[:, None], 2)[:, 0] if pooled else scaled
+
+    test_x, test_y = _image_part(where, name, "test")
+    if name == "fashion_mnist" and not (where / f"{name}_train.npz").exists():
+        (x, test_x), (y, test_y) = np.split(test_x, [8000]), np.split(test_y, [8000])
+    else:
+        x, y = _image_part(where, name, "train")
+    return Images(name, standardise(x[:ROWS]), _labels(y[:ROWS]), standardise(test_x), _labels(test_y))
 
 
-def classification(name: str, given: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """A binary set (w8a, a9a, mushrooms, phishing, ijcnn1, ...): a dense float32 matrix and labels -1 / +1."""
+@cache
+def classification(name: str, given: str | Path | None = None) -> tuple[Part, Part | None]:
+    """A binary set (w8a, a9a, mushrooms, phishing, ijcnn1): dense float32 rows, labels -1 / +1; train, test if any."""
     where = folder(given)
     if where is None:
-        raise FileNotFoundError(f"{name} is not shipped: name a folder with {name}.npz by --data or {VARIABLE}.")
-    with np.load(where / f"{name}.npz") as archive:
-        prefix = "train_" if "train_indptr" in archive else ""
-        indptr, indices, values = (archive[prefix + key] for key in ("indptr", "indices", "data"))
-        rows, columns = (int(size) for size in archive[prefix + "shape"])
-        y = archive[prefix + "y"].astype(np.float32)
-    x = np.zeros((rows, columns), np.float32)
-    x[np.repeat(np.arange(rows), np.diff(indptr)), indices] = values
-    return torch.from_numpy(x), torch.from_numpy(y)
+        return _generated_rows(seed=0), _generated_rows(seed=1, rows=500)
+    with np.load(_existing(where / f"{name}.npz")) as archive:
+        two = "train_indptr" in archive
+        train = _dense(archive, "train_" if two else "")
+        return _signed(train), _signed(_dense(archive, "test_")) if two else None
 
 
-def _digits() -> Images:
+@cache
+def words(name: str = "news20_small", given: str | Path | None = None) -> tuple[Part, Part]:
+    """Word counts of posts in 20 groups, rows of length 1 (dense float32), and the group; train and test."""
+    where = folder(given)
+    if where is None:
+        return _generated_words(seed=1), _generated_words(seed=2, rows=200)
+    with np.load(_existing(where / f"{name}.npz")) as archive:
+        parts = [_dense(archive, prefix) for prefix in ("train_", "test_")]
+    train, test = ((torch.nn.functional.normalize(torch.from_numpy(x)), _labels(y)) for x, y in parts)
+    return train, test
+
+
+@cache
+def characters(given: str | Path | None = None) -> tuple[Tensor, Tensor]:
+    """Drawings by character for few-shot learning, (characters, drawings, height, width): for training, for tests.
+
+    Omniglot pooled to 14x14, whose last 60 characters are for tests; or digits, of which 5 to 9 are.
+    """
+    where = folder(given)
+    if where is None:
+        content = _digits(pooled=True)
+        smallest = min(int((content.y == digit).sum()) for digit in range(10))
+        drawings = torch.stack([content.x[content.y == digit][:smallest] for digit in range(10)])
+        return drawings[:5], drawings[5:]
+    with np.load(_existing(where / "omniglot_small.npz")) as archive:
+        drawings = torch.from_numpy(archive["images"]).float() / 255
+    drawings = torch.nn.functional.avg_pool2d(drawings, 2)
+    drawings = (drawings - drawings.mean()) / drawings.std()
+    return drawings[:-60], drawings[-60:]
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; name another folder, or none (see data.py).")
+    return path
+
+
+@cache
+def _digits(pooled: bool) -> Images:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -78,13 +133,44 @@ def _digits() -> Images:
     x = torch.from_numpy(bunch.images[order]).float()
     y = _labels(bunch.target[order])
     x = (x - x.mean()) / x.std()
+    if not pooled:
+        x = torch.nn.functional.interpolate(x[:, None], (28, 28), mode="bilinear")[:, 0]
     return Images("digits", x[:1500], y[:1500], x[1500:], y[1500:])
 
 
-def _mnist_part(where: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    archive = where / f"mnist_{part}.npz"
-    if archive.exists():
-        with np.load(archive) as content:
+def _generated_rows(seed: int, rows: int = 2000, columns: int = 60) -> Part:
+    """Sparse rows of zeros and ones and noisy labels of one linear rule, the same for every seed."""
+    rule = np.random.default_rng(100).normal(size=columns)
+    random = np.random.default_rng(seed)
+    x = (random.random((rows, columns)) < 0.2).astype(np.float32)
+    y = np.where(x @ rule + random.normal(size=rows) > 0, 1, -1)
+    return torch.from_numpy(x), torch.from_numpy(y.astype(np.float32))
+
+
+def _generated_words(seed: int, rows: int = 400, columns: int = 200, groups: int = 20) -> Part:
+    preferred = np.random.default_rng(100).dirichlet(np.full(columns, 0.1), size=groups)
+    random = np.random.default_rng(seed)
+    y = random.integers(groups, size=rows)
+    x = np.stack([random.multinomial(60, 0.5 * preferred[group] + 0.5 / columns) for group in y])
+    return torch.nn.functional.normalize(torch.from_numpy(x).float()), _labels(y)
+
+
+def _dense(archive: np.lib.npyio.NpzFile, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    indptr, indices, values = (archive[prefix + key] for key in ("indptr", "indices", "data"))
+    rows, columns = (int(size) for size in archive[prefix + "shape"])
+    x = np.zeros((rows, columns), np.float32)
+    x[np.repeat(np.arange(rows), np.diff(indptr)), indices] = values
+    return x, archive[prefix + "y"]
+
+
+def _signed(part: tuple[np.ndarray, np.ndarray]) -> Part:
+    return torch.from_numpy(part[0]), torch.from_numpy(part[1].astype(np.float32))
+
+
+def _image_part(where: Path, name: str, part: str) -> tuple[np.ndarray, np.ndarray]:
+    archive = where / f"{name}_{part}.npz"
+    if archive.exists() or name != "mnist":
+        with np.load(_existing(archive)) as content:
             return content["images"], content["labels"]
     stem = "train" if part == "train" else "t10k"
     return _idx(where, f"{stem}-images-idx3-ubyte", 16).reshape(-1, 28, 28), _idx(where, f"{stem}-labels-idx1-ubyte", 8)
@@ -98,11 +184,6 @@ def _idx(where: Path, name: str, header: int) -> np.ndarray:
     raise FileNotFoundError(
         f"no MNIST in {where}: expected mnist_train.npz, mnist_test.npz or idx files ({name}[.gz])."
     )
-
-
-def _standardise(x: np.ndarray, pooled: bool) -> Tensor:
-    scaled = (torch.from_numpy(x.copy()).float() / 255 - MNIST_MEAN) / MNIST_STD
-    return torch.nn.functional.avg_pool2d(scaled[:, None], 2)[:, 0] if pooled else scaled
 
 
 def _labels(y: np.ndarray) -> Tensor:

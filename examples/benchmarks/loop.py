@@ -11,49 +11,50 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from adaptive_bilevel.hypergradient import assign, implicit
+from adaptive_bilevel.hypergradient import assign, implicit_with_info
+from adaptive_bilevel.optim.evaluations import Counts
 from methods import Hooks, SingleStep
-from tasks import LogisticRegression, Task
+from tasks import SingleLevelTask, Task
 from tasks.base import Evaluation
 
 DIVERGED = 10.0  # times the loss at the start
+HOPELESS = 1e4  # times the loss at the start: not followed any further
+MOVED = ("accepted", "at_bound", "at_floor")
 
 
 @dataclass
 class Run:
-    """What is kept of a run: `step_sizes` has an entry per (upper) iteration, `evaluations` one per evaluation."""
+    """What is kept of a run: `step_sizes` has an entry per (upper) iteration, `evaluations` one per evaluation.
+
+    `cost` is that of all oracle calls in gradients, by level: "lower" steps, "hypergradient", "upper" steps.
+    """
 
     evaluations: list[dict[str, float]] = field(default_factory=list)
     step_sizes: list[float] = field(default_factory=list)
+    lower_step_sizes: list[float] = field(default_factory=list)
     trials: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
-    loss_calls: dict[str, int] = field(default_factory=lambda: {"upper": 0, "lower": 0})
-    oracle_calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=lambda: {"lower": 0.0, "hypergradient": 0.0, "upper": 0.0})
     seconds: float = 0.0
 
-    def note(self, optimizer: torch.optim.Optimizer) -> None:
+    def note(self, optimizer: Any) -> None:
         """Takes down the step that `optimizer` just made."""
+        self.step_sizes.append(step_size(optimizer))
         record = getattr(optimizer, "record", None)
-        if record is None:
-            self.step_sizes.append(float(optimizer.param_groups[0]["lr"]))
-            return
-        self.step_sizes.append(float(record.step_size))
-        self.trials += int(record.trials)
-        name = getattr(record.outcome, "name", str(record.outcome))
-        self.outcomes[name] = self.outcomes.get(name, 0) + 1
-
-    def count(self, level: str, closure: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """The closure, counting its calls (forward passes)."""
-
-        def counted() -> torch.Tensor:
-            self.loss_calls[level] += 1
-            return closure()
-
-        return counted
+        if record is not None:
+            self.trials += int(record.trials)
+            name = getattr(record.outcome, "name", str(record.outcome))
+            self.outcomes[name] = self.outcomes.get(name, 0) + 1
 
     def evaluate(self, iteration: int, evaluation: Evaluation) -> None:
-        self.evaluations.append({"iteration": iteration, "seconds": round(self.seconds, 3), **evaluation})
+        self.evaluations.append({"iteration": iteration, "seconds": round(self.seconds, 4), **evaluation})
+
+    def hopeless(self) -> bool:
+        """Whether to stop: not finite, or far above the start."""
+        loss, start = self.evaluations[-1]["loss"], self.evaluations[0]["loss"]
+        return not (math.isfinite(loss) and loss <= HOPELESS * abs(start))
 
     def diverged(self) -> bool:
         """Non-finite, or above ten times the start, at any evaluation."""
@@ -62,15 +63,34 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """The figures of a results table: medians of the last three evaluations, and the last one itself."""
-        last = self.evaluations[-3:]
+        last, iterations = self.evaluations[-3:], max(len(self.step_sizes), 1)
         keys = [key for key in last[-1] if key not in ("iteration", "seconds")]
+        steps = sum(self.outcomes.values())
         return {
-            **{key: median(evaluation[key] for evaluation in last) for key in keys},
+            **{key: median(evaluation[key] for evaluation in last) for key in keys if key in last[0]},
             **{f"last_{key}": last[-1][key] for key in keys},
             "diverged": self.diverged(),
-            "trials_per_iteration": self.trials / max(len(self.step_sizes), 1),
-            "seconds": round(self.seconds, 2),
+            "trials_per_iteration": self.trials / iterations,
+            "failed": self.outcomes.get("search_failed", 0) / steps if steps else 0.0,
+            "moved": sum(self.outcomes.get(name, 0) for name in MOVED) / steps if steps else 1.0,
+            "cost_per_iteration": sum(self.cost.values()) / iterations,
+            "seconds": round(self.seconds, 3),
         }
+
+
+def step_size(optimizer: Any) -> float:
+    """The step that was just taken: the record's, or the learning rate."""
+    record = getattr(optimizer, "record", None)
+    return float(optimizer.param_groups[0]["lr"] if record is None else record.step_size)
+
+
+def cost(optimizer: Any, gradients: int = 0, values: int = 0) -> float:
+    """The optimizer's own count of its oracle calls in gradients, or else the counts given here."""
+    evaluations = getattr(optimizer, "evaluations", None)
+    if evaluations is None:
+        return Counts(values=values, gradients=gradients).cost
+    levels = {id(level): level for level in (evaluations.upper, evaluations.lower)}  # may be the same
+    return sum(level.cost for level in levels.values())
 
 
 def train_bilevel(task: Task, hooks: Hooks, seed: int) -> Iterator[Run]:
@@ -78,31 +98,50 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int) -> Iterator[Run]:
     settings, run = task.settings, Run()
     solver = settings.make_solver()
     generator = torch.Generator().manual_seed(seed)
+    second_generator = torch.Generator().manual_seed(seed + 10_000)
+    spent = Counts()
+
+    def differentiate(upper_closure: Callable[[], Tensor], lower_closure: Callable[[], Tensor]) -> Any:
+        h, info = implicit_with_info(upper_closure, lower_closure, task.upper, task.lower, solver=solver)
+        spent.gradients, spent.hvps, spent.jvps = (
+            spent.gradients + info.gradients, spent.hvps + info.hvps, spent.jvps + info.jvps,
+        )  # fmt: skip
+        return info.upper_loss, h
+
+    def second(lower_closure: Callable[[], Tensor]) -> Any:
+        return differentiate(partial(task.upper_loss, task.sample_upper(second_generator)), lower_closure)
+
     run.evaluate(0, task.evaluate())
     for iteration in range(1, settings.iterations + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         train = task.sample_lower(generator)
         for step in range(settings.lower_steps):
             if step and settings.fresh_lower_batches:
                 train = task.sample_lower(generator)
-            lower_closure = run.count("lower", partial(task.lower_loss, train))
+            lower_closure = partial(task.lower_loss, train)
             hooks.lower_step(lower_closure)
-        validation = task.sample_upper(generator)
-        upper_closure = run.count("upper", partial(task.upper_loss, validation))
-        assign(task.upper, implicit(upper_closure, lower_closure, task.upper, task.lower, solver=solver))
-        hooks.upper_step(upper_closure, lower_closure)
-        run.seconds += time.perf_counter() - started
+        upper_closure = partial(task.upper_loss, task.sample_upper(generator))
+        assign(task.upper, differentiate(upper_closure, lower_closure)[1])
+        hooks.upper_step(upper_closure, lower_closure, partial(second, lower_closure))
+        run.seconds += time.process_time() - started
         run.note(hooks.outer)
+        run.lower_step_sizes.append(step_size(hooks.inner))
         if iteration % settings.evaluate_every == 0 or iteration == settings.iterations:
-            run.evaluate(iteration, task.evaluate())
-            run.oracle_calls = oracle_calls(hooks.outer)
+            with hooks.evaluating():
+                last = task.resolve() if iteration == settings.iterations else {}
+                run.evaluate(iteration, {**task.evaluate(), **last})
+            run.cost = {
+                "lower": cost(hooks.inner, gradients=iteration * settings.lower_steps),
+                "hypergradient": spent.cost,
+                "upper": cost(hooks.outer, values=iteration * hooks.values),
+            }
             yield run
-            if not math.isfinite(run.evaluations[-1]["loss"]):
+            if run.hopeless():
                 return
 
 
 def train_single(
-    task: LogisticRegression, optimizer: torch.optim.Optimizer, step: SingleStep, seed: int
+    task: SingleLevelTask, optimizer: torch.optim.Optimizer, step: SingleStep, seed: int
 ) -> Iterator[Run]:
     """Runs the task's iterations, yielding at each evaluation; two-sample rules get a second, independent batch."""
     settings, run = task.settings, Run()
@@ -110,23 +149,14 @@ def train_single(
     second_generator = torch.Generator().manual_seed(seed + 10_000)
     run.evaluate(0, task.evaluate())
     for iteration in range(1, settings.iterations + 1):
-        started = time.perf_counter()
-        closure = run.count("lower", partial(task.loss, task.sample(generator)))
-        second = run.count("lower", partial(task.loss, task.sample(second_generator)))
-        step(closure, second)
-        run.seconds += time.perf_counter() - started
+        started = time.process_time()
+        closure = partial(task.loss, task.sample(generator))
+        step(closure, partial(task.loss, task.sample(second_generator)))
+        run.seconds += time.process_time() - started
         run.note(optimizer)
         if iteration % settings.evaluate_every == 0 or iteration == settings.iterations:
             run.evaluate(iteration, task.evaluate())
+            run.cost = {"lower": 0.0, "hypergradient": 0.0, "upper": cost(optimizer, gradients=iteration)}
             yield run
-            if not math.isfinite(run.evaluations[-1]["loss"]):
+            if run.hopeless():
                 return
-
-
-def oracle_calls(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, int]]:
-    """The optimizer's own count of its oracle calls, where it keeps one."""
-    counts = getattr(optimizer, "evaluations", None)
-    if counts is None:
-        return {}
-    kinds = ("values", "gradients", "hvps", "jvps")
-    return {level: {kind: int(getattr(getattr(counts, level), kind)) for kind in kinds} for level in ("upper", "lower")}

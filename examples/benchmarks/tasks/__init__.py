@@ -1,25 +1,38 @@
-"""The tasks by name: `TASKS[name](seed, folder, **settings)` makes a fresh one."""
+"""The tasks by name: `BILEVEL[name](seed, folder, **settings)` makes a fresh one; likewise `SINGLE_LEVEL`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from . import distillation, hyper_cleaning, hyper_representation, logistic_regression, random_quadratic
-from .base import Settings, Task
-from .logistic_regression import LogisticRegression
+from . import (
+    distillation,
+    few_shot,
+    hyper_cleaning,
+    hyper_representation,
+    image_classification,
+    logistic_regression,
+    random_quadratic,
+    regularisation,
+    two_quadratics,
+    wide_quadratic,
+)
+from .base import Settings, SingleLevelTask, Task
 
-TASKS: dict[str, Callable[..., Any]] = {
+BILEVEL: dict[str, Callable[..., Task]] = {
+    "distillation": distillation.create,
+    "few-shot": few_shot.create,
+    "hyper-cleaning": hyper_cleaning.create,
     "hyper-representation": hyper_representation.create,
     "hyper-representation-lenet": partial(hyper_representation.create, convolutional=True),
-    "distillation": distillation.create,
-    "hyper-cleaning": hyper_cleaning.create,
     "random-quadratic": random_quadratic.create,
-    **{
-        name: partial(logistic_regression.create, name=name)
-        for name in ("w8a", "a9a", "mushrooms", "phishing", "ijcnn1")
-    },
+    "regularisation": regularisation.create,
+    "wide-quadratic": wide_quadratic.create,
+}
+SINGLE_LEVEL: dict[str, Callable[..., SingleLevelTask]] = {
+    "logistic-regression": logistic_regression.create,
+    "lenet": image_classification.create,
+    "two-quadratics": two_quadratics.create,
 }
 
-__all__ = ["TASKS", "LogisticRegression", "Settings", "Task"]
+__all__ = ["BILEVEL", "SINGLE_LEVEL", "Settings", "SingleLevelTask", "Task"]

@@ -1,8 +1,9 @@
-"""What a bilevel task is: two lists of tensors, two losses, how to sample, how to evaluate, and its settings."""
+"""What a task is: tensors, losses, how to sample, how to evaluate, and its settings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ class Settings:
         upper_batch: minibatch of the upper level; 0 for full batch.
         lower_batch: minibatch of the lower level; 0 for full batch.
         fresh_lower_batches: draw a minibatch for each lower step instead of one for each upper iteration.
-        lower_lr: step, or first trial, of the lower rule.
+        lower_lr: step, or first trial, of the task's lower rule.
         solver: "cg", "neumann" or "identity": the inverse in the hypergradient and in the response.
         solver_steps: Hessian-vector products that it may use.
         solver_tolerance: relative residual at which CG stops; 0 makes `solver_steps` of them whatever happens.
@@ -43,7 +44,7 @@ class Settings:
     solver_steps: int = 10
     solver_tolerance: float = 0.0
     solver_scale: float = 1.0
-    evaluate_every: int = 25
+    evaluate_every: int = 10
 
     def make_solver(self) -> CG | Neumann | Identity:
         """The linear solver that these settings name."""
@@ -72,12 +73,29 @@ class Task(Protocol):
     def sample_lower(self, generator: torch.Generator) -> Batch: ...
 
     def evaluate(self) -> Evaluation:
-        """At the present point; "loss" is the objective by which methods are compared."""
+        """At the present point; "loss" is the validation loss by which methods are compared."""
+        ...
+
+    def resolve(self) -> Evaluation:
+        """The same with the lower problem solved, where that can be had; made once, at the end. Else nothing."""
         ...
 
     def lower_rule(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        """The lower level's optimizer, the same for all upper methods."""
+        """The task's own lower optimizer, for methods that do not bring one."""
         ...
+
+
+class SingleLevelTask(Protocol):
+    """One level: `params` and a loss."""
+
+    settings: Settings
+    params: list[Tensor]
+
+    def loss(self, batch: Batch) -> Tensor: ...
+
+    def sample(self, generator: torch.Generator) -> Batch: ...
+
+    def evaluate(self) -> Evaluation: ...
 
 
 def append_one(x: Tensor) -> Tensor:
@@ -96,6 +114,37 @@ def uniform_layers(model: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def draw(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A minibatch drawn with replacement."""
+    """A minibatch drawn with replacement; everything if `size` is 0."""
+    if size == 0:
+        return x, y
     index = torch.randint(len(x), (size,), generator=generator)
     return x[index], y[index]
+
+
+def lenet(classes: int = 0) -> torch.nn.Sequential:
+    """The layers of LeNet-5 on 28x28 images before its last one, and with `classes` that one too."""
+    nn = torch.nn
+    last = [nn.Linear(84, classes)] if classes else []
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28)), nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), *last,
+    )  # fmt: skip
+
+
+def minimizer(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 2000) -> Tensor:
+    """The minimizer of a convex function of one tensor, by L-BFGS in float64."""
+    solution = start.detach().double().requires_grad_()
+    search = torch.optim.LBFGS(
+        [solution], max_iter=iterations, history_size=20, tolerance_grad=1e-7, tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        value = loss(solution)
+        value.backward()
+        return value
+
+    search.step(closure)
+    return solution.detach()

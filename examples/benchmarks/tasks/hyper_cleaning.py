@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: the upper level weighs training images, 40 % of which have a label drawn at random.
+"""Data hyper-cleaning: the upper level weighs training images, some of which have a label drawn at random.
 
 lower  g(x, y) = mean_i sigmoid(x_i) cross-entropy_i(y) + 1e-3 ||y||^2     on the training images
 upper  f(y)    = cross-entropy of y                                        on clean images
@@ -17,20 +17,21 @@ from torch.nn.functional import cross_entropy
 import data
 from adaptive_bilevel import SLS
 
-from .base import Evaluation, Settings, append_one
+from .base import Evaluation, Settings, append_one, draw, minimizer
 
 SPLITS = {  # rows of the training part: training, validation
     "mnist": (slice(0, 1000), slice(2000, 2500)),
+    "fashion_mnist": (slice(0, 1000), slice(2000, 2500)),
     "digits": (slice(0, 500), slice(1000, 1250)),
 }
 
 
 @dataclass
 class HyperCleaning:
-    """`upper` is one logit per training image, `lower` softmax weights; both start at zero; full batch.
+    """`upper` is one logit per training image, `lower` softmax weights; both start at zero.
 
-    "loss" is f(x, y) at the present y; "resolved_loss" is F(x) = f(x, y*(x)), solved for in evaluations only. With few
-    lower steps an upper method can lower f by moving y away from y*(x), and only F shows that.
+    "loss" is f(x, y) at the present y; "resolved_loss" is F(x) = f(x, y*(x)). With few lower steps an upper method can
+    lower f by moving y away from y*(x), and only F shows that.
     """
 
     settings: Settings
@@ -41,43 +42,32 @@ class HyperCleaning:
     test: tuple[Tensor, Tensor]
     ridge: float = 1e-3
 
-    def upper_loss(self, batch: None) -> Tensor:
-        x, y = self.validation
+    def upper_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
         return cross_entropy(x @ self.lower[0], y)
 
-    def lower_loss(self, batch: None) -> Tensor:
-        x, y = self.train
-        weighted = self.upper[0].sigmoid() * cross_entropy(x @ self.lower[0], y, reduction="none")
-        return weighted.mean() + self.ridge * self.lower[0].square().sum()
+    def lower_loss(self, batch: Tensor | None) -> Tensor:
+        rows = slice(None) if batch is None else batch
+        return self._fit(self.upper[0][rows].sigmoid(), self.train[0][rows], self.train[1][rows], self.lower[0])
 
-    def sample_upper(self, generator: torch.Generator) -> None:
-        return None
+    def _fit(self, weights: Tensor, x: Tensor, y: Tensor, solution: Tensor) -> Tensor:
+        weighted = weights * cross_entropy(x @ solution, y, reduction="none")
+        return weighted.mean() + self.ridge * solution.square().sum()
 
-    def sample_lower(self, generator: torch.Generator) -> None:
-        return None
+    def sample_upper(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return draw(*self.validation, self.settings.upper_batch, generator)
 
-    def lower_solution(self) -> Tensor:
-        """y*(x), by L-BFGS in float64 from the present y."""
-        weights, (x, y) = self.upper[0].detach().double().sigmoid(), self.train
-        x, solution = x.double(), self.lower[0].detach().double().requires_grad_()
-        search = torch.optim.LBFGS(
-            [solution], max_iter=2000, history_size=20, tolerance_grad=1e-6, tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )  # fmt: skip
-
-        def closure() -> Tensor:
-            search.zero_grad()
-            fit = (weights * cross_entropy(x @ solution, y, reduction="none")).mean()
-            loss = fit + self.ridge * solution.square().sum()
-            loss.backward()
-            return loss
-
-        search.step(closure)
-        return solution.detach()
+    def sample_lower(self, generator: torch.Generator) -> Tensor | None:
+        size = self.settings.lower_batch
+        return torch.randint(len(self.train[1]), (size,), generator=generator) if size else None
 
     def evaluate(self) -> Evaluation:
-        present, solution = self.lower[0].detach(), self.lower_solution().to(self.lower[0].dtype)
-        return {**self._scores(present), **{f"resolved_{key}": value for key, value in self._scores(solution).items()}}
+        return self._scores(self.lower[0].detach())
+
+    def resolve(self) -> Evaluation:
+        weights, (x, y) = self.upper[0].detach().double().sigmoid(), self.train
+        solution = minimizer(lambda z: self._fit(weights, x.double(), y, z), self.lower[0])
+        return {f"resolved_{key}": value for key, value in self._scores(solution.to(x.dtype)).items()}
 
     @torch.no_grad()
     def _scores(self, weights: Tensor) -> Evaluation:
@@ -89,9 +79,11 @@ class HyperCleaning:
         return SLS(params, lr=self.settings.lower_lr, reset="grow", grow=1.5, max_step=self.settings.lower_lr)
 
 
-def create(seed: int, folder: str | Path | None = None, *, noise: float = 0.4, **overrides: Any) -> HyperCleaning:
+def create(
+    seed: int, folder: str | Path | None = None, *, noise: float = 0.4, name: str = "mnist", **overrides: Any
+) -> HyperCleaning:
     """The task; `seed` decides which labels are redrawn."""
-    content = data.images(folder)
+    content = data.images(folder, name)
     generator = torch.Generator().manual_seed(seed)
     (train_x, train_y), validation = (
         (append_one(content.x[rows].flatten(1)), content.y[rows]) for rows in SPLITS[content.name]

@@ -1,0 +1,179 @@
+"""The benchmarks of the suite: what is run on which task, and which bars it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grid import Grid
+from methods import PEERS, SINGLE_LEVEL
+from tasks import SINGLE_LEVEL as SINGLE_LEVEL_TASKS
+
+SEEDS = (0, 1, 2)
+FIRST_TRIALS = ("1e-2", "1", "1e2", "1e4")
+SINGLE_PEERS = tuple(peer for peer in PEERS if peer in SINGLE_LEVEL)
+BOUNDS = ("1", "10", "100", "1e3", "1e4", "1e5")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task and the methods on it.
+
+    Attributes:
+        title: what the figure is called.
+        task: a name of `tasks`.
+        settings: arguments and settings of the task.
+        ours: this package's methods with no number given.
+        first_trials: the same with first trials or bounds over decades.
+        others: methods that are run as they are.
+        grids: baselines with a grid of steps.
+        spread: the most that largest over smallest final loss of the first trials may be.
+        seeds: all runs of `ours`, `first_trials`, `others` and the best of the grids.
+    """
+
+    title: str
+    task: str
+    ours: tuple[str, ...]
+    first_trials: tuple[str, ...]
+    others: tuple[str, ...]
+    grids: tuple[Grid, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    spread: float = 1.25
+    seeds: tuple[int, ...] = SEEDS
+
+    @property
+    def single_level(self) -> bool:
+        return self.task in SINGLE_LEVEL_TASKS
+
+    def quick(self) -> Benchmark:
+        """A few iterations, one seed, two first trials, small grids."""
+        iterations = 40 if self.single_level else 4
+        return replace(
+            self,
+            title=f"{self.title} (quick)",
+            settings={**self.settings, "iterations": iterations, "evaluate_every": iterations // 2},
+            first_trials=self.first_trials[::4],
+            grids=tuple(grid.smaller() for grid in self.grids[:2]),
+            others=self.others[:1],
+            seeds=self.seeds[:1],
+        )
+
+
+def bilevel(
+    title: str,
+    task: str,
+    *,
+    adam: tuple[float, ...],
+    sgd: tuple[float, ...],
+    lowers: tuple[float | str, ...],
+    others: tuple[str, ...] = (),
+    spread: float = 1.25,
+    **settings: Any,
+) -> Benchmark:
+    """Ours with no number at either level; grids of Adam, SGD and decaying SGD; the peers by their own defaults."""
+    kinds = ("bisls-adam", "bisls-sgd")
+    return Benchmark(
+        title=title,
+        task=task,
+        ours=tuple(f"{kind}:lower=search" for kind in (*kinds, "bisps")),
+        first_trials=tuple(f"{kind}:lower=search,lr={lr}" for kind in kinds for lr in FIRST_TRIALS),
+        others=(*others, *(f"{peer}:lower=search" for peer in PEERS)),
+        grids=(
+            Grid("adam", adam, lowers),
+            Grid("sgd", sgd, lowers),
+            Grid("sgd", sgd, lowers, {"decay": "inverse_sqrt"}),
+        ),
+        settings=settings,
+        spread=spread,
+    )
+
+
+def single(title: str, task: str, **settings: Any) -> Benchmark:
+    """SPSB and SLSB with no number, and with bounds over six decades; the other rules at bound 1000, as in the paper."""
+    kinds = ("spsb", "slsb")
+    return Benchmark(
+        title=title,
+        task=task,
+        ours=kinds,
+        first_trials=tuple(f"{kind}:lr={lr}" for kind in kinds for lr in BOUNDS),
+        others=(*(f"{kind}:lr=1e3" for kind in ("sps-max", "decsps", "sls")), "sls", *SINGLE_PEERS),
+        grids=(
+            Grid("sgd", (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3), (), {"decay": "inverse_sqrt"}),
+            Grid("sgd", (1e-2, 1e-1, 1.0, 10.0, 100.0)),
+            Grid("adam", (1e-4, 1e-3, 1e-2, 1e-1)),
+        ),
+        settings=settings,
+    )
+
+
+def _cleaning(title: str, **settings: Any) -> Benchmark:
+    return bilevel(
+        f"Data hyper-cleaning, 14x14, T=5, CG 10, {title}", "hyper-cleaning",
+        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1.0, 10.0, 1e2, 1e3, 1e4), lowers=("search", 0.1, 1.0, 10.0), **settings,
+    )  # fmt: skip
+
+
+def _penalties(title: str, **settings: Any) -> Benchmark:
+    return bilevel(
+        f"Regularisation selection, T=10, CG 10, {title}", "regularisation",
+        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1e-1, 1.0, 10.0, 1e2, 1e3), lowers=("search", 0.01, 0.1, 1.0), **settings,
+    )  # fmt: skip
+
+
+def _representation(title: str, task: str = "hyper-representation", **settings: Any) -> Benchmark:
+    return bilevel(
+        f"Hyper-representation, MNIST, T=10, {title}", task,
+        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-3, 1e-2, 1e-1, 1.0), lowers=("search", 0.01, 0.1, 1.0),
+        spread=1.1, **settings,
+    )  # fmt: skip
+
+
+def _distillation(title: str, **settings: Any) -> Benchmark:
+    return bilevel(
+        f"Data distillation, MNIST, ten images, {title}", "distillation",
+        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1.0, 10.0, 1e2, 1e3), lowers=("search", 0.01, 0.1, 1.0), **settings,
+    )  # fmt: skip
+
+
+_STEP = "response=step,baseline=matched,response_steps=20"
+BENCHMARKS: dict[str, Benchmark] = {
+    "hyper-cleaning": _cleaning("MNIST, 40 % noise, full batch"),
+    "hyper-cleaning-60": _cleaning("MNIST, 60 % noise, full batch", noise=0.6),
+    "hyper-cleaning-fashion": _cleaning("Fashion-MNIST, 40 % noise, full batch", name="fashion_mnist"),
+    "hyper-cleaning-fashion-60": _cleaning("Fashion-MNIST, 60 % noise, full batch", name="fashion_mnist", noise=0.6),
+    "hyper-cleaning-minibatch": _cleaning("MNIST, 40 % noise, batches of 128", lower_batch=128, upper_batch=128),
+    "hyper-cleaning-fashion-minibatch": _cleaning(
+        "Fashion-MNIST, 40 % noise, batches of 128", name="fashion_mnist", lower_batch=128, upper_batch=128
+    ),
+    "ridge-a9a": _penalties("ridge, one penalty, a9a", kind="ridge", per_feature=False),
+    "logistic-a9a": _penalties("logistic, one penalty, a9a", per_feature=False),
+    "penalties-a9a": _penalties("logistic, a penalty per feature, a9a"),
+    "penalties-news20": _penalties(
+        "softmax, a penalty per feature, news20", kind="softmax", name="news20_small", iterations=60
+    ),
+    "hyper-representation": _representation("MLP, 14x14, batch 256, CG 3"),
+    "hyper-representation-cg10": _representation("MLP, 14x14, batch 256, CG 10", solver_steps=10),
+    "hyper-representation-lenet": _representation("LeNet, 28x28, batch 128, CG 3", "hyper-representation-lenet"),
+    "hyper-representation-lenet-cg10": _representation(
+        "LeNet, 28x28, batch 128, CG 10", "hyper-representation-lenet", solver_steps=10
+    ),
+    "distillation": _distillation("14x14, T=20, Neumann"),
+    "distillation-50": _distillation("14x14, T=50, Neumann", lower_steps=50, solver_steps=50),
+    "distillation-cg": _distillation("14x14, T=20, CG 10", solver="cg", solver_steps=10),
+    "distillation-identity": _distillation(
+        "14x14, T=20, identity", solver="identity",
+        others=(f"bisls-sgd:{_STEP}", f"bisls-adam:{_STEP}"),
+    ),
+    "distillation-28": _distillation("28x28, T=20, Neumann", pooled=False, iterations=200),
+    "few-shot": bilevel(
+        "Few-shot, Omniglot, 5-way 5-shot, T=10, CG 5", "few-shot",
+        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-2, 1e-1, 1.0, 10.0), lowers=("search", 0.01, 0.1, 1.0),
+    ),
+    **{
+        name: single(f"Logistic regression, {name}, batch 100, 10 epochs", "logistic-regression", name=name)
+        for name in ("w8a", "a9a", "mushrooms", "phishing")
+    },
+    "lenet-mnist": single("LeNet, MNIST, batch 128, 3 epochs of 8,000 images", "lenet"),
+    "lenet-fashion": single("LeNet, Fashion-MNIST, batch 128, 3 epochs of 8,000 images", "lenet", name="fashion_mnist"),
+}  # fmt: skip

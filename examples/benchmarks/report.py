@@ -1,0 +1,336 @@
+"""Tables, bars and figures of the suite, from the content of its runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from benchmark import Benchmark
+from runs import Method, provenance
+
+Row = dict[str, Any]
+RESOLVED = "last_resolved_loss"
+COPIED = ("accuracy", "test_loss", "last_resolved_accuracy", "last_resolved_test_loss")
+
+
+class Table:
+    """The runs of a benchmark by method and seed, and what they come to."""
+
+    def __init__(self, benchmark: Benchmark, runs: Sequence[Row], missing: dict[str, str]) -> None:
+        self.benchmark, self.missing = benchmark, missing
+        self.tried: dict[str, list[Method]] = {}
+        self._runs: dict[str, dict[int, Row]] = {}
+        self.add(runs)
+
+    def add(self, runs: Sequence[Row]) -> None:
+        for run in runs:
+            self._runs.setdefault(str(Method(run["method"], run["options"])), {})[run["seed"]] = run
+
+    @property
+    def figures(self) -> list[str]:
+        """By which the best of a grid is chosen: f(x, y), and F(x) where it is known."""
+        some = next(iter(next(iter(self._runs.values())).values()))
+        return ["loss", RESOLVED] if RESOLVED in some["summary"] or self._has(RESOLVED) else ["loss"]
+
+    def _has(self, figure: str) -> bool:
+        return any(figure in run["summary"] for seeds in self._runs.values() for run in seeds.values())
+
+    def of(self, method: Method) -> list[Row]:
+        """The runs of a method, by seed."""
+        found = self._runs.get(str(method), {})
+        return [found[seed] for seed in sorted(found)]
+
+    def score(self, method: Method, seeds: Sequence[int], figure: str = "loss") -> float:
+        """The median over these seeds; infinite where one diverged or is missing."""
+        found = self._runs.get(str(method), {})
+        return median(_value(found[seed], figure) if seed in found else math.inf for seed in seeds)
+
+    def best(self, label: str, figure: str = "loss") -> Method:
+        """The best of a grid, of those that all seeds were run with."""
+        seeds = self.benchmark.seeds
+        complete = [m for m in self.tried[label] if len(self.of(m)) == len(seeds)]
+        return min(complete, key=lambda m: self.score(m, seeds, figure))
+
+    def named(self, texts: Sequence[str]) -> list[Method]:
+        methods = [Method.parse(text) for text in texts]
+        return [method for method in methods if self.of(method)]
+
+    def grid_seconds(self, label: str) -> float:
+        """What all runs of a grid cost."""
+        return sum(run["summary"]["seconds"] for method in self.tried[label] for run in self.of(method))
+
+    def seconds_to(self, method: Method, target: float) -> float:
+        """Median over seeds of the processor time until an evaluation is at the target or below."""
+        return median(
+            min((e["seconds"] for e in run["evaluations"] if e["loss"] <= target), default=math.inf)
+            for run in self.of(method)
+        )
+
+    def rows(self, methods: Sequence[Method], kind: str = "") -> list[Row]:
+        return [self._row(method, kind) for method in methods]
+
+    def _row(self, method: Method, kind: str) -> Row:
+        runs = self.of(method)
+        summaries = [run["summary"] for run in runs]
+        losses = [_finite(summary["loss"]) for summary in summaries]
+        middle = {
+            key: median(_finite(summary[key]) for summary in summaries)
+            for key in ("trials_per_iteration", "cost_per_iteration", "seconds")
+        }
+        return {
+            "label": label(method),
+            "kind": kind,
+            "method": str(method),
+            "seeds": [run["seed"] for run in runs],
+            "median": median(losses),
+            "min": min(losses),
+            "max": max(losses),
+            "loss": losses,
+            **{
+                key: [_finite(s.get(key, math.inf)) for s in summaries]
+                for key in (RESOLVED, *COPIED)
+                if any(key in s for s in summaries)
+            },
+            "diverged": sum(summary["diverged"] for summary in summaries),
+            "failed": sum(summary["failed"] for summary in summaries) / len(runs),
+            "moved": sum(summary["moved"] for summary in summaries) / len(runs),
+            **middle,
+        }
+
+    def all_rows(self) -> list[Row]:
+        """Ours, the best of each grid by each figure, the others, the first trials."""
+        benchmark = self.benchmark
+        rows = self.rows(self.named(benchmark.ours), "ours")
+        for grid in benchmark.grids:
+            chosen = dict.fromkeys(str(self.best(grid.label, figure)) for figure in self.figures)
+            for name in chosen:
+                (row,) = self.rows([m for m in self.tried[grid.label] if str(m) == name], "grid")
+                row["grid"] = {"points": len(self.tried[grid.label]), "seconds": self.grid_seconds(grid.label)}
+                rows.append(row)
+        rows += self.rows(self.named(benchmark.others), "other")
+        return rows + self.rows(self.named(benchmark.first_trials), "first trial")
+
+
+# Bars.
+
+
+def bars(table: Table) -> list[Row]:
+    return single_level_bars(table) if table.benchmark.single_level else bilevel_bars(table)
+
+
+def bilevel_bars(table: Table) -> list[Row]:
+    benchmark, seeds, found = table.benchmark, table.benchmark.seeds, []
+    ours = table.named(benchmark.ours)
+    searching = [m for m in ours if m.name.startswith("bisls")]
+    for method in searching:
+        rival = method.name.removeprefix("bisls-")
+        for figure in table.figures:
+            winner = table.best(rival, figure)
+            text = f"{method.name}, no number / best of the {rival} grid: {'F(x)' if figure == RESOLVED else 'f(x, y)'}"
+            found.append(_bar(text, table.score(method, seeds, figure) / table.score(winner, seeds, figure), 1.0))
+        winner = table.best(rival)
+        target = table.score(winner, seeds)
+        time, its = table.seconds_to(method, target), table.seconds_to(winner, target)
+        found.append(_bar(f"{method.name}, no number / best of the {rival} grid: seconds to its final loss",
+                          time / its if its else math.inf, 1.0))  # fmt: skip
+        own = sum(run["summary"]["seconds"] for run in table.of(method)) / len(seeds)
+        found.append({"bar": f"the {rival} grid / one run of {method.name}: seconds",
+                      "measured": table.grid_seconds(rival) / own})  # fmt: skip
+        swept = [m for m in table.named(benchmark.first_trials) if m.name == method.name]
+        scores = [table.score(m, seeds) for m in swept]
+        found.append(_bar(f"{method.name}, first trials {_ends(swept)}: largest / smallest final loss",
+                          max(scores) / min(scores), benchmark.spread))  # fmt: skip
+        rows = table.rows([method, *swept])
+        found += [
+            _bar(f"{method.name}, with and without a first trial: diverged runs", sum(r["diverged"] for r in rows), 0),
+            _bar(f"{method.name}: trials per iteration", max(r["trials_per_iteration"] for r in rows), 1.5),
+            _bar(f"{method.name}: share of failed searches", max(r["failed"] for r in rows), 0.01),
+            _bar(f"{method.name}: share of iterations without a move", 1 - min(r["moved"] for r in rows), 0.05),
+            _bar(f"{method.name} / a constant step at both levels: cost of an iteration",
+                 rows[0]["cost_per_iteration"] / _constant_cost(table), 2.0),
+        ]  # fmt: skip
+    return found
+
+
+def single_level_bars(table: Table) -> list[Row]:
+    benchmark, seeds, found = table.benchmark, table.benchmark.seeds, []
+    figure = "last_loss"
+    swept = table.named(benchmark.first_trials)
+    bounded = [m for m in table.named(benchmark.others) if m.options.get("lr") == 1e3]
+    decaying = [m for m in table.tried["sgd decay=inverse_sqrt"] if m.options["lr"] == 1e3 and table.of(m)]
+    rivals = [table.score(m, [s for s in seeds if s in table._runs[str(m)]], figure) for m in [*bounded, *decaying]]
+    for method in table.named(benchmark.ours):
+        own = {m.options["lr"]: table.score(m, seeds, figure) for m in swept if m.name == method.name}
+        text = f"{method.name}, no number / best bound of {min(own):g} ... {max(own):g}: last loss"
+        found.append(_bar(text, table.score(method, seeds, figure) / min(own.values()), 1.25))
+        if 1e3 in own and rivals and benchmark.task == "logistic-regression":
+            text = f"{method.name} / best of decaying SGD, SPS_max, DecSPS, SLS, all at bound 1000: last loss"
+            found.append(_bar(text, own[1e3] / min(rivals), 0.2))
+    return found
+
+
+def _constant_cost(table: Table) -> float:
+    """Cost of an iteration of SGD at both levels, from any run of the grids with a constant lower step."""
+    for methods in table.tried.values():
+        for method in methods:
+            if not isinstance(method.options.get("lower"), str) and table.of(method):
+                return float(table.of(method)[0]["summary"]["cost_per_iteration"])
+    return math.nan
+
+
+def _bar(text: str, measured: float, at_most: float) -> Row:
+    return {"bar": text, "measured": measured, "at most": at_most, "holds": measured <= at_most}
+
+
+def _ends(methods: Sequence[Method]) -> str:
+    lrs = [method.options["lr"] for method in methods]
+    return f"{min(lrs):g} ... {max(lrs):g}"
+
+
+# Output.
+
+
+def label(method: Method) -> str:
+    """A row's name; that ours search at the lower level too goes without saying."""
+    shown = {key: value for key, value in method.options.items() if (key, value) != ("lower", "search")}
+    if method.name in ("adam", "sgd") and "lower" in method.options:
+        shown = method.options
+    words = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()]
+    return " ".join([method.name, *words])
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The table for a terminal or a page of Markdown."""
+    resolved, accuracy = any(RESOLVED in row for row in rows), any("accuracy" in row for row in rows)
+    head = ["method", "loss", "[min, max]"] + ["F(x)"] * resolved + ["accuracy"] * accuracy
+    lines = [[*head, "diverged", "trials", "cost", "seconds"]]
+    for row in rows:
+        line = [row["label"], f"{row['median']:.4g}", f"[{row['min']:.4g}, {row['max']:.4g}]"]
+        line += [f"{median(row.get(RESOLVED, [math.nan])):.4g}"] * resolved
+        line += [f"{median(row.get('accuracy', [math.nan])):.3f}"] * accuracy
+        line += [f"{row['diverged']}/{len(row['seeds'])}", f"{row['trials_per_iteration']:.2f}"]
+        lines.append([*line, f"{row['cost_per_iteration']:.1f}", f"{row['seconds']:.2f}"])
+    lines.insert(1, ["-" * len(word) for word in lines[0]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("| " + " | ".join(f"{w:<{n}}" for w, n in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def publish(table: Table, name: str, results: Path, data_name: str) -> None:
+    """Prints the table and the bars, and writes NAME.json and NAME.png."""
+    rows, held = table.all_rows(), bars(table)
+    some = next(run for method in table.named(table.benchmark.ours) for run in table.of(method))
+    quick = " --quick" if table.benchmark.title.endswith("(quick)") else ""
+    write(results / f"{name}.json", {
+        "title": table.benchmark.title,
+        "command": f"python examples/benchmarks/suite.py --task {name}{quick} --data DIR --output RUNS",
+        "data": data_name,
+        **{key: some[key] for key in provenance()},
+        "settings": some["settings"],
+        **({"skipped": table.missing} if table.missing else {}),
+        "bars": held,
+        "rows": rows,
+        "grids": [
+            {"grid": key, **{label(m): table.score(m, [table.of(m)[0]["seed"]]) for m in methods if table.of(m)}}
+            for key, methods in table.tried.items()
+        ],
+    })  # fmt: skip
+    draw(results / f"{name}.png", table, rows)
+    print(f"\n{name}: {table.benchmark.title}\n{text(rows)}")
+    for entry in held:
+        if "holds" in entry:
+            print(f"  {'holds' if entry['holds'] else 'FAILS'}  {entry['bar']}: {entry['measured']:.4g} "
+                  f"(at most {entry['at most']:g})", flush=True)  # fmt: skip
+        else:
+            print(f"         {entry['bar']}: {entry['measured']:.4g}", flush=True)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """JSON with five digits and a line per row; what is not finite is written as null."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}") if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: rounded(entry) for key, entry in value.items()}
+        return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    lines = []
+    for key, value in content.items():
+        entry = json.dumps(rounded(value))
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            entry = "[\n" + ",\n".join(f"  {json.dumps(rounded(line))}" for line in value) + "\n ]"
+        lines.append(f" {json.dumps(key)}: {entry}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+COLOURS = pyplot.colormaps["tab10"].colors
+DASHES = {"ours": "-", "grid": "--", "other": ":"}
+
+
+def draw(path: Path, table: Table, rows: Sequence[Row]) -> None:
+    """Left: median loss against iterations. Right: the final loss of each row, its range, and all points of a grid."""
+    shown = [row for row in rows if math.isfinite(row["median"])]
+    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(13, max(4.2, 0.3 * len(shown) + 1.6)))
+    curves = [row for row in shown if row["kind"] in DASHES]
+    colours = {row["label"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(curves)}
+    start = 1.0
+    for row in curves:
+        curve = median_curve(table._runs[row["method"]].values())
+        start = curve[0][1]
+        colour, dash = colours[row["label"]], DASHES[row["kind"]]
+        left.plot(*zip(*curve, strict=True), dash, color=colour, linewidth=1.6, label=row["label"])
+    left.set(yscale="log", xlabel="(upper) iterations", ylabel="loss, median over seeds")
+    left.set_ylim(top=min(left.get_ylim()[1], 2 * start))
+    left.legend(fontsize=7)
+    left.grid(alpha=0.25)
+    top = max(1.5 * start, 2 * min(row["median"] for row in shown))
+    for i, row in enumerate(shown):
+        colour = colours.get(row["label"], "tab:gray")
+        right.plot([row["min"], min(row["max"], top)], [i, i], color=colour, linewidth=4, alpha=0.4)
+        right.plot([min(row["median"], top)], [i], "o" if row["median"] <= top else ">", color=colour, markersize=6)
+        if RESOLVED in row:
+            right.plot([min(median(row[RESOLVED]), top)], [i], "o", markerfacecolor="white", markeredgecolor=colour)
+        if "grid" in row:
+            key = next(k for k, methods in table.tried.items() if any(str(m) == row["method"] for m in methods))
+            tried = [table.score(m, [table.of(m)[0]["seed"]]) for m in table.tried[key] if table.of(m)]
+            right.plot([min(value, top) for value in tried], [i + 0.3] * len(tried), "|", color=colour, markersize=5)
+    right.set(xscale="log", yticks=range(len(shown)), xlabel="final loss; hollow: F(x); ticks: all points of the grid")
+    right.set_yticklabels([_line(row) for row in shown], fontsize=7)
+    right.invert_yaxis()
+    right.grid(alpha=0.25, which="both")
+    canvas.suptitle(table.benchmark.title, fontsize=11)
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=85)
+    pyplot.close(canvas)
+
+
+def _line(row: Row) -> str:
+    if "grid" in row:
+        return f"{row['label']} (best of {row['grid']['points']})"
+    return row["label"] + (", no number" if row["kind"] == "ours" else "")
+
+
+def median_curve(runs: Any, key: str = "loss") -> list[tuple[float, float]]:
+    """(iteration, median over the seeds), as far as all runs got."""
+    points = zip(*(run["evaluations"] for run in runs), strict=False)
+    return [(point[0]["iteration"], median(_finite(entry[key]) for entry in point)) for point in points]
+
+
+def _value(run: Row, figure: str) -> float:
+    summary = run["summary"]
+    return math.inf if summary["diverged"] else _finite(summary.get(figure, math.inf))
+
+
+def _finite(value: float) -> float:
+    """NaN counts as infinite: the worst."""
+    return math.inf if math.isnan(value) else float(value)

@@ -1,0 +1,92 @@
+"""The benchmark suite: tasks x methods x seeds in one interleaved run; a table and a figure for each benchmark.
+
+    python examples/benchmarks/suite.py [--task NAME ...] [--quick] [--data DIR] [--output RUNS] [--results DIR]
+    python examples/benchmarks/suite.py --task hyper-cleaning --method bisls-sgd:lr=1e3 --set lower_steps=1
+
+Each run leaves a JSON file in RUNS and is not repeated; delete what should be. Baselines get a full grid of steps for
+both levels: decades with the first seed, half decades around the winner, and the best three with all seeds. Ours get no
+number at either level, and then first trials (or bounds) over six decades. "loss" of a run is the median of its last
+three evaluations, "seconds" processor time without evaluations, "cost" that of all oracle calls counted in gradients.
+A second form runs the methods that are named instead of the benchmark's own, and writes nothing but their runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data
+import report
+from benchmark import BENCHMARKS, Benchmark
+from grid import best
+from runs import Job, Method, assignments, run
+
+
+def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Table:
+    """Runs a benchmark in three rounds, of which the last two follow from the one before."""
+
+    def jobs(methods: Sequence[Method], seeds: Sequence[int]) -> list[Job]:
+        return [Job(benchmark.task, benchmark.settings, method, seed) for method in methods for seed in seeds]
+
+    first, every = benchmark.seeds[:1], benchmark.seeds
+    named = [Method.parse(text) for text in (*benchmark.ours, *benchmark.others, *benchmark.first_trials)]
+    tried = {grid.label: grid.coarse() for grid in benchmark.grids}
+    known, missing = run([*jobs(named, every), *jobs(sum(tried.values(), []), first)], output, folder)
+    table = report.Table(benchmark, known, missing)
+    for grid in benchmark.grids:
+        (winner,) = best(tried[grid.label], lambda method: table.score(method, first))
+        tried[grid.label] += [method for method in grid.finer(winner) if method not in tried[grid.label]]
+    table.add(run(jobs(sum(tried.values(), []), first), output, folder)[0])
+    finalists = [
+        method
+        for methods in tried.values()
+        for figure in table.figures
+        for method in best(methods, lambda m, f=figure: table.score(m, first, f), 3 if figure == "loss" else 1)
+    ]
+    table.add(run(jobs(finalists, every), output, folder)[0])
+    table.tried = tried
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME",
+                        help=", ".join(BENCHMARKS))  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a few iterations and steps of each: does it run?")
+    parser.add_argument("--data", help="folder of the data sets (else the environment's, else a stand-in)")
+    parser.add_argument("--output", type=Path, default=Path("benchmark-runs"), help="folder for the runs")
+    parser.add_argument("--results", type=Path, help="folder for tables and figures (else that of the runs)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the benchmark's own")
+    parser.add_argument("--method", action="append", help="NAME or NAME:key=value,key=value; repeatable")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the task and its settings")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    folder = data.folder(options.data)
+    folder = None if folder is None else str(folder)
+    for name in options.task:
+        benchmark = BENCHMARKS[name]
+        if options.quick:
+            benchmark = benchmark.quick()
+        if options.seeds:
+            benchmark = replace(benchmark, seeds=tuple(options.seeds))
+        benchmark = replace(benchmark, settings={**benchmark.settings, **assignments(options.set)})
+        output = options.output / (f"{name}-quick" if options.quick else name)
+        if options.method:
+            methods = [Method.parse(text) for text in options.method]
+            jobs = [Job(benchmark.task, benchmark.settings, m, seed) for m in methods for seed in benchmark.seeds]
+            table = report.Table(benchmark, *run(jobs, output, folder))
+            print(report.text(table.rows(methods)), flush=True)
+            continue
+        table = execute(benchmark, output, folder)
+        results = options.results or options.output
+        results.mkdir(parents=True, exist_ok=True)
+        report.publish(table, name, results, data_name="real" if folder else "stand-in")
+
+
+if __name__ == "__main__":
+    main()
