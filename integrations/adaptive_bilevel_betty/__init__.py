@@ -1,1 +1,26 @@
-"""Automatic step sizes for the problems of Betty's engine."""
+"""Automatic step sizes for the problems of Betty's engine (betty-ml 0.2.1 and 0.1.1).
+
+```python
+from adaptive_bilevel_betty import BiSLS, SLS, bind
+
+class Parent(ImplicitProblem):
+    def configure_optimizer(self):
+        return BiSLS(self.module.parameters())  # was: torch.optim.SGD(self.module.parameters(), lr=1, momentum=0.9)
+
+class Child(ImplicitProblem):
+    def configure_optimizer(self):
+        return SLS(self.module.parameters())  # was: torch.optim.SGD(self.module.parameters(), lr=0.1)
+
+engine = Engine(...)
+bind(engine)
+```
+
+Problems, configs and the engine stay as they are. ``Config(type="adaptive_cg")`` gives right hypergradients on top.
+"""
+
+from .bilevel import BiSLS, BiSPS
+from .binding import AdaptiveEngine, bind
+from .hypergradient import adaptive_cg
+from .optimizers import SLS, SLSB, SPSB, DecSPS, SPSMax
+
+__all__ = ["SLS", "SLSB", "SPSB", "AdaptiveEngine", "BiSLS", "BiSPS", "DecSPS", "SPSMax", "adaptive_cg", "bind"]

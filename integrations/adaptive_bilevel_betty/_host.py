@@ -1,0 +1,47 @@
+"""What differs between the releases of Betty, in one place."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, TypeAlias
+
+INSTALL = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"
+
+try:
+    import betty
+    from betty.engine import Engine
+    from betty.hypergradient import jvp_fn_mapping
+    from betty.problems import ImplicitProblem
+    from betty.problems import Problem as BaseProblem
+except ImportError as error:
+    raise ImportError(
+        f"adaptive_bilevel_betty adapts Betty, which could not be imported ({error}): {INSTALL}"
+    ) from error
+
+__all__ = ["OLD", "BaseProblem", "Engine", "ImplicitProblem", "Problem", "distribution", "jvp_fn_mapping", "rolls_back"]
+
+Problem: TypeAlias = Any
+"""A problem of Betty's; Betty is not typed."""
+
+OLD: bool = not importlib.import_module("betty.problems.problem").Problem.__dict__.get("patch_optimizer")
+"""Whether this is 0.1.x: optimizers are not rebuilt, param_callback takes the parameters, roll_back is broken."""
+
+RELEASE: str = betty.__version__
+
+
+def rolls_back(engine: Any) -> bool:
+    """Return whether the engine rolls lower problems back after the upper step."""
+    return bool(engine.config.roll_back)
+
+
+def distribution(engine: Any) -> str:
+    """Return the engine's strategy; 0.1.x knows DataParallel only, which is one process."""
+    return str(getattr(engine.config, "strategy", "default"))
+
+
+def call_param_callback(problem: Problem) -> None:
+    """Call the user's param_callback as this release does."""
+    if OLD:
+        problem.param_callback(problem.trainable_parameters())
+    else:
+        problem.param_callback()

@@ -1,0 +1,139 @@
+"""BiSPS and BiSLS as optimizers of problems that look ahead into others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adaptive_bilevel import optim as core
+from adaptive_bilevel.errors import LowerLevelError, OptionError
+from adaptive_bilevel.hypergradient import LinearSolver
+from adaptive_bilevel.optim.guard import Guard
+from adaptive_bilevel.optim.moves import Move
+from adaptive_bilevel.optim.polyak import PolyakOptimizer
+from adaptive_bilevel.optim.response import Response
+from adaptive_bilevel.policies import Record
+
+from ._options import solver_from, solver_text
+from .chain import Block, ChainResponse
+from .optimizers import Hosted
+from .seat import Seat, edges, seat_of
+
+__all__ = ["BiSLS", "BiSPS"]
+
+
+class BiSPS(Hosted, core.BiSPS):
+    """`adaptive_bilevel.BiSPS` as a problem's optimizer: the same options but `lower`, which `bind` sets."""
+
+    def __init__(self, params: ParamsT, lr: float | None = None, **options: Any) -> None:
+        _refuse("BiSPS", options)
+        super().__init__(params, lr, **options)
+
+    def sit(self, seat: Seat) -> None:
+        """Take the place that `bind` gives; the bound beta_b,k of lower Polyak rules decays with this one's steps."""
+        super().sit(seat)
+        self.bind([p.optimizer for p in _clocked(seat)])
+
+    def _take(self, step: Any, seat: Seat) -> Any:
+        return step(self, loss=seat.replay.loss)
+
+
+class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty knows
+    """`adaptive_bilevel.BiSLS` as a problem's optimizer: the same options but `lower`, `project` and `solver`.
+
+    The lower level is what the problem's paths say, and is set by `bind`. A ``param_callback`` of the problem takes the
+    place of `project`. The solver is CG, Neumann or Identity, or the same written as a string, since Betty builds
+    optimizers anew from plain values.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float | None = None, *, solver: LinearSolver | str | None = None, **options: Any
+    ) -> None:
+        _refuse("BiSLS", options)
+        super().__init__(params, lr, solver=solver_from(solver), **options)
+        text = solver_text(self.solver)
+        self._options["solver"] = text
+        for options in (self.defaults, *self.param_groups):
+            options["solver"] = text
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; a solver that was saved is the solver."""
+        super().__setstate__(state)
+        if solver_text(self.solver) != self._options["solver"]:
+            self.solver = solver_from(self._options["solver"])
+
+    def _take(self, step: Any, seat: Seat) -> Any:
+        below = seat.below()
+        optimizers = [s.problem.optimizer for s in below]
+        if [id(o) for o in self.lower.optimizers] != [id(o) for o in optimizers]:
+            self.bind(optimizers)
+        self.project = seat.project if seat.projects else None
+        return step(self, seat.replay.closure, [s.replay.closure for s in below] or None)
+
+    def _respond(
+        self,
+        guard: Guard,
+        lower_closure: Any,
+        lower: list[Tensor],
+        partials: tuple[list[Tensor], list[Tensor]],
+        going: Move,
+    ) -> Response:
+        """Return the response of one problem, or of several, of which some may answer to others."""
+        seat, options = self._seat, self._options
+        if not self._hosted or seat is None or options["response"] == "step" or len(self.lower.optimizers) < 2:
+            return super()._respond(guard, lower_closure, lower, partials, going)
+        response = ChainResponse(
+            guard,
+            _blocks(seat),
+            going.tensors,
+            lower,
+            partials,
+            self.solver,
+            options["curvature"],
+            self.evaluations.lower,
+        )
+        response.along(going.along)
+        return response
+
+    def _carry(self, lower: list[Tensor], answer: list[Tensor] | None, step: float) -> None:
+        """Take the prediction along, unless the engine takes lower steps back anyway."""
+        if not (self._hosted and self._seat is not None and self._seat.rolled_back):
+            super()._carry(lower, answer, step)
+
+    def _compare_slopes(self, record: Record) -> None:
+        """Compare, unless the hypergradient was clipped: then it is shorter than what the slope is of."""
+        if not (self._hosted and self._seat is not None and self._seat.problem.gradient_clipping > 0.0):
+            super()._compare_slopes(record)
+
+
+def _refuse(owner: str, options: dict[str, Any]) -> None:
+    if "lower" in options:
+        raise OptionError(f"{owner}(lower=...): bind(engine) sets the lower level from the engine's dependencies")
+    if "project" in options:
+        raise OptionError(
+            f"{owner}(project=...): Betty projects by param_callback of the problem; it is used in trials"
+        )
+
+
+def _clocked(seat: Seat) -> list[Any]:
+    """Return the problems below whose Polyak bound this one's steps count for: each has one clock, its first parent."""
+    mine = []
+    for below in seat.below():
+        above = [p for p in seat.replay.problems if isinstance(p.optimizer, BiSPS) and below.problem in edges(p)]
+        if isinstance(below.problem.optimizer, PolyakOptimizer) and above[0] is seat.problem:
+            mine.append(below.problem)
+    return mine
+
+
+def _blocks(seat: Seat) -> list[Block]:
+    answers = edges(seat.problem)
+    places = {seat.problem: -1, **{problem: i for i, problem in enumerate(answers)}}
+    blocks = []
+    for problem, uppers in answers.items():
+        tensors = [p for g in problem.optimizer.param_groups for p in g["params"] if p.requires_grad]
+        if not tensors:
+            raise LowerLevelError(f"problem {problem.name!r} is frozen: take it out of the engine's dependencies")
+        blocks.append(Block(seat_of(problem).replay.closure, tensors, [places[upper] for upper in uppers]))
+    return blocks

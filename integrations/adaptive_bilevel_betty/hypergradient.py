@@ -1,0 +1,64 @@
+"""A hypergradient type for Betty, ``Config(type="adaptive_cg")``, with the linear solvers of the core.
+
+Betty's own ``cg`` uses the old residual in the direction's update, in both releases, so that its error does not vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.hypergradient.curvature import LowerCurvature
+from adaptive_bilevel.optim.guard import Guard, Workspace
+
+from ._host import Problem, jvp_fn_mapping
+from .seat import seat_of
+
+__all__ = ["TYPE", "adaptive_cg", "register"]
+
+TYPE = "adaptive_cg"
+
+
+def adaptive_cg(vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bool = False) -> Any:
+    """Return -C P `vector`: how a function of `curr`'s solution changes with `prev`'s parameters.
+
+    C and P are those of the loss of `curr` on the batches of its last step (all of a step with gradient accumulation),
+    with the same dropout masks, so that the response of `BiSLS` and the hypergradient have the same inverse.
+
+    Args:
+        vector: Gradient by the parameters of `curr`.
+        curr: The lower problem.
+        prev: The problem that its solution answers to.
+        sync: Betty 0.2: add the result to .grad of `prev` and return None.
+
+    Raises:
+        LowerLevelError: `curr` is not bound.
+    """
+    seat = seat_of(curr)
+    upper, lower = list(prev.trainable_parameters()), list(curr.trainable_parameters())
+    with seat.replay.untraced(), Guard([*upper, *lower], Workspace()) as guard, torch.enable_grad():
+        loss = guard.attached(seat.replay.closure)
+        guard.mark()
+        curvature = LowerCurvature(loss, upper, lower)
+        solution = seat.solver.solve(curvature.hvp, vector, seat.solution)
+        change = torch._foreach_neg(list(curvature.cross_vjp(solution.tensors)))
+    if seat.solver.warm_start:
+        seat.solution = solution.tensors
+    if not sync:
+        return tuple(change)
+    prev.set_grads(upper, change)
+    return None
+
+
+def register() -> None:
+    """Make the type known to Betty, under a name of its own.
+
+    Raises:
+        OptionError: Somebody else's type has that name.
+    """
+    if jvp_fn_mapping.setdefault(TYPE, adaptive_cg) is not adaptive_cg:
+        raise OptionError(f"betty.hypergradient.jvp_fn_mapping[{TYPE!r}] is {jvp_fn_mapping[TYPE]!r}: rename yours")

@@ -1,0 +1,130 @@
+"""What no step size can be found for, refused before anything is bound, with the cause and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
+from adaptive_bilevel.optim.polyak import PolyakOptimizer
+
+from ._host import OLD, RELEASE, BaseProblem, ImplicitProblem, Problem, distribution, rolls_back
+from .bilevel import BiSLS
+from .seat import lookahead
+
+__all__ = ["refuse"]
+
+
+def refuse(engine: Any, problems: Sequence[Problem], ours: Sequence[Problem]) -> None:
+    """Raise on the first of the engine's problems that cannot be bound."""
+    if not ours:
+        return
+    below = {id(q): q for p in ours for q in lookahead(p)}
+    involved = [p for p in problems if p in ours or id(p) in below]
+    _refuse_roll_back(engine)
+    _refuse_strategy(engine, problems, ours)
+    for problem in involved:
+        _refuse_kind(problem)
+        _refuse_no_loss(problem)
+        _refuse_frozen(problem)
+    for problem in ours:
+        _refuse_clipping(problem)
+        _refuse_scaler(problem)
+        _refuse_shared(problem)
+
+
+def _named(problem: Problem) -> str:
+    return f"problem {problem.name!r} ({type(problem).__name__}, {type(problem.optimizer).__name__})"
+
+
+def _refuse_kind(problem: Problem) -> None:
+    if not isinstance(problem, ImplicitProblem):
+        raise OptionError(
+            f"{_named(problem)} is no ImplicitProblem: iterative differentiation unrolls functional parameters, which "
+            "no trial can put back. Make it an ImplicitProblem (type='darts', 'neumann' or 'adaptive_cg'), or keep a "
+            "stock optimizer in every problem that looks ahead into it"
+        )
+
+
+def _refuse_no_loss(problem: Problem) -> None:
+    if "training_step" not in vars(problem) and type(problem).training_step is BaseProblem.training_step:
+        raise ClosureError(f"{_named(problem)} has no training_step, so no loss: define training_step(self, batch)")
+
+
+def _refuse_frozen(problem: Problem) -> None:
+    optimizer = problem.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            f"{_named(problem)} has no torch optimizer: a step above needs to know which tensors are its variable; "
+            "give it one by optimizer= or configure_optimizer()"
+        )
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise TensorError(
+            f"{_named(problem)} is frozen: none of its parameters requires a gradient. Unfreeze some, or take the "
+            "problem out of the engine's dependencies"
+        )
+
+
+def _refuse_clipping(problem: Problem) -> None:
+    if isinstance(problem.optimizer, PolyakOptimizer) and problem.gradient_clipping > 0.0:
+        raise OptionError(
+            f"{_named(problem)} has Config(gradient_clipping={problem.gradient_clipping}): a Polyak step divides by "
+            "the squared norm of the gradient, so a clipped one makes it too long. Leave clipping out (the step is short "
+            "where gradients are large, by itself), or take SLS or BiSLS"
+        )
+
+
+def _refuse_roll_back(engine: Any) -> None:
+    if OLD and rolls_back(engine):
+        raise OptionError(
+            f"EngineConfig(roll_back=True) on Betty {RELEASE}: it caches by reference, so nothing is rolled back and "
+            "every lower problem takes two steps. Use roll_back=False, or betty-ml 0.2.1"
+        )
+
+
+def _refuse_strategy(engine: Any, problems: Sequence[Problem], ours: Sequence[Problem]) -> None:
+    strategy = distribution(engine)
+    if strategy in ("zero", "fsdp", "accelerate"):
+        raise OptionError(
+            f"EngineConfig(strategy={strategy!r}): parameters, or the optimizer, are in parts on several processes or "
+            "wrapped, and a step size needs them whole. Use strategy='distributed' (or 'default')"
+        )
+    if strategy != "distributed":
+        return
+    for problem in ours:
+        if isinstance(problem.optimizer, BiSLS):
+            raise OptionError(
+                f"{_named(problem)} under EngineConfig(strategy='distributed'): each process would predict the lower "
+                "level's answer from its own batch, and lower parameters would drift apart. Take BiSPS, or one process"
+            )
+    for problem in problems:
+        if problem.config.type == "adaptive_cg":
+            raise OptionError(
+                f"{_named(problem)} has Config(type='adaptive_cg') under EngineConfig(strategy='distributed'): its "
+                "result would be that of each process's own batch. Take type='darts', or one process"
+            )
+
+
+def _refuse_scaler(problem: Problem) -> None:
+    if not isinstance(problem.optimizer, BiSLS):
+        return
+    for involved in (problem, *lookahead(problem)):
+        if involved.scaler is not None and involved.scaler.is_enabled():
+            raise OptionError(
+                f"{_named(involved)} trains in fp16 with a GradScaler, and {_named(problem)} differentiates its loss "
+                "without one, where small gradients vanish. Use precision='bf16' (or 'fp32'), or BiSPS above"
+            )
+
+
+def _refuse_shared(problem: Problem) -> None:
+    seen: dict[int, Problem] = {}
+    for involved in (problem, *lookahead(problem)):
+        for name, p in involved.module.named_parameters():
+            other = seen.setdefault(id(p), involved)
+            if other is not involved:
+                raise TensorError(
+                    f"{_named(other)} and {_named(involved)} share the parameter {name!r} of shape {tuple(p.shape)}: a "
+                    "problem cannot look ahead into its own variable. Give each its own module, or a copy"
+                )

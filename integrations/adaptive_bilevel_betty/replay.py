@@ -1,0 +1,154 @@
+"""What Betty evaluated since its last step, so that a step can have it again without a trace.
+
+Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: it remembers the batch, and
+the random state and the buffers before each evaluation. One step has ``gradient_accumulation`` of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_bilevel.errors import ClosureError
+from adaptive_bilevel.optim.buffers import Buffers
+from adaptive_bilevel.optim.guard import RandomState
+
+from ._host import Problem
+
+__all__ = ["BufferState", "Evaluation", "Replay"]
+
+
+class BufferState:
+    """The buffers of some modules, at the time of construction."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._buffers = Buffers()
+        self._look()
+
+    def restore(self) -> None:
+        """Put the buffers back to that time."""
+        self._look()  # at what was replaced since
+        with torch.no_grad():
+            self._buffers.to_before()
+
+    def _look(self) -> None:
+        for module in self._modules:
+            self._buffers.enter(module)
+            self._buffers.leave()
+
+
+class Evaluation(NamedTuple):
+    """One call of ``get_loss`` by Betty.
+
+    Attributes:
+        batch: Its batch.
+        random: Random state before it.
+        buffers: Buffers of all problems before it.
+        loss: What it returned, without the scale of a GradScaler: the loss / gradient_accumulation, detached.
+        report: The dictionary that Betty logs.
+    """
+
+    batch: Any
+    random: RandomState
+    buffers: BufferState
+    loss: Tensor
+    report: dict[str, Any]
+
+
+class Replay:
+    """The evaluations of one problem since its last step, and their replay.
+
+    Args:
+        problem: The problem; its ``get_loss`` is wrapped from now on, on the instance.
+        problems: All problems of the engine, whose modules the loss may run.
+
+    Attributes:
+        evaluations: Those of the present or, between two steps, of the last step.
+    """
+
+    def __init__(self, problem: Problem, problems: Sequence[Problem]) -> None:
+        self.problem = problem
+        self.problems = list(problems)
+        self.evaluations: list[Evaluation] = []
+        self._complete = True
+        self._get_loss = problem.get_loss
+        problem.get_loss = self._record
+
+    def _record(self, batch: Any) -> Any:
+        """Stand for the problem's get_loss."""
+        random, buffers = RandomState(self._devices()), BufferState(self._modules())
+        loss, report = self._get_loss(batch)
+        if self._complete:
+            self.evaluations = []
+        self.evaluations.append(Evaluation(batch, random, buffers, self._unscaled(loss.detach()), report))
+        self._complete = bool(self.problem.gradient_accumulation_boundary()) if self._accumulates else True
+        return loss, report
+
+    @property
+    def _accumulates(self) -> bool:
+        return int(self.problem.gas) > 1
+
+    def _modules(self) -> list[nn.Module]:
+        return [problem.module for problem in self.problems]
+
+    def _devices(self) -> list[torch.device]:
+        devices = {p.device for module in self._modules() for p in module.parameters()}
+        return sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
+
+    def _unscaled(self, loss: Tensor) -> Tensor:
+        scaler = self.problem.scaler
+        # The scale is a power of two, so nothing is rounded.
+        return loss if scaler is None or not scaler.is_enabled() else loss / scaler.get_scale()
+
+    # ------------------------------------------------------------------------------------------ what steps ask for
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss at the present point, as Betty computed it."""
+        losses = [evaluation.loss for evaluation in self._known()]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def closure(self) -> Tensor:
+        """Return the loss on the same batches with the same randomness, at the parameters as they are now."""
+        total: Tensor | None = None
+        for problem in self.problems:
+            problem.in_trial = True
+        try:
+            for evaluation in self._known():
+                evaluation.buffers.restore()
+                evaluation.random.restore()
+                loss = self._unscaled(self._get_loss(evaluation.batch)[0])
+                total = loss if total is None else total + loss
+        finally:
+            for problem in self.problems:
+                problem.in_trial = False
+        assert total is not None
+        return total
+
+    @contextlib.contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Leave buffers and random state as they are now, whatever is replayed inside."""
+        random, buffers = RandomState(self._devices()), BufferState(self._modules())
+        try:
+            yield
+        finally:
+            buffers.restore()
+            random.restore()
+
+    def report(self, numbers: dict[str, Any]) -> None:
+        """Add numbers to what Betty logs of this step; the user's own metrics of the same names win."""
+        for name, value in numbers.items():
+            self.evaluations[-1].report.setdefault(name, value)
+
+    def _known(self) -> list[Evaluation]:
+        if not self.evaluations:
+            raise ClosureError(
+                f"problem {self.problem.name!r} has not evaluated its loss since bind(engine), so there is no batch to "
+                "evaluate again: take steps by engine.run() or problem.step(), and bind before the first one"
+            )
+        return self.evaluations
