@@ -5,6 +5,19 @@ from .bisps import BiSPS
 from .evaluations import Counts, Evaluations
 from .line_search import SLS, SLSB
 from .polyak import SPSB, DecSPS, SPSMax
-from .projection import Box, Simplex
+from .projection import Ball, Box, Simplex
 
-__all__ = ["SLS", "SLSB", "SPSB", "BiSLS", "BiSPS", "Box", "Counts", "DecSPS", "Evaluations", "SPSMax", "Simplex"]
+__all__ = [
+    "SLS",
+    "SLSB",
+    "SPSB",
+    "BiSLS",
+    "BiSPS",
+    "Ball",
+    "Box",
+    "Counts",
+    "DecSPS",
+    "Evaluations",
+    "SPSMax",
+    "Simplex",
+]

@@ -172,8 +172,7 @@ class BiSLS(UpperOptimizer):
         params, lower = self._parameters(), self.lower.tensors()
         hypergradient = self._hypergradient(params)
         with Guard([*params, *lower], self._workspace) as guard:
-            loss, partials = guard.gradient(upper_closure, [*params, *lower])
-            self.evaluations.upper.gradients += 1
+            loss, partials = self._partials(guard, upper_closure, [*params, *lower])
             guard.mark()
             active, h, factors = self._with_gradient(params, hypergradient)
             going, descent = self._move_along(active, h, factors)
@@ -211,6 +210,13 @@ class BiSLS(UpperOptimizer):
         return loss
 
     # ------------------------------------------------------------------------------------------ parts of a step
+
+    def _partials(
+        self, guard: Guard, upper_closure: Closure, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return f(x, y) and its partial gradients."""
+        self.evaluations.upper.gradients += 1
+        return guard.gradient(upper_closure, tensors)
 
     def _move_along(self, active: list[Tensor], h: Sequence[Tensor], factors: Sequence[float]) -> tuple[Move, Descent]:
         """Return the move along the preconditioned h; a group's lr counts as a part of its direction."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..policies import _options
+from .scalars import inner
 
-__all__ = ["Box", "Projection", "Simplex", "as_projection"]
+__all__ = ["Ball", "Box", "Projection", "Simplex", "as_projection"]
 
 Projection = Callable[[Sequence[Tensor]], Any]
 """Moves the tensors, in place, to the nearest point of a convex set."""
@@ -48,6 +49,35 @@ class Box:
         """Project in place."""
         for x in tensors:
             x.clamp_(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """||x|| <= radius, the Euclidean norm over all tensors together.
+
+    Args:
+        radius: > 0.
+
+    Raises:
+        OptionError: radius is not a positive number.
+
+    >>> x = torch.tensor([3.0, 4.0])
+    >>> Ball(1.0)([x]); x
+    tensor([0.6000, 0.8000])
+    """
+
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate the radius."""
+        _options.positive("Ball", "radius", self.radius, below_infinity=True)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Project in place."""
+        norm = math.sqrt(float(inner(tensors, tensors)))
+        if norm > self.radius:
+            for x in tensors:
+                x.mul_(self.radius / norm)
 
 
 @dataclass(frozen=True)
@@ -105,11 +135,11 @@ class InPlace:
 
 def as_projection(owner: str, project: Any) -> Projection | None:
     """Return the option as a callable, or raise."""
-    if project is None or isinstance(project, (Box, Simplex)):
+    if project is None or isinstance(project, (Ball, Box, Simplex)):
         return project
     if callable(project) and not isinstance(project, type):
         return InPlace(project)
     raise OptionError(
-        f"{owner}(project={project!r}): project must be Box(low, high), Simplex(total), or a callable that moves a "
+        f"{owner}(project={project!r}): project must be Box(low, high), Ball(radius), Simplex(total), or a callable that moves a "
         "list of tensors, in place, into a convex set"
     )

@@ -15,7 +15,7 @@ from .gradient_norm import GradientNorm, GradientNormState
 from .polyak import SPSB, DecSPS, DecSPSState, SPSMax
 from .record import Outcome, Policy, Record, Trial
 from .reset import reset
-from .schedule import decay_factor
+from .schedule import PowerDecay, decay_factor
 
 __all__ = [
     "SLS",
@@ -30,6 +30,7 @@ __all__ = [
     "GradientNormState",
     "Outcome",
     "Policy",
+    "PowerDecay",
     "Record",
     "SPSMax",
     "SearchState",

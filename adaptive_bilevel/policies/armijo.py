@@ -138,7 +138,7 @@ class _Search:
         if not high > 0.0:
             outcome = Outcome.non_finite if math.isnan(high) else Outcome.at_bound
             return Record(0.0, high, high, outcome, slope=slope), state
-        cap = min(largest if factor is None else high, ceiling)
+        cap = min(largest, ceiling) if factor is None else min(largest, high, ceiling)
         start = reset(state.previous, given, option=self.reset, grow=self.grow, cap=cap)
         threshold = loss + self.slack + rounding * abs(loss)
         candidate, accepted, trials, value = start, False, 0, math.nan
@@ -281,9 +281,11 @@ class SLSB(_Search):
         bound: Scalar | None = None,
         rounding: float | None = None,
         certify: Certificate | None = None,
+        max_step: float | None = None,
         scale: float = 1.0,
     ) -> tuple[Record, SearchState]:
         """Return the record of one search, and the state after it (arguments as in `SLS.step`)."""
         given = self.bound if bound is None else float(bound)
         factor = float(decay_factor(self.decay, state.count))
-        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, factor, math.inf, scale)
+        largest = math.inf if max_step is None else max_step
+        return self._search(state, loss, slope, trial, lower_bound, rounding, certify, given, factor, largest, scale)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from . import _options
 from ._scalars import Scalar
 
-__all__ = ["DECAYS", "Decay", "decay_factor"]
+__all__ = ["DECAYS", "Decay", "PowerDecay", "decay_factor"]
 
 Decay = str | Callable[[Scalar], Scalar]
 
@@ -25,3 +27,25 @@ def decay_factor(decay: Decay, k: Scalar) -> Scalar:
     [1.0, 0.5, 0.3333333333333333]
     """
     return DECAYS[decay](k) if isinstance(decay, str) else decay(k)
+
+
+@dataclass(frozen=True)
+class PowerDecay:
+    """The schedule (k+1)^-exponent, e.g. of two-timescale methods: 3/5 for x and 2/5 for y in TTSA.
+
+    Args:
+        exponent: At or above 0.
+
+    >>> round(PowerDecay(0.4)(31), 12)
+    0.25
+    """
+
+    exponent: float
+
+    def __post_init__(self) -> None:
+        """Validate the exponent."""
+        _options.non_negative("PowerDecay", "exponent", self.exponent)
+
+    def __call__(self, k: Scalar) -> Scalar:
+        """Return the factor of step k."""
+        return (k + 1) ** -self.exponent

@@ -1,0 +1,56 @@
+"""What the methods need of the core: a cap on a bounded search, schedules with any exponent, the ball."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.optim import Ball
+from adaptive_bilevel.policies import SLSB, Constant, PowerDecay
+
+
+@pytest.mark.parametrize(("cap", "step"), [(0.2, 0.2), (10.0, 0.5), (None, 0.5)])
+def test_a_cap_of_one_step_also_bounds_slsb(cap: float | None, step: float) -> None:
+    policy = SLSB(bound=0.5, decay="constant", lower_bound=None)
+    record, _ = policy.step(policy.init(), loss=1.0, slope=1.0, trial=lambda a: 1.0 - a, max_step=cap)
+    assert record.step_size == step
+    assert record.bound == step
+
+
+def test_power_decay() -> None:
+    policy, state = Constant(bound=2.0, decay=PowerDecay(0.4)), Constant(bound=2.0).init()
+    for k in range(5):
+        record, state = policy.step(state, loss=1.0, slope=1.0)
+        assert record.step_size == pytest.approx(2.0 * (k + 1) ** -0.4)
+    assert pickle.loads(pickle.dumps(policy)) == policy
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), "0.5"])
+def test_power_decay_refuses(wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"PowerDecay\(exponent="):
+        PowerDecay(wrong)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=4), st.floats(0.1, 10))
+def test_the_ball_is_the_nearest_point(numbers: list[float], radius: float) -> None:
+    x = [torch.tensor(numbers[:1]), torch.tensor(numbers[1:])]
+    flat = torch.cat(x)
+    Ball(radius)(x)
+    projected = torch.cat(x)
+    assert float(projected.norm()) <= radius * (1 + 1e-12)
+    if float(flat.norm()) <= radius:
+        assert torch.equal(projected, flat)
+    else:  # the residual is normal to the ball there
+        assert torch.allclose(projected / projected.norm(), flat / flat.norm())
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), None])
+def test_the_ball_refuses(wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"Ball\(radius="):
+        Ball(wrong)
