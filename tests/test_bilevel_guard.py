@@ -125,6 +125,40 @@ def test_a_zero_hypergradient_touches_no_state() -> None:
     assert everything([point.x, point.y], inner, outer) == before
 
 
+def test_a_middle_level_is_not_moved_without_a_way_back() -> None:
+    point, inner, _ = prepared()
+    z = torch.zeros(1, requires_grad=True)
+    middle = BiSLS([z], 1.0, lower=inner, solver=EXACT)
+    x = torch.ones(1, requires_grad=True)
+    outer = BiSLS([x], 1.0, lower=[middle, inner], solver=EXACT)
+    inner.step(point.lower)
+    x.grad = torch.ones(1)
+    y0 = point.y.detach().clone()
+    outer.step(
+        lambda: (x - 3).square().sum() + z.square().sum() + point.y.sum(),
+        [lambda: (z - x).square().sum(), lambda: (point.y - x).square().sum()],
+    )
+    assert outer.record is not None and outer.record.moved
+    assert torch.equal(z, torch.zeros(1))
+    assert not torch.equal(point.y, y0)
+
+
+def test_lower_losses_may_share_a_module_with_buffers() -> None:
+    """A replay puts buffers back that the graph of another lower loss holds."""
+    norm, x = nn.BatchNorm1d(2), torch.ones(2, requires_grad=True)
+    ys = [nn.Parameter(torch.full((2,), v)) for v in (0.5, 1.0)]
+    inputs = torch.randn(8, 2)
+    inners = [SLS([y]) for y in ys]
+    closures = [lambda y=y: (norm(inputs * x) * y - 1.0).square().mean() for y in ys]
+    for inner, closure in zip(inners, closures, strict=True):
+        inner.step(closure)
+    outer = BiSLS([x], lower=inners, solver=EXACT)
+    x.grad = torch.tensor([1.0, 0.5])
+    before = norm.running_mean.clone()  # type: ignore[union-attr]
+    outer.step(lambda: sum((y * x - 3.0).square().sum() for y in ys))
+    assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
+
+
 def test_a_mixed_list_carries_what_can_go_back() -> None:
     x, a, b = (torch.tensor([v], requires_grad=True) for v in (4.0, 0.0, 0.0))
     first, second = SLS([a], 0.1), torch.optim.SGD([b], lr=0.1)

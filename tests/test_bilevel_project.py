@@ -146,6 +146,21 @@ def test_at_the_constrained_optimum_nothing_moves() -> None:
     assert outer.record.outcome.name == "zero_gradient"
 
 
+def test_a_set_that_cuts_nothing_off_changes_no_rounding() -> None:
+    ends = []
+    for project in (None, Box(-100.0, 100.0)):
+        data, x0, y0 = random_qb_data(3)
+        point = data.problem("", x0, y0).instance()
+        inner = SLS([point.y], 0.1, lower_bound=None)
+        outer = BiSLS([point.x], 0.3, lower=inner, solver=EXACT, project=project)
+        for _ in range(5):
+            inner.step(point.lower)
+            assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], EXACT))
+            outer.step(point.upper)
+        ends.append(point.x.detach().clone())
+    assert torch.equal(*ends)
+
+
 def test_the_domain_of_the_loss_is_never_left() -> None:
     """f is not defined outside of the box: no trial may leave it by a rounding error."""
     x, y = torch.full((5,), 0.3, requires_grad=True), torch.zeros(1, requires_grad=True)

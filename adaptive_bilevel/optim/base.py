@@ -59,6 +59,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
 
     _rule: ClassVar[type[Any]]
     """The policy that a subclass steps by; its options are those of the subclass by the same names."""
+    takes_offers: ClassVar[bool] = True
+    """Whether the next step decides between two starting points, see `offer`."""
 
     def __init__(self, params: ParamsT, lr: float | None, options: dict[str, Any]) -> None:
         self._callables = {name: value for name, value in options.items() if callable(value)}

@@ -36,7 +36,8 @@ class _Slot:
     def write(self, value: Tensor | None) -> None:
         """Give the buffer a value: in the tensor that was there if it fits, so that its storage is kept."""
         if self.met is not None and value is not None and self.met.shape == value.shape:
-            self.met.copy_(value)
+            # Through .data, unseen by autograd: another sample's graph may hold the buffer, and gets its value back.
+            self.met.data.copy_(value)
             target: Tensor | None = self.met
         else:
             target = _copied(value)

@@ -93,8 +93,8 @@ class LowerLevel:
         """Move y by the predicted response where the lower optimizer can take it back, and offer it to do so."""
         by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
         for optimizer in self.optimizers:
-            if not isinstance(optimizer, AdaptiveOptimizer):
-                continue
+            if not (isinstance(optimizer, AdaptiveOptimizer) and optimizer.takes_offers):
+                continue  # in three levels, the middle one's optimizer may be an upper one, too
             params = [p for group in optimizer.param_groups for p in group["params"]]
             before = [p.detach().clone() for p in params]
             moved = [p for p in params if id(p) in by_id]

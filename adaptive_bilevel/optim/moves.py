@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .direction import move
@@ -61,6 +62,10 @@ class Move:
         copies = {id(p): p.detach().clone() for p in params}
         moved = [copies[id(p)] for p in self.tensors]
         self.mover(moved, self.along, longest, [1.0] * len(moved))
+        outside = [t.clone() for t in copies.values()]
         project(list(copies.values()))
+        if all(torch.equal(p, q) for p, q in zip(copies.values(), outside, strict=True)):
+            # Nothing was cut: the steps up to here are those without a set, in their roundings too.
+            return replace(self, constrained=(params, project), longest=longest)
         along = [(p - q) / longest for p, q in zip(self.tensors, moved, strict=True)]
         return replace(self, along=along, constrained=(params, project), longest=longest)

@@ -25,6 +25,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         lower: The lower level.
     """
 
+    takes_offers = False
     lower: LowerLevel
 
     def bind(self, lower: Any) -> None:
