@@ -1,0 +1,13 @@
+"""TorchOpt itself, or the command that installs it."""
+
+from __future__ import annotations
+
+__all__ = ["torchopt"]
+
+try:
+    import torchopt
+except ImportError as error:
+    raise ImportError(
+        "adaptive_bilevel_torchopt needs TorchOpt, which is not installed here. Run\n\n"
+        "    pip install 'adaptive-bilevel[torchopt]'\n"
+    ) from error

@@ -1,0 +1,145 @@
+"""Directions from TorchOpt: any GradientTransformation as that which a step size multiplies.
+
+A transformation with learning rate 1 turns gradients g into updates u = -d. The step size is searched, or computed by
+Polyak's rule, along d with the true slope <g, d>; where that is negative (a momentum after a turn) nothing moves, the
+record says `no_descent`, and the transformation's memory goes on, so that a later direction descends again.
+
+TorchOpt scales an update and then adds it, which rounds differently from adding a multiple; so do the steps here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.optim.direction import DIRECTIONS, Descent
+
+from ._host import torchopt
+
+__all__ = ["Plain", "Transformed", "as_direction"]
+
+_STATE = "transformation"
+
+
+def scale_then_add(
+    params: Sequence[Tensor], directions: Sequence[Tensor], step: float, factors: Sequence[float]
+) -> None:
+    """Move the parameters by -step * factor * direction, as `torchopt.apply_updates` adds a scaled update."""
+    if all(w == 1.0 for w in factors):
+        updates = list(torch._foreach_mul(list(directions), -step))
+    else:
+        updates = [d.mul(-step * w) for d, w in zip(directions, factors, strict=True)]
+    torch._foreach_add_(list(params), updates)
+
+
+class Plain:
+    """The gradient itself, as ``torchopt.sgd(lr=1.0)`` gives it."""
+
+    kind = "sgd"
+
+    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
+        """Return the directions at these gradients."""
+        return Descent(list, None, lambda moved=True: None, scale_then_add)
+
+    def __repr__(self) -> str:
+        return "'sgd'"
+
+
+class Transformed:
+    """The direction of a GradientTransformation.
+
+    Args:
+        transformation: E.g. ``torchopt.adam(lr=1.0)``, ``torchopt.rmsprop(lr=1.0)``, or a ``torchopt.chain`` with
+            clipping or weight decay. A learning rate other than 1 scales the direction.
+        search: The direction to search along, if it is not the one to step along. For Adam as in Fan et al. (2023),
+            Algorithm 2, which searches along A^{-1} g and steps along A^{-1} m:
+            ``Transformed(torchopt.adam(lr=1.0), torchopt.adam(lr=1.0, betas=(0.0, 0.999)))``.
+
+    Its memory is kept in the state of the optimizer, per parameter that has a gradient; where other parameters have one
+    than before, it starts anew.
+
+    Raises:
+        OptionError: No GradientTransformation.
+    """
+
+    kind = "transformation"
+
+    def __init__(self, transformation: Any, search: Any = None) -> None:
+        for given in (transformation, search):
+            if not (given is None and transformation is not None) and not _is_transformation(given):
+                raise OptionError(
+                    f"direction={given!r}: pass 'sgd', 'adam' or a GradientTransformation, e.g. torchopt.adam(lr=1.0) "
+                    "(a function of torchopt in lower case, not an optimizer class)"
+                )
+        self._parts = [transformation] if search is None else [transformation, search]
+        self._structures: dict[int, list[Any]] = {}
+
+    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
+        """Return the directions at these gradients."""
+        before = self._before(parameters, state)
+        made = [
+            part.update(list(grads), memory, params=list(parameters), inplace=False)
+            for part, memory in zip(self._parts, before, strict=True)
+        ]
+        stepped = _negated(made[0][0])
+        searched = _negated(made[-1][0])
+
+        def precondition(g: Sequence[Tensor]) -> list[Tensor]:
+            if len(g) == len(grads) and all(a is b for a, b in zip(g, grads, strict=True)):
+                return searched
+            updates, _ = self._parts[-1].update(list(g), before[-1], params=list(parameters), inplace=False)
+            return _negated(updates)
+
+        def commit(moved: Tensor | bool = True) -> None:
+            after = [torchopt.pytree.tree_leaves(memory) for _, memory in made]
+            if isinstance(moved, Tensor):
+                old = [torchopt.pytree.tree_leaves(memory) for memory in before]
+                after = [
+                    [_either(moved, n, o) for n, o in zip(*pair, strict=True)] for pair in zip(after, old, strict=True)
+                ]
+            state[_STATE] = {"shapes": [tuple(p.shape) for p in parameters], "memory": after}
+
+        return Descent(precondition, stepped, commit, scale_then_add)
+
+    def _before(self, parameters: Sequence[Tensor], state: Any) -> list[Any]:
+        """Return the memory of each part."""
+        saved = state.get(_STATE)
+        known = saved is not None and [tuple(s) for s in saved["shapes"]] == [tuple(p.shape) for p in parameters]
+        if not known or len(parameters) not in self._structures:
+            fresh = [part.init(list(parameters)) for part in self._parts]
+            self._structures[len(parameters)] = [torchopt.pytree.tree_structure(memory) for memory in fresh]
+            if not known:
+                return fresh
+        structures = self._structures[len(parameters)]
+        return [
+            torchopt.pytree.tree_unflatten(structure, leaves)
+            for structure, leaves in zip(structures, saved["memory"], strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._parts))})"
+
+
+def as_direction(direction: Any) -> Any:
+    """Return what an optimizer takes as its direction: "sgd", "adam", a GradientTransformation, or a pair of them."""
+    if direction == "sgd":
+        return Plain()
+    if isinstance(direction, (Plain, Transformed)) or (isinstance(direction, str) and direction in DIRECTIONS):
+        return direction
+    return Transformed(direction)
+
+
+def _is_transformation(given: Any) -> bool:
+    return isinstance(given, torchopt.base.GradientTransformation)
+
+
+def _negated(updates: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_neg(list(updates)))
+
+
+def _either(condition: Tensor, new: Any, old: Any) -> Any:
+    return torch.where(condition, new, old) if isinstance(new, Tensor) else new

@@ -1,0 +1,101 @@
+"""Polyak steps as the learning rate of TorchOpt's own optimizers, which have no channel for a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel import policies
+from adaptive_bilevel.errors import LowerLevelError
+from adaptive_bilevel.optim.scalars import inner
+from adaptive_bilevel.policies import Record
+
+from .transform import tree_leaves, without_graphs
+
+__all__ = ["PolyakLR"]
+
+
+class PolyakLR:
+    """A callable learning rate, told the loss and the gradients before each update.
+
+    TorchOpt calls a callable ``lr`` once per tensor; all calls of one update return the same step.
+
+    Args:
+        policy: `SPSMax`, `DecSPS`, `SPSB`, `Envelope` (or a search, with ``tell(trial=...)``) of
+            ``adaptive_bilevel.policies``.
+        differentiable: Whether the step is differentiated through in an unrolled loop; a constant by default.
+
+    Attributes:
+        record: The last step's record; None before.
+
+    >>> import torchopt
+    >>> lr = PolyakLR(policies.SPSMax())
+    >>> x = torch.tensor([3.0, 2.0], requires_grad=True)
+    >>> optimizer = torchopt.SGD([x], lr=lr)
+    >>> loss = (x**2).sum() / 2
+    >>> loss.backward()
+    >>> lr.tell(loss, [x.grad])
+    >>> _ = optimizer.step()
+    >>> x.tolist()
+    [1.5, 1.0]
+    """
+
+    def __init__(self, policy: Any = None, *, differentiable: bool = False) -> None:
+        self.policy: Any = policies.SPSB() if policy is None else policy
+        self._differentiable = differentiable
+        self._state = self.policy.init()
+        self._step: Any = None
+        self._count: Any = None
+        self.record: Record | None = None
+
+    def tell(
+        self,
+        loss: Tensor | float,
+        grads: Any,
+        directions: Any = None,
+        *,
+        trial: Callable[[float], float] | None = None,
+    ) -> None:
+        """Find the step of the next update.
+
+        Args:
+            loss: The loss.
+            grads: Its gradients, a tree of tensors (None leaves are passed over).
+            directions: d, where the optimizer does not step along the gradients: the slope is <grads, d>. Those of
+                ``torchopt.adam`` and the like are minus what ``update`` returns at learning rate 1.
+            trial: For a search: step -> loss after that step.
+        """
+        g = [t for t in tree_leaves(grads) if t is not None]
+        d = g if directions is None else [t for t in tree_leaves(directions) if t is not None]
+        value, slope = torch.as_tensor(loss), inner(g, d)
+        if not self._differentiable:
+            value, slope = value.detach(), slope.detach()
+        given = {} if trial is None else {"trial": trial}
+        record, self._state = self.policy.step(self._state, loss=value, slope=slope, **given)
+        self._step, self._count = record.step_size, None
+        self.record = without_graphs(record)
+
+    def __call__(self, count: Any) -> Any:
+        """Return the step: TorchOpt calls this for each tensor of an update.
+
+        Raises:
+            LowerLevelError: Nothing was told since the last update.
+        """
+        number = int(count)
+        if self._step is None or (self._count is not None and number != self._count):
+            raise LowerLevelError(
+                f"PolyakLR: update {number} was not told its loss; call lr.tell(loss, grads) before each update"
+            )
+        self._count = number
+        return self._step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the policy's state: numbers."""
+        return {name: v.item() if isinstance(v, Tensor) else v for name, v in self._state._asdict().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it."""
+        self._state = type(self._state)(**state)
