@@ -71,8 +71,8 @@ def _refuse_clipping(problem: Problem) -> None:
     if isinstance(problem.optimizer, PolyakOptimizer) and problem.gradient_clipping > 0.0:
         raise OptionError(
             f"{_named(problem)} has Config(gradient_clipping={problem.gradient_clipping}): a Polyak step divides by "
-            "the squared norm of the gradient, so a clipped one makes it too long. Leave clipping out (the step is short "
-            "where gradients are large, by itself), or take SLS or BiSLS"
+            "the squared norm of the gradient, so a clipped one makes it too long. Leave clipping out (where "
+            "gradients are large the step is short anyway), or take SLS or BiSLS"
         )
 
 

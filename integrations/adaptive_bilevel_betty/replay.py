@@ -1,7 +1,7 @@
 """What Betty evaluated since its last step, so that a step can have it again without a trace.
 
-Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: it remembers the batch, and
-the random state and the buffers before each evaluation. One step has ``gradient_accumulation`` of them.
+Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: it remembers the batch, the
+random state and the buffers of each evaluation. One step has ``gradient_accumulation`` of them.
 """
 
 from __future__ import annotations
@@ -86,12 +86,8 @@ class Replay:
         if self._complete:
             self.evaluations = []
         self.evaluations.append(Evaluation(batch, random, buffers, self._unscaled(loss.detach()), report))
-        self._complete = bool(self.problem.gradient_accumulation_boundary()) if self._accumulates else True
+        self._complete = self.problem.count % self.problem.gas == 0
         return loss, report
-
-    @property
-    def _accumulates(self) -> bool:
-        return int(self.problem.gas) > 1
 
     def _modules(self) -> list[nn.Module]:
         return [problem.module for problem in self.problems]

@@ -1,0 +1,524 @@
+"""What Betty's engine does with our optimizers: the same as with torch's, but for the step size."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaptive_bilevel import optim as core
+from adaptive_bilevel.errors import ClosureError, NonFiniteError, OptionError
+from adaptive_bilevel.hypergradient import CG, Identity, Neumann
+from adaptive_bilevel.policies import Outcome
+from adaptive_bilevel_betty import SLS, SLSB, SPSB, AdaptiveEngine, BiSLS, BiSPS, DecSPS, SPSMax, bind
+from tests.betty_problems import Level, Ridge, Variable, engine, only_new, only_old, sgd, state
+from tests.optimizers import Net, plain
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave", "ignore:BiSLS. for 20 steps")
+
+ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, BiSPS, BiSLS]
+LOWER = [SPSMax, SPSB, DecSPS, SLS, SLSB]
+
+# Rules that always take one step: whatever is tried is taken, or the bound is.
+ANY = {"slack": 1e12, "reset": "initial"}
+FREE = {"lower_bound": None, "carry": False}
+SYMMETRIC = Identity(0.1)  # the slope is then <h, d>, also where the lower loss is not convex
+LOW: dict[str, Any] = {
+    "SLS": lambda lr: lambda p: SLS(p, lr, **ANY),
+    "SLSB": lambda lr: lambda p: SLSB(p, lr, decay="constant", **ANY),
+    "SPSB": lambda lr: lambda p: SPSB(p, lr, decay="constant", lower_bound=-1e30),
+    "SPSMax": lambda lr: lambda p: SPSMax(p, lr, lower_bound=-1e30),
+}
+HIGH: dict[str, Any] = {
+    "BiSLS": lambda lr: (
+        lambda p: BiSLS(p, lr, lower_bound=None, solver=SYMMETRIC, curvature=math.inf, carry=False, **ANY)
+    ),
+    "paper": lambda lr: lambda p: BiSLS(p, lr, lower_bound=None, response="step", carry=False, **ANY),
+    "BiSPS": lambda lr: lambda p: BiSPS(p, lr, decay="constant", lower_bound=-1e30),
+}
+
+
+# ------------------------------------------------------------------------------------------ a trial leaves no trace
+
+
+def nets(outer: Any, inner: Any, gas: int = 1, T: int = 1, scheduled: bool = False, kind: str = "darts") -> Any:
+    """A classifier with batch norm and dropout below, the weights of its classes above."""
+    draws = torch.Generator().manual_seed(3)
+    data = [
+        [(torch.randn(16, 6, generator=draws), torch.randint(3, (16,), generator=draws)) for _ in range(7)]
+        for _ in range(2)
+    ]
+    torch.manual_seed(0)
+
+    def lower(problem: Any, batch: Any) -> Tensor:
+        x, target = batch
+        losses = nn.functional.cross_entropy(problem.module(x), target, reduction="none")
+        return (problem.outer().sigmoid()[target] * losses).mean()
+
+    def upper(problem: Any, batch: Any) -> Tensor:
+        x, target = batch
+        loss = nn.functional.cross_entropy(problem.inner(x), target)
+        return loss + 0.01 * problem.module().square().sum()
+
+    top = Level("outer", upper, Variable(torch.zeros(3)), outer, data[1], retain_graph=True)
+    low = Level("inner", lower, Net(), inner, data[0], type=kind, unroll_steps=T, gradient_accumulation=gas)
+    if scheduled:
+        low.configure_scheduler = lambda: torch.optim.lr_scheduler.StepLR(low.optimizer, 30, 0.5)
+    return engine(low, top, steps=100 * gas)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "options"),
+    [
+        ("SLS", "BiSLS", {"gas": 4, "kind": "adaptive_cg"}),
+        ("SLSB", "BiSPS", {"gas": 4}),
+        ("SLS", "paper", {"gas": 4}),
+        ("SPSB", "BiSLS", {"T": 5, "kind": "adaptive_cg"}),
+        ("SPSMax", "BiSPS", {"T": 2}),
+        ("SLS", "paper", {"T": 5, "scheduled": True, "kind": "neumann"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*does not come near the inverse")
+def test_a_constant_policy_is_sgd_to_the_bit(low: str, high: str, options: dict[str, Any]) -> None:
+    """100 steps with batch norm and dropout, although trials were made."""
+    stock = nets(sgd(0.1), sgd(0.05), **options)
+    if options.get("kind") == "adaptive_cg":
+        bind(stock, solver=SYMMETRIC)
+    stock.run()
+    expected = state(stock)
+    made = bind(nets(HIGH[high](0.1), LOW[low](0.05), **options))
+    made.run()
+    assert state(made) == expected
+    inner, outer = made.inner.optimizer, made.outer.optimizer
+    assert inner.record.outcome in (Outcome.accepted, Outcome.at_bound)
+    if low.startswith("SLS"):
+        assert inner.evaluations.upper.values == 100
+    if high != "BiSPS":
+        assert outer.evaluations.upper.values == 100 // options.get("T", 1)
+        assert (outer.evaluations.lower.jvps if high == "BiSLS" else outer.evaluations.lower.gradients) > 0
+    assert made.inner.evaluations > stock.inner.evaluations or low.startswith("SPS")
+
+
+def test_stock_optimizers_in_a_bound_engine_are_undisturbed() -> None:
+    ends = []
+    for bound in (bind, lambda stock: stock):
+        made = bound(nets(sgd(0.1), sgd(0.05), gas=2))
+        made.run()
+        ends.append(state(made))
+    assert ends[0] == ends[1]
+
+
+def test_a_module_whose_output_depends_on_its_buffers_is_replayed_from_the_same_ones() -> None:
+    """Spectral norm turns its vector in every forward; a trial of length nearly 0 must see the same loss."""
+    module = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4, bias=False))
+    x = torch.randn(8, 4)
+    low = Level("inner", lambda p, b: (p.module(x) - 1.0).square().mean(), module, lambda p: SLS(p, 1e-200, **ANY))
+    made = bind(engine(low, steps=3))
+    made.run()
+    record = low.optimizer.record
+    assert float(record.value) == low.losses[-1]
+
+
+def test_the_last_evaluation_is_what_a_callback_sees() -> None:
+    seen: list[bool] = []
+
+    def loss(problem: Any, batch: Any) -> Tensor:
+        seen.append(problem.in_trial)
+        value: Tensor = problem.module().square().sum()
+        return value
+
+    low = Level("inner", loss, Variable(torch.ones(2)), lambda p: SLS(p, 100.0))
+    made = bind(engine(low, steps=1))
+    assert low.in_trial is False
+    made.run()
+    assert seen[0] is False
+    assert len(seen) > 2
+    assert all(seen[1:])
+    assert low.in_trial is False
+
+
+# ------------------------------------------------------------------------------------------ binding
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_an_unbound_step_says_what_to_add(cls: Any) -> None:
+    top, low = Ridge().levels(cls if cls in (BiSLS, BiSPS) else sgd(0.1), SLS if cls in (BiSLS, BiSPS) else cls)
+    made = engine(low, top)
+    made.outer.module.zero_grad()
+    optimizer = (made.outer if cls in (BiSLS, BiSPS) else made.inner).optimizer
+    with pytest.raises(ClosureError, match=r"bind\(engine\)"):
+        optimizer.step()
+    with pytest.raises(ClosureError, match=r"Add  bind\(engine\)  after"):
+        made.run()
+
+
+def test_the_engine_that_binds_by_itself() -> None:
+    ends = []
+    for kind in ("bind", "AdaptiveEngine"):
+        top, low = Ridge().levels(BiSLS, SLS, type="darts")
+        made = engine(low, top, steps=40, kind=AdaptiveEngine) if kind != "bind" else bind(engine(low, top, steps=40))
+        made.run()
+        ends.append(state(made))
+    assert ends[0] == ends[1]
+
+
+def test_binding_twice_is_binding_once() -> None:
+    ends = []
+    for times in (1, 3):
+        top, low = Ridge().levels(BiSLS, SLS)
+        made = engine(low, top, steps=40)
+        for _ in range(times):
+            bind(made)
+        made.run()
+        ends.append((state(made), low.evaluations, top.evaluations))
+    assert ends[0] == ends[1]
+
+
+def test_optimizers_given_as_arguments() -> None:
+    from betty.configs import Config
+    from betty.problems import ImplicitProblem
+
+    class Alone(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            loss: Tensor = (self.module() - 3.0).square().sum()
+            return loss
+
+    module = Variable(torch.zeros(2))
+    alone = Alone(
+        "alone",
+        config=Config(),
+        module=module,
+        optimizer=SLS(module.parameters()),
+        train_data_loader=[(torch.zeros(1),)],
+    )
+    bind(engine(alone, steps=30)).run()
+    assert torch.allclose(module.value, torch.full((2,), 3.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_option_survives_being_built_anew(cls: Any) -> None:
+    """As Betty does: optimizer.__class__(params, **optimizer.defaults)."""
+    base = getattr(core, cls.__name__)
+    options: dict[str, Any] = {
+        "c": 0.3, "shrink": 0.6, "grow": 1.5, "reset": "keep", "slack": 0.1, "lower_bound": -1.0, "max_step": 7.0,
+        "max_trials": 9, "direction": "adam", "betas": (0.8, 0.9), "eps": 1e-5, "max_skips": 4, "decay": "inverse",
+        "floor": 0.01, "floor_decay": "inverse", "response": "tangent", "carry": False, "curvature": 0.4,
+        "baseline": "matched", "response_steps": 3, "lr_min": 0.001,
+    }  # fmt: skip
+    taken = set(inspect.signature(base.__init__).parameters) & set(options)
+    given: dict[str, Any] = {name: options[name] for name in taken}
+    if cls is BiSLS:
+        given["solver"] = CG(7, 1e-3, warm_start=True)
+    known = set(inspect.signature(base.__init__).parameters) - {"self", "params", "lr", "lower", "project"}
+    assert known <= set(given), "an option of the core that this test does not know"
+    first = cls([torch.ones(2, requires_grad=True)], 0.7, **given)
+    again = cls([torch.ones(2, requires_grad=True)], **first.defaults)
+    assert again.defaults == first.defaults
+    assert again._options == first._options
+    assert [{**g, "params": 0} for g in again.param_groups] == [{**g, "params": 0} for g in first.param_groups]
+    if cls is BiSLS:
+        assert again.solver == first.solver == given["solver"]
+    assert all(isinstance(v, (int, float, str, tuple, type(None))) for v in first.defaults.values())
+
+
+@pytest.mark.parametrize("solver", [CG(), Neumann(5, 0.2), Identity(0.3)])
+@pytest.mark.filterwarnings("ignore:.*does not come near the inverse")
+def test_solvers_are_plain_text(solver: Any) -> None:
+    first = BiSLS([torch.ones(2, requires_grad=True)], solver=solver)
+    assert first.solver == solver
+    assert BiSLS([torch.ones(2, requires_grad=True)], **first.defaults).solver == solver
+    assert BiSLS([torch.ones(2, requires_grad=True)], solver=repr(solver)).solver == solver
+    fresh = BiSLS([torch.ones(2, requires_grad=True)])
+    fresh.load_state_dict(first.state_dict())
+    assert fresh.solver == solver
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (BiSLS, {"solver": "LU()"}, "not a solver"),
+        (BiSLS, {"solver": "__import__('os')"}, "not a solver"),
+        (BiSLS, {"solver": 3}, "plain values"),
+        (BiSLS, {"solver": Neumann(3, 0.1, random=True, generator=torch.Generator())}, "without generator"),
+        (BiSLS, {"solver": "CG(tolerance=-1)"}, "tolerance"),
+        (BiSLS, {"lower": None}, "bind"),
+        (BiSPS, {"lower": None}, "bind"),
+        (BiSLS, {"project": None}, "param_callback"),
+        (SPSB, {"decay": lambda k: 1.0}, "scheduler"),
+        (SLS, {"c": 2.0}, "c"),
+    ],
+)
+def test_options_that_cannot_be(cls: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        cls([torch.ones(1, requires_grad=True)], **options)
+
+
+def test_unknown_options_raise() -> None:
+    for cls in ALL:
+        with pytest.raises(TypeError, match="momentum"):
+            cls([torch.ones(1, requires_grad=True)], momentum=0.9)
+
+
+def test_copies_are_not_bound() -> None:
+    top, low = Ridge().levels(sgd(0.1), SLS)
+    made = bind(engine(low, top, steps=5))
+    made.run()
+    for twin in (copy.deepcopy(low.optimizer), pickle.loads(pickle.dumps(low.optimizer))):
+        assert plain(twin.state_dict()) == plain(low.optimizer.state_dict())
+        with pytest.raises(ClosureError, match="bind"):
+            twin.step()
+        x = twin.param_groups[0]["params"][0]
+        twin.step(lambda x=x: x.square().sum())  # and is an optimizer of the core besides
+
+
+def test_resuming_is_bitwise() -> None:
+    def made() -> Any:
+        top, low = Ridge().levels(lambda p: BiSLS(p, direction="adam"), SLS, type="darts")
+        return bind(engine(low, top, steps=30))
+
+    whole, first, second = made(), made(), made()
+    whole.config.train_iters = whole.train_iters = 60
+    whole.run()
+    first.run()
+    for problem, saved in zip(second.problems, first.problems, strict=True):
+        problem.load_state_dict(saved.state_dict())
+    # Betty saves no sample; the next lower steps make one before the upper step asks for it.
+    second.run()
+    assert plain([p.module.state_dict() for p in second.problems]) == plain(
+        [p.module.state_dict() for p in whole.problems]
+    )
+
+
+# ------------------------------------------------------------------------------------------ the graph's services
+
+
+def test_counts_go_through_the_logger() -> None:
+    logged: list[tuple[str, int, dict[str, Any]]] = []
+    top, low = Ridge().levels(BiSLS, SLS, log_step=1)
+    top.log_step = 1
+    made = bind(engine(low, top, steps=20))
+
+    class Logger:
+        def log(self, stats: Any, tag: str, step: int) -> None:
+            logged.append((tag, step, dict(stats)))
+
+        def info(self, text: str) -> None:
+            pass
+
+    low.logger = top.logger = made.logger = Logger()
+    made.run()
+    assert [tag for tag, _, _ in logged].count("outer") == 2
+    for tag, _, stats in logged:
+        assert set(stats) == {"loss", "step_size", "trials", "outcome"}, tag
+        assert all(isinstance(value, (int, float)) for value in stats.values())
+        assert stats["trials"] >= 1
+    assert logged[-1][2]["step_size"] == top.optimizer.param_groups[0]["step_size"]
+
+
+def test_metrics_of_the_user_are_kept() -> None:
+    low = Level("inner", lambda p, b: {"loss": p.module().square().sum(), "trials": -5}, Variable(torch.ones(1)), SLS)
+    made = bind(engine(low, steps=1))
+    _, report = low.get_loss((torch.zeros(1),))
+    low._count = 1
+    low.module.value.grad = 2 * torch.ones(1)
+    low.optimizer.step()
+    assert report["trials"] == -5
+    assert report["step_size"] > 0
+    assert made is not None
+
+
+def test_schedulers_scale_the_bound() -> None:
+    low = Level(
+        "inner",
+        lambda p, b: p.module().square().sum(),
+        Variable(torch.ones(1)),
+        lambda p: SPSMax(p, lower_bound=-1e9, lr=1e-3),
+    )
+    low.configure_scheduler = lambda: torch.optim.lr_scheduler.LambdaLR(low.optimizer, lambda k: 0.5**k)
+    made = bind(engine(low, steps=3))
+    made.run()
+    assert low.optimizer.param_groups[0]["step_size"] == pytest.approx(0.25e-3)
+
+
+@pytest.mark.parametrize("cls", [SLS, SLSB])
+def test_trials_are_projected(cls: Any) -> None:
+    """f is a loss outside of which there is nothing: a trial off the half line raises."""
+
+    def loss(problem: Any, batch: Any) -> Tensor:
+        y = problem.module()
+        assert bool((y >= 0.5).all()), "left the set"
+        value: Tensor = (y - torch.tensor([0.0, 2.0])).square().sum()
+        return value
+
+    low = Level("inner", loss, Variable(torch.tensor([1.5, 1.0])), lambda p: cls(p, 100.0))
+
+    def clamp(params: Any = None) -> None:
+        for p in low.trainable_parameters() if params is None else params:
+            p.data.clamp_(min=0.5)
+
+    low.param_callback = clamp
+    made = bind(engine(low, steps=30))
+    made.run()
+    assert torch.allclose(low.value, torch.tensor([0.5, 2.0]), atol=1e-3)
+    assert low.optimizer.record.outcome in (Outcome.accepted, Outcome.zero_gradient, Outcome.search_failed)
+
+
+def test_upper_trials_are_projected() -> None:
+    toy = Ridge()
+
+    def upper(problem: Any, batch: Any) -> Tensor:
+        assert bool((problem.module() >= -0.5).all()), "left the set"
+        return toy.upper_loss(problem, batch)
+
+    top, low = toy.levels(BiSLS, SLS, type="adaptive_cg")
+    top._loss = upper
+
+    def clamp(params: Any = None) -> None:
+        for p in top.trainable_parameters() if params is None else params:
+            p.data.clamp_(min=-0.5)
+
+    top.param_callback = clamp
+    bind(engine(low, top, steps=200)).run()
+    assert float(top.value.min()) == -0.5
+    assert float(toy.F(top.value)) < float(toy.F(torch.zeros(toy.d)))
+
+
+def test_a_callback_that_is_no_projection_belongs_to_the_step() -> None:
+    """A decay is applied once a step, by Betty, and not in trials."""
+    ends = []
+    for optimizer in (sgd(0.1), lambda p: SLS(p, 0.1, **ANY)):
+        low = Level("inner", lambda p, b: p.module().square().sum(), Variable(torch.ones(2)), optimizer)
+
+        def decay(params: Any = None, low: Any = low) -> None:
+            for p in low.trainable_parameters():
+                p.data.mul_(0.9)
+
+        low.param_callback = decay
+        bind(engine(low, steps=5)).run()
+        ends.append(low.value.clone())
+    assert torch.equal(*ends)
+
+
+@only_new
+def test_parameter_groups_of_the_problem() -> None:
+    low = Level(
+        "inner", lambda p, b: (p.module(torch.ones(1, 3)) - 1).square().sum(), nn.Linear(3, 2), lambda p: SLS(p, 0.5)
+    )
+    low.param_groups = lambda: [
+        {"params": [low.module.weight], "lr": 0.4},
+        {"params": [low.module.bias], "lr": 0.1},
+    ]
+    made = bind(engine(low, steps=3))
+    made.run()
+    first, second = low.optimizer.param_groups
+    assert first["step_size"] == pytest.approx(4 * second["step_size"])
+    assert low.losses[-1] < low.losses[0]
+
+
+def test_frozen_parameters_stay() -> None:
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    low = Level("inner", lambda p, b: (p.module(torch.ones(1, 3)) - 1).square().sum(), module, SLS)
+    before = module.bias.detach().clone()
+    # Betty's backward takes gradients of the trainable parameters, frozen ones included, so the user leaves them out.
+    low.trainable_parameters = lambda: [module.weight]
+    bind(engine(low, steps=10)).run()
+    assert torch.equal(module.bias, before)
+    assert low.losses[-1] < 0.1 * low.losses[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_losses_move_nothing(value: float) -> None:
+    poison = {"at": 3}
+
+    def loss(problem: Any, batch: Any) -> Tensor:
+        scale = value if len(problem.losses) == poison["at"] else 1.0
+        y: Tensor = problem.module()
+        return scale * y.square().sum()
+
+    low = Level("inner", loss, Variable(torch.ones(2)), lambda p: SLS(p, 0.01))
+    made = bind(engine(low, steps=3))
+    made.run()
+    before = low.value.clone()
+    saved = plain(low.optimizer.state_dict())
+    low.step()
+    assert torch.equal(low.value, before)
+    assert plain(low.optimizer.state_dict()) == saved
+    assert low.optimizer.record.outcome == Outcome.non_finite
+    low.step()
+    assert low.optimizer.record.moved
+
+
+def test_an_exception_in_a_trial_leaves_no_trace() -> None:
+    def loss(problem: Any, batch: Any) -> Tensor:
+        if problem.in_trial:
+            raise KeyboardInterrupt
+        value: Tensor = nn.functional.dropout(problem.module(), 0.5).square().sum()
+        return value
+
+    low = Level("inner", loss, Variable(torch.ones(4)), SLS)
+    made = bind(engine(low, steps=1))
+    torch.manual_seed(0)
+    nn.functional.dropout(torch.ones(4), 0.5)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert torch.equal(low.value, torch.ones(4))
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert low.in_trial is False
+
+
+def test_a_cold_start_voids_the_prediction() -> None:
+    """on_inner_loop_start zeroes y: the offer of the upper step is dropped, and costs no evaluation."""
+    ends = []
+    for carry in ("auto", False):
+        top, low = Ridge().levels(lambda p, carry=carry: BiSLS(p, carry=carry), SLS)
+        low.on_inner_loop_start = lambda low=low: low.module.value.data.zero_()
+        made = bind(engine(low, top, steps=100))
+        made.run()
+        ends.append((top.value.clone(), low.optimizer.evaluations.upper, low.losses))
+        assert carry is False or "offered" in low.optimizer.state[low.module.value]  # the last one, not looked at yet
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_a_warm_start_decides_about_the_prediction() -> None:
+    top, low = Ridge().levels(BiSLS, SLS, type="adaptive_cg")
+    made = bind(engine(low, top, steps=10))
+    made.run()
+    moved = low.value.clone()
+    before = low.optimizer.state[low.module.value]["offered"]
+    assert not torch.equal(moved, before)
+    gradients = low.optimizer.evaluations.upper.gradients
+    low.step()
+    assert low.optimizer.evaluations.upper.gradients > gradients
+    assert "offered" not in low.optimizer.state[low.module.value]
+
+
+def test_too_many_skips_raise() -> None:
+    low = Level(
+        "inner", lambda p, b: p.module().sum() * math.nan, Variable(torch.ones(1)), lambda p: SPSB(p, max_skips=3)
+    )
+    with pytest.raises(NonFiniteError, match="3 steps"):
+        bind(engine(low, steps=10)).run()
+
+
+@only_old
+def test_the_old_release_configures_twice() -> None:
+    made = []
+
+    def optimizer(params: Any) -> Any:
+        made.append(SLS(params))
+        return made[-1]
+
+    low = Level("inner", lambda p, b: p.module().square().sum(), Variable(torch.ones(1)), optimizer)
+    bind(engine(low, steps=2)).run()
+    assert len(made) == 2
+    assert low.optimizer is made[1]
