@@ -16,7 +16,7 @@ PIP := pip install --quiet --disable-pip-version-check --constraint constraints.
 INSTALLED := $(VENV)/.installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types pytest test-jax test-policies clean
+.PHONY: help env demo bench test lint format types pytest test-jax test-policies clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ $(INSTALLED):
 
 demo: $(INSTALLED) ## learn a representation of handwritten digits, with no step size given
 	$(PY) examples/hyper_representation.py $(ARGS)
+
+bench: $(INSTALLED) ## tasks x methods x seeds; ARGS="--quick", ARGS="--task hyper-cleaning --data DIR"
+	OMP_NUM_THREADS=1 $(PY) examples/benchmarks/suite.py $(ARGS)
 
 test: lint types pytest ## all gates: lint, types, doctests, tests
 

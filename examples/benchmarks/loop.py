@@ -140,9 +140,7 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int) -> Iterator[Run]:
                 return
 
 
-def train_single(
-    task: SingleLevelTask, optimizer: torch.optim.Optimizer, step: SingleStep, seed: int
-) -> Iterator[Run]:
+def train_single(task: SingleLevelTask, optimizer: torch.optim.Optimizer, step: SingleStep, seed: int) -> Iterator[Run]:
     """Runs the task's iterations, yielding at each evaluation; two-sample rules get a second, independent batch."""
     settings, run = task.settings, Run()
     generator = torch.Generator().manual_seed(seed)

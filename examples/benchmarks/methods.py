@@ -15,11 +15,11 @@ package's line search with no number given; without it the task's own rule is us
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Hooks:
     lower_step: Callable[[Closure], Any]
     upper_step: Callable[[Closure, Closure, Second], Any]
     values: int = 0
-    evaluating: Callable[[], ContextManager[Any]] = nullcontext
+    evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Unavailable(ImportError):
@@ -253,7 +253,7 @@ SINGLE_LEVEL: dict[str, Callable[..., Single]] = {
     "sps-max": partial(adaptive, SPSMax),
     "decsps": partial(adaptive, DecSPS),
     "spsb": partial(adaptive, SPSB),
-    "sls": partial(adaptive, SLS, reset="initial"),
-    "slsb": partial(adaptive, SLSB, reset="initial"),
+    "sls": partial(adaptive, SLS),
+    "slsb": partial(adaptive, SLSB),
     **{name: partial(single_peer, *where) for name, where in PEERS.items() if name != "schedule-free"},
 }

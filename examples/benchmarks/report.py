@@ -38,11 +38,8 @@ class Table:
     @property
     def figures(self) -> list[str]:
         """By which the best of a grid is chosen: f(x, y), and F(x) where it is known."""
-        some = next(iter(next(iter(self._runs.values())).values()))
-        return ["loss", RESOLVED] if RESOLVED in some["summary"] or self._has(RESOLVED) else ["loss"]
-
-    def _has(self, figure: str) -> bool:
-        return any(figure in run["summary"] for seeds in self._runs.values() for run in seeds.values())
+        known = any(RESOLVED in run["summary"] for seeds in self._runs.values() for run in seeds.values())
+        return ["loss", RESOLVED] if known and self.benchmark.resolved else ["loss"]
 
     def of(self, method: Method) -> list[Row]:
         """The runs of a method, by seed."""
@@ -81,9 +78,9 @@ class Table:
     def _row(self, method: Method, kind: str) -> Row:
         runs = self.of(method)
         summaries = [run["summary"] for run in runs]
-        losses = [_finite(summary["loss"]) for summary in summaries]
+        losses = [finite(summary["loss"]) for summary in summaries]
         middle = {
-            key: median(_finite(summary[key]) for summary in summaries)
+            key: median(finite(summary[key]) for summary in summaries)
             for key in ("trials_per_iteration", "cost_per_iteration", "seconds")
         }
         return {
@@ -96,7 +93,7 @@ class Table:
             "max": max(losses),
             "loss": losses,
             **{
-                key: [_finite(s.get(key, math.inf)) for s in summaries]
+                key: [finite(s.get(key, math.inf)) for s in summaries]
                 for key in (RESOLVED, *COPIED)
                 if any(key in s for s in summaries)
             },
@@ -226,12 +223,12 @@ def text(rows: Sequence[Row]) -> str:
 
 def publish(table: Table, name: str, results: Path, data_name: str) -> None:
     """Prints the table and the bars, and writes NAME.json and NAME.png."""
-    rows, held = table.all_rows(), bars(table)
+    quick = table.benchmark.title.endswith("(quick)")
+    rows, held = table.all_rows(), [] if quick else bars(table)  # after four iterations they say nothing
     some = next(run for method in table.named(table.benchmark.ours) for run in table.of(method))
-    quick = " --quick" if table.benchmark.title.endswith("(quick)") else ""
     write(results / f"{name}.json", {
         "title": table.benchmark.title,
-        "command": f"python examples/benchmarks/suite.py --task {name}{quick} --data DIR --output RUNS",
+        "command": f"python examples/benchmarks/suite.py --task {name}{' --quick' * quick} --data DIR --output RUNS",
         "data": data_name,
         **{key: some[key] for key in provenance()},
         "settings": some["settings"],
@@ -305,6 +302,7 @@ def draw(path: Path, table: Table, rows: Sequence[Row]) -> None:
             tried = [table.score(m, [table.of(m)[0]["seed"]]) for m in table.tried[key] if table.of(m)]
             right.plot([min(value, top) for value in tried], [i + 0.3] * len(tried), "|", color=colour, markersize=5)
     right.set(xscale="log", yticks=range(len(shown)), xlabel="final loss; hollow: F(x); ticks: all points of the grid")
+    right.tick_params(axis="x", which="both", labelsize=7)
     right.set_yticklabels([_line(row) for row in shown], fontsize=7)
     right.invert_yaxis()
     right.grid(alpha=0.25, which="both")
@@ -323,14 +321,14 @@ def _line(row: Row) -> str:
 def median_curve(runs: Any, key: str = "loss") -> list[tuple[float, float]]:
     """(iteration, median over the seeds), as far as all runs got."""
     points = zip(*(run["evaluations"] for run in runs), strict=False)
-    return [(point[0]["iteration"], median(_finite(entry[key]) for entry in point)) for point in points]
+    return [(point[0]["iteration"], median(finite(entry[key]) for entry in point)) for point in points]
 
 
 def _value(run: Row, figure: str) -> float:
     summary = run["summary"]
-    return math.inf if summary["diverged"] else _finite(summary.get(figure, math.inf))
+    return math.inf if summary["diverged"] else finite(summary.get(figure, math.inf))
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
     """NaN counts as infinite: the worst."""
     return math.inf if math.isnan(value) else float(value)

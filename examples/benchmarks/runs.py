@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 import data
+from adaptive_bilevel.errors import AdaptiveBilevelWarning
 from loop import Run, train_bilevel, train_single
 from methods import BILEVEL as BILEVEL_METHODS
 from methods import SINGLE_LEVEL as SINGLE_LEVEL_METHODS
@@ -102,8 +104,17 @@ def run(
     """
     output.mkdir(parents=True, exist_ok=True)
     provenance()
-    jobs, missing = list(jobs), {}
-    waiting = list({job.path(output, folder): job for job in jobs if not job.path(output, folder).exists()}.items())
+    jobs = list(jobs)
+    waiting = {job.path(output, folder): job for job in jobs if not job.path(output, folder).exists()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdaptiveBilevelWarning)  # failed searches and the like: the tables count them
+        missing = _run_all(waiting, folder, at_once)
+    paths = [job.path(output, folder) for job in jobs]
+    return [json.loads(path.read_text()) for path in paths if path.exists()], missing
+
+
+def _run_all(jobs: dict[Path, Job], folder: str | None, at_once: int) -> dict[str, str]:
+    waiting, missing = list(jobs.items()), {}
     random.Random(0).shuffle(waiting)
     going: dict[Path, tuple[Job, Options, Any, Iterator[Run]]] = {}
     total, done, began = len(waiting), 0, time.perf_counter()
@@ -125,8 +136,7 @@ def run(
         _progress(f"{done} of {total} runs, {time.perf_counter() - began:.0f} s")
     if total and sys.stderr.isatty():
         print(file=sys.stderr)
-    paths = [job.path(output, folder) for job in jobs]
-    return [json.loads(path.read_text()) for path in paths if path.exists()], missing
+    return missing
 
 
 def _content(job: Job, settings: Options, task: Any, run: Run) -> Options:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 import data
 import report
-from benchmark import BENCHMARKS, Benchmark
+from benchmark import BENCHMARKS, QUICK, Benchmark
 from grid import best
 from runs import Job, Method, assignments, run
 
@@ -35,12 +36,12 @@ def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Ta
     first, every = benchmark.seeds[:1], benchmark.seeds
     named = [Method.parse(text) for text in (*benchmark.ours, *benchmark.others, *benchmark.first_trials)]
     tried = {grid.label: grid.coarse() for grid in benchmark.grids}
-    known, missing = run([*jobs(named, every), *jobs(sum(tried.values(), []), first)], output, folder)
+    known, missing = run([*jobs(named, every), *jobs([*chain(*tried.values())], first)], output, folder)
     table = report.Table(benchmark, known, missing)
     for grid in benchmark.grids:
         (winner,) = best(tried[grid.label], lambda method: table.score(method, first))
         tried[grid.label] += [method for method in grid.finer(winner) if method not in tried[grid.label]]
-    table.add(run(jobs(sum(tried.values(), []), first), output, folder)[0])
+    table.add(run(jobs([*chain(*tried.values())], first), output, folder)[0])
     finalists = [
         method
         for methods in tried.values()
@@ -54,9 +55,8 @@ def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Ta
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME",
-                        help=", ".join(BENCHMARKS))  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="a few iterations and steps of each: does it run?")
+    parser.add_argument("--task", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--quick", action="store_true", help="a few iterations and steps of one task of each kind")
     parser.add_argument("--data", help="folder of the data sets (else the environment's, else a stand-in)")
     parser.add_argument("--output", type=Path, default=Path("benchmark-runs"), help="folder for the runs")
     parser.add_argument("--results", type=Path, help="folder for tables and figures (else that of the runs)")
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     folder = data.folder(options.data)
     folder = None if folder is None else str(folder)
-    for name in options.task:
+    for name in options.task or (QUICK if options.quick else BENCHMARKS):
         benchmark = BENCHMARKS[name]
         if options.quick:
             benchmark = benchmark.quick()

@@ -107,7 +107,13 @@ class FewShot:
 
 
 def create(
-    seed: int, folder: str | Path | None = None, *, shots: int = 5, queries: int = 5, episodes: int = 4, **overrides: Any
+    seed: int,
+    folder: str | Path | None = None,
+    *,
+    shots: int = 5,
+    queries: int = 5,
+    episodes: int = 4,
+    **overrides: Any,
 ) -> FewShot:
     """5 characters an episode; the embedding is a small convolutional network."""
     train, test = data.characters(folder)
@@ -115,12 +121,12 @@ def create(
     size = train.shape[-1] // 2 // 2
     network = nn.Sequential(
         nn.Unflatten(1, (1, train.shape[-1])),
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * size * size, 64),
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * size * size, 64),
     )  # fmt: skip
     uniform_layers(network, torch.Generator().manual_seed(seed))
-    settings = Settings(iterations=150, lower_steps=10, solver="cg", solver_steps=5)
+    settings = Settings(iterations=150, lower_steps=5, solver="cg", solver_steps=5)
     return FewShot(
         settings=replace(settings, **overrides),
         network=network,

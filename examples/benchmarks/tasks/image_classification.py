@@ -17,7 +17,7 @@ from .base import Evaluation, Settings, draw, lenet, uniform_layers
 
 @dataclass
 class ImageClassification:
-    """"loss" is that of the first `EVALUATED` training images, "test_loss" and "accuracy" those of test images."""
+    """One network; "loss" is that of the first training images, "test_loss" and "accuracy" are of test images."""
 
     settings: Settings
     network: nn.Module

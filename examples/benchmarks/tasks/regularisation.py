@@ -25,7 +25,7 @@ from .base import Evaluation, Settings, append_one, draw, minimizer
 Part = tuple[Tensor, Tensor]
 ROWS = {  # training rows, validation rows
     "a9a": (1000, 1000),
-    "news20_small": (1000, 1000),
+    "news20_small": (500, 500),
     "news20": (5657, 5657),
 }
 

@@ -1,0 +1,216 @@
+"""The benchmark suite at a size that says whether it works: tasks, methods, grids, resuming, tables, figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+import data
+import figures
+import methods
+import report
+import runs
+import suite
+import tasks
+from benchmark import BENCHMARKS
+from grid import HALF, Grid
+from loop import Run
+
+SHORT: dict[str, Any] = {"iterations": 2, "evaluate_every": 1}
+OWN = [name for name in methods.BILEVEL if name not in methods.PEERS]
+WITH_NUMBER = ("sgd", "adam", "bisps-2")
+
+
+@pytest.fixture(autouse=True)
+def without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(data.VARIABLE, raising=False)
+    torch.set_default_dtype(torch.float32)
+
+
+def job(task: str, method: str, **settings: Any) -> runs.Job:
+    return runs.Job(task, {**SHORT, **settings}, runs.Method.parse(method), 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*this solver does not come near")
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_every_benchmark_starts(name: str) -> None:
+    benchmark = BENCHMARKS[name]
+    method = runs.Method.parse(benchmark.ours[0])
+    settings, task, _ = runs.Job(benchmark.task, {**benchmark.settings, **SHORT}, method, 0).start(None)
+    assert settings["iterations"] == 2
+    assert math.isfinite(task.evaluate()["loss"])
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "settings"),
+    [
+        ("hyper-cleaning", "bisls-adam", {}),
+        ("hyper-cleaning", "bisls-sgd", {"lower_batch": 50, "upper_batch": 50}),
+        ("hyper-representation", "bisls-adam", {}),
+        ("distillation", "bisls-sgd", {"iterations": 4}),
+        ("few-shot", "bisls-adam", {"episodes": 2, "iterations": 6}),
+        ("regularisation", "bisls-sgd", {}),
+        ("regularisation", "bisls-sgd", {"kind": "ridge", "per_feature": False}),
+        ("regularisation", "bisls-sgd", {"kind": "softmax", "name": "news20_small"}),
+        ("wide-quadratic", "bisls-adam", {}),
+        ("logistic-regression", "slsb", {}),
+        ("lenet", "sls", {"iterations": 6, "rows": 500}),
+        ("two-quadratics", "spsb", {"iterations": 20}),
+    ],
+)
+def test_the_loss_falls(task: str, method: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    (row,), _ = runs.run([job(task, method, **settings)], tmp_path, None)
+    losses = [entry["loss"] for entry in row["evaluations"]]
+    assert losses[-1] < losses[0]
+    assert row["summary"]["cost_per_iteration"] > 0
+
+
+@pytest.mark.parametrize("lower", ["", "lower=search", "lower=0.1"])
+@pytest.mark.parametrize("name", OWN)
+def test_every_method_takes_every_lower_rule(name: str, lower: str, tmp_path: Path) -> None:
+    options = [option for option in ("lr=0.1" * (name in WITH_NUMBER), lower) if option]
+    (row,), _ = runs.run([job("regularisation", ":".join(filter(None, [name, ",".join(options)])))], tmp_path, None)
+    assert math.isfinite(row["summary"]["loss"])
+    assert row["cost"]["lower"] > 0 and row["cost"]["hypergradient"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(methods.PEERS))
+def test_peers_run_or_say_what_is_missing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = methods.PEERS[name][0]
+    rows, missing = runs.run([job("regularisation", f"{name}:lower=search")], tmp_path, None)
+    if importlib.util.find_spec(package):
+        assert math.isfinite(rows[0]["summary"]["loss"])
+    else:
+        assert not rows and package in missing[name] and package in capsys.readouterr().out
+
+
+def test_a_constant_step_costs_what_it_should(tmp_path: Path) -> None:
+    settings = {"lower_steps": 3, "solver_steps": 4}
+    (row,), _ = runs.run([job("regularisation", "sgd:lr=1e-3,lower=1e-3", **settings)], tmp_path, None)
+    # 3 lower gradients; for the hypergradient a gradient of each level, 4 Hessian-vector products, one with C
+    assert row["summary"]["cost_per_iteration"] == pytest.approx(3 + 2 + 4 * 2.2 + 1)
+
+
+def test_the_same_job_gives_the_same_run_in_any_company(tmp_path: Path) -> None:
+    chosen = job("hyper-cleaning", "bisls-sgd:lower=search", lower_batch=50)
+    (alone,), _ = runs.run([chosen], tmp_path / "alone", None)
+    company = [job("hyper-cleaning", f"adam:lr={lr}", lower_batch=50) for lr in (0.1, 0.2)]
+    *_, among = runs.run([*company, chosen], tmp_path / "among", None)[0]
+    assert [entry["loss"] for entry in alone["evaluations"]] == [entry["loss"] for entry in among["evaluations"]]
+
+
+def test_finished_runs_are_read_again(tmp_path: Path) -> None:
+    jobs = [job("logistic-regression", method) for method in ("spsb", "sgd:lr=1.0")]
+    runs.run(jobs[:1], tmp_path, None)
+    path = jobs[0].path(tmp_path, None)
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 77'))
+    first, second = runs.run(jobs, tmp_path, None)[0]
+    assert (first["seed"], second["seed"]) == (77, 0)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_jobs_that_differ_have_different_files(tmp_path: Path) -> None:
+    jobs = [
+        job("regularisation", "adam:lr=0.1"),
+        job("regularisation", "adam:lr=0.1", iterations=3),
+        job("regularisation", "adam:lr=0.2"),
+        job("hyper-cleaning", "adam:lr=0.1"),
+    ]
+    assert len({entry.path(tmp_path, None) for entry in jobs}) == 4
+
+
+def test_hopeless_and_diverged_runs() -> None:
+    def run(*losses: float) -> Run:
+        return Run(evaluations=[{"iteration": i, "loss": loss} for i, loss in enumerate(losses)])
+
+    assert not run(1.0, 9.0, 0.5).diverged()
+    assert run(1.0, 11.0, 0.5).diverged() and not run(1.0, 11.0).hopeless()
+    assert run(1.0, math.nan).diverged() and run(1.0, math.nan).hopeless() and run(1.0, 1e5).hopeless()
+
+
+def test_a_grid_is_refined_around_its_winner_and_beyond_its_ends() -> None:
+    grid = Grid("adam", (0.01, 0.1, 1.0), ("search", 0.1, 1.0))
+    assert len(grid.coarse()) == 9
+    inside = {m.options["lr"] for m in grid.finer(grid.method(0.1, "search"))}
+    assert inside == {float(f"{0.1 / HALF:.3g}"), float(f"{0.1 * HALF:.3g}")}
+    corner = [(m.options["lr"], m.options["lower"]) for m in grid.finer(grid.method(1.0, 1.0))]
+    assert (10.0, 10.0) in corner and (1.0, 1.0) not in corner and len(corner) == 15
+
+
+def table_of(losses: dict[str, list[float]]) -> report.Table:
+    base: dict[str, Any] = {"options": {}, "outcomes": {}}
+    summary = {"diverged": False, "seconds": 1.0}
+    rows = [
+        {**base, "method": name, "seed": seed, "summary": {**summary, "loss": loss}}
+        for name, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    return report.Table(BENCHMARKS["hyper-cleaning"], rows, {})
+
+
+def test_scores_are_medians_and_what_is_missing_or_diverged_is_the_worst() -> None:
+    table = table_of({"adam": [1.0, 3.0, 2.0], "sgd": [1.0], "bisps": [math.nan, math.nan, 0.1]})
+    assert table.score(runs.Method("adam"), (0, 1, 2)) == 2.0
+    assert table.score(runs.Method("sgd"), (0, 1, 2)) == math.inf
+    assert table.score(runs.Method("bisps"), (0, 1, 2)) == math.inf
+
+
+def test_the_suite_writes_a_table_and_a_figure(tmp_path: Path) -> None:
+    arguments = ["--quick", "--task", "penalties-a9a", "--output", str(tmp_path)]
+    suite.main(arguments)
+    content = json.loads((tmp_path / "penalties-a9a.json").read_text())
+    assert {row["kind"] for row in content["rows"]} >= {"ours", "grid", "first trial"}
+    assert content["data"] == "stand-in" and content["bars"] == []
+    assert (tmp_path / "penalties-a9a.png").stat().st_size > 10_000
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "penalties-a9a-quick").iterdir()}
+    suite.main(arguments)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "penalties-a9a-quick").iterdir()}
+    benchmark = BENCHMARKS["penalties-a9a"].quick()
+    held = {
+        entry["bar"]: entry for entry in report.bars(suite.execute(benchmark, tmp_path / "penalties-a9a-quick", None))
+    }
+    assert any("best of the adam grid: f(x, y)" in name for name in held)
+    assert any("best of the sgd grid: F(x)" in name for name in held)
+    cost = next(entry for name, entry in held.items() if "cost of an iteration" in name)
+    assert 1 < cost["measured"] < 10 and cost["holds"] == (cost["measured"] <= cost["at most"])
+    assert "bisls-adam" in capsys.readouterr().out
+
+
+def test_methods_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite.main(["--task", "hyper-cleaning", "--method", "bisls-sgd", "--set", "iterations=2", "--seeds", "1",
+                "--output", str(tmp_path)])  # fmt: skip
+    assert "| bisls-sgd" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="choose from"):
+        suite.main(["--task", "hyper-cleaning", "--method", "nonsense", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="write key=value"):
+        suite.main(["--task", "hyper-cleaning", "--method", "sgd:0.1", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["fig04", "fig09", "fig13", "tuning-free"])
+def test_figures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [
+        figures.replace(panel, vary=panel.vary and (panel.vary[0], panel.vary[1][:2]))
+        for panel in figures.FIGURES[name]
+    ]
+    monkeypatch.setitem(figures.FIGURES, name, small)
+    figures.main(["--figure", name, "--quick", "--output", str(tmp_path)])
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+    assert json.loads((tmp_path / f"{name}.json").read_text())["curves"]
+
+
+@pytest.mark.parametrize("name", sorted(figures.FIGURES))
+def test_the_methods_of_every_figure_exist(name: str) -> None:
+    for panel in figures.FIGURES[name]:
+        known = tasks.SINGLE_LEVEL if panel.task in tasks.SINGLE_LEVEL else tasks.BILEVEL
+        table = methods.SINGLE_LEVEL if panel.task in tasks.SINGLE_LEVEL else methods.BILEVEL
+        assert panel.task in known
+        assert all(runs.Method.parse(text).name in table for text in panel.methods)
