@@ -13,6 +13,7 @@ A second form runs the methods that are named instead of the benchmark's own, an
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -85,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table = execute(benchmark, output, folder)
         results = options.results or options.output
         results.mkdir(parents=True, exist_ok=True)
-        report.publish(table, name, results, data_name="real" if folder else "stand-in")
+        words = ["--task", name, *["--quick"] * options.quick, "--data", "DIR", "--output", "RUNS"]
+        words += ["--seeds", *map(str, options.seeds)] if options.seeds else []
+        words += ["--set", *options.set] if options.set else []
+        command = shlex.join(["python", "examples/benchmarks/suite.py", *words])
+        report.publish(table, name, results, {"command": command, "data": "real" if folder else "stand-in"})
 
 
 if __name__ == "__main__":
