@@ -89,7 +89,7 @@ def bilevel(
         grids=(
             Grid("adam", adam, lowers),
             Grid("sgd", sgd, lowers),
-            Grid("sgd", sgd, lowers, {"decay": "inverse_sqrt"}),
+            Grid("sgd", sgd, lowers[::2], {"decay": "inverse_sqrt"}),
         ),
         settings=settings,
         spread=spread,

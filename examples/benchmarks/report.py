@@ -221,15 +221,14 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(f"{w:<{n}}" for w, n in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def publish(table: Table, name: str, results: Path, data_name: str) -> None:
+def publish(table: Table, name: str, results: Path, source: dict[str, str]) -> None:
     """Prints the table and the bars, and writes NAME.json and NAME.png."""
     quick = table.benchmark.title.endswith("(quick)")
     rows, held = table.all_rows(), [] if quick else bars(table)  # after four iterations they say nothing
     some = next(run for method in table.named(table.benchmark.ours) for run in table.of(method))
     write(results / f"{name}.json", {
         "title": table.benchmark.title,
-        "command": f"python examples/benchmarks/suite.py --task {name}{' --quick' * quick} --data DIR --output RUNS",
-        "data": data_name,
+        **source,
         **{key: some[key] for key in provenance()},
         "settings": some["settings"],
         **({"skipped": table.missing} if table.missing else {}),
