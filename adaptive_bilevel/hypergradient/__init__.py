@@ -12,26 +12,51 @@ tensor([0.9000])
 
 from .check import CheckReport, DirectionCheck, Verdict, check
 from .curvature import LowerCurvature, PartialGradients, partial_gradients
+from .differences import DARTS, HOZOG, PZOBO
+from .estimate import Estimate, Estimator, Point, Visit, descend
+from .estimators import Amortised, Averaged, Exact, Implicit, residual
 from .implicit import ImplicitInfo, assign, implicit, implicit_with_info
+from .oracle import LowerGradients, Oracle, Sample
+from .penalty import ValueFunction
 from .solution import LinearSolver, Solution, SolverStatus
 from .solvers import CG, Identity, Neumann
+from .unroll import Unroll, UnrollForward
 
 __all__ = [
     "CG",
+    "DARTS",
+    "HOZOG",
+    "PZOBO",
+    "Amortised",
+    "Averaged",
     "CheckReport",
     "DirectionCheck",
+    "Estimate",
+    "Estimator",
+    "Exact",
     "Identity",
+    "Implicit",
     "ImplicitInfo",
     "LinearSolver",
     "LowerCurvature",
+    "LowerGradients",
     "Neumann",
+    "Oracle",
     "PartialGradients",
+    "Point",
+    "Sample",
     "Solution",
     "SolverStatus",
+    "Unroll",
+    "UnrollForward",
+    "ValueFunction",
     "Verdict",
+    "Visit",
     "assign",
     "check",
+    "descend",
     "implicit",
     "implicit_with_info",
     "partial_gradients",
+    "residual",
 ]

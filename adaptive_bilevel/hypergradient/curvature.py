@@ -124,11 +124,27 @@ class LowerCurvature:
 
     def cross_jvp(self, direction: Sequence[Tensor]) -> Vector:
         """Return ``C^T d = grad_y <grad_x g, d>``, shaped like ``lower``, for ``direction`` d shaped like ``upper``."""
+        self.jvps += 1
+        return _pull_back(self._slopes_in_upper(), self._lower, direction)
+
+    def pull_back(self, vector: Sequence[Tensor]) -> tuple[Vector, Vector]:
+        """Return ``(C v, H v)`` with one backward: an adjoint step through ``grad_y g``."""
+        self.hvps += 1
+        self.jvps += 1
+        both = _pull_back(self._slopes, (*self._upper, *self._lower), vector)
+        return both[: len(self._upper)], both[len(self._upper) :]
+
+    def push_forward(self, direction: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
+        """Return ``C^T d + H v`` with one backward: how ``grad_y g`` answers to a move of (x, y) by (d, v)."""
+        self.hvps += 1
+        self.jvps += 1
+        return _pull_back((*self._slopes_in_upper(), *self._slopes), self._lower, (*direction, *vector))
+
+    def _slopes_in_upper(self) -> tuple[Tensor | None, ...]:
         if self._upper_slopes is None:  # only the response needs it, so only the response pays for it
             self._upper_slopes = _gradients([self._loss], self._upper, None, create_graph=True)
             self.gradients += 1
-        self.jvps += 1
-        return _pull_back(self._upper_slopes, self._lower, direction)
+        return self._upper_slopes
 
 
 def _pull_back(slopes: Sequence[Tensor | None], inputs: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:

@@ -140,6 +140,6 @@ def as_projection(owner: str, project: Any) -> Projection | None:
     if callable(project) and not isinstance(project, type):
         return InPlace(project)
     raise OptionError(
-        f"{owner}(project={project!r}): project must be Box(low, high), Ball(radius), Simplex(total), or a callable that moves a "
-        "list of tensors, in place, into a convex set"
+        f"{owner}(project={project!r}): project must be Box(low, high), Ball(radius), Simplex(total), or a "
+        "callable that moves a list of tensors, in place, into a convex set"
     )

@@ -1,0 +1,222 @@
+"""Implicit estimators: h = f_x - C v with v an approximation of H^{-1} f_y (Fan et al., 2023, eq. (2), sign corrected).
+
+`Implicit` takes any linear solver: `Exact`, `CG`, `Neumann` (the sum of SHIA and stocBiO, or the random term of HIA,
+BSA and TTSA), `Identity` (T1-T2). `Amortised` uses the v that the method itself tracks. `Averaged` keeps
+variance-reduced estimates of H and C as STABLE does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import OptionError, SolverError
+from adaptive_bilevel.policies._options import fraction
+
+from ._vectors import Vector, add, cast_like, negate, zeros_like
+from .estimate import Estimate, Point
+from .oracle import Oracle, Sample
+from .solution import LinearSolver, MatVec, Solution, SolverStatus
+from .solvers import CG
+
+__all__ = ["Amortised", "Averaged", "Exact", "Implicit", "residual"]
+
+
+@final
+@dataclass(frozen=True)
+class Exact:
+    """The inverse itself: H column by column, by d_y products, and a dense solve. For small lower variables.
+
+    >>> H = torch.diag(torch.tensor([1.0, 4.0]))
+    >>> Exact().solve(lambda v: (H @ v[0],), (torch.tensor([1.0, 1.0]),)).tensors
+    (tensor([1.0000, 0.2500]),)
+    """
+
+    @property
+    def warm_start(self) -> bool:
+        """There is nothing to start."""
+        return False
+
+    @property
+    def resamples(self) -> bool:
+        """All columns are those of one matrix."""
+        return False
+
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return H^{-1} rhs.
+
+        Raises:
+            SolverError: H is singular.
+        """
+        flat = _flat(rhs)
+        if not bool(flat.isfinite().all()):
+            return Solution(tuple(t.detach().clone() for t in rhs), 0, float("nan"), SolverStatus.non_finite)
+        H = columns(matvec, rhs)
+        v = _shaped(_dense_solve(H, flat), rhs)
+        return Solution(cast_like(v, rhs), flat.numel(), 0.0, SolverStatus.converged)
+
+
+@final
+@dataclass(frozen=True)
+class Implicit:
+    """h = f_x - C v, v = P f_y with the solver's approximation P of H^{-1}.
+
+    Costs one gradient of f, the solver's HVPs and one JVP. With ``CG(warm_start=True)`` the solve starts from
+    `Point.v`. A solver that resamples (``Neumann(random=True)``) takes its products on `Sample.products` in turn.
+
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> Implicit()(oracle, Point((torch.tensor([4.0]),), (torch.tensor([2.0]),)), Sample()).hypergradient
+    (tensor([0.5000]),)
+    """
+
+    solver: LinearSolver = CG()  # noqa: RUF009 - frozen options
+
+    cost: ClassVar[str] = "1 gradient of f, the solver's HVPs, 1 JVP"
+    needs_path: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Validate the solver."""
+        if isinstance(self.solver, type) or not callable(getattr(self.solver, "solve", None)):
+            raise OptionError(
+                f"Implicit(solver={self.solver!r}): solver must be CG(...), Neumann(...), Identity(...) or Exact()"
+            )
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Estimate:
+        """Return the estimate; `Estimate.v` is v."""
+        loss, partials = oracle.upper_gradients(point.x, point.y, sample)
+        initial = point.v if self.solver.warm_start and point.v else None
+        v = self._solve(oracle, point, sample, partials.lower, initial)
+        implicit = negate(oracle.cross_vjp(point.x, point.y, sample, v))
+        return Estimate(add(partials.upper, implicit), None, loss, partials, v)
+
+    def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: Any = None) -> Vector:
+        """Return P C^T d: how y*(x) answers to a move of x by -d, with the same inverse P."""
+        push = oracle.cross_jvp(point.x, point.y, sample, direction)
+        return self._solve(oracle, point, sample, push, None)
+
+    def _solve(self, oracle: Oracle, point: Point, sample: Sample, rhs: Vector, initial: Vector | None) -> Vector:
+        batches = itertools.cycle(sample.products or (sample.lower,))
+
+        def product(vector: Vector) -> Vector:
+            drawn = sample._replace(lower=next(batches)) if self.solver.resamples and sample.products else sample
+            return oracle.hvp(point.x, point.y, drawn, vector)
+
+        with seeded(sample.seed) if self.solver.resamples else contextlib.nullcontext():
+            return self.solver.solve(product, rhs, initial).tensors
+
+
+@final
+@dataclass(frozen=True)
+class Amortised:
+    """h = f_x - C v with the v that the method tracks itself (SOBA, AmIGO, FSLA, S-TFBO): no solve at all.
+
+    Its steps are v <- v - s (H v - f_y); see `residual`. Costs one gradient of f and one JVP.
+    """
+
+    cost: ClassVar[str] = "1 gradient of f, 1 JVP"
+    needs_path: ClassVar[bool] = False
+    splits: ClassVar[bool] = True
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Estimate:
+        """Return the estimate."""
+        loss, partials = oracle.upper_gradients(point.x, point.y, sample)
+        v = point.v or zeros_like(point.y)
+        return Estimate(partials.upper, negate(oracle.cross_vjp(point.x, point.y, sample, v)), loss, partials, v)
+
+
+def residual(oracle: Oracle, point: Point, sample: Sample) -> tuple[Vector, Vector]:
+    """Return (-f_y, H v), whose sum is the gradient H v - f_y of R(v) = <v, H v> / 2 - <v, f_y>."""
+    partials = oracle.upper_gradients(point.x, point.y, sample)[1]
+    return negate(partials.lower), oracle.hvp(point.x, point.y, sample, point.v or zeros_like(point.y))
+
+
+@final
+@dataclass(frozen=True)
+class Averaged:
+    """h = f_x - C_k H_k^{-1} f_y with recursively averaged dense matrices, as STABLE keeps them.
+
+    H_k = H(p_k; s) + weight (H_{k-1} - H(p_{k-1}; s)), and likewise C_k, both points on the same sample s. On a
+    deterministic problem they are H and C. `Estimate.memory` carries them. For small variables: d_y HVPs and d_y JVPs
+    per point.
+
+    Args:
+        weight: Weight of the old matrices, in (0, 1).
+    """
+
+    weight: float = 0.9
+
+    cost: ClassVar[str] = "1 gradient of f; d_y HVPs and d_y JVPs at this and at the last point"
+    needs_path: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Validate the weight."""
+        fraction("Averaged", "weight", self.weight)
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Estimate:
+        """Return the estimate."""
+        loss, partials = oracle.upper_gradients(point.x, point.y, sample)
+        H, C = _matrices(oracle, point.x, point.y, sample)
+        if point.memory is not None:
+            old_H, old_C = _matrices(oracle, point.memory["x"], point.memory["y"], sample)
+            H = H + self.weight * (point.memory["H"] - old_H)
+            C = C + self.weight * (point.memory["C"] - old_C)
+        v = _dense_solve(H, _flat(partials.lower))
+        h = add(partials.upper, _shaped(C @ v, point.x), -1.0)
+        memory = {"H": H, "C": C, "x": point.x, "y": point.y}
+        return Estimate(h, None, loss, partials, _shaped(v, point.y), memory)
+
+    def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: Any = None) -> Vector:
+        """Return H_k^{-1} C_k^T d with the matrices of `memory`, an estimate's."""
+        assert memory is not None
+        return _shaped(_dense_solve(memory["H"], memory["C"].T @ _flat(direction)), point.y)
+
+
+def _matrices(oracle: Oracle, x: Vector, y: Vector, sample: Sample) -> tuple[Tensor, Tensor]:
+    H = columns(lambda v: oracle.hvp(x, y, sample, v), y)
+    return H, columns(lambda v: oracle.cross_vjp(x, y, sample, v), y)
+
+
+def columns(product: MatVec, like: Sequence[Tensor]) -> Tensor:
+    """Return the dense matrix of a linear map of vectors shaped `like`, one product per column."""
+    size = sum(t.numel() for t in like)
+    basis = torch.eye(size, dtype=_flat(like).dtype, device=like[0].device)
+    return torch.stack([_flat(product(cast_like(_shaped(e, like), like))) for e in basis], dim=1)
+
+
+def _dense_solve(H: Tensor, rhs: Tensor) -> Tensor:
+    try:
+        solved: Tensor = torch.linalg.solve(H, rhs)
+    except RuntimeError as error:
+        raise SolverError(
+            "the lower Hessian is singular: the lower loss has no unique minimizer here. Add a ridge term to it, or "
+            "use CG or Neumann"
+        ) from error
+    return solved
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def _shaped(flat: Tensor, like: Sequence[Tensor]) -> Vector:
+    parts = flat.split([t.numel() for t in like])
+    return tuple(part.reshape(t.shape) for part, t in zip(parts, like, strict=True))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's default generator on the CPU give the numbers of a seed, and put it back."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,248 @@
+"""A bilevel problem as oracles: values, gradients and products at any point, on a given sample, each of them counted.
+
+The oracles are pure functions of (x, y, sample): tensors are only read, random numbers (dropout) depend on the sample
+alone, so that a search, STORM or SPIDER can evaluate a second point on the same sample.
+
+Counting follows the literature's tables: asking twice for the same thing at the same point and sample costs once (so
+SOBA's three directions share one gradient of f), and an HVP or JVP includes the graph that it is taken from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.errors import ClosureError
+
+from ._vectors import Vector
+from .curvature import LowerCurvature, PartialGradients, _fill, _gradients, partial_gradients
+
+if TYPE_CHECKING:
+    from adaptive_bilevel.optim.evaluations import Evaluations
+
+__all__ = ["Loss", "LowerGradients", "Oracle", "Sample"]
+
+Loss: TypeAlias = Callable[[Vector, Vector, Any], Tensor]
+
+
+class Sample(NamedTuple):
+    """What one evaluation is made on.
+
+    Attributes:
+        upper: Batch of the upper loss.
+        lower: Batch of the lower loss.
+        seed: Seed of all random numbers drawn inside the losses and estimators.
+        upper_id: Which summand of a finite sum the upper batch is; None if unknown. SAGA needs it.
+        lower_id: Likewise.
+        products: Further lower batches, for estimators that take each product on an independent one.
+    """
+
+    upper: Any = None
+    lower: Any = None
+    seed: int = 0
+    upper_id: Hashable = None
+    lower_id: Hashable = None
+    products: tuple[Any, ...] = ()
+
+    def generator(self, device: torch.device | None = None) -> torch.Generator:
+        """Return a generator in the state that the seed gives."""
+        return torch.Generator("cpu" if device is None else device).manual_seed(self.seed)
+
+
+class LowerGradients(NamedTuple):
+    """The lower loss and its partial gradients, detached.
+
+    Attributes:
+        loss: g(x, y).
+        upper: g_x; empty if it was not asked for.
+        lower: g_y; empty if it was not asked for.
+    """
+
+    loss: Tensor
+    upper: Vector
+    lower: Vector
+
+
+class Oracle:
+    """The oracles of f and g, and the count of their calls.
+
+    Args:
+        upper_loss: f(x, y, batch) of two tuples of tensors, a real scalar.
+        lower_loss: g(x, y, batch), likewise.
+
+    Attributes:
+        evaluations: Every call so far.
+
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x, y, sample = (torch.tensor([4.0]),), (torch.tensor([2.0]),), Sample()
+    >>> oracle.lower_gradients(x, y, sample).lower, oracle.hvp(x, y, sample, (torch.ones(1),))
+    ((tensor([0.]),), (tensor([2.]),))
+    >>> oracle.evaluations.lower.gradients, oracle.evaluations.lower.hvps
+    (1, 1)
+    """
+
+    def __init__(self, upper_loss: Loss, lower_loss: Loss) -> None:
+        # Imported late: the bilevel optimizers import this folder, and the counts live beside them.
+        from adaptive_bilevel.optim.evaluations import Evaluations
+        from adaptive_bilevel.optim.guard import RandomState
+
+        self._random_state = RandomState
+        self._losses = {"upper_loss": upper_loss, "lower_loss": lower_loss}
+        self.evaluations: Evaluations = Evaluations()
+        self._known: dict[str, tuple[Vector, Vector, Sample, Any]] = {}
+
+    def forget(self) -> None:
+        """Drop what is kept of the last points (a graph among it)."""
+        self._known.clear()
+
+    # ------------------------------------------------------------------------------------------ values
+
+    def upper_value(self, x: Vector, y: Vector, sample: Sample) -> Tensor:
+        """Return f(x, y)."""
+        self.evaluations.upper.values += 1
+        with torch.no_grad():
+            return self._loss("upper_loss", x, y, sample.upper, sample.seed).detach()
+
+    def lower_value(self, x: Vector, y: Vector, sample: Sample) -> Tensor:
+        """Return g(x, y)."""
+        self.evaluations.lower.values += 1
+        with torch.no_grad():
+            return self._loss("lower_loss", x, y, sample.lower, sample.seed).detach()
+
+    # ------------------------------------------------------------------------------------------ gradients
+
+    def upper_gradients(self, x: Vector, y: Vector, sample: Sample) -> tuple[Tensor, PartialGradients]:
+        """Return f(x, y) and its two partial gradients, one gradient call."""
+        known = self._recall("upper", x, y, sample)
+        if known is None:
+            self.evaluations.upper.gradients += 1
+            inner, outer = _leaves(x), _leaves(y)
+            loss = self._attached("upper_loss", inner, outer, sample.upper, sample.seed)
+            known = self._keep("upper", x, y, sample, (loss.detach(), partial_gradients(loss, inner, outer)))
+        found: tuple[Tensor, PartialGradients] = known
+        return found
+
+    def lower_gradients(self, x: Vector, y: Vector, sample: Sample, of: str = "y") -> LowerGradients:
+        """Return g(x, y) and its gradient in y, in x, or in both (``of`` "y", "x" or "xy"): one gradient call."""
+        known = self._recall("lower" + of, x, y, sample)
+        both = self._recall("lowerxy", x, y, sample)
+        if known is None and both is not None:
+            known = both._replace(lower=()) if of == "x" else both._replace(upper=())
+        if known is None:
+            self.evaluations.lower.gradients += 1
+            curvature = self._recall("curvature", x, y, sample)
+            if curvature is not None and of == "y":
+                known = LowerGradients(curvature[0], (), curvature[1].gradient)
+            else:
+                known = self._lower_gradients(x, y, sample, of)
+            self._keep("lower" + of, x, y, sample, known)
+        found: LowerGradients = known
+        return found
+
+    def _lower_gradients(self, x: Vector, y: Vector, sample: Sample, of: str) -> LowerGradients:
+        upper, lower = (_leaves(t) if name in of else t for name, t in (("x", x), ("y", y)))
+        loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
+        wanted = [*(upper if "x" in of else ()), *(lower if "y" in of else ())]
+        gradients = _fill(_gradients([loss], wanted, None, name="lower_loss"), wanted)
+        first = len(upper) if "x" in of else 0
+        return LowerGradients(loss.detach(), gradients[:first], gradients[first:])
+
+    # ------------------------------------------------------------------------------------------ products
+
+    def hvp(self, x: Vector, y: Vector, sample: Sample, vector: Sequence[Tensor]) -> Vector:
+        """Return H v, H = grad^2_yy g."""
+        self.evaluations.lower.hvps += 1
+        return self._curvature(x, y, sample).hvp(vector)
+
+    def cross_vjp(self, x: Vector, y: Vector, sample: Sample, vector: Sequence[Tensor]) -> Vector:
+        """Return C v, C = grad^2_xy g, for v like y."""
+        self.evaluations.lower.jvps += 1
+        return self._curvature(x, y, sample).cross_vjp(vector)
+
+    def cross_jvp(self, x: Vector, y: Vector, sample: Sample, direction: Sequence[Tensor]) -> Vector:
+        """Return C^T d, for d like x."""
+        self.evaluations.lower.jvps += 1
+        return self._curvature(x, y, sample).cross_jvp(direction)
+
+    def pull_back(self, x: Vector, y: Vector, sample: Sample, vector: Sequence[Tensor]) -> tuple[Vector, Vector]:
+        """Return (C v, H v) at once; counts as one JVP and one HVP."""
+        self.evaluations.lower.hvps += 1
+        self.evaluations.lower.jvps += 1
+        return self._curvature(x, y, sample).pull_back(vector)
+
+    def push_forward(
+        self, x: Vector, y: Vector, sample: Sample, direction: Sequence[Tensor], vector: Sequence[Tensor]
+    ) -> Vector:
+        """Return C^T d + H v at once; counts as one JVP and one HVP."""
+        self.evaluations.lower.hvps += 1
+        self.evaluations.lower.jvps += 1
+        return self._curvature(x, y, sample).push_forward(direction, vector)
+
+    def _curvature(self, x: Vector, y: Vector, sample: Sample) -> LowerCurvature:
+        known = self._recall("curvature", x, y, sample)
+        if known is None:
+            upper, lower = _leaves(x), _leaves(y)
+            loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
+            pair = loss.detach(), LowerCurvature(loss, upper, lower)
+            known = self._keep("curvature", x, y, sample, pair)
+        curvature: LowerCurvature = known[1]
+        return curvature
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
+    def upper_loss(self, x: Vector, y: Vector, sample: Sample) -> Tensor:
+        """Return f(x, y) under the present grad mode; not counted, for whoever counts by itself."""
+        return self._loss("upper_loss", x, y, sample.upper, sample.seed)
+
+    def lower_loss(self, x: Vector, y: Vector, sample: Sample) -> Tensor:
+        """Return g(x, y), likewise."""
+        return self._loss("lower_loss", x, y, sample.lower, sample.seed)
+
+    def _attached(self, name: str, x: Vector, y: Vector, batch: Any, seed: int) -> Tensor:
+        with torch.enable_grad():
+            loss = self._loss(name, x, y, batch, seed)
+        if not loss.requires_grad:
+            raise ClosureError(
+                f"{name} returned a loss without a graph: compute it from the x and y that it is given, with gradients "
+                "(no .item(), .detach() or torch.no_grad())"
+            )
+        return loss
+
+    def _loss(self, name: str, x: Vector, y: Vector, batch: Any, seed: int) -> Tensor:
+        with self._seeded({t.device for t in (*x, *y)}, seed):
+            loss = self._losses[name](x, y, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            kind = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise ClosureError(f"{name} returned {kind}: return one real number as a tensor, e.g. loss.mean()")
+        return loss if loss.dim() == 0 else loss.reshape(())
+
+    @contextlib.contextmanager
+    def _seeded(self, devices: set[torch.device], seed: int) -> Iterator[None]:
+        # torch.random.fork_rng with torch.manual_seed does the same and takes .4 ms, longer than a small loss.
+        others = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
+        state = self._random_state(others)
+        try:
+            torch.default_generator.manual_seed(seed)
+            for device in others:
+                with torch.device(device):
+                    torch.get_device_module(device).manual_seed(seed)
+            yield
+        finally:
+            state.restore()
+
+    def _recall(self, kind: str, x: Vector, y: Vector, sample: Sample) -> Any:
+        known = self._known.get(kind)
+        same = known is not None and known[0] is x and known[1] is y and known[2] is sample
+        return known[3] if known is not None and same else None
+
+    def _keep(self, kind: str, x: Vector, y: Vector, sample: Sample, value: Any) -> Any:
+        self._known[kind] = (x, y, sample, value)
+        return value
+
+
+def _leaves(tensors: Vector) -> Vector:
+    return tuple(t.detach().requires_grad_() for t in tensors)

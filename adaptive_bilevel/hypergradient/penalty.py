@@ -1,0 +1,51 @@
+"""First-order estimators through the value function v(x) = min_z g(x, z): F2SA, V-PBGD, BOME, primal-dual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from ._vectors import add, scale
+from .estimate import Estimate, Point
+from .oracle import Oracle, Sample
+
+__all__ = ["ValueFunction"]
+
+
+@final
+@dataclass(frozen=True)
+class ValueFunction:
+    """h = f_x(x, y) + lambda (g_x(x, y) - g_x(x, z)), z near argmin g(x, .): Kwon et al., 2023, arXiv 2301.10945.
+
+    With y the minimizer of f + lambda g, h is grad F up to O(1 / lambda). `Point.multiplier` is lambda, `Point.z` is z.
+    Costs one gradient of f and two of g, no product.
+
+    Args:
+        normalise: Scale h by min(1 / lambda, 1), so that one step size serves all lambda (V-PBGD).
+    """
+
+    normalise: bool = False
+
+    cost: ClassVar[str] = "1 gradient of f, 2 gradients of g, no product"
+    needs_path: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Estimate:
+        """Return the estimate."""
+        loss, partials = oracle.upper_gradients(point.x, point.y, sample)
+        here = oracle.lower_gradients(point.x, point.y, sample, of="xy")
+        there = oracle.lower_gradients(point.x, point.z, sample, of="x")
+        h = add(partials.upper, add(here.upper, there.upper, -1.0), point.multiplier)
+        factor = self.scaling(point.multiplier)
+        merit = factor * float(loss + point.multiplier * (here.loss - there.loss))
+        return Estimate(scale(h, factor), None, loss, partials, merit=merit)
+
+    def scaling(self, multiplier: float) -> float:
+        """Return the factor of the objective f + lambda g."""
+        return 1.0 / max(multiplier, 1.0) if self.normalise else 1.0
+
+    def objective(self, oracle: Oracle, point: Point, sample: Sample) -> float:
+        """Return f(x, y) + lambda (g(x, y) - g(x, z)), whose gradient in x the estimate is."""
+        gap = oracle.lower_value(point.x, point.y, sample) - oracle.lower_value(point.x, point.z, sample)
+        value = oracle.upper_value(point.x, point.y, sample) + point.multiplier * gap
+        return float(value) * self.scaling(point.multiplier)

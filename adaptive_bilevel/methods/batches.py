@@ -1,0 +1,193 @@
+"""Where batches come from: minibatches of in-memory data, pairs of DataLoaders, or any iterable of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..hypergradient._tensors import Tree, flatten, same_structure
+from ..policies import _options
+
+__all__ = ["Loaders", "Minibatches", "Pair", "Source"]
+
+
+class Pair(NamedTuple):
+    """One batch of each level.
+
+    Attributes:
+        upper: For the upper loss.
+        lower: For the lower loss.
+        upper_id: Which block of a fixed partition the upper batch is; None if unknown. SAGA needs it.
+        lower_id: Likewise.
+    """
+
+    upper: Any = None
+    lower: Any = None
+    upper_id: Hashable = None
+    lower_id: Hashable = None
+
+
+class Minibatches:
+    """Minibatches of tensors in memory, endlessly; its place in the stream is saved with a run.
+
+    Args:
+        upper: The upper level's data: a tensor, or a nesting of tensors with one first dimension, e.g. (images,
+            labels).
+        lower: The lower level's data, likewise.
+        size: Batch size, of both levels or (upper, lower).
+        blocks: False: indices drawn with replacement. True: the data are cut once, after a shuffle, into blocks, and
+            each batch is a random one of them: a finite sum, as SAGA and SARAH (`saba`, `srba`) suppose.
+        seed: Seed of the draws.
+
+    Attributes:
+        full: The pair of all data.
+
+    Raises:
+        OptionError: A size is out of range, or tensors of one level differ in their first dimension.
+
+    >>> data = torch.arange(6.0), torch.arange(6.0)
+    >>> batches = Minibatches(data, data, size=(2, 3))
+    >>> pair = next(iter(batches))
+    >>> pair.upper[0].shape, pair.lower[1].shape
+    (torch.Size([2]), torch.Size([3]))
+    """
+
+    def __init__(
+        self, upper: Tree, lower: Tree, *, size: int | tuple[int, int], blocks: bool = False, seed: int = 0
+    ) -> None:
+        sizes = size if isinstance(size, tuple) else (size, size)
+        if len(sizes) != 2:
+            raise OptionError(f"Minibatches(size={size!r}): size must be a number, or (upper, lower)")
+        for one in sizes:
+            _options.count("Minibatches", "size", one)
+        self._levels = [
+            _Level(data, name, int(n)) for data, name, n in zip((upper, lower), ("upper", "lower"), sizes, strict=True)
+        ]
+        self.full = Pair(upper, lower)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._blocks = [level.cut(self._generator) for level in self._levels] if blocks else None
+
+    def __iter__(self) -> Iterator[Pair]:
+        while True:
+            yield self.draw()
+
+    def draw(self) -> Pair:
+        """Return the next pair."""
+        drawn: list[tuple[Any, Hashable]] = []
+        for i, level in enumerate(self._levels):
+            if self._blocks is None:
+                drawn.append((level.at(torch.randint(level.count, (level.size,), generator=self._generator)), None))
+            else:
+                chosen = int(torch.randint(len(self._blocks[i]), (), generator=self._generator))
+                drawn.append((level.at(self._blocks[i][chosen]), chosen))
+        (upper, upper_id), (lower, lower_id) = drawn
+        return Pair(upper, lower, upper_id, lower_id)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the stream."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a place in the stream of a sampler that was made with the same arguments."""
+        self._generator.set_state(state["generator"])
+
+
+class _Level:
+    def __init__(self, data: Tree, name: str, size: int) -> None:
+        self.tensors, self._structure = flatten(data, name)
+        lengths = {len(t) for t in self.tensors if t.dim()}
+        if len(lengths) != 1 or any(t.dim() == 0 for t in self.tensors):
+            shapes = [tuple(t.shape) for t in self.tensors]
+            raise OptionError(f"Minibatches({name}=...): shapes {shapes} do not share one first dimension")
+        self.count = lengths.pop()
+        if size > self.count:
+            raise OptionError(f"Minibatches(size={size}): the {name} level has only {self.count} samples")
+        self.size = size
+
+    def at(self, index: Tensor) -> Any:
+        return same_structure(self._structure, [t[index.to(t.device)] for t in self.tensors])
+
+    def cut(self, generator: torch.Generator) -> list[Tensor]:
+        return list(torch.randperm(self.count, generator=generator).split(self.size))
+
+
+class Loaders:
+    """Two DataLoaders (or other iterables that can be started again), each cycled through endlessly.
+
+    A loader's place cannot be saved: to resume, pass batches that go on where the saved run stopped.
+
+    Args:
+        upper: Yields the upper batches.
+        lower: Yields the lower batches.
+
+    >>> [tuple(pair)[:2] for pair, _ in zip(Loaders([1, 2], "abc"), range(4))]
+    [(1, 'a'), (2, 'b'), (1, 'c'), (2, 'a')]
+    """
+
+    def __init__(self, upper: Iterable[Any], lower: Iterable[Any]) -> None:
+        self._loaders = upper, lower
+
+    def __iter__(self) -> Iterator[Pair]:
+        streams = [_again(loader, name) for loader, name in zip(self._loaders, ("upper", "lower"), strict=True)]
+        while True:
+            yield Pair(next(streams[0]), next(streams[1]))
+
+
+def _again(loader: Iterable[Any], name: str) -> Iterator[Any]:
+    while True:
+        some = False
+        for batch in loader:
+            some = True
+            yield batch
+        if not some:
+            raise OptionError(f"batches: the {name} loader has no batch (left): pass one that can be iterated again")
+
+
+class Source:
+    """What a run draws its pairs from.
+
+    Args:
+        batches: None (full batch: both losses get the batch None), a `Minibatches`, or any iterable of pairs. One that
+            ends is started again.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        if batches is not None and not isinstance(batches, Iterable):
+            raise OptionError(
+                f"batches={batches!r}: pass Minibatches(...), Loaders(...), an iterable of pairs (upper batch, lower "
+                "batch), or None for full batch"
+            )
+        self.batches = batches
+        self._stream = None if batches is None else _again(batches, "pairs'")
+
+    def draw(self) -> Pair:
+        """Return the next pair."""
+        if self._stream is None:
+            return Pair(None, None, 0, 0)
+        drawn = next(self._stream)
+        if isinstance(drawn, Pair):
+            return drawn
+        if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
+            raise OptionError(f"batches yielded {type(drawn).__name__}: each item must be (upper batch, lower batch)")
+        return Pair(drawn[0], drawn[1])
+
+    @property
+    def full(self) -> Pair | None:
+        """The pair of all data, where the source knows it."""
+        if self._stream is None:
+            return Pair(None, None, 0, 0)
+        full: Pair | None = getattr(self.batches, "full", None)
+        return full
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the stream, where the source can tell."""
+        return self.batches.state_dict() if isinstance(self.batches, Minibatches) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to that place."""
+        if isinstance(self.batches, Minibatches) and state:
+            self.batches.load_state_dict(state)

@@ -1,0 +1,155 @@
+"""What is refused before a run starts: combinations that the mathematics does not allow, each with its reason."""
+
+from __future__ import annotations
+
+from ..errors import OptionError
+from ..hypergradient import Amortised, ValueFunction
+from ..optim.projection import as_projection
+from ..policies import SLS, SLSB, DecSPS, Envelope, _options
+from .directions import Adam, Plain, Saga
+from .row import CORRECTIONS, NAMES, Row
+
+__all__ = ["check"]
+
+POLYAK = (Envelope, DecSPS)
+SEARCHES = (SLS, SLSB)
+
+
+def check(row: Row) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        OptionError: With the reason and what to do instead.
+    """
+    _check_values(row)
+    for variable in row.variables:
+        _check_step(row, variable)
+    _check_path(row)
+    for variable in row.variables:
+        direction = row.direction_of(variable)
+        if isinstance(direction, Saga) and variable == "x" and not row.estimator.splits:
+            _refuse(
+                row,
+                "x",
+                f"Saga keeps a table per summand, so the estimate has to be a sum over samples, and {row.estimator} is "
+                "not: use Amortised()",
+            )
+        if direction.second_point and row.estimator.needs_path:
+            _refuse(
+                row,
+                variable,
+                f"{direction} takes the gradient at a second point, and {row.estimator} differentiates through the "
+                "lower loop that led to the first: use Implicit(...) or Amortised()",
+            )
+
+
+def _check_values(row: Row) -> None:
+    owner = "methods.run"
+    for name, value in (("lower_steps", row.lower_steps), ("auxiliary_steps", row.auxiliary_steps)):
+        _options.count(owner, name, value)
+    _options.choice(owner, "correction", row.correction, CORRECTIONS)
+    _options.choice(owner, "clock", row.clock, ("iterations", "steps"))
+    _options.positive(owner, "tolerance", row.tolerance, optional=True)
+    as_projection(owner, row.project)
+    if (
+        not isinstance(row.order, str)
+        or not row.variables
+        or set(row.variables) - set("xyvz")
+        or not row.variables.isalpha()
+    ):
+        raise OptionError(f"methods.run(order={row.order!r}): name groups of x, y, v, z, such as 'y,x' or 'yvx'")
+    repeated = len(set(row.variables)) != len(row.variables)
+    if repeated or not {"x", "y"} <= set(row.variables) or not all(row.groups):
+        raise OptionError(f"methods.run(order={row.order!r}): x and y must occur once, and nothing twice")
+    if isinstance(row.estimator, Amortised) and "v" not in row.variables:
+        raise OptionError(f"methods.run(order={row.order!r}): Amortised() uses v, so v must be stepped; e.g. 'yvx'")
+    if isinstance(row.estimator, ValueFunction) and ("z" not in row.variables or row.multiplier is None):
+        raise OptionError(
+            f"methods.run(order={row.order!r}): ValueFunction() uses z and lambda, so z must be stepped and a "
+            "multiplier= be given"
+        )
+    if row.correction != "none" and not (
+        hasattr(row.estimator, "respond") and any({"x", "y"} <= set(g) for g in row.groups)
+    ):
+        raise OptionError(
+            f"methods.run(correction={row.correction!r}): the correction needs the inverse of an Implicit(...) or "
+            "Averaged(...) estimator, and x and y in one group"
+        )
+
+
+def _check_path(row: Row) -> None:
+    if not row.estimator.needs_path:
+        return
+    groups = row.groups
+    if "y" not in groups or groups.index("y") > next(i for i, g in enumerate(groups) if "x" in g):
+        raise OptionError(
+            f"methods.run(order={row.order!r}): {row.estimator} differentiates through the lower loop, which therefore "
+            "must come before x, in a group of its own: 'y,x'"
+        )
+    if not isinstance(row.lower_direction, Plain):
+        _refuse(row, "y", f"{row.estimator} differentiates through plain lower steps; use direction Plain()")
+
+
+def _check_step(row: Row, variable: str) -> None:
+    policy, direction = row.step_of(variable), row.direction_of(variable)
+    search, polyak = isinstance(policy, SEARCHES), isinstance(policy, POLYAK)
+    if not search and not polyak:
+        return
+    rule = f"{type(policy).__name__}"
+    if not direction.certifies:
+        what = "Armijo's condition may fail for every step" if search else "Polyak's ratio says nothing about the step"
+        _refuse(
+            row,
+            variable,
+            f"{type(direction).__name__}'s direction is no gradient of the sampled loss, so {what}: {rule} needs "
+            "Plain(), Momentum() or Adam(); with this direction use Constant(...) or GradientNorm(...)",
+        )
+    if row.joint and variable in "xy":
+        _refuse(
+            row,
+            variable,
+            "x and y move along one joint direction, whose multiplier changes with the point: there is no one loss "
+            f"that a step of {NAMES[variable]} alone could be judged by. Use Constant(...) or GradientNorm(...), or "
+            "the row 'f2sa'",
+        )
+    if variable == "x" and search:
+        if isinstance(row.estimator, ValueFunction):
+            if row.project is not None:
+                _refuse(
+                    row,
+                    variable,
+                    "a search on f + lambda (g(x, y) - g(x, z)) does not know project=; take Constant(...)",
+                )
+            return
+        if not isinstance(direction, (Plain, Adam)):
+            _refuse(row, variable, "the upper search knows the directions Plain() and Adam()")
+        if row.response == "step" and row.lower_steps < 1:
+            _refuse(row, variable, "response='step' repeats the last lower step, and there is none")
+    if not polyak:
+        return
+    unbounded = policy.lower_bound is None and not (variable == "y" and row.lower_bound is not None)
+    if unbounded:
+        _refuse(
+            row,
+            variable,
+            f"{rule}(lower_bound=None): a Polyak step needs a lower bound of the loss; give one, "
+            + ("or lower_bound=(x, batch) -> bound to run, " if variable == "y" else "")
+            + "or take a search (SLS with start=)",
+        )
+    if variable == "v":
+        _refuse(
+            row,
+            variable,
+            f"R(v) = <v, H v>/2 - <v, f_y> is below 0 at its minimum and has no known lower bound, which {rule} needs",
+        )
+    if variable == "x" and isinstance(row.estimator, ValueFunction):
+        _refuse(
+            row,
+            variable,
+            f"f + lambda (g(x, y) - g(x, z)) has no known lower bound (z is not exact), which {rule} needs; use SLS "
+            "with lower_bound=None and start=",
+        )
+
+
+def _refuse(row: Row, variable: str, reason: str) -> None:
+    raise OptionError(f"methods.run({row.name!r}), step of {variable} ({NAMES[variable]}): {reason}")

@@ -1,0 +1,181 @@
+"""What each variable descends on: the sampled gradient of y, v, z and x at a point, and the function it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+from ..hypergradient import ValueFunction
+from ..hypergradient._vectors import Vector, add, inner, scale
+from ..hypergradient.estimate import Estimate, Estimator, Point
+from ..hypergradient.estimators import residual
+from ..hypergradient.oracle import Oracle, Sample
+from ..policies import _options
+
+__all__ = ["Field", "Gradient", "Hypergradient", "LinearSystem", "LowerLoss", "PenalisedLoss", "SecondLower"]
+
+
+class Gradient(NamedTuple):
+    """A sampled gradient of one variable.
+
+    Attributes:
+        upper: Its part on the upper sample (or all of it, where it is not split); None: no such part.
+        lower: Its part on the lower sample; None: no such part, or no split.
+        loss: Value of the function that it is the gradient of.
+        objective: That function of the variable alone, for trials; None: unknown.
+        estimate: The estimate that it comes from, of x.
+    """
+
+    upper: Vector | None
+    lower: Vector | None
+    loss: float
+    objective: Callable[[Vector], float] | None = None
+    estimate: Estimate | None = None
+
+    @property
+    def total(self) -> Vector:
+        """The gradient."""
+        if self.upper is None or self.lower is None:
+            only = self.lower if self.upper is None else self.upper
+            assert only is not None
+            return only
+        return add(self.upper, self.lower)
+
+
+class Field(Protocol):
+    """A pure function of (point, sample) over an oracle.
+
+    Attributes:
+        cost: What one call costs, in words.
+    """
+
+    @property
+    def cost(self) -> str:
+        """What one call costs, in words."""
+        ...
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
+        """Return the sampled gradient at the point."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowerLoss:
+    """y: grad_y g(x, y)."""
+
+    cost: ClassVar[str] = "1 gradient of g"
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
+        """Return the gradient."""
+        found = oracle.lower_gradients(point.x, point.y, sample)
+        return Gradient(None, found.lower, float(found.loss), lambda y: float(oracle.lower_value(point.x, y, sample)))
+
+
+@dataclass(frozen=True)
+class PenalisedLoss:
+    """y: grad_y (f + lambda g), the lower level of the value-function methods.
+
+    Args:
+        normalise: Scale by min(1 / lambda, 1), as `ValueFunction` does.
+    """
+
+    normalise: bool = False
+
+    cost: ClassVar[str] = "1 gradient of f, 1 gradient of g"
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
+        """Return the gradient."""
+        factor = ValueFunction(self.normalise).scaling(point.multiplier)
+        f, partials = oracle.upper_gradients(point.x, point.y, sample)
+        found = oracle.lower_gradients(point.x, point.y, sample)
+
+        def objective(y: Vector) -> float:
+            g = oracle.lower_value(point.x, y, sample)
+            return factor * float(oracle.upper_value(point.x, y, sample) + point.multiplier * g)
+
+        return Gradient(
+            scale(partials.lower, factor),
+            scale(found.lower, factor * point.multiplier),
+            factor * float(f + point.multiplier * found.loss),
+            objective,
+        )
+
+
+@dataclass(frozen=True)
+class LinearSystem:
+    """v: H v - f_y, the gradient of R(v) = <v, H v> / 2 - <v, f_y>."""
+
+    cost: ClassVar[str] = "1 HVP (and f_y once per point)"
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
+        """Return the residual."""
+        upper, lower = residual(oracle, point, sample)
+
+        def objective(v: Vector) -> float:
+            curved = oracle.hvp(point.x, point.y, sample, v)
+            return 0.5 * inner(v, curved) + inner(v, upper)
+
+        v = point.v
+        return Gradient(upper, lower, 0.5 * inner(v, lower) + inner(v, upper), objective)
+
+
+@dataclass(frozen=True)
+class SecondLower:
+    """z: grad_z (g(x, z) + ridge ||z||^2 / 2), whose minimum is the value function v(x), or the smoothed one of (26).
+
+    Args:
+        ridge: a_1 >= 0 of (26).
+    """
+
+    ridge: float = 0.0
+
+    cost: ClassVar[str] = "1 gradient of g"
+
+    def __post_init__(self) -> None:
+        """Validate the ridge."""
+        _options.non_negative("SecondLower", "ridge", self.ridge)
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
+        """Return the gradient."""
+        found = oracle.lower_gradients(point.x, point.z, sample)
+
+        def regularised(z: Vector, g: float) -> float:
+            return g + 0.5 * self.ridge * inner(z, z)
+
+        lower = add(found.lower, point.z, self.ridge) if self.ridge else found.lower
+        return Gradient(
+            None,
+            lower,
+            regularised(point.z, float(found.loss)),
+            lambda z: regularised(z, float(oracle.lower_value(point.x, z, sample))),
+        )
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """x: the estimate of grad F.
+
+    Args:
+        estimator: Any estimator.
+    """
+
+    estimator: Estimator
+
+    @property
+    def cost(self) -> str:
+        """What one call costs, in words."""
+        return self.estimator.cost
+
+    def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
+        """Return the estimate."""
+        found = self.estimator(oracle, point, sample)
+        objective = None
+        if isinstance(self.estimator, ValueFunction):
+            estimator = self.estimator
+
+            def objective(x: Vector) -> float:
+                return estimator.objective(oracle, point._replace(x=x), sample)
+
+        loss = float(found.loss) if found.merit is None else found.merit
+        return Gradient(found.upper_part, found.lower_part, loss, objective, found)

@@ -1,0 +1,217 @@
+"""A row: one algorithm of the literature as a composition, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import OptionError
+from ..hypergradient import Implicit, LinearSolver
+from ..hypergradient.estimate import Estimator
+from ..optim.projection import Projection
+from ..policies import Constant
+from .directions import Direction, Plain
+from .fields import Field, Hypergradient, LinearSystem, LowerLoss, SecondLower
+from .multipliers import Multiplier
+
+__all__ = ["Row", "configure"]
+
+CORRECTIONS = ("none", "tangent", "bracketed")
+NAMES = {"x": "upper", "y": "lower", "v": "linear system", "z": "lower copy"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An algorithm: estimator x lower schedule x step rules x directions x projection.
+
+    The variables are x, y, v (the solution of H v = f_y that some methods track) and z (a second lower variable, of the
+    value-function methods). All fields but the first three are options of `methods.run`.
+
+    Attributes:
+        name: Its name.
+        summary: One line.
+        source: Reference.
+        assumes: What its theory assumes.
+        order: Groups of variables, one after the other in each iteration; those of one group move at once, from the
+            same point (Jacobi). "y,x" is y first, then x at the new y; "yvx" is all at once.
+        estimator: Of the hypergradient.
+        upper_step: Step rule of x (and of y, where `joint`); a number is a constant step.
+        lower_step: Step rule of y (of z, where `joint`).
+        auxiliary_step: Step rule of v or z; None: that of y. Given a constant `lower_step` alone, a constant
+            `auxiliary_step` follows it.
+        upper_direction: Direction of x (and of y, where `joint`).
+        lower_direction: Direction of y (of z, where `joint`).
+        auxiliary_direction: Direction of v or z; None: that of y.
+        lower_steps: T, steps of y and z in an iteration.
+        auxiliary_steps: Steps of v in an iteration.
+        lower: What y descends on.
+        lower_copy: What z descends on.
+        tolerance: For the variables of `until`: stop at ||gradient||^2 <= tolerance; None: 1 / iterations.
+        until: Variables whose loop ends by that tolerance; their number of steps then only is a cap.
+        cold: Variables whose step rule begins anew in each iteration.
+        start: Where a variable starts in each iteration: {"z": "y"}, or {"y": "first"} (cold start).
+        couplings: Variables whose states a step rule shares, e.g. {"v": "y", "x": "yv"} for S-TFBO.
+        joint: x and y move along one direction, that of f + lambda q.
+        multiplier: Rule of lambda.
+        correction: "tangent": y also answers to the move of x, y += P C^T (x - x+), as in STABLE; "bracketed": the
+            same times the lower step (the lecture's Algorithm 6).
+        project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable that moves a list of tensors in place.
+        lower_bound: (x, lower batch) -> a lower bound of g there, for Polyak steps of y.
+        clock: What schedules count: "iterations" k of the upper level, or "steps" of their own variable.
+        solver: P of the upper search's tangent; None: the estimator's, or CG.
+        response: Of an upper search: "tangent", or "step" as in the paper; see `BiSLS`, as for the next three.
+        response_steps: Lower steps per trial of response="step".
+        baseline: "paper" or "matched".
+        carry: Whether y moves along after an upper search: "auto", True or False.
+        curvature: Trust in the tangent.
+    """
+
+    name: str
+    summary: str
+    source: str
+    assumes: str
+    order: str
+    estimator: Estimator
+    upper_step: Any
+    lower_step: Any
+    auxiliary_step: Any = None
+    upper_direction: Direction = field(default_factory=Plain)
+    lower_direction: Direction = field(default_factory=Plain)
+    auxiliary_direction: Direction | None = None
+    lower_steps: int = 1
+    auxiliary_steps: int = 1
+    lower: Field = field(default_factory=LowerLoss)
+    lower_copy: Field = field(default_factory=SecondLower)
+    tolerance: float | None = None
+    until: str = ""
+    cold: str = ""
+    start: Mapping[str, str] = field(default_factory=dict)
+    couplings: Mapping[str, str] = field(default_factory=dict)
+    joint: bool = False
+    multiplier: Multiplier | None = None
+    correction: str = "none"
+    project: Projection | None = None
+    lower_bound: Callable[[Any, Any], float] | None = None
+    clock: str = "iterations"
+    solver: LinearSolver | None = None
+    response: str = "tangent"
+    response_steps: int = 1
+    baseline: str = "paper"
+    carry: str | bool = "auto"
+    curvature: float = 0.5
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of variables."""
+        return self.order.split(",")
+
+    @property
+    def variables(self) -> str:
+        """All variables, in order."""
+        return self.order.replace(",", "")
+
+    def step_of(self, variable: str) -> Any:
+        """Return the step rule of a variable."""
+        return self._of(variable, "step")
+
+    def direction_of(self, variable: str) -> Direction:
+        """Return the direction of a variable."""
+        found: Direction = self._of(variable, "direction")
+        return found
+
+    def _of(self, variable: str, what: str) -> Any:
+        upper, lower, auxiliary = (getattr(self, f"{level}_{what}") for level in ("upper", "lower", "auxiliary"))
+        if variable == "x" or (variable == "y" and self.joint):
+            return upper
+        return lower if variable == "y" or self.joint or auxiliary is None else auxiliary
+
+    def repeats(self, group: str) -> int:
+        """Return how often a group steps in an iteration."""
+        if len(group) > 1 or group == "x":
+            return 1
+        return self.auxiliary_steps if group == "v" else self.lower_steps
+
+    def field_of(self, variable: str) -> Field:
+        """Return what a variable descends on."""
+        return {
+            "x": Hypergradient(self.estimator),
+            "y": self.lower,
+            "v": LinearSystem(),
+            "z": self.lower_copy,
+        }[variable]
+
+    def response_solver(self) -> LinearSolver | None:
+        """Return P of the tangent; None: the default."""
+        return self.solver or (self.estimator.solver if isinstance(self.estimator, Implicit) else None)
+
+    def __str__(self) -> str:
+        """Return the composition, the cost of an iteration and the assumptions."""
+        lines = [f"{self.name}: {self.summary}", f"  source     {self.source}", f"  estimator  {self.estimator}"]
+        lines.append("  iteration  " + ", then ".join(self._group(group) for group in self.groups))
+        for variable in self.variables:
+            times = self.repeats(variable) if variable in self.groups else 1
+            direction = self.direction_of(variable)
+            cost = self.field_of(variable).cost + ("; twice, at two points" if direction.second_point else "")
+            rule = self.step_of(variable)
+            lines.append(
+                f"  {variable:<10} {rule} along {direction}; {cost}" + (f", {times} times" if times > 1 else "")
+            )
+        extra = ("multiplier", "project", "cold", "until", "start", "couplings")
+        lines += [f"  {name:<10} {value}" for name in extra if (value := getattr(self, name))]
+        if self.correction != "none":
+            lines.append(f"  correction y += P C^T (x - x+), {self.correction}; 1 JVP and the inverse's HVPs once more")
+        if any(hasattr(self.step_of(v), "first_trial") for v in self.variables):
+            lines.append(
+                "  searches   1 value of the searched loss per trial; at x also the response of y: " + self.response
+            )
+        return "\n".join([*lines, f"  assumes    {self.assumes}"])
+
+    def _group(self, group: str) -> str:
+        times = self.repeats(group)
+        loop = f"{times} x " if times > 1 else ""
+        until = " until its gradient is small" if group in self.until and self.until else ""
+        return loop + " and ".join(f"{v} ({NAMES[v]})" for v in group) + (" at once" if len(group) > 1 else "") + until
+
+
+OPTIONS = {f.name for f in dataclasses.fields(Row)} - {"name", "summary", "source", "assumes"}
+
+
+def configure(row: Row, options: Mapping[str, Any]) -> Row:
+    """Return the row with some of its parts replaced.
+
+    Raises:
+        OptionError: There is no such part, or a value is of the wrong kind.
+    """
+    given = dict(options)
+    for name in given:
+        if name not in OPTIONS:
+            raise OptionError(f"methods.run({name}=...): no such option; there are {', '.join(sorted(OPTIONS))}")
+    for level in ("upper", "lower", "auxiliary"):
+        name = f"{level}_step"
+        if name in given:
+            given[name] = _policy(name, given[name])
+    if "solver" in given and "estimator" not in given and isinstance(row.estimator, Implicit):
+        given["estimator"] = Implicit(given["solver"])
+    follows = isinstance(given.get("lower_step"), Constant) and isinstance(row.auxiliary_step, Constant)
+    if follows and "auxiliary_step" not in given:
+        given["auxiliary_step"] = given["lower_step"]
+    return dataclasses.replace(row, **given)
+
+
+def _policy(name: str, value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Constant(bound=float(value))
+    if value is None and name == "auxiliary_step":
+        return None
+    if (
+        isinstance(value, type)
+        or not callable(getattr(value, "step", None))
+        or not callable(getattr(value, "init", None))
+    ):
+        raise OptionError(
+            f"methods.run({name}={value!r}): pass a step size, or a policy such as policies.SLS() (an instance, not an "
+            "optimizer)"
+        )
+    return value
