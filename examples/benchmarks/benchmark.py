@@ -11,7 +11,7 @@ from methods import PEERS, SINGLE_LEVEL
 from tasks import SINGLE_LEVEL as SINGLE_LEVEL_TASKS
 
 SEEDS = (0, 1, 2)
-FIRST_TRIALS = ("1e-2", "1", "1e2", "1e4")
+FIRST_TRIALS = ("1e-2", "10", "1e4")
 SINGLE_PEERS = tuple(peer for peer in PEERS if peer in SINGLE_LEVEL)
 BOUNDS = ("1", "10", "100", "1e3", "1e4", "1e5")
 
@@ -55,7 +55,7 @@ class Benchmark:
             self,
             title=f"{self.title} (quick)",
             settings={**self.settings, "iterations": iterations, "evaluate_every": iterations // 2},
-            first_trials=self.first_trials[::4],
+            first_trials=self.first_trials[::3],
             grids=tuple(grid.smaller() for grid in self.grids[:2]),
             others=self.others[:1],
             seeds=self.seeds[:1],

@@ -136,7 +136,7 @@ def minimizer(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int =
     """The minimizer of a convex function of one tensor, by L-BFGS in float64."""
     solution = start.detach().double().requires_grad_()
     search = torch.optim.LBFGS(
-        [solution], max_iter=iterations, history_size=20, tolerance_grad=1e-7, tolerance_change=0.0,
+        [solution], max_iter=iterations, history_size=20, tolerance_grad=1e-6, tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 
