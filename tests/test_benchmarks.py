@@ -61,6 +61,8 @@ def test_every_benchmark_starts(name: str) -> None:
         ("regularisation", "bisls-sgd", {}),
         ("regularisation", "bisls-sgd", {"kind": "ridge", "per_feature": False}),
         ("regularisation", "bisls-sgd", {"kind": "softmax", "name": "news20_small"}),
+        ("regularisation", "s-tfbo", {"iterations": 10, "evaluate_every": 5}),
+        ("hyper-cleaning", "d-tfbo", {"iterations": 10, "evaluate_every": 5}),
         ("wide-quadratic", "bisls-adam", {}),
         ("logistic-regression", "slsb", {}),
         ("lenet", "sls", {"iterations": 6, "rows": 500}),

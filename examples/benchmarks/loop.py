@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.hypergradient import assign, implicit_with_info
+from adaptive_bilevel.methods import BilevelProblem
+from adaptive_bilevel.methods import run as methods_run
 from adaptive_bilevel.optim.evaluations import Counts
 from methods import Hooks, SingleStep
 from tasks import SingleLevelTask, Task
@@ -138,6 +140,51 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int) -> Iterator[Run]:
             yield run
             if run.hopeless():
                 return
+
+
+def train_row(task: Task, name: str, seed: int, **options: Any) -> Iterator[Run]:
+    """Runs an algorithm of `adaptive_bilevel.methods` for the oracle cost of constant steps at both levels.
+
+    Its iterations are of another kind (S-TFBO's have one lower step), so "iteration" is the share of that cost. The
+    task's losses have to read `upper` and `lower` from their lists, as all do that have no network.
+    """
+    settings, run = task.settings, Run()
+    products = settings.solver_steps if settings.solver != "identity" else 0
+    budget = settings.iterations * Counts(gradients=settings.lower_steps + 2, hvps=products, jvps=1).cost
+    generator = torch.Generator().manual_seed(seed)
+
+    def at(loss: Callable[[Any], Tensor]) -> Callable[[Any, Any, Any], Tensor]:
+        def evaluated(x: Any, y: Any, batch: Any) -> Tensor:
+            task.upper[:], task.lower[:] = x, y
+            return loss(batch)
+
+        return evaluated
+
+    def pairs() -> Iterator[Any]:
+        while True:
+            yield task.sample_upper(generator), task.sample_lower(generator)
+
+    problem = BilevelProblem(at(task.upper_loss), at(task.lower_loss))
+    records = methods_run(
+        name, problem, task.upper, task.lower, iterations=100 * settings.iterations, batches=pairs(), **options
+    )
+    run.evaluate(0, task.evaluate())
+    evaluated, started = 0, time.process_time()
+    for record in records:
+        reached = min(settings.iterations, int(settings.iterations * record.total_cost / budget))
+        run.step_sizes.append(record.steps.upper)
+        run.lower_step_sizes.append(record.steps.lower)
+        if reached >= evaluated + settings.evaluate_every or reached == settings.iterations:
+            run.seconds += time.process_time() - started
+            task.upper[:], task.lower[:] = record.x, record.y
+            last = task.resolve() if reached == settings.iterations else {}
+            run.evaluate(reached, {**task.evaluate(), **last})
+            run.cost = {"lower": record.total.lower.cost, "hypergradient": 0.0, "upper": record.total.upper.cost}
+            evaluated = reached
+            yield run
+            if reached == settings.iterations or run.hopeless():
+                return
+            started = time.process_time()
 
 
 def train_single(task: SingleLevelTask, optimizer: torch.optim.Optimizer, step: SingleStep, seed: int) -> Iterator[Run]:

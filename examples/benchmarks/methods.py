@@ -205,6 +205,9 @@ BILEVEL: dict[str, Callable[..., Hooks]] = {
 }
 
 
+ROWS = ("s-tfbo", "d-tfbo")  # whole algorithms of `adaptive_bilevel.methods`; see `loop.train_row`
+
+
 # Single level.
 
 

@@ -26,10 +26,10 @@ import torch
 
 import data
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
-from loop import Run, train_bilevel, train_single
+from loop import Run, train_bilevel, train_row, train_single
 from methods import BILEVEL as BILEVEL_METHODS
+from methods import ROWS, Unavailable, lower_rule
 from methods import SINGLE_LEVEL as SINGLE_LEVEL_METHODS
-from methods import Unavailable, lower_rule
 from tasks import BILEVEL, SINGLE_LEVEL
 
 Options = dict[str, Any]
@@ -75,6 +75,8 @@ class Job:
             optimizer, step = _lookup(SINGLE_LEVEL_METHODS, self.method.name)(single.params, **options)
             return asdict(single.settings), single, train_single(single, optimizer, step, self.seed)
         task = _lookup(BILEVEL, self.task)(self.seed, folder, **self.settings)
+        if self.method.name in ROWS:
+            return asdict(task.settings), task, train_row(task, self.method.name, self.seed, **options)
         rule = lower_rule(options.pop("lower", None), task.lower_rule)
         make = _lookup(BILEVEL_METHODS, self.method.name)
         hooks = make(task.upper, task.lower, rule, task.settings.make_solver(), **options)

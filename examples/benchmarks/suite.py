@@ -4,9 +4,9 @@
     python examples/benchmarks/suite.py --task hyper-cleaning --method bisls-sgd:lr=1e3 --set lower_steps=1
 
 Each run leaves a JSON file in RUNS and is not repeated; delete what should be. Baselines get a full grid of steps for
-both levels: decades with the first seed, half decades around the winner, and the best two or three with all seeds. Ours get no
-number at either level, and then first trials (or bounds) over six decades. "loss" of a run is the median of its last
-three evaluations, "seconds" processor time without evaluations, "cost" that of all oracle calls counted in gradients.
+both levels: decades with the first seed, half decades around the winner, and the best two or three with all seeds. Ours
+get no number at either level, and then first trials (or bounds) over six decades. "loss" of a run is the median of its
+last three evaluations, "seconds" processor time without evaluations, "cost" that of all oracle calls in gradients.
 A second form runs the methods that are named instead of the benchmark's own, and writes nothing but their runs.
 """
 
