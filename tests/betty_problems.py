@@ -102,6 +102,19 @@ def sgd(lr: float, **options: Any) -> Callable[[Any], Any]:
     return lambda params: torch.optim.SGD(params, lr=lr, **options)
 
 
+def gradients_of_steps(level: Level) -> list[Tensor]:
+    """A list that gets the gradient of a `Variable` whenever its optimizer is stepped."""
+    seen: list[Tensor] = []
+    step = level.optimizer.step
+
+    def spy() -> Any:
+        seen.append(level.module.value.grad.clone())
+        return step()
+
+    level.optimizer.step = spy
+    return seen
+
+
 def state(made: Any) -> str:
     """All that a run leaves: parameters, buffers, gradients and random state; NaN equals itself there."""
     modules = [problem.module.state_dict() for problem in made.problems]

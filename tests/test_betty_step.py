@@ -26,8 +26,8 @@ ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, BiSPS, BiSLS]
 LOWER = [SPSMax, SPSB, DecSPS, SLS, SLSB]
 
 # Rules that always take one step: whatever is tried is taken, or the bound is.
-ANY = {"slack": 1e12, "reset": "initial"}
-FREE = {"lower_bound": None, "carry": False}
+ANY: dict[str, Any] = {"slack": 1e12, "reset": "initial"}
+FREE: dict[str, Any] = {"lower_bound": None, "carry": False}
 SYMMETRIC = Identity(0.1)  # the slope is then <h, d>, also where the lower loss is not convex
 LOW: dict[str, Any] = {
     "SLS": lambda lr: lambda p: SLS(p, lr, **ANY),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -18,6 +19,8 @@ from adaptive_bilevel.policies import Record
 
 from ._options import solver_from, solver_text
 from .chain import Block, ChainResponse
+from .hypergradient import TYPE
+from .nested import total_loss
 from .optimizers import Hosted
 from .seat import Seat, edges, seat_of
 
@@ -70,7 +73,7 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
         if [id(o) for o in self.lower.optimizers] != [id(o) for o in optimizers]:
             self.bind(optimizers)
         self.project = seat.project if seat.projects else None
-        return step(self, seat.replay.closure, [s.replay.closure for s in below] or None)
+        return step(self, seat.replay.closure, [_lower_closure(s) for s in below] or None)
 
     def _respond(
         self,
@@ -127,6 +130,13 @@ def _clocked(seat: Seat) -> list[Any]:
     return mine
 
 
+def _lower_closure(seat: Seat) -> Any:
+    """Return the loss whose minimizer is followed; problems further below answer if they do in the hypergradient."""
+    if seat.problem.config.type != TYPE or not seat.problem.paths:
+        return seat.replay.closure
+    return lambda: total_loss(seat) if torch.is_grad_enabled() else seat.replay.closure()
+
+
 def _blocks(seat: Seat) -> list[Block]:
     answers = edges(seat.problem)
     places = {seat.problem: -1, **{problem: i for i, problem in enumerate(answers)}}
@@ -135,5 +145,5 @@ def _blocks(seat: Seat) -> list[Block]:
         tensors = [p for g in problem.optimizer.param_groups for p in g["params"] if p.requires_grad]
         if not tensors:
             raise LowerLevelError(f"problem {problem.name!r} is frozen: take it out of the engine's dependencies")
-        blocks.append(Block(seat_of(problem).replay.closure, tensors, [places[upper] for upper in uppers]))
+        blocks.append(Block(_lower_closure(seat_of(problem)), tensors, [places[upper] for upper in uppers]))
     return blocks

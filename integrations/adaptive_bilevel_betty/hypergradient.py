@@ -16,6 +16,7 @@ from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 from adaptive_bilevel.optim.guard import Guard, Workspace
 
 from ._host import Problem, jvp_fn_mapping
+from .nested import total_loss
 from .seat import seat_of
 
 __all__ = ["TYPE", "adaptive_cg", "register"]
@@ -27,7 +28,8 @@ def adaptive_cg(vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bo
     """Return -C P `vector`: how a function of `curr`'s solution changes with `prev`'s parameters.
 
     C and P are those of the loss of `curr` on the batches of its last step (all of a step with gradient accumulation),
-    with the same dropout masks, so that the response of `BiSLS` and the hypergradient have the same inverse.
+    with the same dropout masks, so that the response of `BiSLS` and the hypergradient have the same inverse. If `curr`
+    looks ahead into problems itself, it is the loss with those problems answering (see `nested`).
 
     Args:
         vector: Gradient by the parameters of `curr`.
@@ -41,7 +43,7 @@ def adaptive_cg(vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bo
     seat = seat_of(curr)
     upper, lower = list(prev.trainable_parameters()), list(curr.trainable_parameters())
     with seat.replay.untraced(), Guard([*upper, *lower], Workspace()) as guard, torch.enable_grad():
-        loss = guard.attached(seat.replay.closure)
+        loss = guard.attached(lambda: total_loss(seat))
         guard.mark()
         curvature = LowerCurvature(loss, upper, lower)
         solution = seat.solver.solve(curvature.hvp, vector, seat.solution)

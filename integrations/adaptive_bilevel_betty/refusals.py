@@ -9,6 +9,7 @@ import torch
 
 from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
 from adaptive_bilevel.optim.polyak import PolyakOptimizer
+from adaptive_bilevel.optim.upper import UpperOptimizer
 
 from ._host import OLD, RELEASE, BaseProblem, ImplicitProblem, Problem, distribution, rolls_back
 from .bilevel import BiSLS
@@ -30,6 +31,7 @@ def refuse(engine: Any, problems: Sequence[Problem], ours: Sequence[Problem]) ->
         _refuse_no_loss(problem)
         _refuse_frozen(problem)
     for problem in ours:
+        _refuse_level(problem)
         _refuse_clipping(problem)
         _refuse_scaler(problem)
         _refuse_shared(problem)
@@ -64,6 +66,14 @@ def _refuse_frozen(problem: Problem) -> None:
         raise TensorError(
             f"{_named(problem)} is frozen: none of its parameters requires a gradient. Unfreeze some, or take the "
             "problem out of the engine's dependencies"
+        )
+
+
+def _refuse_level(problem: Problem) -> None:
+    if lookahead(problem) and not isinstance(problem.optimizer, UpperOptimizer):
+        raise OptionError(
+            f"{_named(problem)} looks ahead into {[p.name for p in lookahead(problem)]}: its gradient is a "
+            "hypergradient, which is not the slope of its loss at fixed lower variables. Take BiSLS or BiSPS for it"
         )
 
 

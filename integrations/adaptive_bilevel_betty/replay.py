@@ -1,7 +1,7 @@
 """What Betty evaluated since its last step, so that a step can have it again without a trace.
 
-Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: it remembers the batch, the
-random state and the buffers of each evaluation. One step has ``gradient_accumulation`` of them.
+Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: it remembers batch, random
+state and buffers of each evaluation. One step has ``gradient_accumulation`` of them.
 """
 
 from __future__ import annotations
