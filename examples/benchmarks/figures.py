@@ -71,11 +71,11 @@ def _over(method: str, option: str, values: Sequence[Any]) -> list[str]:
     return [f"{method}{'' if method.endswith(':') else ','}{option}={value}" for value in values]
 
 
-REPRESENTATION = {"iterations": 100}
+REPRESENTATION = {"iterations": 60}
 PAPER = "response=step,shrink=0.9,grow=2,lower=search"
-DISTILLATION = {"iterations": 150}
-IDENTITY = {"iterations": 150, "solver": "identity", "solver_scale": 1.0}
-W8A = {"name": "w8a", "epochs": 4}
+DISTILLATION = {"iterations": 100}
+IDENTITY = {"iterations": 100, "solver": "identity", "solver_scale": 1.0}
+W8A = {"name": "w8a", "epochs": 2, "evaluate_every": 50}
 QUADRATIC = {"iterations": 400}
 QUADRATIC_METHODS = ("sgd:lr=10,decay=inverse_sqrt", "sps-max:lr=10", "decsps:lr=10", "spsb:lr=10",
                      "spsb:lr=10,two_sample=True", "slsb:lr=10")  # fmt: skip
@@ -129,13 +129,13 @@ FIGURES: dict[str, list[Panel]] = {
         Panel("identity", "distillation", ("bisls-sgd:response=step,baseline=matched,response_steps=20", "bisls-sgd",
               "sgd:lr=1", "adam:lr=0.1"), IDENTITY),
         Panel("distilled by BiSLS-SGD", "distillation", ("bisls-sgd",), DISTILLATION, "picture"),
-        Panel("28x28", "distillation", ("bisls-sgd",), {"iterations": 150, "pooled": False}, "picture"),
+        Panel("28x28", "distillation", ("bisls-sgd",), {"iterations": 100, "pooled": False}, "picture"),
     ],
     "fig10": [Panel(f"start {seed}", "two-quadratics", QUADRATIC_METHODS, QUADRATIC, "path", seeds=(seed,))
               for seed in range(4)],
     "fig11": [Panel(f"BiSLS-{kind}: the paper's reset options 1, 2, 3", "hyper-representation",
                     [f"bisls-{kind}:response=step,shrink=0.9,grow=2,lower=search,lr={lr},reset={reset},slack=0.0"
-                     for reset in ("initial", "keep", "grow")], {"iterations": 40}) for kind, lr in
+                     for reset in ("initial", "keep", "grow")], {"iterations": 20}) for kind, lr in
               (("sgd", 10), ("adam", 1))],
     "fig12": [Panel(f"BiSLS-{kind}, tangent: growth from the last step", "hyper-representation",
                     [f"bisls-{kind}:lower=search,reset=keep",
@@ -149,14 +149,14 @@ FIGURES: dict[str, list[Panel]] = {
     ],
     "fig14": [Panel(f"BiSLS-{kind}, paper's search, option 1, slack", "hyper-representation",
                     _over(f"bisls-{kind}:{PAPER},lr={lr},reset=initial", "slack", (0.0, 1e-6, 1e-4, 1e-2)),
-                    {"iterations": 40}) for kind, lr in (("sgd", 10), ("adam", 1))],
+                    {"iterations": 20}) for kind, lr in (("sgd", 10), ("adam", 1))],
     "fig15": [Panel(f"BiSLS-{kind}, tangent, slack", "hyper-representation",
                     _over(f"bisls-{kind}:lower=search", "slack", (0.0, 1e-6, 1e-4, 1e-2)), REPRESENTATION)
               for kind in ("sgd", "adam")],
     "fig16": [Panel("BiSPS by bound, and BiSLS-SGD", "distillation",
                     [*_over("bisps:", "lr", ("1", "10", "100", "1e3")), "bisps", "bisls-sgd"], DISTILLATION),
               Panel("T = 50", "distillation", ("bisls-sgd", "sgd:lr=20", "adam:lr=0.1"),
-                    {"iterations": 80, "lower_steps": 50, "solver_steps": 50})],
+                    {"iterations": 50, "lower_steps": 50, "solver_steps": 50})],
     "fig17": [Panel("w8a, one and two samples", "logistic-regression", TWO_SAMPLE, W8A),
               Panel("step size", "logistic-regression", TWO_SAMPLE, W8A, "step_sizes")],
     "fig18": [Panel("hyper-representation, one and two samples", "hyper-representation", _samples(("0.1", "1", "10")),
@@ -272,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="four iterations: does it run?")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     folder = data.folder(options.data)
     results = options.results or options.output
     given = None if folder is None else str(folder)

@@ -132,7 +132,7 @@ def lenet(classes: int = 0) -> torch.nn.Sequential:
     )  # fmt: skip
 
 
-def minimizer(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 1000) -> Tensor:
+def minimizer(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 300) -> Tensor:
     """The minimizer of a convex function of one tensor, by L-BFGS in float64."""
     solution = start.detach().double().requires_grad_()
     search = torch.optim.LBFGS(

@@ -69,4 +69,4 @@ def least_loss(task: LogisticRegression) -> float:
     def loss(w: Tensor) -> Tensor:
         return softplus(-y * (x @ w)).mean()
 
-    return float(loss(minimizer(loss, task.params[0])))
+    return float(loss(minimizer(loss, task.params[0], 2000)))
