@@ -295,7 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pyplot.close(canvas)
         command = f"python examples/benchmarks/figures.py --figure {name} --data DIR --output RUNS"
         write(results / f"{name}.json", {
-            "command": command, "data": "real" if folder else "stand-in", **{k: rows[0][k] for k in provenance()},
+            "command": command, "data": "real" if folder else "stand-in",
+            **{key: rows[0][key] for key in provenance()},
             "curves": finals,
         })  # fmt: skip
         print(f"{name}: " + "; ".join(f"{f['method']} {f['loss']:.4g}" for f in finals), flush=True)

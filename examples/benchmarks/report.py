@@ -61,6 +61,11 @@ class Table:
         methods = [Method.parse(text) for text in texts]
         return [method for method in methods if self.of(method)]
 
+    def every(self, key: str) -> Any:
+        """What the runs have under a key: one value, or a list of all."""
+        found = sorted({run[key] for seeds in self._runs.values() for run in seeds.values()}, key=str)
+        return found[0] if len(found) == 1 else found
+
     def grid_seconds(self, label: str) -> float:
         """What all runs of a grid cost."""
         return sum(run["summary"]["seconds"] for method in self.tried[label] for run in self.of(method))
@@ -229,7 +234,7 @@ def publish(table: Table, name: str, results: Path, source: dict[str, str]) -> N
     write(results / f"{name}.json", {
         "title": table.benchmark.title,
         **source,
-        **{key: some[key] for key in provenance()},
+        **{key: table.every(key) for key in provenance()},
         "settings": some["settings"],
         **({"skipped": table.missing} if table.missing else {}),
         "bars": held,
