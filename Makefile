@@ -16,10 +16,10 @@ PIP := pip install --quiet --disable-pip-version-check --constraint constraints.
 INSTALLED := $(VENV)/.installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test lint format types pytest test-jax test-policies clean
+.PHONY: help env demo bench test lint format types pytest test-jax test-policies test-betty-matrix clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 env: $(INSTALLED) ## build .venv (every other command does it when needed)
 
@@ -65,6 +65,18 @@ test-policies: ## the policies and their tests where torch is not installed; PYT
 	$(BARE)/bin/python -m $(PIP) array-api-compat numpy jax pytest hypothesis hatchling editables
 	$(BARE)/bin/python -m $(PIP) --no-build-isolation --no-deps --editable .
 	$(BARE)/bin/python -m pytest adaptive_bilevel/policies $(wildcard tests/policies tests/test_polic*.py) $(ARGS)
+
+# Betty 0.1.1 beside the environment; only a pip before 24.1 reads its metadata. Another Python: PYTHON=python3.10.
+OLD_BETTY := $(VENV)/betty-0.1.1-$(KEY)
+
+$(OLD_BETTY): $(INSTALLED)
+	$(PY) -m pip install --quiet --disable-pip-version-check --target $(VENV)/old-pip 'pip<24.1'
+	PYTHONPATH=$(VENV)/old-pip $(PY) -W ignore -m pip install --quiet --disable-pip-version-check \
+		--no-deps --ignore-requires-python --target $@ betty-ml==0.1.1
+
+test-betty-matrix: $(INSTALLED) $(OLD_BETTY) ## the integration with Betty on both of its releases; PYTHON=python3.10
+	$(PY) -m pytest $(wildcard tests/test_betty_*.py) $(ARGS)
+	PYTHONPATH=$(OLD_BETTY) $(PY) -m pytest $(wildcard tests/test_betty_*.py) $(ARGS)
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) .venv-policies-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
