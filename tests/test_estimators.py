@@ -237,7 +237,7 @@ def test_averaged_remembers() -> None:
     )
     memory: Any = None
     points = [Point((torch.ones(2),), (torch.full((2,), float(k)),)) for k in range(3)]
-    expected, estimates = None, []
+    expected, estimates = torch.zeros(2, 2), []
     hessian = lambda p, H: oracle_hessian(p.y[0], H)  # noqa: E731
     for k, (point, H) in enumerate(zip(points, Hs, strict=True)):
         found = Averaged(w)(oracle, point._replace(memory=memory), Sample(lower=H))
@@ -397,7 +397,7 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     *((Unroll, {"last": k}) for k in (0, -1, 1.5)),
     *((DARTS, {"step": s}) for s in (0.0, -1.0, math.inf)),
     (DARTS, {"step": 0.1, "radius": 0.0}),
-    *((kind, options) for kind, options in itertools.product((PZOBO, HOZOG), ({"directions": 0}, {"radius": 0.0}))),
+    *((kind, {name: 0}) for kind, name in itertools.product((PZOBO, HOZOG), ("directions", "radius"))),
     (PZOBO, {"probes": "all"}),
     *((Averaged, {"weight": w}) for w in (0.0, 1.0, -0.5)),
 ]

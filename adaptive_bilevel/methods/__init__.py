@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..hypergradient._tensors import Tree
+from ..optim.projection import Ball, Box, Simplex
 from .batches import Loaders, Minibatches, Pair
 from .directions import Adam, Momentum, Plain, Saga, Spider, Storm
 from .driver import Run
@@ -22,8 +23,10 @@ __all__ = [
     "Adam",
     "Ascent",
     "Balance",
+    "Ball",
     "BilevelProblem",
     "BoundModule",
+    "Box",
     "Growth",
     "IterationRecord",
     "LinearSystem",
@@ -39,6 +42,7 @@ __all__ = [
     "Run",
     "Saga",
     "SecondLower",
+    "Simplex",
     "Spider",
     "Steps",
     "Storm",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 import warnings
@@ -18,14 +17,14 @@ from ..hypergradient._vectors import Vector, add, inner, zeros_like
 from ..hypergradient.estimate import Estimate, Point, Visit
 from ..hypergradient.oracle import Sample
 from ..optim.projection import as_projection
-from ..policies import Outcome, Record, _options
+from ..policies import GradientNormState, Outcome, Record, _options
 from ..policies._scalars import resolution
 from .batches import Pair, Source
 from .checks import SEARCHES, check
 from .directions import Directed, Sampled
 from .fields import Gradient
 from .problem import BilevelProblem, Variable
-from .record import IterationRecord, Losses, Steps, spent
+from .record import IterationRecord, Losses, Steps, copied, spent
 from .row import NAMES, Row
 from .search import UpperSearch
 
@@ -134,7 +133,7 @@ class Run(Iterator[IterationRecord]):
         """Run one iteration."""
         if self._ended or self._count >= self._iterations:
             raise StopIteration
-        before = copy.deepcopy(self._oracle.evaluations)
+        before = copied(self._oracle.evaluations)
         self._taken: dict[str, list[Record]] = {variable: [] for variable in self.row.variables}
         self._seen: dict[str, Gradient] = {}
         self._stepped: dict[str, Vector] = {}
@@ -234,7 +233,8 @@ class Run(Iterator[IterationRecord]):
         if variable == "y" and row.lower_bound is not None:
             extra["lower_bound"] = float(row.lower_bound(self._upper.arrange(old.x), sample.lower))
         slope = inner(directed.gradient, directed.along)
-        coupled = [shared[other] for other in row.couplings.get(variable, "")] or None
+        states = [shared[other] for other in row.couplings.get(variable, "") if other in shared]
+        coupled = [s for s in states if isinstance(s, GradientNormState)] or None
         record, after = policy.step(state, loss=gradient.loss, slope=slope, shared=coupled, **extra)
         outcome = Outcome(int(record.outcome))
         self._tell(variable, outcome)
@@ -310,7 +310,7 @@ class Run(Iterator[IterationRecord]):
         seen, point = self._seen, self._point
         estimate = seen["x"].estimate
         assert estimate is not None
-        now = copy.deepcopy(self._oracle.evaluations)
+        now = copied(self._oracle.evaluations)
         lower = seen["y"].loss if "y" in seen else math.nan
         return IterationRecord(
             iteration=self._count,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..optim.evaluations import Counts, Evaluations
 from ..policies import Record
 
-__all__ = ["IterationRecord", "Losses", "Steps", "spent"]
+__all__ = ["IterationRecord", "Losses", "Steps", "copied", "spent"]
 
 
 class Losses(NamedTuple):
@@ -78,6 +78,11 @@ class IterationRecord:
     def total_cost(self) -> float:
         """Cost of all oracle calls so far, in gradients (`Counts.cost`)."""
         return self.total.upper.cost + self.total.lower.cost
+
+
+def copied(counts: Evaluations) -> Evaluations:
+    """Return the counts as they are now."""
+    return Evaluations(replace(counts.upper), replace(counts.lower))
 
 
 def spent(now: Evaluations, before: Evaluations) -> Evaluations:

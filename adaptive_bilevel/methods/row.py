@@ -143,8 +143,10 @@ class Row:
         }[variable]
 
     def response_solver(self) -> LinearSolver | None:
-        """Return P of the tangent; None: the default."""
-        return self.solver or (self.estimator.solver if isinstance(self.estimator, Implicit) else None)
+        """Return P of the tangent; None: the default, also where the estimator takes one random term of a series."""
+        if self.solver is None and isinstance(self.estimator, Implicit) and not self.estimator.solver.resamples:
+            return self.estimator.solver
+        return self.solver
 
     def __str__(self) -> str:
         """Return the composition, the cost of an iteration and the assumptions."""
