@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive_bilevel import SLS
 from adaptive_bilevel.hypergradient import CG, assign, implicit
 from tests.optimizers import plain
 from tests.problems import Instance
@@ -15,6 +16,11 @@ from tests.problems import Instance
 EXACT = CG(max_iterations=100, tolerance=0.0)
 
 Loss = Callable[[], Any]
+
+
+def lower_search(y: Any) -> Any:
+    """The lower rule of the random quadratics, whose lower losses have no bound that is known."""
+    return SLS([y], 10.0, lower_bound=None)
 
 
 class Traced:

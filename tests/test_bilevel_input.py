@@ -79,8 +79,8 @@ def test_an_automatic_first_trial_needs_a_lower_bound() -> None:
 
 @pytest.mark.parametrize("cls", [BiSLS, BiSPS])
 def test_an_unknown_keyword(cls: Any) -> None:
-    with pytest.raises(TypeError, match="momentum"):
-        cls([torch.ones(1, requires_grad=True)], momentum=0.9)
+    with pytest.raises(TypeError, match="nesterov"):
+        cls([torch.ones(1, requires_grad=True)], nesterov=True)
 
 
 @pytest.mark.parametrize("arguments", [(1.0, 1.0), (2.0, 1.0), ("a", 1.0), (math.nan, 1.0), (torch.zeros(2), 1.0)])

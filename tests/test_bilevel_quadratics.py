@@ -12,19 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS
+from adaptive_bilevel import SPSB, BiSLS, BiSPS
 from adaptive_bilevel.hypergradient import CG, assign, implicit
 from adaptive_bilevel.policies import Outcome
-from tests.bilevel import EXACT, Traced, iterate
+from tests.bilevel import EXACT, Traced, iterate, lower_search
 from tests.problems import random_qb
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave sufficient decrease", "ignore:.*no_descent")
 
 FIRST_TRIALS = (1e-2, 1e3, None)
-
-
-def lower_search(y: Any) -> Any:
-    return SLS([y], 10.0, lower_bound=None)
 
 
 @pytest.mark.parametrize("direction", ["sgd", "adam"])

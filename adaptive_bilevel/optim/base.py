@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..errors import AdaptiveBilevelWarning, ClosureError, NonFiniteError, OptionError, TensorError
 from ..policies import Outcome, Record, _options
-from .direction import DIRECTIONS, Descent, adam, sgd
+from .direction import DIRECTIONS, Descent, adam, metric, sgd
 from .evaluations import Evaluations
 from .guard import Closure, Guard, RandomState, Workspace
 from .scalars import inner, on_host
@@ -59,6 +59,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
 
     _rule: ClassVar[type[Any]]
     """The policy that a subclass steps by; its options are those of the subclass by the same names."""
+    mixes_momentum: ClassVar[bool] = False
+    """Whether the step's momentum is not the direction's affair, see `adaptive_bilevel.optim.momentum`."""
     takes_offers: ClassVar[bool] = True
     """Whether the next step decides between two starting points, see `offer`."""
 
@@ -254,6 +256,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         if direction == "sgd":
             return sgd()
         group = self.param_groups[0]  # read at each step: schedulers that cycle momentum write to it
+        if self.mixes_momentum:
+            return metric(params, grads, self.state, group["betas"][1], group["eps"])
         return adam(params, grads, self.state, group["betas"], group["eps"])
 
     # ------------------------------------------------------------------------------------------ evaluation

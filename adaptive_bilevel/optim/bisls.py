@@ -20,6 +20,7 @@ from ..policies._scalars import resolution
 from .base import gradients_of, options_of, require_closure
 from .direction import Descent, Direction
 from .guard import Closure, Guard
+from .momentum import blended
 from .moves import Move
 from .projection import Projection, as_projection
 from .response import NoResponse, Response, StepResponse, TangentResponse
@@ -46,6 +47,10 @@ class BiSLS(UpperOptimizer):
         lower: The optimizer of the lower level (any torch optimizer), a list of them (several children, a meta-batch of
             tasks), or None if f does not depend on a lower variable.
         direction: "sgd", "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m), or a `Direction` of yours.
+        momentum: Whether the step is along the mean of the hypergradients (searched is always along the last one).
+            "auto": as far as that mean predicts the next one, see `adaptive_bilevel.optim.momentum`. Left out: "auto"
+            for "adam" (with response="step" True, as in the paper), False for "sgd", whose steps all are certified;
+            "auto" is worth trying there if the hypergradients are noisy.
         response: "tangent", or "step": one more lower step per trial, as in Fan et al. (2023), eq. (14).
         solver: P of the tangent; give the one that the hypergradient uses.
         carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that or goes back,
@@ -53,7 +58,7 @@ class BiSLS(UpperOptimizer):
         curvature: A step is also rejected if the lower gradient changed by more than curvature * a ||C^T d||, which it
             does where the tangent cannot be believed; inf: no such test.
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
-        c: Armijo constant, in (0, 1). Left out: .5 for "sgd", .1 for "adam" and for response="step".
+        c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).
         grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
@@ -72,6 +77,8 @@ class BiSLS(UpperOptimizer):
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
     """
 
+    mixes_momentum = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -79,6 +86,7 @@ class BiSLS(UpperOptimizer):
         *,
         lower: Any = None,
         direction: str | Direction = "sgd",
+        momentum: str | bool | None = None,
         response: str = "tangent",
         solver: LinearSolver | None = None,
         carry: str | bool = "auto",
@@ -105,8 +113,9 @@ class BiSLS(UpperOptimizer):
         _options.positive("BiSLS", "curvature", curvature)
         _options.positive("BiSLS", "max_step", max_step, optional=True)
         _options.finite("BiSLS", "lower_bound", lower_bound, optional=True)
-        if not (isinstance(carry, bool) or carry == "auto"):
-            raise OptionError(f"BiSLS(carry={carry!r}): carry must be 'auto', True or False")
+        for name, value in (("carry", carry), ("momentum", momentum)):
+            if not (isinstance(value, bool) or value == "auto" or (name == "momentum" and value is None)):
+                raise OptionError(f"BiSLS({name}={value!r}): {name} must be 'auto', True or False")
         self.solver: LinearSolver = CG() if solver is None else solver
         if isinstance(solver, type) or not callable(getattr(self.solver, "solve", None)):
             raise OptionError(f"BiSLS(solver={solver!r}): solver must be CG(...), Neumann(...) or Identity(...)")
@@ -143,7 +152,8 @@ class BiSLS(UpperOptimizer):
         shared = {name: options[name] for name in names}
         if shared["c"] is None:
             kind = getattr(options["direction"], "kind", options["direction"])
-            shared["c"] = 0.5 if (kind, options["response"]) == ("sgd", "tangent") else 0.1
+            plain = kind == "sgd" and options["response"] == "tangent" and not _momentum(options)
+            shared["c"] = 0.5 if plain else 0.1
         if options["response"] == "step":
             # The searched function has not the slope of the hypergradient, so no step can be excluded beforehand.
             return policies.SLSB(bound=1.0, decay="constant", lower_bound=None, **shared)
@@ -202,7 +212,7 @@ class BiSLS(UpperOptimizer):
                     going.go(record.step_size, finally_=True)
                     self._save_rule_state(state)
                 descent.commit()
-                answer = self._answer(response)
+                answer = self._answer(response, descent)
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
         self._conclude(record, state)
@@ -221,6 +231,12 @@ class BiSLS(UpperOptimizer):
     def _move_along(self, active: list[Tensor], h: Sequence[Tensor], factors: Sequence[float]) -> tuple[Move, Descent]:
         """Return the move along the preconditioned h; a group's lr counts as a part of its direction."""
         descent = self._descent(active, h)
+        if not callable(self._options["direction"]):  # others bring their own momentum
+            momentum = _momentum(self._options)
+            if momentum is not False:
+                weight = 1.0 if momentum is True else None
+                beta = self.param_groups[0]["betas"][0]
+                descent = blended(descent, active, h, factors, self.state, beta, weight=weight)
         along = _scaled(descent.precondition(h), factors)
         stepped = None if descent.step is None else _scaled(descent.step, factors)
         return Move(active, list(h), along, stepped, mover=descent.move), descent
@@ -327,25 +343,26 @@ class BiSLS(UpperOptimizer):
         first = state.previous == 0.0 and self._options["response"] == "tangent"
         return dataclasses.replace(self._policy, c=max(self._policy.c, 0.5)) if first else self._policy
 
-    def _answer(self, response: Response | None) -> list[Tensor] | None:
+    def _answer(self, response: Response | None, descent: Descent) -> list[Tensor] | None:
         """Return how y answers to one unit of the step that is taken; None: not known.
 
-        Along Adam's momentum that is the mean of the tangents, averaged as Adam averages the gradients. A solve for the
-        momentum itself would cost as much as the tangent; the mean of the solves so far is free, and differs by how H,
-        C and A changed meanwhile. Measured on random quadratics (T = 1, mu = .01): median gap 2.7e-3, against 4.9e-2
-        with the tangent of the searched direction.
+        Along the mean of the hypergradients that is the mean of the tangents, averaged likewise. A solve for the mean
+        itself would cost as much as the tangent; the mean of the solves so far is free, and differs by how H, C and A
+        changed meanwhile. Measured on random quadratics (Adam, T = 1, mu = .01, momentum=True): median gap 2.7e-3,
+        against 4.9e-2 with the tangent of the searched direction.
         """
         if response is None or response.offsets is None:
             return None
         tangent = list(response.offsets)
-        if self._options["direction"] != "adam":
+        if callable(self._options["direction"]) or _momentum(self._options) is False:
             return tangent
-        beta = self._options["betas"][0]
+        beta = self.param_groups[0]["betas"][0]
         state: dict[Any, Any] = self.state  # torch types the keys as tensors
-        saved = state.get("tangents") or {"count": 0, "mean": torch._foreach_mul(tangent, 0.0)}
+        saved = None if descent.restarted else state.get("tangents")
+        saved = saved or {"count": 0, "mean": torch._foreach_mul(tangent, 0.0)}
         count, mean = saved["count"] + 1, list(torch._foreach_lerp(list(saved["mean"]), tangent, 1.0 - beta))
         state["tangents"] = {"count": count, "mean": mean}
-        return list(torch._foreach_div(mean, 1.0 - beta**count))
+        return list(torch._foreach_lerp(tangent, list(torch._foreach_div(mean, 1.0 - beta**count)), descent.weight))
 
     def _carry(self, lower: list[Tensor], answer: list[Tensor] | None, step: float) -> None:
         """Take the predicted response into the next lower loop, or offer it to that loop."""
@@ -371,6 +388,14 @@ class BiSLS(UpperOptimizer):
             )
 
     _far = 0
+
+
+def _momentum(options: dict[str, Any]) -> Any:
+    """Return "auto", True or False."""
+    chosen = options["momentum"]
+    if chosen is None:
+        chosen = options["direction"] == "adam" and (options["response"] == "step" or "auto")
+    return chosen
 
 
 def _scaled(tensors: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 Plain gradients search and step along g. Adam searches along A^{-1} g, which the sufficient-decrease test certifies,
 and steps along A^{-1} m (Fan et al., 2023, Algorithm 2), A = sqrt(v / (1 - beta2^n)) + eps, both moments
-bias-corrected.
+bias-corrected. How much of m a step should take is a question of its own: `adaptive_bilevel.optim.momentum`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DIRECTIONS", "Descent", "Direction", "adam", "move", "sgd"]
+__all__ = ["DIRECTIONS", "Descent", "Direction", "adam", "mean", "metric", "move", "sgd"]
 
 DIRECTIONS = ("sgd", "adam")
 
@@ -37,12 +37,16 @@ class Descent(NamedTuple):
         commit: Takes the step's moments into the state; not called for a step that must leave no trace. Where whether
             it must is only known on the device, it takes them if the given tensor is true.
         move: Moves parameters by -step * factor * direction, in the roundings of whoever made the direction.
+        weight: How much of `step` is along the mean of the gradients, in [0, 1]; the rest is along the searched one.
+        restarted: Whether that mean was started anew.
     """
 
     precondition: Callable[[Sequence[Tensor]], list[Tensor]]
     step: list[Tensor] | None
     commit: Callable[..., None]
     move: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
+    weight: float = 0.0
+    restarted: bool = False
 
 
 class Direction(Protocol):
@@ -64,46 +68,117 @@ def sgd() -> Descent:
     return Descent(list, None, lambda moved=True: None)
 
 
-def adam(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, betas: tuple[float, float], eps: float
-) -> Descent:
-    """Return Adam's direction, as `torch.optim.Adam` computes it.
+def metric(parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, beta: float, eps: float) -> Descent:
+    """Return Adam's metric alone: searched and stepped is A^{-1} g, A = sqrt(v / (1 - beta^n)) + eps.
 
     Args:
         parameters: The parameters, keys of `state`.
         grads: Their gradients.
-        state: An optimizer's state; per parameter it holds "step", "exp_avg" and "exp_avg_sq".
-        betas: Decay of the first and of the second moment, in [0, 1).
+        state: An optimizer's state; per parameter it holds "step" (n) and "exp_avg_sq" (v).
+        beta: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment.
     """
     if not parameters:
         return sgd()
-    beta1, beta2 = betas
     known = [state.get(p, {}) for p in parameters]
-    counts = [saved.get("step", 0) + 1 for saved in known]
-    if any(isinstance(n, Tensor) for n in counts):  # counted on the device, and perhaps a parameter that came later
-        counts = [torch.as_tensor(n, device=g.device) for n, g in zip(counts, grads, strict=True)]
-    old_first, old_second = (
-        [saved[name] if name in saved else torch.zeros_like(g) for saved, g in zip(known, grads, strict=True)]
-        for name in ("exp_avg", "exp_avg_sq")
-    )
-    first = list(torch._foreach_lerp(old_first, list(grads), 1.0 - beta1))
-    second = list(torch._foreach_mul(old_second, beta2))
-    torch._foreach_addcmul_(second, list(grads), list(grads), 1.0 - beta2)
+    counts = _counts(known, "step", grads)
+    old = [
+        saved["exp_avg_sq"] if "exp_avg_sq" in saved else torch.zeros_like(g)
+        for saved, g in zip(known, grads, strict=True)
+    ]
+    second = list(torch._foreach_mul(old, beta))
+    torch._foreach_addcmul_(second, list(grads), list(grads), 1.0 - beta)
     root = list(torch._foreach_sqrt(second))
-    torch._foreach_div_(root, [(1.0 - beta2**n) ** 0.5 for n in counts])
+    torch._foreach_div_(root, [(1.0 - beta**n) ** 0.5 for n in counts])
     torch._foreach_add_(root, eps)
-    step = list(torch._foreach_div(first, root))
-    torch._foreach_div_(step, [1.0 - beta1**n for n in counts])
 
     def precondition(g: Sequence[Tensor]) -> list[Tensor]:
         return list(torch._foreach_div(list(g), root))
 
     def commit(moved: Tensor | bool = True) -> None:
-        for p, n, m, v, m0, v0 in zip(parameters, counts, first, second, old_first, old_second, strict=True):
-            if isinstance(moved, Tensor):
-                n = torch.where(moved, n, n - 1)
-                m, v = torch.where(moved, m, m0), torch.where(moved, v, v0)
-            state[p] = {**state[p], "step": n, "exp_avg": m, "exp_avg_sq": v}
+        _keep(parameters, state, moved, step=(counts, [n - 1 for n in counts]), exp_avg_sq=(second, old))
 
-    return Descent(precondition, step, commit)
+    return Descent(precondition, None, commit)
+
+
+class Mean(NamedTuple):
+    """The moving mean of the gradients, Adam's first moment.
+
+    Attributes:
+        moment: m.
+        mass: 1 - beta^n of each parameter, by which m is to be divided.
+        commit: As in `Descent`.
+    """
+
+    moment: list[Tensor]
+    mass: list[Any]
+    commit: Callable[..., None]
+
+
+def mean(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, beta: float, *, restart: bool = False
+) -> Mean:
+    """Return the moving mean with these gradients in it, or of these alone.
+
+    Args:
+        parameters: The parameters, keys of `state`.
+        grads: Their gradients.
+        state: An optimizer's state; per parameter it holds "averaged" (n) and "exp_avg" (m).
+        beta: Decay, in [0, 1).
+        restart: Forget all gradients before.
+    """
+    known = [{} if restart else state.get(p, {}) for p in parameters]
+    counts = _counts(known, "averaged", grads)
+    old = [
+        saved["exp_avg"] if "exp_avg" in saved else torch.zeros_like(g) for saved, g in zip(known, grads, strict=True)
+    ]
+    first = list(torch._foreach_lerp(old, list(grads), 1.0 - beta))
+
+    def commit(moved: Tensor | bool = True) -> None:
+        _keep(parameters, state, moved, averaged=(counts, [n - 1 for n in counts]), exp_avg=(first, old))
+
+    return Mean(first, [1.0 - beta**n for n in counts], commit)
+
+
+def adam(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, betas: tuple[float, float], eps: float
+) -> Descent:
+    """Return Adam's directions as `torch.optim.Adam` computes them: A^{-1} g to search, A^{-1} m to step.
+
+    Args:
+        parameters: The parameters, keys of `state`.
+        grads: Their gradients.
+        state: An optimizer's state, see `metric` and `mean`.
+        betas: Decay of the first and of the second moment, in [0, 1).
+        eps: Added to the root of the second moment.
+    """
+    if not parameters:
+        return sgd()
+    scaled, first = metric(parameters, grads, state, betas[1], eps), mean(parameters, grads, state, betas[0])
+
+    step = scaled.precondition(first.moment)
+    torch._foreach_div_(step, first.mass)
+
+    def commit(moved: Tensor | bool = True) -> None:
+        scaled.commit(moved)
+        first.commit(moved)
+
+    return Descent(scaled.precondition, step, commit, weight=1.0)
+
+
+def _counts(known: Sequence[dict[str, Any]], name: str, grads: Sequence[Tensor]) -> list[Any]:
+    """Return how many gradients each parameter has seen, these included."""
+    counts = [saved.get(name, 0) + 1 for saved in known]
+    if any(isinstance(n, Tensor) for n in counts):  # counted on the device, and perhaps a parameter that came later
+        counts = [torch.as_tensor(n, device=g.device) for n, g in zip(counts, grads, strict=True)]
+    return counts
+
+
+def _keep(
+    parameters: Sequence[Tensor], state: Any, moved: Tensor | bool, **values: tuple[Sequence[Any], Sequence[Any]]
+) -> None:
+    """Write new values (or, where a step on the device did not move, old ones) into the state."""
+    for name, (new, old) in values.items():
+        for p, after, before in zip(parameters, new, old, strict=True):
+            kept = torch.where(moved, after, before) if isinstance(moved, Tensor) else after
+            state[p] = {**state[p], name: kept}
