@@ -255,20 +255,25 @@ class Run(Iterator[IterationRecord]):
 
     def _correct(self, old: Point, estimate: Estimate | None, sample: Sample) -> None:
         """Let y answer to the move of x: y*(x - d) = y*(x) + P C^T d to first order."""
+        if not all(record.moved for record in self._taken["x"]):
+            return
         estimator: Any = self.row.estimator
         assert estimate is not None
         move = add(old.x, self._point.x, -1.0)
         answer = estimator.respond(self._oracle, old, sample, move, estimate.memory)
         factor = self._last_step("y") if self.row.correction == "bracketed" else 1.0
-        self._point = self._point._replace(y=add(self._point.y, answer, factor))
+        if math.isfinite(inner(answer, answer)):
+            self._point = self._point._replace(y=add(self._point.y, answer, factor))
 
     def _advance(self, sample: Sample) -> None:
         """Carry over to the next iteration what estimators and multipliers remember."""
         estimate = self._seen["x"].estimate
         assert estimate is not None
-        keep: dict[str, Any] = {"memory": estimate.memory, "path": ()}
-        if getattr(getattr(self.row.estimator, "solver", None), "warm_start", False):
-            keep["v"] = estimate.v
+        keep: dict[str, Any] = {"path": ()}
+        if all(record.outcome != Outcome.non_finite for record in self._taken["x"]):
+            keep["memory"] = estimate.memory
+            if getattr(getattr(self.row.estimator, "solver", None), "warm_start", False):
+                keep["v"] = estimate.v
         if self.row.multiplier is not None:
             keep["multiplier"] = self.row.multiplier.after(self._count, self._oracle, self._from, sample)
         self._point = self._point._replace(**keep)
