@@ -40,7 +40,8 @@ class Panel:
         shown: what is drawn: "loss", "accuracy" or another evaluation against iterations; "step_sizes" or
             "lower_step_sizes" against iterations; "trials_per_iteration", a bar per method; "path" in the plane;
             or "picture", the upper variables of the first method.
-        vary: a setting and its values, drawn along the horizontal axis with the final loss along the other.
+        vary: a setting and its values, drawn along the horizontal axis with the final value along the other.
+        final: which final value: a key of a run's summary.
         seeds: of the runs.
     """
 
@@ -50,6 +51,7 @@ class Panel:
     settings: Mapping[str, Any] = field(default_factory=dict)
     shown: str = "loss"
     vary: tuple[str, Sequence[Any]] | None = None
+    final: str = "loss"
     seeds: Sequence[int] = (0,)
 
     def variants(self) -> list[dict[str, Any]]:
@@ -174,6 +176,16 @@ FIGURES: dict[str, list[Panel]] = {
               for task, settings, also in (("hyper-representation", {"iterations": 60}, ":lower=search,"),
                                            ("hyper-cleaning", {}, ":lower=search,"))
               for kind in ("sgd", "adam")],
+    "carry": [
+        Panel(f"hyper-cleaning, BiSLS-{kind}: {'F(x)' if 'resolved' in final else 'f(x, y)'}", "hyper-cleaning",
+              [f"bisls-{kind}:lower=search{carry}" for carry in ("", ",carry=True", ",carry=False")],
+              vary=("lower_steps", (1, 2, 5)), final=final)
+        for kind in ("sgd", "adam") for final in ("last_loss", "last_resolved_loss")
+    ] + [
+        Panel("hyper-representation, a fresh batch for each lower step", "hyper-representation",
+              [f"bisls-{kind}{carry}" for kind in ("sgd", "adam") for carry in ("", ":carry=True", ":carry=False")],
+              {"iterations": 100, "fresh_lower_batches": True}, vary=("lower_steps", (1, 3, 10)))
+    ],
     "tuning-free": [
         Panel("strong convexity vanishes", "wide-quadratic", ("bisls-sgd", "bisls-adam", "bisps", "sgd:lr=0.1"), {},
               vary=("mu", (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)), seeds=(0, 1, 2)),
@@ -195,7 +207,7 @@ def draw(axes: Any, panel: Panel, read: Callable[[Job], Row]) -> list[Row]:
         for settings in panel.variants():
             chosen = [read(job) for job in panel.jobs(text, settings)]
             summaries = [row["summary"] for row in chosen]
-            final = median(finite(summary["loss"]) for summary in summaries)
+            final = median(finite(summary[panel.final]) for summary in summaries)
             values.append(final)
             finals.append({
                 "panel": panel.title, "method": text, **({} if panel.vary is None else settings), "loss": final,
@@ -207,7 +219,9 @@ def draw(axes: Any, panel: Panel, read: Callable[[Job], Row]) -> list[Row]:
         else:
             SHOWN.get(panel.shown, _curve)(axes, panel, chosen, i, colour)
     if panel.vary is not None:
-        axes.set(yscale="log", xticks=range(len(panel.vary[1])), xlabel=panel.vary[0], ylabel="final loss")
+        axes.set(
+            yscale="log", xticks=range(len(panel.vary[1])), xlabel=panel.vary[0], ylabel=panel.final.replace("_", " ")
+        )
         axes.set_xticklabels([f"{value:g}" for value in panel.vary[1]])
     if panel.shown not in ("picture", "trials_per_iteration"):
         axes.legend(fontsize=6)
