@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grid import Grid
-from methods import PEERS, ROWS, SINGLE_LEVEL
+from methods import PEERS, SINGLE_LEVEL
 from tasks import SINGLE_LEVEL as SINGLE_LEVEL_TASKS
 
 SEEDS = (0, 1, 2)
 FIRST_TRIALS = ("1e-2", "10", "1e4")
 SINGLE_PEERS = tuple(peer for peer in PEERS if peer in SINGLE_LEVEL)
 NETWORKS = ("hyper-representation", "hyper-representation-lenet", "few-shot")
+TUNING_FREE = ("s-tfbo", "d-tfbo:lower_steps=10,auxiliary_steps=10")  # without caps, D-TFBO ends in its first iteration
 BOUNDS = ("1", "10", "100", "1e3", "1e4", "1e5")
 
 
@@ -86,7 +87,7 @@ def bilevel(
         task=task,
         ours=tuple(f"{kind}{search}" for kind in (*kinds, "bisps")),
         first_trials=tuple(f"{kind}{also}lr={lr}" for kind in kinds for lr in FIRST_TRIALS),
-        others=(*others, *(() if task in NETWORKS else ROWS), *(f"{peer}{search}" for peer in PEERS)),
+        others=(*others, *(() if task in NETWORKS else TUNING_FREE), *(f"{peer}{search}" for peer in PEERS)),
         grids=(
             Grid("adam", adam, lowers),
             Grid("sgd", sgd, lowers),

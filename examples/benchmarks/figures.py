@@ -86,7 +86,8 @@ W8A_METHODS = ("sgd:lr=1e3,decay=inverse_sqrt", "sps-max:lr=1e3", "decsps:lr=1e3
 TWO_SAMPLE = ("spsb:lr=1e3", "spsb:lr=1e3,two_sample=True", "slsb:lr=1e3,reset=initial",
               "slsb:lr=1e3,reset=initial,two_sample=True", "sgd:lr=1e3,decay=inverse_sqrt")  # fmt: skip
 BEST_FIXED = ("adam:lr=4e-3,lower=search", "sgd:lr=.1,lower=search")
-TUNING_FREE = ("bisls-sgd", "bisls-adam", "bisps", "s-tfbo", "d-tfbo", "sgd:lr=0.1")
+TUNING_FREE = ("bisls-sgd", "bisls-adam", "bisps", "s-tfbo", "d-tfbo:lower_steps=10,auxiliary_steps=10",
+               "sgd:lr=0.1")  # fmt: skip
 OURS = ("bisls-adam:lower=search", "bisls-sgd:lower=search")
 
 
