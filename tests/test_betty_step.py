@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import pickle
 from typing import Any
@@ -500,6 +501,22 @@ def test_a_warm_start_decides_about_the_prediction() -> None:
     low.step()
     assert low.optimizer.evaluations.upper.gradients > gradients
     assert "offered" not in low.optimizer.state[low.module.value]
+
+
+def test_a_first_trial_that_is_too_short_is_outgrown_at_once() -> None:
+    """By doubling until something was rejected; by 1.2 from then on, also after a resume."""
+    top, low = Ridge().levels(lambda p: BiSLS(p, 1e-4), SLS, type="adaptive_cg", T=5)
+    made = bind(engine(low, top, steps=5))
+    steps, trials = [], []
+    for _ in range(40):
+        made.run()
+        steps.append(top.optimizer.record.step_size)
+        trials.append(top.optimizer.record.trials)
+        top.optimizer.load_state_dict(top.optimizer.state_dict())
+    first = next(i for i, n in enumerate(trials) if n > 1)
+    assert first > 5
+    assert steps[:first] == pytest.approx([1e-4 * 2**i for i in range(first)])
+    assert all(b <= 1.2 * a * (1 + 1e-12) for a, b in itertools.pairwise(steps[first:]) if a > 0)
 
 
 def test_too_many_skips_raise() -> None:
