@@ -60,7 +60,6 @@ class Estimate(NamedTuple):
         partials: f_x and f_y at (x, y); None if they were not needed.
         v: The approximation of H^{-1} f_y that was used; None if there was none.
         memory: What `Point.memory` should be next time.
-        merit: The value here of the function whose gradient in x the estimate is, if that is not f.
     """
 
     upper_part: Vector
@@ -69,7 +68,6 @@ class Estimate(NamedTuple):
     partials: PartialGradients | None = None
     v: Vector | None = None
     memory: Any = None
-    merit: float | None = None
 
     @property
     def hypergradient(self) -> Vector:

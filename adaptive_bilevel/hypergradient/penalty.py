@@ -36,16 +36,8 @@ class ValueFunction:
         here = oracle.lower_gradients(point.x, point.y, sample, of="xy")
         there = oracle.lower_gradients(point.x, point.z, sample, of="x")
         h = add(partials.upper, add(here.upper, there.upper, -1.0), point.multiplier)
-        factor = self.scaling(point.multiplier)
-        merit = factor * float(loss + point.multiplier * (here.loss - there.loss))
-        return Estimate(scale(h, factor), None, loss, partials, merit=merit)
+        return Estimate(scale(h, self.scaling(point.multiplier)), None, loss, partials)
 
     def scaling(self, multiplier: float) -> float:
         """Return the factor of the objective f + lambda g."""
         return 1.0 / max(multiplier, 1.0) if self.normalise else 1.0
-
-    def objective(self, oracle: Oracle, point: Point, sample: Sample) -> float:
-        """Return f(x, y) + lambda (g(x, y) - g(x, z)), whose gradient in x the estimate is."""
-        gap = oracle.lower_value(point.x, point.y, sample) - oracle.lower_value(point.x, point.z, sample)
-        value = oracle.upper_value(point.x, point.y, sample) + point.multiplier * gap
-        return float(value) * self.scaling(point.multiplier)

@@ -114,13 +114,12 @@ def _check_step(row: Row, variable: str) -> None:
         )
     if variable == "x" and search:
         if isinstance(row.estimator, ValueFunction):
-            if row.project is not None:
-                _refuse(
-                    row,
-                    variable,
-                    "a search on f + lambda (g(x, y) - g(x, z)) does not know project=; take Constant(...)",
-                )
-            return
+            _refuse(
+                row,
+                variable,
+                "with z held fixed, g(x, y) - g(x, z) lies below g(x, y) - min_z g(x, z), so a decrease of it "
+                "certifies nothing; use Constant(...) or GradientNorm(...)",
+            )
         if not isinstance(direction, (Plain, Adam)):
             _refuse(row, variable, "the upper search knows the directions Plain() and Adam()")
         if row.response == "step" and row.lower_steps < 1:
@@ -146,8 +145,8 @@ def _check_step(row: Row, variable: str) -> None:
         _refuse(
             row,
             variable,
-            f"f + lambda (g(x, y) - g(x, z)) has no known lower bound (z is not exact), which {rule} needs; use SLS "
-            "with lower_bound=None and start=",
+            f"f + lambda (g(x, y) - g(x, z)) has no known lower bound (z is not exact), which {rule} "
+            "needs; use Constant(...) or GradientNorm(...)",
         )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..errors import AdaptiveBilevelWarning, NonFiniteError, OptionError
-from ..hypergradient import ValueFunction
 from ..hypergradient._tensors import Tree, flatten
 from ..hypergradient._vectors import Vector, add, inner, zeros_like
 from ..hypergradient.estimate import Estimate, Point, Visit
@@ -120,7 +119,7 @@ class Run(Iterator[IterationRecord]):
         self._generator = torch.Generator().manual_seed(seed)
         self._count, self._skips, self._ended = 0, 0, False
         self._told: set[Any] = set()
-        searches = isinstance(row.upper_step, SEARCHES) and not isinstance(row.estimator, ValueFunction)
+        searches = isinstance(row.upper_step, SEARCHES)
         # Where y moves together with x, there is no next lower step to take a prediction back.
         carry = row.carry if "x" in row.groups else False
         self._search = UpperSearch(row, self._oracle, self._point, carry=carry) if searches else None

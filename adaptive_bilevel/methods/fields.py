@@ -170,12 +170,4 @@ class Hypergradient:
     def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
         """Return the estimate."""
         found = self.estimator(oracle, point, sample)
-        objective = None
-        if isinstance(self.estimator, ValueFunction):
-            estimator = self.estimator
-
-            def objective(x: Vector) -> float:
-                return estimator.objective(oracle, point._replace(x=x), sample)
-
-        loss = float(found.loss) if found.merit is None else found.merit
-        return Gradient(found.upper_part, found.lower_part, loss, objective, found)
+        return Gradient(found.upper_part, found.lower_part, float(found.loss), None, found)

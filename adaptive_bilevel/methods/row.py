@@ -61,11 +61,12 @@ class Row:
         lower_bound: (x, lower batch) -> a lower bound of g there, for Polyak steps of y.
         clock: What schedules count: "iterations" k of the upper level, or "steps" of their own variable.
         solver: P of the upper search's tangent; None: the estimator's, or CG.
-        response: Of an upper search: "tangent", or "step" as in the paper; see `BiSLS`, as for the next three.
+        response: Of an upper search: "tangent", or "step" as in the paper; see `BiSLS`, as for all that follow.
         response_steps: Lower steps per trial of response="step".
         baseline: "paper" or "matched".
         carry: Whether y moves along after an upper search: "auto", True or False.
         curvature: Trust in the tangent.
+        momentum: Whether an upper search steps along the mean of the hypergradients; None: `BiSLS`'s default.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Row:
     baseline: str = "paper"
     carry: str | bool = "auto"
     curvature: float = 0.5
+    momentum: str | bool | None = None
 
     @property
     def groups(self) -> list[str]:

@@ -68,6 +68,7 @@ class UpperSearch(BiSLS):
             solver=row.response_solver(),
             carry=carry,
             curvature=row.curvature,
+            momentum=row.momentum,
             project=row.project,
             **{name: getattr(policy, name) for name in names if hasattr(policy, name)},
             **direction,
