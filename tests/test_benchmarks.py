@@ -139,6 +139,12 @@ def test_hopeless_and_diverged_runs() -> None:
     assert run(1.0, math.nan).diverged() and run(1.0, math.nan).hopeless() and run(1.0, 1e5).hopeless()
 
 
+def test_an_optimizer_that_gives_up_has_diverged(tmp_path: Path) -> None:
+    hopeless = job("regularisation", "sgd:lr=1e30,lower=search", iterations=50, lower_steps=10, evaluate_every=50)
+    (row,), _ = runs.run([hopeless], tmp_path, None)
+    assert row["summary"]["diverged"] and math.isnan(row["summary"]["loss"])
+
+
 def test_a_grid_is_refined_around_its_winner_and_beyond_its_ends() -> None:
     grid = Grid("adam", (0.01, 0.1, 1.0), ("search", 0.1, 1.0))
     assert len(grid.coarse()) == 9

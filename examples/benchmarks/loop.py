@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive_bilevel.errors import NonFiniteError
 from adaptive_bilevel.hypergradient import assign, implicit_with_info
 from adaptive_bilevel.methods import BilevelProblem
 from adaptive_bilevel.methods import run as methods_run
@@ -95,9 +96,18 @@ def cost(optimizer: Any, gradients: int = 0, values: int = 0) -> float:
     return sum(level.cost for level in levels.values())
 
 
-def train_bilevel(task: Task, hooks: Hooks, seed: int) -> Iterator[Run]:
+def followed(training: Iterator[Run], run: Run) -> Iterator[Run]:
+    """The training; where an optimizer gives up on a loss that is not finite, that is its last evaluation."""
+    try:
+        yield from training
+    except NonFiniteError:
+        run.evaluate(len(run.step_sizes), {"loss": math.nan})
+        yield run
+
+
+def train_bilevel(task: Task, hooks: Hooks, seed: int, run: Run) -> Iterator[Run]:
     """Runs the upper iterations, each with a fresh minibatch of each level, yielding at each evaluation."""
-    settings, run = task.settings, Run()
+    settings = task.settings
     solver = settings.make_solver()
     generator = torch.Generator().manual_seed(seed)
     second_generator = torch.Generator().manual_seed(seed + 10_000)
@@ -142,13 +152,13 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int) -> Iterator[Run]:
                 return
 
 
-def train_row(task: Task, name: str, seed: int, **options: Any) -> Iterator[Run]:
+def train_row(task: Task, name: str, seed: int, run: Run, **options: Any) -> Iterator[Run]:
     """Runs an algorithm of `adaptive_bilevel.methods` for the oracle cost of constant steps at both levels.
 
     Its iterations are of another kind (S-TFBO's have one lower step), so "iteration" is the share of that cost. The
     task's losses have to read `upper` and `lower` from their lists, as all do that have no network.
     """
-    settings, run = task.settings, Run()
+    settings = task.settings
     products = settings.solver_steps if settings.solver != "identity" else 0
     budget = settings.iterations * Counts(gradients=settings.lower_steps + 2, hvps=products, jvps=1).cost
     generator = torch.Generator().manual_seed(seed)
@@ -187,9 +197,11 @@ def train_row(task: Task, name: str, seed: int, **options: Any) -> Iterator[Run]
             started = time.process_time()
 
 
-def train_single(task: SingleLevelTask, optimizer: torch.optim.Optimizer, step: SingleStep, seed: int) -> Iterator[Run]:
+def train_single(
+    task: SingleLevelTask, optimizer: torch.optim.Optimizer, step: SingleStep, seed: int, run: Run
+) -> Iterator[Run]:
     """Runs the task's iterations, yielding at each evaluation; two-sample rules get a second, independent batch."""
-    settings, run = task.settings, Run()
+    settings = task.settings
     generator = torch.Generator().manual_seed(seed)
     second_generator = torch.Generator().manual_seed(seed + 10_000)
     run.evaluate(0, task.evaluate())

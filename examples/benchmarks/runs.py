@@ -26,7 +26,7 @@ import torch
 
 import data
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
-from loop import Run, train_bilevel, train_row, train_single
+from loop import Run, followed, train_bilevel, train_row, train_single
 from methods import BILEVEL as BILEVEL_METHODS
 from methods import ROWS, Unavailable, lower_rule
 from methods import SINGLE_LEVEL as SINGLE_LEVEL_METHODS
@@ -69,18 +69,26 @@ class Job:
 
     def start(self, folder: str | None) -> tuple[Options, Any, Iterator[Run]]:
         """The settings, the task and its training, not yet begun."""
-        options = dict(self.method.options)
+        options, state = dict(self.method.options), Run()
         if self.task in SINGLE_LEVEL:
             single = SINGLE_LEVEL[self.task](self.seed, folder, **self.settings)
             optimizer, step = _lookup(SINGLE_LEVEL_METHODS, self.method.name)(single.params, **options)
-            return asdict(single.settings), single, train_single(single, optimizer, step, self.seed)
+            return (
+                asdict(single.settings),
+                single,
+                followed(train_single(single, optimizer, step, self.seed, state), state),
+            )
         task = _lookup(BILEVEL, self.task)(self.seed, folder, **self.settings)
         if self.method.name in ROWS:
-            return asdict(task.settings), task, train_row(task, self.method.name, self.seed, **options)
+            return (
+                asdict(task.settings),
+                task,
+                followed(train_row(task, self.method.name, self.seed, state, **options), state),
+            )
         rule = lower_rule(options.pop("lower", None), task.lower_rule)
         make = _lookup(BILEVEL_METHODS, self.method.name)
         hooks = make(task.upper, task.lower, rule, task.settings.make_solver(), **options)
-        return asdict(task.settings), task, train_bilevel(task, hooks, self.seed)
+        return asdict(task.settings), task, followed(train_bilevel(task, hooks, self.seed, state), state)
 
 
 def assignments(pairs: Sequence[str]) -> Options:
