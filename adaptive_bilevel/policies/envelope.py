@@ -81,9 +81,13 @@ class BoundState(NamedTuple):
 def advance(state: Any, seen: Any, record: Record, loss: Scalar, slope: Scalar, *, estimated: bool = False) -> Any:
     """Return the state after a step: only steps that move count, and only they leave what was seen in the state."""
     moved = record.step_size > 0
+    if moved is False:  # on plain numbers, nothing needs to be chosen field by field
+        return state
     after = seen._replace(count=state.count + 1)
     if estimated:
         after = take(after, loss, slope, record.step_size)
+    if moved is True:
+        return after
     return type(state)(*(_chosen(moved, new, old, slope) for new, old in zip(after, state, strict=True)))
 
 
