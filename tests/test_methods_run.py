@@ -440,12 +440,13 @@ def test_a_loss_below_its_bound_is_said_once() -> None:
     with pytest.warns(AdaptiveBilevelWarning, match="below lower_bound") as caught:
         list(methods.run("bisls-sgd", problem, torch.ones(2), torch.zeros(2), iterations=3))
     assert sum("below lower_bound" in str(w.message) for w in caught) == 1
+    assert caught[0].filename == __file__
 
 
 def test_a_cap_that_was_reached_is_said_once() -> None:
     with pytest.warns(AdaptiveBilevelWarning, match="lower_steps") as caught:
         run("d-tfbo", b2(), 4, lower_steps=1, auxiliary_steps=1, tolerance=1e-12)
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -473,3 +474,50 @@ def test_wrong_losses() -> None:
     detached = methods.BilevelProblem(lambda x, y, _: 1.0, lambda x, y, _: y.sum())  # type: ignore[arg-type,return-value]
     with pytest.raises(ClosureError, match="upper_loss returned"):
         next(methods.run("soba", detached, torch.ones(2), torch.ones(2), iterations=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*sufficient decrease", "ignore:.*slope", "ignore:.*did not bring")
+@pytest.mark.parametrize("name", methods.names())
+def test_an_exception_leaves_the_run_where_it_was(name: str) -> None:
+    """At any call of a loss in the third iteration; the run then goes on as if nothing had happened."""
+    problem, x, y = stochastic()
+    calls, at = 0, -1
+
+    def lower(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls - 1 == at:
+            raise KeyboardInterrupt
+        return problem.lower_loss(*arguments)
+
+    fragile = methods.BilevelProblem(upper_loss=problem.upper_loss, lower_loss=lower)
+    options = dict(OPTIONS.get(name, {}))
+    options |= {"lower_steps": 3, "auxiliary_steps": 3} if name == "d-tfbo" else {"lower_steps": 3}
+    batches = methods.Minibatches(data(), data(), size=12, blocks=options.pop("batches", None) == "blocks", seed=5)
+    stream = methods.run(name, fragile, x, y, iterations=6, batches=batches, **options)
+    for _ in range(2):
+        next(stream)
+    before = stream.state_dict()
+    one = plain(next(stream).x)
+    stream.load_state_dict(before)
+    at = calls + (name not in ("soba", "saba", "s-tfbo"))  # these evaluate g once in an iteration
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert repr(plain(stream.state_dict())) == repr(plain(before))
+    assert plain(next(stream).x) == one
+
+
+def test_compare_and_budget() -> None:
+    entries: dict[str, Any] = {"a": "ba", "b": ("ba", {"upper_step": 0.2}), "c": "soba"}
+    problem, x, y = stochastic()
+    batches = methods.Minibatches(data(), data(), size=12)
+    runs = methods.compare(entries, problem, x, y, iterations=100, batches=batches, budget=60.0, seed=3)
+    assert list(runs) == ["a", "b", "c"]
+    for label, records in runs.items():
+        assert records[-1].total_cost >= 60.0 > records[-2].total_cost, label
+    assert runs["a"][0].losses == runs["b"][0].losses  # the same stream
+    alone = list(methods.run("ba", problem, x, y, iterations=100, batches=batches, budget=60.0, seed=3))
+    assert torch.equal(alone[-1].x, runs["a"][-1].x)
+    assert set(methods.compare(["ba", "soba"], problem_of(b2()), b2().x0, b2().y0, iterations=1)) == {"ba", "soba"}
+    with pytest.raises(OptionError, match="budget"):
+        run("soba", b2(), 2, budget=0.0)

@@ -1,33 +1,29 @@
-"""The one loop behind all rows."""
+"""The one loop body behind all rows: what an iteration does with the variables of a row."""
 
 from __future__ import annotations
 
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from ..errors import AdaptiveBilevelWarning, NonFiniteError, OptionError
-from ..hypergradient._tensors import Tree, flatten
-from ..hypergradient._vectors import Vector, add, inner, zeros_like
+from ..errors import AdaptiveBilevelWarning, OptionError
+from ..hypergradient._vectors import Vector, add, inner
 from ..hypergradient.estimate import Estimate, Point, Visit
-from ..hypergradient.oracle import Sample
+from ..hypergradient.oracle import Oracle, Sample
 from ..optim.projection import as_projection
-from ..policies import GradientNormState, Outcome, Record, _options
+from ..policies import GradientNormState, Outcome, Record
 from ..policies._scalars import resolution
 from .batches import Pair, Source
-from .checks import SEARCHES, check
+from .checks import SEARCHES
 from .directions import Directed, Sampled
 from .fields import Gradient
-from .problem import BilevelProblem, Variable
-from .record import IterationRecord, Losses, Steps, copied, spent
+from .problem import Variable
 from .row import NAMES, Row
 from .search import UpperSearch
 
-__all__ = ["Run"]
+__all__ = ["Driver"]
 
 
 _TOLD = {
@@ -37,127 +33,78 @@ _TOLD = {
 }
 
 
-class Run(Iterator[IterationRecord]):
-    """A row on a problem: an iterator of records, one per iteration.
-
-    Between two records, `state_dict()` is all that is needed to go on bitwise: ``run(..., resume=state)`` with the same
-    arguments. It holds tensors, numbers and strings only.
+class Driver:
+    """Runs iterations of a row, one at a time.
 
     Args:
-        row: The row, its options replaced.
-        problem: The problem.
-        x: Initial x.
-        y: Initial y.
-        iterations: K; a resumed run ends at the same K.
-        batches: See `Source`.
-        fresh_batches: Draw a new pair for the lower batch of each lower step (and of each product of an estimator that
-            resamples), in the place of one pair per iteration.
-        v: Initial v; zero by default.
-        z: Initial z; y by default.
-        seed: Seed of all random numbers inside losses and estimators.
-        stop: record -> whether to end after it.
-        progress: True shows one line of progress on stderr; a callable gets each record.
-        max_skips: So many iterations in a row with a loss or gradient that is not finite raise `NonFiniteError`.
-        resume: A `state_dict()`.
-
-    Raises:
-        OptionError: An option is out of range, or the row's parts do not go together.
-        TensorError: A variable holds no tensor that can be stepped.
+        row: The composition, checked.
+        oracle: The problem.
+        upper: How x is arranged.
+        source: Where batches come from.
+        point: Where to start.
+        fresh: Whether each lower step draws its own batch.
+        seed: Seed of all random numbers.
+        tolerance: Of the loops that end by it.
 
     Attributes:
-        row: The composition.
+        point: Where the variables are.
+        count: k, the number of iterations so far.
+        taken: The records of this iteration's steps, by variable.
+        seen: The last gradients of this iteration, by variable.
+        stepped: What was last stepped along, by variable.
     """
 
     def __init__(
         self,
         row: Row,
-        problem: BilevelProblem,
-        x: Tree,
-        y: Tree,
+        oracle: Oracle,
+        upper: Variable,
+        source: Source,
+        point: Point,
         *,
-        iterations: int,
-        batches: Any = None,
-        fresh_batches: bool = False,
-        v: Tree | None = None,
-        z: Tree | None = None,
-        seed: int = 0,
-        stop: Callable[[IterationRecord], bool] | None = None,
-        progress: bool | Callable[[IterationRecord], Any] = False,
-        max_skips: int = 100,
-        resume: dict[str, Any] | None = None,
+        fresh: bool,
+        seed: int,
+        tolerance: float,
     ) -> None:
-        check(row)
-        if not isinstance(problem, BilevelProblem):
-            raise OptionError(
-                f"methods.run(problem={type(problem).__name__}): pass a BilevelProblem(upper_loss, lower_loss)"
-            )
-        _options.count("methods.run", "iterations", iterations)
-        _options.count("methods.run", "max_skips", max_skips)
-        _options.count("methods.run", "seed", seed, least=0)
-        self.row, self._iterations, self._fresh = row, iterations, fresh_batches
-        self._upper, self._lower = Variable(x, "x"), Variable(y, "y")
-        self._oracle = problem.oracle(self._upper, self._lower)
-        self._source = Source(batches)
-        self._stop, self._max_skips = stop, max_skips
-        self._show = (lambda record: _line(record, iterations)) if progress is True else progress or None
+        self._row, self._oracle, self._upper, self._source = row, oracle, upper, source
+        self._fresh, self._tolerance = fresh, tolerance
         self._project = as_projection("methods.run", row.project)
-        self._tolerance = 1.0 / iterations if row.tolerance is None else row.tolerance
-        start = self._lower.tensors
-        self._first = start
-        self._point = Point(
-            self._projected(self._upper.tensors),
-            start,
-            v=_like("v", v, start) if "v" in row.variables else (),
-            z=(start if z is None else _like("z", z, start)) if "z" in row.variables else (),
-            multiplier=0.0 if row.multiplier is None else row.multiplier.initial,
-        )
+        self.point = point._replace(x=self._projected(point.x))
+        self._first = point.y
         self._fields = {variable: row.field_of(variable) for variable in row.variables}
         self._rules = {variable: row.step_of(variable).init() for variable in row.variables}
         self._directions: dict[str, dict[str, Any]] = {variable: {} for variable in row.variables}
         self._offered: Vector | None = None
         self._lower_step = 0.0
         self._generator = torch.Generator().manual_seed(seed)
-        self._count, self._skips, self._ended = 0, 0, False
         self._told: set[Any] = set()
-        searches = isinstance(row.upper_step, SEARCHES)
         # Where y moves together with x, there is no next lower step to take a prediction back.
         carry = row.carry if "x" in row.groups else False
-        self._search = UpperSearch(row, self._oracle, self._point, carry=carry) if searches else None
-        if resume is not None:
-            self.load_state_dict(resume)
+        searches = isinstance(row.upper_step, SEARCHES)
+        self._search = UpperSearch(row, oracle, self.point, carry=carry) if searches else None
+        self.count = 0
+        self.taken: dict[str, list[Record]] = {}
+        self.seen: dict[str, Gradient] = {}
+        self.stepped: dict[str, Vector] = {}
 
-    # ------------------------------------------------------------------------------------------ iteration
-
-    def __next__(self) -> IterationRecord:
-        """Run one iteration."""
-        if self._ended or self._count >= self._iterations:
-            raise StopIteration
-        before = copied(self._oracle.evaluations)
-        self._taken: dict[str, list[Record]] = {variable: [] for variable in self.row.variables}
-        self._seen: dict[str, Gradient] = {}
-        self._stepped: dict[str, Vector] = {}
-        pair = self._source.draw()
-        sample = self._sample(pair)
-        for group in self.row.groups:
+    def iterate(self) -> Sample:
+        """Step all groups of the row once, and return the last sample; `advance` then ends the iteration."""
+        self.taken = {variable: [] for variable in self._row.variables}
+        self.seen, self.stepped = {}, {}
+        sample = self._sample(self._source.draw())
+        for group in self._row.groups:
             sample = self._group(group, sample)
-        record = self._record(before)
-        self._advance(sample)
-        self._oracle.forget()
-        self._ended = self._stop is not None and bool(self._stop(record))
-        if self._show is not None:
-            self._show(record)
-        self._refuse_skips()
-        return record
+        return sample
 
     def _group(self, group: str, sample: Sample) -> Sample:
         """Step the variables of a group, and return the last sample."""
-        row = self.row
+        row = self._row
         if group == "y":
-            self._point = self._point._replace(path=())
+            self.point = self.point._replace(path=())
         for variable in group:
             if variable in row.start:
-                begin = self._first if row.start[variable] == "first" else getattr(self._point, row.start[variable])
-                self._point = _put(self._point, variable, begin)
+                begin = self._first if row.start[variable] == "first" else getattr(self.point, row.start[variable])
+                self.point = _put(self.point, variable, begin)
             if variable in row.cold:
                 self._rules[variable] = row.step_of(variable).init()
         repeats, ends = row.repeats(group), bool(row.until) and set(group) <= set(row.until)
@@ -165,12 +112,12 @@ class Run(Iterator[IterationRecord]):
             if self._fresh and group in ("y", "z") and t > 0:
                 sample = self._sample(self._source.draw())._replace(upper=sample.upper, upper_id=sample.upper_id)
             if "x" in group and row.multiplier is not None:
-                self._point = self._point._replace(multiplier=row.multiplier.before(self._oracle, self._point, sample))
+                self.point = self.point._replace(multiplier=row.multiplier.before(self._oracle, self.point, sample))
             if group == "y" and self._offered is not None:
                 self._choose(sample)
             # x first: its graph then also gives the gradient of y.
-            found = {v: self._fields[v](self._oracle, self._point, sample) for v in reversed(group)}
-            self._seen.update(found)
+            found = {v: self._fields[v](self._oracle, self.point, sample) for v in reversed(group)}
+            self.seen.update(found)
             if ends and all(inner(g.total, g.total) <= self._tolerance for g in found.values()):
                 break
             if t == repeats:
@@ -182,15 +129,15 @@ class Run(Iterator[IterationRecord]):
     def _choose(self, sample: Sample) -> None:
         """Start from where the upper search carried y to, or from where y was: whichever has the smaller loss."""
         assert self._offered is not None
-        before = float(self._oracle.lower_value(self._point.x, self._offered, sample))
-        here = float(self._oracle.lower_gradients(self._point.x, self._point.y, sample).loss)
+        before = float(self._oracle.lower_value(self.point.x, self._offered, sample))
+        here = float(self._oracle.lower_gradients(self.point.x, self.point.y, sample).loss)
         if before < here or (math.isnan(here) and not math.isnan(before)):
-            self._point = self._point._replace(y=self._offered)
+            self.point = self.point._replace(y=self._offered)
         self._offered = None
 
     def _move(self, group: str, found: dict[str, Gradient], sample: Sample) -> None:
         """Step all variables of a group from the present point."""
-        old: Point = self._point
+        old: Point = self.point
         shared: dict[str, Any] = {}
         if "x" in group:
             self._from = old
@@ -199,30 +146,30 @@ class Run(Iterator[IterationRecord]):
                 self._search_upper(found["x"], sample)
                 continue
             record, directed = self._step(variable, found[variable], old, sample, shared)
-            self._taken[variable].append(record)
+            self.taken[variable].append(record)
             if not record.moved:
                 continue
             moved = add(getattr(old, variable), directed.stepped, -float(record.step_size))
-            self._stepped[variable] = directed.stepped
-            self._point = _put(self._point, variable, self._projected(moved) if variable == "x" else moved)
+            self.stepped[variable] = directed.stepped
+            self.point = _put(self.point, variable, self._projected(moved) if variable == "x" else moved)
             if group == "y":
                 self._lower_step = float(record.step_size)
-                if self.row.estimator.needs_path:
-                    self._point = self._point._replace(path=(*self._point.path, Visit(old.y, self._lower_step, sample)))
-        if "x" in group and self.row.correction != "none" and "y" in group:
+                if self._row.estimator.needs_path:
+                    self.point = self.point._replace(path=(*self.point.path, Visit(old.y, self._lower_step, sample)))
+        if "x" in group and self._row.correction != "none" and "y" in group:
             self._correct(old, found["x"].estimate, sample)
 
     def _step(
         self, variable: str, gradient: Gradient, old: Point, sample: Sample, shared: dict[str, Any]
     ) -> tuple[Record, Directed]:
         """Ask direction and step rule of a variable; their states advance unless something is not finite."""
-        row, policy = self.row, self.row.step_of(variable)
+        row, policy = self._row, self._row.step_of(variable)
         directed = row.direction_of(variable)(
             self._directions[variable], self._sampled(variable, gradient, old, sample)
         )
         state = self._rules[variable]
         if row.clock == "iterations" and hasattr(state, "count"):
-            state = state._replace(count=self._count)
+            state = state._replace(count=self.count)
         extra: dict[str, Any] = {}
         if isinstance(policy, SEARCHES):
             objective, value = gradient.objective, getattr(old, variable)
@@ -246,43 +193,42 @@ class Run(Iterator[IterationRecord]):
 
     def _search_upper(self, gradient: Gradient, sample: Sample) -> None:
         assert self._search is not None and gradient.estimate is not None
-        searched = self._search.go(self._point, gradient.estimate, sample, self._lower_step)
-        self._taken["x"].append(searched.record)
-        self._stepped["x"] = gradient.total
-        self._point = self._point._replace(x=searched.x, y=searched.y)
+        searched = self._search.go(self.point, gradient.estimate, sample, self._lower_step)
+        self.taken["x"].append(searched.record)
+        self.stepped["x"] = gradient.total
+        self.point = self.point._replace(x=searched.x, y=searched.y)
         self._offered = searched.offered
 
     def _correct(self, old: Point, estimate: Estimate | None, sample: Sample) -> None:
         """Let y answer to the move of x: y*(x - d) = y*(x) + P C^T d to first order."""
-        if not all(record.moved for record in self._taken["x"]):
+        if not all(record.moved for record in self.taken["x"]):
             return
-        estimator: Any = self.row.estimator
+        estimator: Any = self._row.estimator
         assert estimate is not None
-        move = add(old.x, self._point.x, -1.0)
+        move = add(old.x, self.point.x, -1.0)
         answer = estimator.respond(self._oracle, old, sample, move, estimate.memory)
-        factor = self._last_step("y") if self.row.correction == "bracketed" else 1.0
+        factor = self.last_step("y") if self._row.correction == "bracketed" else 1.0
         if math.isfinite(inner(answer, answer)):
-            self._point = self._point._replace(y=add(self._point.y, answer, factor))
+            self.point = self.point._replace(y=add(self.point.y, answer, factor))
 
-    def _advance(self, sample: Sample) -> None:
+    def advance(self, sample: Sample) -> None:
         """Carry over to the next iteration what estimators and multipliers remember."""
-        estimate = self._seen["x"].estimate
+        estimate = self.seen["x"].estimate
         assert estimate is not None
         keep: dict[str, Any] = {"path": ()}
-        if all(record.outcome != Outcome.non_finite for record in self._taken["x"]):
+        if all(record.outcome != Outcome.non_finite for record in self.taken["x"]):
             keep["memory"] = estimate.memory
-            if getattr(getattr(self.row.estimator, "solver", None), "warm_start", False):
+            if getattr(getattr(self._row.estimator, "solver", None), "warm_start", False):
                 keep["v"] = estimate.v
-        if self.row.multiplier is not None:
-            keep["multiplier"] = self.row.multiplier.after(self._count, self._oracle, self._from, sample)
-        self._point = self._point._replace(**keep)
-        self._count += 1
-
-    # ------------------------------------------------------------------------------------------ parts
+        if self._row.multiplier is not None:
+            keep["multiplier"] = self._row.multiplier.after(self.count, self._oracle, self._from, sample)
+        self.point = self.point._replace(**keep)
+        self.count += 1
+        self._oracle.forget()
 
     def _sample(self, pair: Pair) -> Sample:
         seed = int(torch.randint(2**62, (), generator=self._generator))
-        solver = getattr(self.row.estimator, "solver", None)
+        solver = getattr(self._row.estimator, "solver", None)
         products: tuple[Any, ...] = ()
         if self._fresh and getattr(solver, "resamples", False):
             products = tuple(self._source.draw().lower for _ in range(getattr(solver, "steps", 1)))
@@ -295,7 +241,7 @@ class Run(Iterator[IterationRecord]):
         def again(there: Point, on: Sample) -> Vector:
             return self._fields[variable](self._oracle, there, on).total
 
-        return Sampled(gradient, point, sample, again, everything, self._count)
+        return Sampled(gradient, point, sample, again, everything, self.count)
 
     def _projected(self, x: Vector) -> Vector:
         if self._project is None:
@@ -305,41 +251,10 @@ class Run(Iterator[IterationRecord]):
             self._project(copies)
         return tuple(copies)
 
-    def _last_step(self, variable: str) -> float:
-        taken = self._taken[variable]
+    def last_step(self, variable: str) -> float:
+        """Return the last step size of a variable in this iteration, 0 if it took none."""
+        taken = self.taken[variable]
         return float(taken[-1].step_size) if taken else 0.0
-
-    def _record(self, before: Any) -> IterationRecord:
-        x, y = self._upper, self._lower
-        seen, point = self._seen, self._point
-        estimate = seen["x"].estimate
-        assert estimate is not None
-        now = copied(self._oracle.evaluations)
-        lower = seen["y"].loss if "y" in seen else math.nan
-        return IterationRecord(
-            iteration=self._count,
-            x=x.tree(point.x),
-            y=y.tree(point.y),
-            losses=Losses(float(estimate.loss), lower),
-            steps=Steps(self._last_step("x"), self._last_step("y")),
-            evaluations=spent(now, before),
-            total=now,
-            hypergradient=x.tree(estimate.hypergradient),
-            auxiliary={name: y.tree(getattr(point, name)) for name in self.row.variables if name in "vz"},
-            multiplier=point.multiplier,
-            directions={name: (x if name == "x" else y).tree(d) for name, d in self._stepped.items()},
-            records={name: tuple(taken) for name, taken in self._taken.items()},
-        )
-
-    def _refuse_skips(self) -> None:
-        outcomes = [int(record.outcome) for taken in self._taken.values() for record in taken]
-        self._skips = self._skips + 1 if int(Outcome.non_finite) in outcomes else 0
-        if self._skips >= self._max_skips:
-            raise NonFiniteError(
-                f"methods.run({self.row.name!r}): {self._skips} iterations in a row met a loss or gradient that is not "
-                f"finite; what is not finite does not move. Take smaller steps or look at the data, or raise "
-                f"max_skips={self._max_skips}"
-            )
 
     def _tell(self, variable: str, outcome: Outcome) -> None:
         """Warn of what training survives, once for each variable."""
@@ -347,7 +262,7 @@ class Run(Iterator[IterationRecord]):
             return
         self._told.add((variable, outcome))
         warnings.warn(
-            f"methods.run({self.row.name!r}), step of {variable} ({NAMES[variable]}): {outcome.sentence}. "
+            f"methods.run({self._row.name!r}), step of {variable} ({NAMES[variable]}): {outcome.sentence}. "
             f"{_TOLD[outcome]} (said once)",
             AdaptiveBilevelWarning,
             stacklevel=7,
@@ -358,7 +273,7 @@ class Run(Iterator[IterationRecord]):
             return
         self._told.add("cap")
         warnings.warn(
-            f"methods.run({self.row.name!r}): {self.row.repeats(group)} steps of {group} did not bring its squared "
+            f"methods.run({self._row.name!r}): {self._row.repeats(group)} steps of {group} did not bring its squared "
             f"gradient norm to tolerance={self._tolerance:.3g}; raise lower_steps= or auxiliary_steps=, or the "
             "tolerance (said once)",
             AdaptiveBilevelWarning,
@@ -367,18 +282,15 @@ class Run(Iterator[IterationRecord]):
 
     # ------------------------------------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return all that the next iterations depend on: tensors, numbers and strings in dicts, lists and tuples."""
         counts = self._oracle.evaluations
         return {
-            "row": self.row.name,
-            "count": self._count,
-            "skips": self._skips,
-            "ended": self._ended,
-            "point": self._point._asdict(),
+            "count": self.count,
+            "point": self.point._asdict(),
             "first": self._first,
             "rules": {name: state._asdict() for name, state in self._rules.items()},
-            "directions": self._directions,
+            "directions": dict(self._directions),
             "offered": self._offered,
             "lower_step": self._lower_step,
             "generator": self._generator.get_state(),
@@ -387,48 +299,33 @@ class Run(Iterator[IterationRecord]):
             "search": None if self._search is None else self._search.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a run of the same arguments was saved.
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back, or on, to a state.
 
         Raises:
-            OptionError: The state is that of another row, or of variables of other shapes.
+            OptionError: It is that of variables of other shapes.
         """
-        if state.get("row") != self.row.name:
-            raise OptionError(f"methods.run({self.row.name!r}, resume=...): the state is that of {state.get('row')!r}")
         point = Point(**state["point"])
-        for name, mine in (("x", self._point.x), ("y", self._point.y)):
+        for name, mine in (("x", self.point.x), ("y", self.point.y)):
             shapes = [tuple(t.shape) for t in getattr(point, name)]
             if shapes != [tuple(t.shape) for t in mine]:
                 raise OptionError(
                     f"methods.run(resume=...): {name} was saved with shapes {shapes}, and now has "
                     f"{[tuple(t.shape) for t in mine]}"
                 )
-        self._point, self._first, self._offered = point, state["first"], state["offered"]
-        self._count, self._skips, self._ended = state["count"], state["skips"], state["ended"]
+        self.point, self._first, self._offered = point, state["first"], state["offered"]
+        self.count, self._lower_step = state["count"], state["lower_step"]
         self._rules = {name: type(rule)(**state["rules"][name]) for name, rule in self._rules.items()}
-        self._directions, self._lower_step = state["directions"], state["lower_step"]
+        self._directions = dict(state["directions"])
         self._generator.set_state(state["generator"])
         self._source.load_state_dict(state["batches"])
         for name, counts in state["evaluations"].items():
             vars(getattr(self._oracle.evaluations, name)).update(counts)
         if self._search is not None:
             self._search.load_state_dict(state["search"])
+        self._oracle.forget()
 
 
 def _put(point: Point, variable: str, value: Vector) -> Point:
     changed: dict[str, Any] = {variable: value}
     return point._replace(**changed)
-
-
-def _like(name: str, given: Tree | None, y: Vector) -> Vector:
-    if given is None:
-        return zeros_like(y)
-    tensors = tuple(t.detach().clone() for t in flatten(given, name)[0])
-    if [t.shape for t in tensors] != [t.shape for t in y]:
-        raise OptionError(f"methods.run({name}=...): shapes {[tuple(t.shape) for t in tensors]} are not those of y")
-    return tensors
-
-
-def _line(record: IterationRecord, iterations: int) -> None:
-    end = "\n" if record.iteration + 1 == iterations else ""
-    print(f"\r{record} of {iterations}", end=end, file=sys.stderr, flush=True)
