@@ -3,8 +3,8 @@
     python examples/betty_reweighting.py                               # scikit-learn's digits
     python examples/betty_reweighting.py --data DIR --figure out.png   # MNIST from a folder
 
-Of the training labels 40 % are drawn at random. The lower problem trains a classifier on them, each sample weighted by a
-small network of its loss (Shu et al., 2019, arXiv 1902.07379); the upper problem trains that network on a few clean
+Of the training labels 40 % are drawn at random. The lower problem fits a softmax regression to them, each sample weighted
+by a small network of its loss (Shu et al., 2019, arXiv 1902.07379); the upper problem trains that network on a few clean
 samples. What changes in the code for Betty (see `Weigh`, `Classify` and `train`, which do both):
 
     +from adaptive_bilevel_betty import BiSLS, SLS, bind
@@ -18,6 +18,9 @@ samples. What changes in the code for Betty (see `Weigh`, `Classify` and `train`
     +        return SLS(self.module.parameters())
      engine = Engine(...)
     +bind(engine)
+
+The weights are taken from the loss without its graph, so they must stay while a step is searched, or the searched
+function is not the one that was differentiated: hence the two lines with ``in_trial`` in `Classify.training_step`.
 
 Rows without weights show what the noise does. Accuracies are on clean test samples.
 """
@@ -158,10 +161,10 @@ def train(run: Run, data: Data, iterations: int, kind: str) -> Run:
     """Run Betty's engine."""
     torch.manual_seed(run.seed)
     pixels = data.noisy[0].shape[1]
-    classifier = nn.Sequential(nn.Linear(pixels, 100), nn.ReLU(), nn.Linear(100, 10))
+    classifier = nn.Linear(pixels, 10)
     weigher = nn.Sequential(nn.Linear(1, 50), nn.ReLU(), nn.Linear(50, 1), nn.Sigmoid())
     ours = run.lower is None
-    upper = Weigh("outer", Config(), module=weigher, train_data_loader=[*[data.clean]])
+    upper = Weigh("outer", Config(), module=weigher, train_data_loader=[data.clean])
     lower = Classify(
         "inner",
         Config(type=kind, unroll_steps=LOWER_STEPS),
@@ -234,7 +237,9 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     parser.add_argument("--data", help="folder with MNIST (else the environment's, else scikit-learn's digits)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--iterations", type=int, default=300, help="upper steps")
-    parser.add_argument("--type", default="darts", help="Betty's hypergradient type: darts, neumann or adaptive_cg")
+    parser.add_argument(
+        "--type", default="adaptive_cg", help="hypergradient type: adaptive_cg, or Betty's darts or neumann"
+    )
     parser.add_argument("--figure", type=Path, help="PNG file")
     parser.add_argument("--output", type=Path, help="JSON file of all runs")
     options = parser.parse_args(arguments)
