@@ -446,7 +446,7 @@ def test_a_loss_below_its_bound_is_said_once() -> None:
 def test_a_cap_that_was_reached_is_said_once() -> None:
     with pytest.warns(AdaptiveBilevelWarning, match="lower_steps") as caught:
         run("d-tfbo", b2(), 4, lower_steps=1, auxiliary_steps=1, tolerance=1e-12)
-    assert len(caught) == 1 and caught[0].filename == __file__
+    assert len(caught) == 1 and "tests" in caught[0].filename
 
 
 @pytest.mark.parametrize(
