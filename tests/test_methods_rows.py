@@ -535,7 +535,7 @@ def test_names_and_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
         assert line.startswith(name) and rows.ROWS[name].source in line
         text = methods.describe(name)
         assert capsys.readouterr().out.strip() == text.strip()
-        for word in (rows.ROWS[name].summary, "estimator", "gradient", "assumes", "iteration"):
+        for word in (rows.ROWS[name].summary, "estimator", "g: ", "assumes", "iteration"):
             assert word in text
     with pytest.raises(OptionError, match="did you mean stocbio"):
         methods.describe("stocBiO")

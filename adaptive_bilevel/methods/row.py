@@ -152,20 +152,20 @@ class Row:
 
     def __str__(self) -> str:
         """Return the composition, the cost of an iteration and the assumptions."""
-        lines = [f"{self.name}: {self.summary}", f"  source     {self.source}", f"  estimator  {self.estimator}"]
+        lines = [f"{self.name}: {self.summary}", f"  source     {self.source}", f"  estimator  {brief(self.estimator)}"]
         lines.append("  iteration  " + ", then ".join(self._group(group) for group in self.groups))
         for variable in self.variables:
             times = self.repeats(variable) if variable in self.groups else 1
             direction = self.direction_of(variable)
             cost = self.field_of(variable).cost + ("; twice, at two points" if direction.second_point else "")
             rule = self.step_of(variable)
-            lines.append(
-                f"  {variable:<10} {rule} along {direction}; {cost}" + (f", {times} times" if times > 1 else "")
-            )
+            along = "" if isinstance(direction, Plain) else f" along {brief(direction)}"
+            lines.append(f"  {variable:<10} {brief(rule)}{along}; {cost}" + (f", each time" if times > 1 else ""))
         extra = ("multiplier", "project", "cold", "until", "start", "couplings")
-        lines += [f"  {name:<10} {value}" for name in extra if (value := getattr(self, name))]
+        lines += [f"  {name:<10} {brief(value)}" for name in extra if (value := getattr(self, name))]
         if self.correction != "none":
-            lines.append(f"  correction y += P C^T (x - x+), {self.correction}; 1 JVP and the inverse's HVPs once more")
+            more = "1 JVP and the inverse's HVPs once more" if isinstance(self.estimator, Implicit) else "no product"
+            lines.append(f"  correction y += P C^T (x - x+), {self.correction}; {more}")
         if any(hasattr(self.step_of(v), "first_trial") for v in self.variables):
             lines.append(
                 "  searches   1 value of the searched loss per trial; at x also the response of y: " + self.response
@@ -174,9 +174,24 @@ class Row:
 
     def _group(self, group: str) -> str:
         times = self.repeats(group)
-        loop = f"{times} x " if times > 1 else ""
-        until = " until its gradient is small" if group in self.until and self.until else ""
+        ends = bool(self.until) and group in self.until
+        loop = ("at most " if ends else "") + (f"{times} x " if times > 1 else "")
+        until = " until its gradient is small" if ends else ""
         return loop + " and ".join(f"{v} ({NAMES[v]})" for v in group) + (" at once" if len(group) > 1 else "") + until
+
+
+def brief(value: Any) -> str:
+    """Return a dataclass with those fields only that are not at their defaults."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return str(value)
+    shown = []
+    for f in dataclasses.fields(value):
+        present = getattr(value, f.name)
+        if f.name == "solver" or present != (
+            f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        ):
+            shown.append(f"{f.name}={brief(present) if dataclasses.is_dataclass(present) else repr(present)}")
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 OPTIONS = {f.name for f in dataclasses.fields(Row)} - {"name", "summary", "source", "assumes"}
