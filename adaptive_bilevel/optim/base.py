@@ -1,26 +1,24 @@
-"""The conduct that all optimizers of this package share: options, groups, state, records, warnings."""
+"""The conduct that all optimizers of this package share: evaluation, starting points, records, warnings."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from ..errors import AdaptiveBilevelWarning, ClosureError, NonFiniteError, OptionError, TensorError
+from ..errors import AdaptiveBilevelWarning, NonFiniteError
 from ..policies import Outcome, Record, _options
-from .direction import DIRECTIONS, Descent, adam, metric, sgd
+from .direction import Descent, adam, metric, sgd
 from .evaluations import Evaluations
-from .guard import Closure, Guard, RandomState, Workspace
+from .groups import PolicyOptimizer
+from .guard import Closure, Guard, RandomState
 from .scalars import inner, on_host
 
-__all__ = ["AdaptiveOptimizer", "Sample", "options_of"]
+__all__ = ["AdaptiveOptimizer", "Sample"]
 
 _WARNED = {
     Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
@@ -44,7 +42,7 @@ class Sample(NamedTuple):
     step_size: float
 
 
-class AdaptiveOptimizer(torch.optim.Optimizer):
+class AdaptiveOptimizer(PolicyOptimizer):
     """A policy as a `torch.optim.Optimizer`; the concrete rules derive from it.
 
     `param_groups[i]["lr"]` scales the bound (or first trial) of the rule, so schedulers act on it; left out, it is 1
@@ -57,51 +55,13 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         sample: The last sample stepped on; None before.
     """
 
-    _rule: ClassVar[type[Any]]
-    """The policy that a subclass steps by; its options are those of the subclass by the same names."""
     mixes_momentum: ClassVar[bool] = False
     """Whether the step's momentum is not the direction's affair, see `adaptive_bilevel.optim.momentum`."""
     takes_offers: ClassVar[bool] = True
     """Whether the next step decides between two starting points, see `offer`."""
 
-    def __init__(self, params: ParamsT, lr: float | None, options: dict[str, Any]) -> None:
-        self._callables = {name: value for name, value in options.items() if callable(value)}
-        defaults = {name: "callable" if callable(value) else value for name, value in options.items()}
-        self._check_lr(lr)
-        if lr is None and options["lower_bound"] is None:
-            raise OptionError(
-                f"{type(self).__name__}(lr=None, lower_bound=None): without a lower bound of the loss the step cannot "
-                "be found from the problem; give one of the two"
-            )
-        self._set_options(options)
-        super().__init__(params, {"lr": lr, **defaults})
-        self._prepare()
-
-    def _check_lr(self, lr: Any) -> None:
-        _options.positive(type(self).__name__, "lr", lr, optional=True)
-
-    def _set_options(self, options: dict[str, Any]) -> None:
-        owner = type(self).__name__
-        _options.choice(owner, "direction", options["direction"], DIRECTIONS, or_callable=True)
-        betas = options["betas"]
-        if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_decay, betas))):
-            raise OptionError(f"{owner}(betas={betas!r}): betas must be two numbers in [0, 1)")
-        _options.non_negative(owner, "eps", options["eps"])
-        _options.count(owner, "max_skips", options["max_skips"])
-        self._policy = self._make_policy(options)
-        self._options = options
-
-    def _make_policy(self, options: dict[str, Any]) -> Any:
-        names = {field.name for field in dataclasses.fields(self._rule)}
-        given = {name: value for name, value in options.items() if name in names}
-        # The bound or first trial goes to each step, from param_groups. A rule that could not find one, for want of a
-        # lower bound, wants a number at construction too.
-        given["start" if "start" in names else "bound"] = 1.0 if options["lower_bound"] is None else None
-        return self._rule(**given)
-
     def _prepare(self) -> None:
-        """Set what is not saved."""
-        self._workspace = Workspace()
+        super()._prepare()
         self._warned: dict[int, int] = {}
         self._skips: Any = 0
         self._looks = 0
@@ -110,137 +70,8 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         self.evaluations = Evaluations.single()
         self.sample: Sample | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copying and pickling keep: everything but closures, counts and scratch memory."""
-        return {**super().__getstate__(), "_callables": self._callables}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from `__getstate__` or a `state_dict`, options included; missing group entries get their defaults."""
-        defaults = state.get("defaults", self.__dict__.get("defaults", {}))
-        callables = state.get("_callables", self.__dict__.get("_callables", {}))
-        options = {name: state["param_groups"][0].get(name, value) for name, value in defaults.items() if name != "lr"}
-        for name, value in options.items():
-            if isinstance(value, str) and value == "callable":
-                if name not in callables:
-                    raise OptionError(
-                        f"{type(self).__name__}({name}={self._options[name]!r}): the saved optimizer had a callable "
-                        f"{name}, which is not saved; give the same one to the optimizer that loads"
-                    )
-                options[name] = callables[name]
-        self._set_options(options)
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch adds it, though it is no option here
-        for group in self.param_groups:
-            group.pop("differentiable", None)
-            for name, value in self.defaults.items():
-                group.setdefault(name, 1.0 if name == "lr" and value is None else value)
-        if "_workspace" not in self.__dict__:
-            self._prepare()
+    def _restored(self) -> None:
         self._offered = any("offered" in saved for saved in self.state.values())
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as `torch.optim.Optimizer.add_param_group` does.
-
-        Args:
-            param_group: "params" and, optionally, "lr"; left out, lr is that of the optimizer or of the first group.
-
-        Raises:
-            OptionError: lr is out of range, or another option differs from the optimizer's.
-            TensorError: A parameter is complex, sparse or not floating-point.
-        """
-        owner = type(self).__name__
-        for name, value in self.defaults.items():
-            if name != "lr" and param_group.get(name, value) != value:
-                raise OptionError(
-                    f"{owner}: a parameter group has {name}={param_group[name]!r} where the optimizer has {value!r}; "
-                    "one rule steps all groups, so they may only differ in lr"
-                )
-        given = param_group.get("lr", self.defaults["lr"])
-        if self.param_groups:
-            first = self.param_groups[0]
-            lr, scale = (first["lr"] if given is None else given), first["scale"]
-            automatic = first["automatic"]
-        else:
-            lr, scale, automatic = (1.0, 0.0, True) if given is None else (given, 1.0, False)
-        if not (isinstance(lr, Real) and float(lr) >= 0.0):
-            raise OptionError(f"{owner}: a parameter group has lr={lr!r}; lr must be a number at or above 0")
-        super().add_param_group({"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": lr})
-        try:
-            for p in self.param_groups[-1]["params"]:
-                refuse_unsupported(owner, p)
-        except TensorError:
-            del self.param_groups[-1]
-            raise
-
-    def rebind(self, params: Iterable[Tensor]) -> None:
-        """Step on other tensors from now on, one for each of the present ones, in order; all state stays.
-
-        For code that puts new tensors in the place of a model's parameters.
-
-        Raises:
-            TensorError: They are not as many, or not of the same shapes and dtypes.
-        """
-        old, new = self._parameters(), list(params)
-        if [(p.shape, p.dtype, p.device) for p in old] != [(p.shape, p.dtype, p.device) for p in new]:
-            raise TensorError(
-                f"{type(self).__name__}.rebind: shapes {[tuple(p.shape) for p in new]} in the place of "
-                f"{[tuple(p.shape) for p in old]}; each present tensor needs one of the same shape, dtype and device"
-            )
-        for p in new:
-            refuse_unsupported(type(self).__name__, p)
-        renamed = {id(p): q for p, q in zip(old, new, strict=True)}
-        for group in self.param_groups:
-            group["params"] = [renamed[id(p)] for p in group["params"]]
-        state: dict[Any, Any] = self.state
-        moved = [(renamed.get(id(key), key), value) for key, value in state.items()]
-        state.clear()
-        state.update(moved)
-
-    # ------------------------------------------------------------------------------------------ state
-
-    @property
-    def _rule_saved(self) -> dict[str, Any]:
-        state: dict[Any, Any] = self.state  # torch types the keys as tensors
-        saved: dict[str, Any] = state.get("policy", {})
-        return saved
-
-    def _rule_state(self) -> Any:
-        initial, saved = self._policy.init(), self._rule_saved
-        return type(initial)(**{name: saved[name] for name in initial._fields if name in saved})
-
-    def _save_rule_state(self, state: Any, **more: Any) -> None:
-        keys: dict[Any, Any] = self.state
-        # A new dictionary each time: the old one may be part of a state_dict that the user holds.
-        keys["policy"] = {**self._rule_saved, **state._asdict(), **more}
-
-    def _saved(self, name: str, default: Any) -> Any:
-        return self._rule_saved.get(name, default)
-
-    # ------------------------------------------------------------------------------------------ parameters
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _reference_lr(self) -> float:
-        """Return lr_0: that of the first group whose lr is not 0."""
-        return next((float(g["lr"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
-
-    def _factors(self) -> list[float]:
-        """Return lr_i / lr_0 of each group."""
-        reference = self._reference_lr()
-        lrs = [float(g["lr"]) for g in self.param_groups]
-        return [1.0 if lr == reference else lr / reference for lr in lrs]
-
-    def _with_gradient(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """Return the parameters that have a gradient, their gradients, and their groups' lr_i / lr_0."""
-        factors = [w for g, w in zip(self.param_groups, self._factors(), strict=True) for _ in g["params"]]
-        kept = [(p, g, w) for p, g, w in zip(params, grads, factors, strict=True) if g is not None]
-        for _, g, _ in kept:
-            if g.layout is not torch.strided:
-                refuse_unsupported(type(self).__name__, g, "gradient")
-        return [p for p, _, _ in kept], [g for _, g, _ in kept], [w for _, _, w in kept]
 
     def _sample_bound(self, lower_bound: Any) -> Any:
         """Return a lower bound that was given to a step, or raise."""
@@ -370,51 +201,3 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
         last = "" if self.record is None else f"; {self.record.describe()}"
         return f"{type(self).__name__}({listed}{last})"
-
-
-def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the options among a constructor's ``locals()``: all but self, params and lr."""
-    return {name: value for name, value in arguments.items() if name not in ("self", "params", "lr", "__class__")}
-
-
-def _is_decay(beta: Any) -> bool:
-    return isinstance(beta, Real) and 0.0 <= float(beta) < 1.0
-
-
-def refuse_unsupported(owner: str, tensor: Tensor, what: str = "parameter") -> None:
-    """Raise for tensors that no step size makes sense for."""
-    if tensor.is_complex() or tensor.layout is not torch.strided or not tensor.is_floating_point():
-        kind = "complex" if tensor.is_complex() else str(tensor.layout if tensor.is_floating_point() else tensor.dtype)
-        raise TensorError(
-            f"{owner}: a {what} of shape {tuple(tensor.shape)} is {kind}; only dense real floating-point tensors "
-            "can be stepped (for an embedding, pass sparse=False; view complex tensors as real)"
-        )
-
-
-def require_closure(owner: str, closure: Any) -> Closure:
-    """Return the closure, or raise where there is none to evaluate."""
-    if not callable(closure):
-        raise ClosureError(
-            f"{owner}.step(closure={closure!r}): the rule evaluates the loss, so step needs a closure that returns it, "
-            "e.g. optimizer.step(lambda: loss_fn(model(x), y))"
-        )
-    return closure  # type: ignore[no-any-return]
-
-
-def tainted(loss: Tensor, other_loss: Tensor | float, other_gradient: Sequence[Tensor]) -> Tensor:
-    """Return the loss that the step size comes from; not finite if that which the step goes along is not.
-
-    In the 2-sample form the two come from different samples. Nothing is looked at here, so no device is waited for.
-    """
-    return loss + 0.0 * (other_loss + inner(other_gradient, other_gradient))
-
-
-def slope_of(grads: Iterable[Tensor], directions: Iterable[Tensor], factors: Sequence[float]) -> Tensor:
-    """Return the slope <g, d> over all groups."""
-    return inner(list(grads), list(directions), factors)
-
-
-def gradients_of(chosen: Sequence[Tensor], params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the gradients of some of the parameters, zeros where there is none."""
-    by_id = {id(p): g for p, g in zip(params, grads, strict=True)}
-    return [torch.zeros_like(p) if (g := by_id[id(p)]) is None else g for p in chosen]

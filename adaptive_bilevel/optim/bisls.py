@@ -17,14 +17,16 @@ from ..errors import AdaptiveBilevelWarning, LowerLevelError, OptionError
 from ..hypergradient import CG, Identity, LinearSolver
 from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
-from .base import gradients_of, options_of, require_closure
+from .closures import require_closure
 from .direction import Descent, Direction
+from .groups import options_of
 from .guard import Closure, Guard
 from .momentum import blended
 from .moves import Move
 from .projection import Projection, as_projection
 from .response import NoResponse, Response, StepResponse, TangentResponse
 from .scalars import agree, inner
+from .tensors import gradients_of
 from .upper import UpperOptimizer
 
 __all__ = ["BiSLS"]

@@ -12,9 +12,9 @@ from .. import policies
 from ..errors import ClosureError
 from ..policies import Outcome, _options
 from ..policies.schedule import Decay
-from .base import options_of, require_closure
-from .closures import value_of
+from .closures import require_closure, value_of
 from .direction import Direction
+from .groups import options_of
 from .guard import Closure, Guard
 from .polyak import PolyakOptimizer
 from .upper import UpperOptimizer

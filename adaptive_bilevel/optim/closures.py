@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ClosureError
 from .buffers import Buffers
 
-__all__ = ["Closure", "Recorder", "Watched", "installed", "value_of"]
+__all__ = ["Closure", "Recorder", "Watched", "installed", "require_closure", "value_of"]
 
 Closure = Callable[[], Any]
 """A zero-argument function returning the loss; with or without zero_grad and backward inside."""
@@ -255,3 +255,13 @@ def value_of(returned: Any) -> Tensor | float:
     if isinstance(returned, Real) or getattr(returned, "shape", None) == ():
         return float(returned)
     raise ClosureError(f"the closure returned {_kind(returned)}: return the loss, a tensor with one element")
+
+
+def require_closure(owner: str, closure: Any) -> Closure:
+    """Return the closure, or raise where there is none to evaluate."""
+    if not callable(closure):
+        raise ClosureError(
+            f"{owner}.step(closure={closure!r}): the rule evaluates the loss, so step needs a closure that returns it, "
+            "e.g. optimizer.step(lambda: loss_fn(model(x), y))"
+        )
+    return closure  # type: ignore[no-any-return]

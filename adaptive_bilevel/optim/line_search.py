@@ -12,10 +12,13 @@ from .. import policies
 from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample, gradients_of, options_of, require_closure, tainted
+from .base import AdaptiveOptimizer, Sample
+from .closures import require_closure
 from .direction import Direction
+from .groups import options_of
 from .guard import Closure, Guard
 from .scalars import on_host, on_host_with_inner
+from .tensors import gradients_of, tainted
 
 __all__ = ["SLS", "SLSB"]
 

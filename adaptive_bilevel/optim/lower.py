@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ClosureError, LowerLevelError, OptionError, TensorError
-from .base import AdaptiveOptimizer, Sample, refuse_unsupported
+from .base import AdaptiveOptimizer, Sample
 from .guard import Closure, Guard
+from .tensors import refuse_unsupported
 
 __all__ = ["LowerLevel"]
 

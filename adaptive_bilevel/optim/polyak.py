@@ -13,11 +13,13 @@ from .. import policies
 from ..errors import ClosureError, OptionError
 from ..policies import Outcome, Record
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample, gradients_of, options_of, require_closure, slope_of, tainted
-from .closures import value_of
+from .base import AdaptiveOptimizer, Sample
+from .closures import require_closure, value_of
 from .direction import Direction
+from .groups import options_of
 from .guard import Closure, Guard
 from .scalars import agree, on_host_with_inner
+from .tensors import gradients_of, slope_of, tainted
 
 __all__ = ["SPSB", "DecSPS", "SPSMax"]
 
