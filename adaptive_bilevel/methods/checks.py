@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..errors import OptionError
-from ..hypergradient import Amortised, ValueFunction
+from ..hypergradient import Amortised, Implicit, ValueFunction
+from ..optim.bisls import BASELINES, RESPONSES
 from ..optim.projection import as_projection
 from ..policies import SLS, SLSB, DecSPS, Envelope, _options
 from .directions import Adam, Plain, Saga
@@ -48,9 +49,12 @@ def _check_values(row: Row) -> None:
     for name, value in (("lower_steps", row.lower_steps), ("auxiliary_steps", row.auxiliary_steps)):
         _options.count(owner, name, value)
     _options.choice(owner, "correction", row.correction, CORRECTIONS)
+    _options.choice(owner, "response", row.response, RESPONSES)
+    _options.choice(owner, "baseline", row.baseline, BASELINES)
     _options.choice(owner, "clock", row.clock, ("iterations", "steps"))
     _options.positive(owner, "tolerance", row.tolerance, optional=True)
     as_projection(owner, row.project)
+    _check_parts(row)
     if (
         not isinstance(row.order, str)
         or not row.variables
@@ -74,6 +78,38 @@ def _check_values(row: Row) -> None:
         raise OptionError(
             f"methods.run(correction={row.correction!r}): the correction needs the inverse of an Implicit(...) or "
             "Averaged(...) estimator, and x and y in one group"
+        )
+
+
+def _check_parts(row: Row) -> None:
+    """Refuse what is no estimator, direction, multiplier or field at all."""
+    if isinstance(row.estimator, type) or not hasattr(row.estimator, "needs_path"):
+        raise OptionError(
+            f"methods.run(estimator={row.estimator!r}): pass an estimator of adaptive_bilevel.hypergradient, such as "
+            "Implicit(CG()), Amortised() or Unroll()"
+        )
+    for name in ("upper_direction", "lower_direction", "auxiliary_direction"):
+        direction = getattr(row, name)
+        absent = direction is None and name == "auxiliary_direction"
+        if not absent and (isinstance(direction, type) or not hasattr(direction, "certifies")):
+            raise OptionError(
+                f"methods.run({name}={direction!r}): pass methods.Plain(), Momentum(), Adam(), Storm(), "
+                "Spider() or Saga()"
+            )
+    if row.multiplier is not None and not callable(getattr(row.multiplier, "before", None)):
+        raise OptionError(f"methods.run(multiplier={row.multiplier!r}): pass methods.Growth(), Balance() or Ascent()")
+    for name in ("lower", "lower_copy"):
+        if isinstance(getattr(row, name), type) or not hasattr(getattr(row, name), "cost"):
+            raise OptionError(
+                f"methods.run({name}={getattr(row, name)!r}): pass methods.LowerLoss(), PenalisedLoss() or "
+                "SecondLower()"
+            )
+    if not set(row.start) <= set("yz") or not set(row.start.values()) <= {"first", "y", "z"}:
+        raise OptionError(f"methods.run(start={row.start!r}): give {{'y': 'first'}} or {{'z': 'y'}}")
+    if row.solver is not None and not isinstance(row.estimator, Implicit) and not isinstance(row.upper_step, SEARCHES):
+        raise OptionError(
+            f"methods.run(solver={row.solver!r}): {row.estimator} solves nothing, and x is not searched; leave it out, "
+            "or give estimator=Implicit(solver)"
         )
 
 

@@ -160,7 +160,7 @@ class Row:
             cost = self.field_of(variable).cost + ("; twice, at two points" if direction.second_point else "")
             rule = self.step_of(variable)
             along = "" if isinstance(direction, Plain) else f" along {brief(direction)}"
-            lines.append(f"  {variable:<10} {brief(rule)}{along}; {cost}" + (f", each time" if times > 1 else ""))
+            lines.append(f"  {variable:<10} {brief(rule)}{along}; {cost}" + (", each time" if times > 1 else ""))
         extra = ("multiplier", "project", "cold", "until", "start", "couplings")
         lines += [f"  {name:<10} {brief(value)}" for name in extra if (value := getattr(self, name))]
         if self.correction != "none":
