@@ -228,6 +228,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--iterations", type=int, default=31, help="upper steps")
     parser.add_argument("--type", default="cg", help="Betty's hypergradient type: cg, neumann, darts or adaptive_cg")
+    parser.add_argument("--few", action="store_true", help="only the example's own learning rates, and none")
     parser.add_argument("--grid", action="store_true", help="also run 16 pairs of first trials")
     parser.add_argument("--figure", type=Path, help="PNG file")
     parser.add_argument("--output", type=Path, help="JSON file of all runs")
@@ -239,7 +240,8 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     print(f"{'':34} {'seed':>4} {'1':>7} {'10':>7} {'30':>7}")
     runs = []
     for seed in options.seeds:
-        plan = [Run("SGD", upper, lower, seed) for upper, lower in FIXED] + [Run("BiSLS + SLS", None, None, seed)]
+        fixed = FIXED[:1] if options.few else FIXED
+        plan = [Run("SGD", upper, lower, seed) for upper, lower in fixed] + [Run("BiSLS + SLS", None, None, seed)]
         if options.grid:
             plan += [Run("BiSLS + SLS", upper, lower, seed) for upper, lower in FIRST_TRIALS]
         for run in plan:
