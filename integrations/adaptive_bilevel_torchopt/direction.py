@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.optim.direction import DIRECTIONS, Descent, adam
-from adaptive_bilevel.optim.scalars import inner
+from adaptive_bilevel.optim.direction import DIRECTIONS, Descent
 
 from ._host import torchopt
 
-__all__ = ["CertifiedAdam", "Plain", "Transformed", "as_direction"]
+__all__ = ["Plain", "Transformed", "as_direction"]
 
 _STATE = "transformation"
 
@@ -48,40 +47,6 @@ class Plain:
 
     def __repr__(self) -> str:
         return "'sgd'"
-
-
-class CertifiedAdam:
-    """Adam for an upper level, kept to what the search has certified.
-
-    Algorithm 2 of Fan et al. (2023) searches along d = A^{-1} g and steps along e = A^{-1} m. Once g has turned or
-    shrunk, the momentum e leads elsewhere, or farther, than the search has looked: on four data sets of the ridge
-    regression in ``examples/torchopt_ridge.py`` it then ran away on two. Here entries of e that have not the sign of d
-    are 0 (as in cautious optimizers, arXiv 2411.16085), and what is left is shortened to ||d|| where it is longer: none
-    ran away, and the worst gap to the optimum after 60 iterations was 6e-4 (4e-2 without).
-
-    Args:
-        betas: Decay of the first and of the second moment.
-        eps: Added to the root of the second moment.
-    """
-
-    kind = "adam"
-
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        self.betas, self.eps = betas, eps
-
-    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
-        """Return the directions at these gradients."""
-        made = adam(parameters, grads, state, self.betas, self.eps)
-        if made.step is None:
-            return made
-        searched = made.precondition(grads)
-        agreeing = [torch.where(e * d > 0, e, torch.zeros_like(e)) for e, d in zip(made.step, searched, strict=True)]
-        length, certified = inner(agreeing, agreeing).sqrt(), inner(searched, searched).sqrt()
-        reach = torch.where(length > certified, certified / length, torch.ones_like(length))
-        return made._replace(step=[e * reach.to(e) for e in agreeing], move=scale_then_add)
-
-    def __repr__(self) -> str:
-        return "'adam'"
 
 
 class Transformed:
@@ -159,22 +124,12 @@ class Transformed:
         return f"{type(self).__name__}({', '.join(map(repr, self._parts))})"
 
 
-def as_direction(direction: Any, options: dict[str, Any], *, upper: bool) -> Any:
-    """Return what an optimizer takes as its direction.
-
-    Args:
-        direction: "sgd", "adam", a GradientTransformation, or a `Transformed`.
-        options: The optimizer's options, for Adam's constants.
-        upper: Whether it is for the upper level.
-    """
-    if isinstance(direction, str):
-        if direction == "sgd":
-            return Plain()
-        if direction == "adam" and upper:
-            return CertifiedAdam(**{name: options[name] for name in ("betas", "eps") if name in options})
-        if direction in DIRECTIONS:
-            return direction
-    return direction if isinstance(direction, (CertifiedAdam, Plain, Transformed)) else Transformed(direction)
+def as_direction(direction: Any) -> Any:
+    """Return what an optimizer takes as its direction: "sgd", "adam", a GradientTransformation, or a `Transformed`."""
+    if isinstance(direction, str) and direction == "sgd":
+        return Plain()
+    known = (isinstance(direction, str) and direction in DIRECTIONS) or isinstance(direction, (Plain, Transformed))
+    return direction if known else Transformed(direction)
 
 
 def _is_transformation(given: Any) -> bool:

@@ -93,8 +93,8 @@ class PolyakLR:
         return self._step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the policy's state: numbers."""
-        return {name: v.item() if isinstance(v, Tensor) else v for name, v in self._state._asdict().items()}
+        """Return the policy's state: numbers and tensors."""
+        return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in self._state._asdict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load it."""

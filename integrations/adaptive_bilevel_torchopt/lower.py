@@ -114,7 +114,7 @@ class _Rule:
 
     def __init__(self, owner: str, rule: Any, lr: float | None, direction: Any, options: dict[str, Any]) -> None:
         self.cls, self.lr, self.options = resolve(owner, rule, lr, options, upper=False)
-        self.options["direction"] = as_direction(direction, options, upper=False)
+        self.options["direction"] = as_direction(direction)
         self([torch.zeros(1, requires_grad=True)])  # wrong options are told here, not inside solve()
 
     def __call__(self, params: list[Tensor]) -> AdaptiveOptimizer:

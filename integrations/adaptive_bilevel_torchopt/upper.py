@@ -41,8 +41,7 @@ class UpperStep:
         lr: The first trial (BiSLS) or the bound (BiSPS). Left out, it is found.
         lower: The module's `LowerStep`; a `FunctionalLowerStep`; the module itself if its ``solve()`` keeps a loop of
             its own (then pass lower_closure to `step`); or a list of them, one for each task of a meta-batch.
-        direction: "sgd", "adam" (see `CertifiedAdam`), or a GradientTransformation of TorchOpt with learning rate 1
-            (see `Transformed`).
+        direction: "sgd", "adam", or a GradientTransformation of TorchOpt with learning rate 1 (see `Transformed`).
         solver: P of the tangent response. Left out: of the kind that the module declares as its linear_solve.
         options: Options of the rule.
 
@@ -82,7 +81,7 @@ class UpperStep:
         if solver is not None:
             options["solver"] = solver
         make: Any = cls
-        along = as_direction(direction, options, upper=True)
+        along = as_direction(direction)
         self.optimizer: BiSLS | BiSPS = make(params, lr, direction=along, **options)
         self._given_solver = solver is not None
         self._workspace = Workspace()
