@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaptive_bilevel.errors import ClosureError, OptionError, SolverError
+from adaptive_bilevel.errors import AdaptiveBilevelWarning, ClosureError, OptionError, SolverError
 from adaptive_bilevel.hypergradient import (
     CG,
     DARTS,
@@ -373,6 +373,12 @@ def test_negative_curvature_stops_cg_with_a_finite_estimate() -> None:
     oracle = Oracle(lambda x, y, _: y[0].sum() + x[0].sum(), lambda x, y, _: -y[0].square().sum() + x[0] @ y[0])
     point = Point((torch.ones(2),), (torch.ones(2),))
     assert close(Implicit(CG())(oracle, point, SAMPLE).hypergradient[0], torch.ones(2))
+
+
+def test_a_neumann_series_that_grows_is_cut_and_said() -> None:
+    with pytest.warns(AdaptiveBilevelWarning, match="made its vector grow"):
+        h = estimate(Implicit(Neumann(50, 1.0)), b2())
+    assert bool(h.isfinite().all())
 
 
 def test_a_singular_hessian_has_no_exact_inverse() -> None:

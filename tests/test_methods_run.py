@@ -173,11 +173,20 @@ def test_inputs_are_never_changed() -> None:
     assert torch.equal(x.detach(), problem.x0) and torch.equal(y, problem.y0) and x.grad is None
 
 
-def test_float32_stays_float32() -> None:
-    problem = ridge_hpo(dtype=torch.float32)
-    for name in ("stocbio", "bisls-adam", "pzobo", "stable", "s-tfbo", "unroll-forward"):
-        (record,) = run(name, problem, 1)
-        assert record.x.dtype == record.y.dtype == torch.float32
+@pytest.mark.filterwarnings("ignore:.*sufficient decrease", "ignore:.*slope", "ignore:.*descend")
+@pytest.mark.parametrize("name", methods.names())
+def test_dtypes_stay_what_they_were(name: str) -> None:
+    """Low precision, and tensors of several dtypes in one level."""
+    options: dict[str, Any] = {} if name == "d-tfbo" else {"lower_steps": 2}
+    problem = methods.BilevelProblem(
+        upper_loss=lambda x, y, _: (y["a"] - 1).square().sum() + y["b"].float().square().sum(),
+        lower_loss=lambda x, y, _: (y["a"] - x).square().sum() + (y["b"].float() - x.float()).square().sum(),
+    )
+    for one, other in ((torch.float32, torch.float64), (torch.bfloat16, torch.float32)):
+        x, y = torch.zeros(2, dtype=one), {"a": torch.zeros(2, dtype=one), "b": torch.ones(2, dtype=other)}
+        *_, record = methods.run(name, problem, x, y, iterations=2, **options)
+        assert (record.x.dtype, record.y["a"].dtype, record.y["b"].dtype) == (one, one, other)
+        assert all(bool(t.isfinite().all()) for t in (record.x, record.y["a"], record.y["b"]))
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -521,3 +530,17 @@ def test_compare_and_budget() -> None:
     assert set(methods.compare(["ba", "soba"], problem_of(b2()), b2().x0, b2().y0, iterations=1)) == {"ba", "soba"}
     with pytest.raises(OptionError, match="budget"):
         run("soba", b2(), 2, budget=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*sufficient decrease", "ignore:.*slope", "ignore:.*descend")
+@pytest.mark.parametrize("name", methods.names())
+def test_losses_that_do_not_use_all_they_are_given(name: str) -> None:
+    """No mixed derivative; f without x; a part of y that f does not use: zeros, no error."""
+    problem = methods.BilevelProblem(
+        upper_loss=lambda x, y, _: (y["a"] - 1).square().sum(),
+        lower_loss=lambda x, y, _: (y["a"] - 2).square().sum() + y["b"].square().sum(),
+    )
+    y = {"a": torch.zeros(2), "b": torch.ones(1)}
+    *_, record = methods.run(name, problem, torch.ones(2), y, iterations=2)
+    assert torch.equal(record.x, torch.ones(2)) or name == "hozog"
+    assert bool(record.y["a"].isfinite().all())

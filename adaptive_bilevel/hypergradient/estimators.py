@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -16,10 +17,10 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import OptionError, SolverError
+from adaptive_bilevel.errors import AdaptiveBilevelWarning, OptionError, SolverError
 from adaptive_bilevel.policies._options import fraction
 
-from ._vectors import Vector, add, cast_like, negate, zeros_like
+from ._vectors import Vector, add, negate, widen, zeros_like
 from .estimate import Estimate, Point
 from .oracle import Oracle, Sample
 from .solution import LinearSolver, MatVec, Solution, SolverStatus
@@ -58,8 +59,7 @@ class Exact:
         if not bool(flat.isfinite().all()):
             return Solution(tuple(t.detach().clone() for t in rhs), 0, float("nan"), SolverStatus.non_finite)
         H = columns(matvec, rhs)
-        v = _shaped(_dense_solve(H, flat), rhs)
-        return Solution(cast_like(v, rhs), flat.numel(), 0.0, SolverStatus.converged)
+        return Solution(_shaped(_dense_solve(H, flat), rhs), flat.numel(), 0.0, SolverStatus.converged)
 
 
 @final
@@ -109,7 +109,10 @@ class Implicit:
             return oracle.hvp(point.x, point.y, drawn, vector)
 
         with seeded(sample.seed) if self.solver.resamples else contextlib.nullcontext():
-            return self.solver.solve(product, rhs, initial).tensors
+            solution = self.solver.solve(product, rhs, initial)
+        if solution.status is SolverStatus.diverging:
+            warnings.warn(f"{self.solver}: {solution.status.sentence}.", AdaptiveBilevelWarning, stacklevel=3)
+        return solution.tensors
 
 
 @final
@@ -168,7 +171,7 @@ class Averaged:
             old_H, old_C = _matrices(oracle, point.memory["x"], point.memory["y"], sample)
             H = H + self.weight * (point.memory["H"] - old_H)
             C = C + self.weight * (point.memory["C"] - old_C)
-        v = _dense_solve(H, _flat(partials.lower))
+        v = _dense_solve(H, _flat(partials.lower).to(H.dtype))
         h = add(partials.upper, _shaped(C @ v, point.x), -1.0)
         memory = {"H": H, "C": C, "x": point.x, "y": point.y}
         return Estimate(h, None, loss, partials, _shaped(v, point.y), memory)
@@ -176,19 +179,22 @@ class Averaged:
     def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: Any = None) -> Vector:
         """Return H_k^{-1} C_k^T d with the matrices of `memory`, an estimate's."""
         assert memory is not None
-        return _shaped(_dense_solve(memory["H"], memory["C"].T @ _flat(direction)), point.y)
+        H, C = memory["H"], memory["C"]
+        return _shaped(_dense_solve(H, C.T @ _flat(direction).to(H.dtype)), point.y)
 
 
 def _matrices(oracle: Oracle, x: Vector, y: Vector, sample: Sample) -> tuple[Tensor, Tensor]:
     H = columns(lambda v: oracle.hvp(x, y, sample, v), y)
-    return H, columns(lambda v: oracle.cross_vjp(x, y, sample, v), y)
+    C = columns(lambda v: oracle.cross_vjp(x, y, sample, v), y)
+    dtype = torch.promote_types(H.dtype, C.dtype)
+    return H.to(dtype), C.to(dtype)
 
 
 def columns(product: MatVec, like: Sequence[Tensor]) -> Tensor:
     """Return the dense matrix of a linear map of vectors shaped `like`, one product per column."""
     size = sum(t.numel() for t in like)
     basis = torch.eye(size, dtype=_flat(like).dtype, device=like[0].device)
-    return torch.stack([_flat(product(cast_like(_shaped(e, like), like))) for e in basis], dim=1)
+    return torch.stack([_flat(product(_shaped(e, like))) for e in basis], dim=1)
 
 
 def _dense_solve(H: Tensor, rhs: Tensor) -> Tensor:
@@ -203,12 +209,14 @@ def _dense_solve(H: Tensor, rhs: Tensor) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    """Return one vector, in the widest dtype of the tensors and at least float32."""
+    return torch.cat([t.reshape(-1) for t in widen(tensors)])
 
 
 def _shaped(flat: Tensor, like: Sequence[Tensor]) -> Vector:
+    """Return a vector in the shapes and dtypes of the tensors."""
     parts = flat.split([t.numel() for t in like])
-    return tuple(part.reshape(t.shape) for part, t in zip(parts, like, strict=True))
+    return tuple(part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True))
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ class Oracle:
         return found
 
     def _lower_gradients(self, x: Vector, y: Vector, sample: Sample, of: str) -> LowerGradients:
-        upper, lower = (_leaves(t) if name in of else t for name, t in (("x", x), ("y", y)))
+        upper, lower = _leaves(x), _leaves(y)  # both, so that a g without x has a graph, and zeros for its gradient
         loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
         wanted = [*(upper if "x" in of else ()), *(lower if "y" in of else ())]
         gradients = _fill(_gradients([loss], wanted, None, name="lower_loss"), wanted)
