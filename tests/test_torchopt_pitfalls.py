@@ -95,7 +95,7 @@ def test_a_solution_that_solve_itself_changes_is_marked() -> None:
     Clamped.linear_solve = EXACT_CG
     x = leaf(problem)
     inner = Clamped(x, problem).automatic()
-    meta = UpperStep([x], lower=inner.lower)
+    meta: Any = UpperStep([x], lower=inner.lower)
     iterate(inner, meta)
     inner.marks = False
     inner.solve()
@@ -119,7 +119,7 @@ def test_the_block_diagonal_dense_solver_is_refused() -> None:
 
     x = torch.ones(3, requires_grad=True)
     inner = Two(x)
-    meta = UpperStep([x], lower=inner.lower)
+    meta: Any = UpperStep([x], lower=inner.lower)
     inner.solve()
     with pytest.raises(SolverError, match=r"diagonal blocks.*solve_cg\(\)"):
         meta.step(lambda: inner.weight.square().sum())
@@ -195,7 +195,7 @@ def test_running_statistics_of_batch_norm_count_every_batch_once() -> None:
     """TorchOpt's own backward raises on them in train mode."""
     features = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     inner = Network(features, [nn.BatchNorm1d(3)])
-    meta = UpperStep(list(features.parameters()), lower=inner.lower)
+    meta: Any = UpperStep(list(features.parameters()), lower=inner.lower)
     for k in range(3):
         inner.solve(batch(k))
         meta.step(lambda: inner.loss(batch(10 + k)))
@@ -214,10 +214,11 @@ def test_dropout_draws_the_mask_of_the_lower_step_again() -> None:
     torch.manual_seed(1)
     features = nn.Linear(5, 4)
     inner = Network(features, [nn.Dropout(0.5)], lower=Constant(bound=1e-12))
-    meta = UpperStep(list(features.parameters()), lower=inner.lower)
+    meta: Any = UpperStep(list(features.parameters()), lower=inner.lower)
     train, val = batch(0), batch(1)
     inner.solve(train)
-    optimizer = inner.lower.optimizer
+    assert inner.lower is not None
+    optimizer: Any = inner.lower.optimizer
     x, y = ([p.detach().clone().requires_grad_() for p in ps] for ps in (features.parameters(), inner.parameters()))
     state = torch.get_rng_state()
     meta.step(lambda: inner.loss(val))
@@ -249,7 +250,7 @@ def test_dropout_draws_the_mask_of_the_lower_step_again() -> None:
 def test_dropout_in_a_loop_of_ones_own_is_refused() -> None:
     features = nn.Linear(5, 4)
     inner = Network(features, [nn.Dropout(0.5)], lower=None)
-    meta = UpperStep(list(features.parameters()), lower=inner)
+    meta: Any = UpperStep(list(features.parameters()), lower=inner)
     inner.solve(batch(0))
     state = torch.get_rng_state()
     with pytest.raises(HypergradientError, match=r"random numbers \(dropout\?\).*LowerStep"):
@@ -285,12 +286,14 @@ def test_a_module_is_copied_after_an_upper_step_or_a_cut() -> None:
 def test_optimality_that_torchopt_derives_is_never_called_by_us(monkeypatch: Any) -> None:
     """It takes several times as long as a backward."""
     inner, meta, _ = pair(ridge_hpo())
-    calls = []
-    cls = type(inner)
-    original = cls.optimality
-    monkeypatch.setattr(
-        cls, "optimality", lambda self, *a: calls.append(sys._getframe(1).f_code.co_filename) or original(self, *a)
-    )
+    calls: list[str] = []
+    original = type(inner).optimality
+
+    def traced(self: Any, *args: Any) -> Any:
+        calls.append(sys._getframe(1).f_code.co_filename)
+        return original(self, *args)
+
+    monkeypatch.setattr(type(inner), "optimality", traced)
     iterate(inner, meta)
     assert calls and all("torchopt/diff" in name.replace("\\", "/") for name in calls)
 
@@ -348,7 +351,7 @@ def test_upper_parameters_that_torchopt_does_not_know_are_refused() -> None:
 
     known = torch.ones(1, requires_grad=True)
     inner = Hidden(known)
-    meta = UpperStep([known, x], lower=inner.lower)
+    meta: Any = UpperStep([known, x], lower=inner.lower)
     inner.solve()
     with pytest.raises(HypergradientError, match="constructor of the implicit module"):
         meta.step(lambda: problem.f(x, inner.y))
@@ -380,7 +383,7 @@ def test_an_optimality_function_is_enough_for_the_response() -> None:
     inner = OnlyOptimality(x, problem)
     with pytest.raises(OptionError, match=r"no objective\(\).*UpperStep\(lower=module\)"):
         LowerStep(inner)
-    meta = UpperStep([x], lower=inner)
+    meta: Any = UpperStep([x], lower=inner)
     for _ in range(20):
         inner.y.detach_().requires_grad_()
         inner.solve()
@@ -393,7 +396,7 @@ def test_an_optimality_function_that_is_no_gradient_is_refused_for_the_response_
     problem = b2()
     x = leaf(problem)
     inner = OnlyOptimality(x, problem, twist=1.0)
-    meta = UpperStep([x], lower=inner)
+    meta: Any = UpperStep([x], lower=inner)
     inner.solve()
     with pytest.raises(SolverError, match="not symmetric"):
         meta.step(lambda: problem.f(x, inner.y), lower_closure=inner.optimality)
@@ -406,7 +409,7 @@ def test_a_stock_loop_needs_its_closure_for_the_response() -> None:
     problem = ridge_hpo()
     x = leaf(problem)
     inner = implicit_module(EXACT_CG)(x, problem)
-    meta = UpperStep([x], lower=inner)
+    meta: Any = UpperStep([x], lower=inner)
     inner.solve()
     with pytest.raises(LowerLevelError, match=r"keeps its own loop.*lower_closure=lambda"):
         meta.step(inner.val)
@@ -460,14 +463,14 @@ def test_solutions_of_functional_solvers_are_matched_with_their_loops() -> None:
     lower = FunctionalLowerStep(objective)
 
     @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=1)
-    def solve(y: Tensor, x: Tensor) -> Tensor:
+    def solve(y: Any, x: Tensor) -> Any:
         y, step = lower.attach(y, x)
         step()
         return y
 
     x = leaf(problem)
-    meta = UpperStep([x], lower=lower)
-    y = solve(problem.y0, x)
+    meta: Any = UpperStep([x], lower=lower)
+    y: Any = solve(problem.y0, x)
     f = lambda: problem.f(x, y)  # noqa: E731
     with pytest.raises(LowerLevelError, match="solution=None"):
         meta.step(f)
@@ -491,13 +494,13 @@ def test_a_functional_objective_with_a_hidden_upper_variable_is_refused() -> Non
     lower = FunctionalLowerStep(objective)
 
     @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=1)
-    def solve(y: Tensor, x: Tensor) -> Tensor:
+    def solve(y: Any, x: Tensor) -> Any:
         y, step = lower.attach(y, x)
         step()
         return y
 
-    meta = UpperStep([x, z], lower=lower)
-    y = solve(problem.y0, x)
+    meta: Any = UpperStep([x, z], lower=lower)
+    y: Any = solve(problem.y0, x)
     with pytest.raises(HypergradientError, match="argument that argnums names"):
         meta.step(lambda: problem.f(x, y), solution=y)
 

@@ -109,7 +109,7 @@ def test_functional_hypergradient_is_the_closed_form() -> None:
     problem = ridge_hpo()
     solve, lower = functional(problem, T=1, rule=Constant(bound=1e-9))
     x = leaf(problem)
-    meta = UpperStep([x], lower=lower)
+    meta: Any = UpperStep([x], lower=lower)
     y = solve(problem.ystar(x.detach()), x)
     expected = problem.dF(x.detach())
     meta.step(lambda: problem.f(x, y), solution=y)
@@ -228,7 +228,7 @@ def test_two_groups_of_meta_parameters_share_one_step() -> None:
                 step(self.objective)
 
     inner = Split(*xs)
-    meta = UpperStep([{"params": [xs[0]]}, {"params": [xs[1]], "lr": 0.0}], lr=1.0, lower=inner.lower)
+    meta: Any = UpperStep([{"params": [xs[0]]}, {"params": [xs[1]], "lr": 0.0}], lr=1.0, lower=inner.lower)
     inner.solve()
     meta.step(lambda: problem.f(torch.cat(xs), inner.y))
     assert not torch.equal(xs[0].detach(), problem.x0[:2]) and torch.equal(xs[1].detach(), problem.x0[2:])
@@ -304,7 +304,7 @@ def test_a_meta_batch_of_tasks_is_one_upper_step() -> None:
     problem, weights = ridge_hpo(), (1.0, 2.0, 0.5)
     solve, lower = functional(problem, T=30)
     x = leaf(problem)
-    meta = UpperStep([x], lower=lower)
+    meta: Any = UpperStep([x], lower=lower)
     expected = problem.dF(x.detach())
     for iteration in range(5):
         ys = [solve(problem.y0, x, w) for w in weights]  # the same solution, three times
@@ -322,7 +322,7 @@ def test_modules_of_a_meta_batch_share_one_upper_step() -> None:
     x = leaf(problem)
     Module = implicit_module(EXACT_CG)
     inners = [Module(x, problem, 200).automatic() for _ in range(2)]
-    meta = UpperStep([x], lower=[inner.lower for inner in inners])
+    meta: Any = UpperStep([x], lower=[inner.lower for inner in inners])
     expected = problem.dF(x.detach())
     for inner in inners:
         inner.solve()
@@ -335,7 +335,7 @@ def test_functional_state_is_saved_before_the_tasks_are_met(tmp_path: Any) -> No
     problem = ridge_hpo()
     solve, lower = functional(problem)
     x = leaf(problem)
-    meta = UpperStep([x], lower=lower)
+    meta: Any = UpperStep([x], lower=lower)
     y = solve((problem.y0)[:], x)
     meta.step(lambda: problem.f(x, y), solution=[y])
     torch.save(lower.state_dict(), tmp_path / "saved")
@@ -390,8 +390,9 @@ def test_any_transformation_is_an_upper_direction_with_its_true_slope(name: str,
 def test_a_pair_of_transformations_is_adam_as_in_the_paper() -> None:
     pair_of = Transformed(torchopt.adam(lr=1.0), torchopt.adam(lr=1.0, betas=(0.0, 0.999)))
     ends = []
-    for direction, options in ((pair_of, {}), ("adam", {"momentum": True})):
-        inner, meta, x = pair(ridge_hpo(), direction=direction, carry=False, **options)
+    for given in ({"direction": pair_of}, {"direction": "adam", "momentum": True}):
+        options: dict[str, Any] = {**given, "carry": False}
+        inner, meta, x = pair(ridge_hpo(), **options)
         for _ in range(4):
             iterate(inner, meta)
         ends.append(x.detach())
@@ -413,7 +414,7 @@ def test_other_directions_are_refused(wrong: Any, match: str) -> None:
 
 def test_a_transformation_s_memory_starts_anew_with_other_parameters() -> None:
     a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
-    optimizer = SLS([a, b], direction=Transformed(torchopt.adam(lr=1.0)))
+    optimizer: Any = SLS([a, b], direction=Transformed(torchopt.adam(lr=1.0)))
     optimizer.step(lambda: (a**2).sum() + (b**2).sum())
     optimizer.step(lambda: (a**2).sum())
     assert optimizer.state["transformation"]["shapes"] == [(2,)]

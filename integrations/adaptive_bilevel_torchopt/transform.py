@@ -68,7 +68,7 @@ class ScaleByPolicyState(NamedTuple):
     record: Record | None = None
 
 
-def scale_by_policy(policy: Any, *, differentiable: bool = False) -> GradientTransformationExtraArgs:
+def scale_by_policy(policy: Any, *, differentiable: bool = False) -> Any:
     """Scale updates by the step size of a policy of ``adaptive_bilevel.policies``.
 
     Args:
@@ -192,7 +192,7 @@ def slsb(bound: float | None = None, **options: Any) -> Any:
     return chain(torchopt.sgd(lr=1.0), scale_by_slsb(bound, **options))
 
 
-def chain(*transformations: Any) -> GradientTransformationExtraArgs:
+def chain(*transformations: Any) -> Any:
     """Apply transformations in order, and pass value, grad and value_fn to those that take them.
 
     Args:
