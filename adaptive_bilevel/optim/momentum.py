@@ -10,8 +10,10 @@ with the theta for which that mixture predicts the next hypergradient best, by l
 
     theta = sum <h_{k+1} - h_k, m_k - h_k> / sum ||m_k - h_k||^2    in A^{-1}'s metric, in [0, 1],
 
-both sums decaying like m. With independent noise on a slow gradient, theta is close to 1; where the gradient is exact
-and changes slowly, close to 0. It needs two inner products and one more copy of h, no evaluation, and no number.
+both sums decaying like m, each term in units of ||h_{k+1}||^2 + ||h_k||^2 (large early hypergradients would outweigh
+all later ones), and the lower sum beginning at 1: the certified direction is taken until there is evidence against it.
+With independent noise on a slow gradient, theta is close to 1; where the gradient is exact and changes slowly, close
+to 0. It needs four inner products and one more copy of h, no evaluation, and no number.
 
 A mixture that does not descend on the present sample is replaced by the certified direction, and the mean starts anew
 (the gradient restart of O'Donoghue and Candes, arXiv 1204.3982).
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .direction import Descent, mean
-from .scalars import agree, inner
+from .scalars import agree, inner, on_host
 
 __all__ = ["blended"]
 
@@ -91,26 +93,30 @@ def _sums(
     descent: Descent, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, beta: float
 ) -> dict[str, Any]:
     """Return numerator and denominator of theta with the latest hypergradient in them."""
-    sums = state.get("momentum") or {"agreement": 0.0, "spread": 0.0}
-    known = [(g, state[p]) for p, g in zip(parameters, grads, strict=True) if "last" in state.get(p, {})]
-    if len(known) < len(parameters):  # the first step, or a parameter that has just begun to take part
-        return dict(sums)
-    last = [saved["last"] for _, saved in known]
+    sums = dict(state.get("momentum") or {"agreement": 0.0, "spread": 1.0})
+    known = [state.get(p, {}) for p in parameters]
+    if not all("last" in saved for saved in known):  # the first step, or a parameter that has just begun to take part
+        return sums
+    last = [saved["last"] for saved in known]
     means = torch._foreach_div(
-        [saved["exp_avg"] for _, saved in known], [1.0 - beta ** saved["averaged"] for _, saved in known]
+        [saved["exp_avg"] for saved in known], [1.0 - beta ** saved["averaged"] for saved in known]
     )
-    lag = torch._foreach_sub(list(means), last)
+    lag = list(torch._foreach_sub(list(means), last))
     scaled = descent.precondition(lag)
-    agreement, spread = agree(inner(torch._foreach_sub(list(grads), last), scaled), inner(lag, scaled))
-    return {
-        "agreement": beta * sums["agreement"] + (1.0 - beta) * float(agreement),
-        "spread": beta * sums["spread"] + (1.0 - beta) * float(spread),
-    }
+    agreement, spread, new, old = on_host(
+        inner(torch._foreach_sub(list(grads), last), scaled),
+        inner(lag, scaled),
+        inner(grads, descent.precondition(grads)),
+        inner(last, descent.precondition(last)),
+    )
+    size = new + old
+    if size > 0.0 and math.isfinite(agreement / size) and math.isfinite(spread / size):
+        sums["agreement"] += (1.0 - beta) * (agreement / size - sums["agreement"])
+        sums["spread"] += (1.0 - beta) * (spread / size - sums["spread"])
+    return sums
 
 
 def _ratio(sums: dict[str, Any]) -> float:
-    """Return theta; 0, the certified direction, while there is nothing to tell it from."""
+    """Return theta from the two sums."""
     agreement, spread = sums["agreement"], sums["spread"]
-    if not (spread > 0.0 and math.isfinite(spread) and agreement > 0.0):
-        return 0.0
-    return min(float(agreement / spread), 1.0)
+    return min(max(agreement / spread, 0.0), 1.0) if spread > 0.0 else 0.0
