@@ -210,7 +210,7 @@ def test_every_option_survives_being_built_anew(cls: Any) -> None:
         "c": 0.3, "shrink": 0.6, "grow": 1.5, "reset": "keep", "slack": 0.1, "lower_bound": -1.0, "max_step": 7.0,
         "max_trials": 9, "direction": "adam", "betas": (0.8, 0.9), "eps": 1e-5, "max_skips": 4, "decay": "inverse",
         "floor": 0.01, "floor_decay": "inverse", "response": "tangent", "carry": False, "curvature": 0.4,
-        "baseline": "matched", "response_steps": 3, "lr_min": 0.001,
+        "baseline": "matched", "response_steps": 3, "lr_min": 0.001, "momentum": False,
     }  # fmt: skip
     taken = set(inspect.signature(base.__init__).parameters) & set(options)
     given: dict[str, Any] = {name: options[name] for name in taken}
@@ -262,8 +262,8 @@ def test_options_that_cannot_be(cls: Any, options: dict[str, Any], words: str) -
 
 def test_unknown_options_raise() -> None:
     for cls in ALL:
-        with pytest.raises(TypeError, match="momentum"):
-            cls([torch.ones(1, requires_grad=True)], momentum=0.9)
+        with pytest.raises(TypeError, match="nesterov"):
+            cls([torch.ones(1, requires_grad=True)], nesterov=True)
 
 
 def test_copies_are_not_bound() -> None:
