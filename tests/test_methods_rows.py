@@ -371,7 +371,7 @@ def test_bisls_is_the_optimizer_of_the_same_name(direction: str, response: str, 
     records = run(
         f"bisls-{direction}",
         problem,
-        25,
+        12,
         solver=solver,
         response=response,
         lower_steps=steps,
@@ -435,12 +435,12 @@ def test_every_row_with_every_rule(name: str, level: str) -> None:
 @pytest.mark.parametrize("row", ["ba", "stocbio", "soba", "amigo", "unroll-truncated", "d-tfbo"])
 def test_adaptive_steps_make_progress(row: str) -> None:
     problem = ridge_hpo()
-    options = {"upper_step": policies.SLS(), "lower_step": policies.SLS(), "lower_steps": 10}
+    options = {"upper_step": policies.SLS(), "lower_step": policies.SLS(), "lower_steps": 5}
     if "v" in rows.ROWS[row].variables:
         options["auxiliary_step"] = policies.SLS(start=1.0, lower_bound=None)
     if row == "stocbio":
         options["solver"] = Neumann(20, 0.2)
-    *_, last = run(row, problem, 20, **options)
+    *_, last = run(row, problem, 15, **options)
     assert problem.F(last.x) < 0.75 * problem.F(problem.x0)
 
 

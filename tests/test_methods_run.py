@@ -354,10 +354,10 @@ def stochastic() -> tuple[methods.BilevelProblem, Tensor, dict[str, Tensor]]:
 
 
 def start(name: str, iterations: int = 6, **more: Any) -> methods.Run:
-    options = dict(OPTIONS.get(name, {}))
+    options = {**OPTIONS.get(name, {}), **more}
     batches = methods.Minibatches(data(), data(), size=12, blocks=options.pop("batches", None) == "blocks", seed=5)
     problem, x, y = stochastic()
-    return methods.run(name, problem, x, y, iterations=iterations, batches=batches, seed=11, **options, **more)
+    return methods.run(name, problem, x, y, iterations=iterations, batches=batches, seed=11, **options)
 
 
 def told(records: list[methods.IterationRecord]) -> Any:
@@ -369,7 +369,7 @@ def told(records: list[methods.IterationRecord]) -> Any:
 @pytest.mark.filterwarnings("ignore:.*sufficient decrease", "ignore:.*slope", "ignore:.*did not bring")
 @pytest.mark.parametrize("name", methods.names())
 def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
-    more: dict[str, Any] = {"lower_steps": 20, "auxiliary_steps": 20} if name == "d-tfbo" else {}
+    more: dict[str, Any] = {"lower_steps": 20, "auxiliary_steps": 20} if name == "d-tfbo" else {"lower_steps": 3}
     whole = list(start(name, **more))
     stream = start(name, **more)
     first = [next(stream) for _ in range(3)]
