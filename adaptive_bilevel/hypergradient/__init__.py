@@ -8,6 +8,10 @@
 >>> hypergradient.assign([x], hypergradient.implicit(f, g, [x], [y], hypergradient.CG(tolerance=1e-3)))
 >>> x.grad
 tensor([0.9000])
+
+The estimators of the literature (`Implicit`, `Amortised`, `Averaged`, `Unroll`, `UnrollForward`, `DARTS`, `PZOBO`,
+`HOZOG`, `ValueFunction`) are pure functions of a `Point` and a `Sample` over an `Oracle` that counts its calls;
+`adaptive_bilevel.methods` runs them.
 """
 
 from .check import CheckReport, DirectionCheck, Verdict, check
