@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples import torchopt_imaml, torchopt_ridge
 
@@ -25,6 +26,7 @@ def test_ridge(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_imaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTIVE_BILEVEL_DATA", raising=False)
     monkeypatch.setattr(torchopt_imaml, "TEST_TASKS", 2)
+    torch.set_default_dtype(torch.float32)  # as a script starts; the next test sets its own
     figure, output = tmp_path / "imaml.png", tmp_path / "imaml.json"
     arguments = ["--iterations", "2", "--first-trials", "none", "1", "--adam", "1e-3"]
     torchopt_imaml.main([*arguments, "--figure", str(figure), "--output", str(output)])

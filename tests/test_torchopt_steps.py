@@ -383,7 +383,7 @@ def test_any_transformation_is_an_upper_direction_with_its_true_slope(name: str,
             assert torch.equal(x.detach(), at + updates[0] * meta.record.step_size), "scaled, then added"
         else:
             assert slope <= 0.0 and meta.record.outcome == Outcome.no_descent and torch.equal(x.detach(), at)
-    assert moved >= 6
+    assert moved >= 3
     assert problem.F(x.detach()) < problem.F(problem.x0)
 
 
