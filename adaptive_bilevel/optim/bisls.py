@@ -62,7 +62,8 @@ class BiSLS(UpperOptimizer):
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).
-        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
+        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); until a trial has been
+            rejected, 1/shrink (not with response="step").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
         slack: delta >= 0, an allowed increase.
         lower_bound: Any lower bound of f; None if there is none (then give lr).
@@ -337,13 +338,26 @@ class BiSLS(UpperOptimizer):
         return searched
 
     def _searching(self, state: Any) -> Any:
-        """Return the policy; the first search takes no step beyond the minimizer of its own quadratic model.
+        """Return the policy, as it is until its first steps have told the scale.
 
-        That is Armijo's test with c = 1/2 (or above). Adam's first direction has entries of size 1 all over and no
-        scale; where x saturates (weights behind a sigmoid), what one step too long did is not undone by the next.
+        The first search takes no step beyond the minimizer of its own quadratic model, which is Armijo's test with
+        c = 1/2 (or above): Adam's first direction has entries of size 1 all over and no scale; where x saturates
+        (weights behind a sigmoid), what one step too long did is not undone by the next. And until a trial has been
+        rejected, nothing is known of what is too long, so searches start at 1 / shrink times the last step at least.
         """
-        first = state.previous == 0.0 and self._options["response"] == "tangent"
-        return dataclasses.replace(self._policy, c=max(self._policy.c, 0.5)) if first else self._policy
+        policy = self._policy
+        if self._options["response"] != "tangent":
+            return policy
+        if state.previous == 0.0:
+            policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
+        if not self._saved("rejected", False):
+            policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
+        return policy
+
+    def _conclude(self, record: Record, state: Any) -> None:
+        if record.trials > 1 and not self._saved("rejected", False):
+            self._save_rule_state(self._rule_state(), rejected=True)
+        super()._conclude(record, state)
 
     def _answer(self, response: Response | None, descent: Descent) -> list[Tensor] | None:
         """Return how y answers to one unit of the step that is taken; None: not known.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -50,10 +49,6 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
     The lower level is what the problem's paths say, and is set by `bind`. A ``param_callback`` of the problem takes the
     place of `project`. The solver is CG, Neumann or Identity, or the same written as a string, since Betty builds
     optimizers anew from plain values.
-
-    Until a trial was rejected, nothing is known of what is too long, and searches start at 1 / shrink times the last
-    step, not `grow`. Engines take few upper steps, each after a long lower loop; by 1.2, a first trial of 1 would take
-    38 of them to become 1000.
     """
 
     def __init__(
@@ -104,17 +99,6 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
         )
         response.along(going.along)
         return response
-
-    def _searching(self, state: Any) -> Any:
-        policy = super()._searching(state)
-        if not self._hosted or self._options["reset"] != "grow" or self._saved("rejected", False):
-            return policy
-        return dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
-
-    def _conclude(self, record: Record, state: Any) -> None:
-        if self._hosted and record.trials > 1 and not self._saved("rejected", False):
-            self._save_rule_state(self._rule_state(), rejected=True)
-        super()._conclude(record, state)
 
     def _carry(self, lower: list[Tensor], answer: list[Tensor] | None, step: float) -> None:
         """Take the prediction along, unless the engine takes lower steps back anyway."""
