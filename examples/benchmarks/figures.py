@@ -288,7 +288,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="four iterations: does it run?")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     folder = data.folder(options.data)
     results = options.results or options.output
     given = None if folder is None else str(folder)
@@ -319,4 +318,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # of the whole process; else saturated runs take many times as long
     main()

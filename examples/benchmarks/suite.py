@@ -67,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)  # else runs that saturate take many times as long as the others
     folder = data.folder(options.data)
     folder = None if folder is None else str(folder)
     for name in options.task or (QUICK if options.quick else BENCHMARKS):
@@ -95,4 +94,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # of the whole process; else saturated runs take many times as long
     main()
