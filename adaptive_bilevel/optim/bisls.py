@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .guard import Closure, Guard
 from .momentum import blended
 from .moves import Move
 from .projection import Projection, as_projection
-from .response import NoResponse, Response, StepResponse, TangentResponse
+from .response import Belief, NoResponse, Response, StepResponse, TangentResponse
 from .scalars import agree, inner
 from .tensors import gradients_of
 from .upper import UpperOptimizer
@@ -57,8 +58,9 @@ class BiSLS(UpperOptimizer):
         solver: P of the tangent; give the one that the hypergradient uses.
         carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that or goes back,
             whichever has the smaller loss on its own first sample (lower optimizers of this package; for others False).
-        curvature: A step is also rejected if the lower gradient changed by more than curvature * a ||C^T d||, which it
-            does where the tangent cannot be believed; inf: no such test.
+        curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
+            curvature * a ||C^T d||, which it does where the tangent cannot be believed; inf: no such test. See
+            `adaptive_bilevel.optim.response.Belief`.
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).
@@ -280,11 +282,12 @@ class BiSLS(UpperOptimizer):
         samples = self.lower.samples(lower_closure, guard)
         if options["response"] == "step":
             return StepResponse(guard, samples, lower, going.promised, options["response_steps"], counts)
-        response = TangentResponse(
-            guard, samples, going.tensors, lower, partials, self.solver, options["curvature"], counts
-        )
+        response = TangentResponse(guard, samples, going.tensors, lower, partials, self.solver, self._belief(), counts)
         response.along(going.along)
         return response
+
+    def _belief(self) -> Belief:
+        return Belief(self._options["curvature"], resumed=self._rule_state().previous > 0.0)
 
     def _limits(self, value: float, slope: float) -> tuple[Any, dict[str, Any]]:
         """Return the rule's state, and what it is told of its first trial."""
@@ -314,10 +317,13 @@ class BiSLS(UpperOptimizer):
         loss: Tensor,
         limits: tuple[Any, dict[str, Any]],
     ) -> tuple[Record, Any]:
-        def trial(step: float) -> float:
+        def place(step: float) -> None:
             guard.put_back()
             going.go(step)
             response.answer(step)
+
+        def trial(step: float) -> float:
+            place(step)
             self.evaluations.upper.values += 1
             return float(agree(guard.value(upper_closure, guard.entry))[0])
 
@@ -331,7 +337,8 @@ class BiSLS(UpperOptimizer):
         else:
             most = self._options["max_step"]
             longest = going.longest if most is None else min(going.longest, most)
-            extra = {"rounding": resolution(loss), "certify": response.certify, "max_step": longest}
+            certify = partial(response.certify, place=place)
+            extra = {"rounding": resolution(loss), "certify": certify, "max_step": longest}
         searched: tuple[Record, Any] = self._searching(state).step(
             state, loss=value, slope=response.slope, trial=trial, **bound, **extra
         )

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from .evaluations import Counts
 from .guard import Guard
 from .scalars import agree, inner
 
-__all__ = ["NoResponse", "Response", "StepResponse", "TangentResponse"]
+__all__ = ["Belief", "Change", "NoResponse", "Response", "StepResponse", "TangentResponse", "refined"]
 
 
 class Response(Protocol):
@@ -47,8 +47,11 @@ class Response(Protocol):
         """Put the lower variable to y(step), the upper one being at x - step d."""
         ...
 
-    def certify(self, step: float) -> bool:
-        """Return whether the model of y can be believed at this step (the candidate is in place)."""
+    def certify(self, step: float, place: Callable[[float], None]) -> bool:
+        """Return whether the model of y can be believed at this step.
+
+        The candidate is in place; `place` puts another one there.
+        """
         ...
 
 
@@ -66,13 +69,73 @@ class NoResponse:
     def answer(self, step: float) -> None:
         """Do nothing."""
 
-    def certify(self, step: float) -> bool:
+    def certify(self, step: float, place: Callable[[float], None]) -> bool:
         """Believe."""
         return True
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(max(float(inner(tensors, tensors)), 0.0))
+
+
+class Change(NamedTuple):
+    """How a lower gradient changed along a tangent.
+
+    Attributes:
+        size: The norm of the change.
+        push: ||C^T d||: without any answer of y, the change would be step * push to first order.
+        residual: ||C^T d - H w|| / ||C^T d||: with the answer w, it still is that part of it.
+        rounding: What of `size` may be rounding.
+    """
+
+    size: float
+    push: float
+    residual: float
+    rounding: float
+
+    @classmethod
+    def between(cls, old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], residual: float) -> Change:
+        """Return the change from one gradient to another."""
+        rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (_norm(new) + _norm(old))
+        size, pushed = (float(v) for v in agree(_norm(torch._foreach_sub(list(new), list(old))), _norm(push)))
+        return cls(size, pushed, residual, rounding)
+
+
+class Belief:
+    """Whether a tangent can be believed at a step: what its linear model ignores must be small.
+
+    Along the exact tangent the lower gradient does not change to first order, so a change below (tolerance + residual)
+    * step * ||C^T d|| passes. A larger one is looked at again at half of the step. What a smooth lower loss adds is of
+    second order: there it is a quarter, and the search goes on to shorter steps. Where it is half or more, no shorter
+    step is believed any better, so this one passes: samples cross kinks of a ReLU network, by which its gradient
+    jumps. Rejected for them, steps would shrink until not one sample crosses a kink any more.
+
+    A bounded gradient also stops changing far out, where it saturates. So, until a candidate was rejected for what a
+    shorter step would mend, a change that is as large as without any answer of y never passes.
+
+    Args:
+        tolerance: As above; inf: no test.
+        resumed: Whether the search starts from a step that was accepted before.
+    """
+
+    def __init__(self, tolerance: float, resumed: bool) -> None:
+        self._tolerance, self._inside = tolerance, resumed
+
+    def __call__(self, step: float, measure: Callable[[], Sequence[Change]], place: Callable[[float], None]) -> bool:
+        """Return whether the tangent can be believed at the candidate in place; another may be there afterwards."""
+        if math.isinf(self._tolerance):
+            return True
+        changes = [change for change in measure() if change.push != 0.0]
+        limits = [(self._tolerance + c.residual) * step * c.push + c.rounding for c in changes]
+        if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
+            return True
+        place(0.5 * step)
+        halves = [change for change in measure() if change.push != 0.0]
+        for c, half, limit in zip(changes, halves, limits, strict=True):
+            if not (c.size <= limit or half.size >= 0.5 * c.size):
+                self._inside = True
+                return False
+        return self._inside or all(c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes)
 
 
 class TangentResponse:
@@ -85,7 +148,7 @@ class TangentResponse:
         lower: The lower tensors.
         partials: f_x (of those upper tensors) and f_y.
         solver: P.
-        tolerance: See `certify`; inf: no test.
+        belief: In the tangent.
         counts: Where lower oracle calls are counted.
     """
 
@@ -97,11 +160,11 @@ class TangentResponse:
         lower: Sequence[Tensor],
         partials: tuple[Sequence[Tensor], Sequence[Tensor]],
         solver: LinearSolver,
-        tolerance: float,
+        belief: Belief,
         counts: Counts,
     ) -> None:
         self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
-        self._partials, self._solver, self._tolerance = partials, solver, tolerance
+        self._partials, self._solver, self._belief = partials, solver, belief
         with torch.enable_grad():
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
             self._curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
@@ -156,15 +219,12 @@ class TangentResponse:
         assert self.offsets is not None
         torch._foreach_add_(list(self._lower), list(self.offsets), alpha=step)
 
-    def certify(self, step: float) -> bool:
-        """Return whether the lower gradient moved by less than (tolerance + residual) * step * ||C^T d||.
+    def certify(self, step: float, place: Callable[[float], None]) -> bool:
+        """Return whether the tangent can be believed, see `Belief`."""
+        return self._belief(step, self._change, place)
 
-        Along the exact tangent it does not move to first order, and with ||C^T d - H w|| = residual ||C^T d|| by the
-        residual's part: the tolerance bounds what the linear model ignores.
-        """
-        push = _norm(self._push)
-        if math.isinf(self._tolerance) or push == 0.0:
-            return True
+    def _change(self) -> list[Change]:
+        """Return how far the lower gradient is from where it was."""
         moved: list[Tensor] | None = None
         for sample in self._samples:
             _, grads = self._guard.gradient(sample.closure, self._lower, sample.random)
@@ -172,10 +232,7 @@ class TangentResponse:
             moved = filled if moved is None else list(torch._foreach_add(moved, filled))
         self._counts.gradients += 1
         assert moved is not None
-        change = _norm(torch._foreach_sub(moved, list(self._gradient)))
-        rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in self._gradient) * (_norm(moved) + _norm(self._gradient))
-        change, push = (float(v) for v in agree(change, push))
-        return change <= (self._tolerance + self._residual) * step * push + rounding
+        return [Change.between(self._gradient, moved, self._push, self._residual)]
 
 
 def refined(solver: LinearSolver) -> LinearSolver | None:
@@ -229,6 +286,6 @@ class StepResponse:
                     if g is not None:
                         p.add_(g, alpha=-sample.step_size)
 
-    def certify(self, step: float) -> bool:
+    def certify(self, step: float, place: Callable[[float], None]) -> bool:
         """Believe, as the paper does."""
         return True

@@ -94,7 +94,7 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
             lower,
             partials,
             self.solver,
-            options["curvature"],
+            self._belief(),
             self.evaluations.lower,
         )
         response.along(going.along)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 from adaptive_bilevel.optim.evaluations import Counts
 from adaptive_bilevel.optim.guard import Closure, Guard
-from adaptive_bilevel.optim.response import TangentResponse, refined
+from adaptive_bilevel.optim.response import Belief, Change, TangentResponse, refined
 from adaptive_bilevel.optim.scalars import agree, inner
 
 __all__ = ["Block", "ChainResponse"]
@@ -47,7 +47,7 @@ class ChainResponse(TangentResponse):
         lower: All lower tensors; each belongs to one block.
         partials: f_x and f_y.
         solver: P.
-        tolerance: As in `TangentResponse`.
+        belief: In the tangents.
         counts: Where lower oracle calls are counted.
     """
 
@@ -59,11 +59,11 @@ class ChainResponse(TangentResponse):
         lower: Sequence[Tensor],
         partials: tuple[Sequence[Tensor], Sequence[Tensor]],
         solver: LinearSolver,
-        tolerance: float,
+        belief: Belief,
         counts: Counts,
     ) -> None:
         self._guard, self._blocks, self._lower, self._counts = guard, list(blocks), lower, counts
-        self._partials, self._solver, self._tolerance = partials, solver, tolerance
+        self._partials, self._solver, self._belief = partials, solver, belief
         self._positions = _positions(blocks, lower)
         self._curvatures: list[LowerCurvature] = []
         for block in blocks:
@@ -131,21 +131,21 @@ class ChainResponse(TangentResponse):
             self._counts.jvps += curvature.jvps
         self._curvatures = []
 
-    def certify(self, step: float) -> bool:
-        """Return whether every lower gradient moved by less than (tolerance + residual) * step * ||C^T d||."""
-        if math.isinf(self._tolerance):
-            return True
-        believed = []
+    def certify(self, step: float, place: Callable[[float], None]) -> bool:
+        """Return whether the tangents of all problems can be believed."""
+        return self._belief(step, self._changes, place)
+
+    def _changes(self) -> list[Change]:
+        """Return how far every lower gradient is from where it was."""
+        changes = []
         for block, before, push, residual in zip(
             self._blocks, self._gradients, self._pushes, self._residuals, strict=True
         ):
             _, grads = self._guard.gradient(block.closure, list(block.tensors), self._guard.entry)
             self._counts.gradients += 1
             now = [torch.zeros_like(p) if g is None else g for p, g in zip(block.tensors, grads, strict=True)]
-            rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in now) * (_norm(now) + _norm(before))
-            change, pushed = (float(v) for v in agree(_norm(torch._foreach_sub(now, list(before))), _norm(push)))
-            believed.append(change <= (self._tolerance + residual) * step * pushed + rounding)
-        return all(believed)
+            changes.append(Change.between(before, now, push, residual))
+        return changes
 
     def _flat(self, by_block: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the tensors of the blocks in the order of all lower tensors."""
@@ -155,10 +155,6 @@ class ChainResponse(TangentResponse):
             for i, t in zip(position, tensors, strict=True)
         }
         return [found[i] for i in range(len(self._lower))]
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(max(float(inner(tensors, tensors)), 0.0))
 
 
 def _positions(blocks: Sequence[Block], lower: Sequence[Tensor]) -> list[list[int]]:

@@ -1,0 +1,103 @@
+"""The test of the tangent: smooth curvature shortens steps, the kinks of ReLU networks do not."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adaptive_bilevel import SLS, BiSLS
+from adaptive_bilevel.hypergradient import CG, assign, implicit
+from adaptive_bilevel.optim.response import Belief, Change
+
+PUSH = 2.0
+
+
+def believed(belief: Belief, step: float, size: float, half: float, residual: float = 0.0) -> bool:
+    """Ask about a step where the gradient changed by `size`, and by `half` at half of the step."""
+    at = [step]
+    return belief(
+        step,
+        lambda: [Change(size if at[0] == step else half, PUSH, residual, 0.0)],
+        lambda a: at.append(at.pop() and a),
+    )
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+@pytest.mark.parametrize(
+    ("size", "half", "expected"),
+    [
+        (0.9, math.nan, True),  # below the limit of 1: the half step is not looked at
+        (1.2, 0.3, False),  # of second order
+        (1.2, 1.2, True),  # a jump
+        (1.2, 1.3, True),  # a jump that another one makes up for
+        (math.nan, 0.3, False),
+        (math.inf, 0.3, False),
+        (1.2, math.nan, False),
+    ],
+)
+def test_what_is_believed(size: float, half: float, expected: bool, resumed: bool) -> None:
+    assert believed(Belief(0.5, resumed), 1.0, size, half) is expected
+
+
+def test_what_the_solve_leaves_is_allowed() -> None:
+    assert believed(Belief(0.5, True), 1.0, 1.6, 0.4, residual=0.3)
+
+
+def test_far_out_a_gradient_that_saturates_is_not_believed() -> None:
+    """Change 10 however long the step, down to 1; quadratic below."""
+    belief, step, rejected = Belief(0.5, False), 64.0, []
+
+    def change(a: float) -> float:
+        return 10.0 * min(a, 1.0) ** 2
+
+    step = 4.0
+    while not believed(belief, step, change(step), change(step / 2)):
+        rejected.append(step)
+        step /= 2
+    assert rejected == [4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
+    assert change(step) <= 0.5 * step * PUSH
+
+
+def test_no_test() -> None:
+    assert believed(Belief(math.inf, False), 1.0, math.nan, math.nan)
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+def test_a_relu_network_as_lower_variable(direction: str) -> None:
+    """Meta-learning of an initial point: the decreases that steps promise stay of the size of the losses."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    names = [name for name, _ in net.named_parameters()]
+    meta = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    fast = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    weights, solver = torch.randn(10, 4), CG(max_iterations=5)
+    inner: SLS = SLS(fast)
+    outer: BiSLS = BiSLS(meta, lower=inner, direction=direction, solver=solver)
+
+    def loss(data: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(net, dict(zip(names, fast, strict=True)), (data,)), labels)
+
+    def lower(data: Tensor, labels: Tensor) -> Tensor:
+        distance = sum(((a - b) ** 2).sum() for a, b in zip(fast, meta, strict=True))
+        return loss(data, labels) + 0.25 * distance
+
+    steps = []
+    for _ in range(25):
+        order = torch.randperm(4)
+        train, test = torch.randn(2, 40, 10)
+        labels, targets = ((data @ weights[:, order]).argmax(1) for data in (train, test))
+        with torch.no_grad():
+            torch._foreach_copy_(fast, meta)
+        for _ in range(5):
+            inner.step(partial(lower, train, labels))
+        upper, last = partial(loss, test, targets), partial(lower, train, labels)
+        assign(meta, implicit(upper, last, meta, fast, solver=solver))
+        outer.step(upper)
+        assert outer.record is not None
+        steps.append(outer.record.step_size * outer.record.slope)
+    assert sorted(steps)[len(steps) // 2] > 1e-2  # 1e-4 and below where kinks shorten them
