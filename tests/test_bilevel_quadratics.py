@@ -188,3 +188,23 @@ def test_the_lower_clock_counts_upper_steps_that_move() -> None:
         point.x.grad = torch.full_like(point.x, h)
         outer.step(point.upper)
         assert inner.clock == clock
+
+
+def test_searches_double_until_a_trial_was_rejected() -> None:
+    problem = random_qb(0)
+    point = problem.instance()
+    inner = lower_search(point.y)
+    outer = BiSLS([point.x], 1e-3, lower=inner, solver=EXACT)
+    starts, rejections = [], []
+    for _ in range(25):
+        inner.step(point.lower)
+        assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], EXACT))
+        outer.step(point.upper)
+        record: Any = outer.record
+        starts.append((record.step_size * 2.0 ** (record.trials - 1), record.step_size))
+        rejections.append(record.trials > 1)
+    first = rejections.index(True)
+    growth = [start / previous for (_, previous), (start, _) in itertools.pairwise(starts)]
+    assert first >= 5
+    assert growth[:first] == pytest.approx([2.0] * first)
+    assert max(growth[first:]) <= 1.2 + 1e-9

@@ -220,6 +220,8 @@ class BiSLS(UpperOptimizer):
                 answer = self._answer(response, descent)
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
+        if record.trials > 1 and not self._saved("rejected", False):
+            self._save_rule_state(self._rule_state(), rejected=True)
         self._conclude(record, state)
         self._compare_slopes(record)
         return loss
@@ -360,11 +362,6 @@ class BiSLS(UpperOptimizer):
         if not self._saved("rejected", False):
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         return policy
-
-    def _conclude(self, record: Record, state: Any) -> None:
-        if record.trials > 1 and not self._saved("rejected", False):
-            self._save_rule_state(self._rule_state(), rejected=True)
-        super()._conclude(record, state)
 
     def _answer(self, response: Response | None, descent: Descent) -> list[Tensor] | None:
         """Return how y answers to one unit of the step that is taken; None: not known.

@@ -7,6 +7,7 @@ tensors at the beginning of each loop (`attach`), and again, cut from the graph,
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,15 +124,15 @@ class _Rule:
         return made
 
 
-class _Lower:
+class _Lower(abc.ABC):
     """What an upper step asks of a lower one."""
 
     tasks: list[Task]
     module: Any = None
 
+    @abc.abstractmethod
     def ready(self, solution: Any) -> list[Sequence[Tensor]]:
         """Return the solution's tensors of each task, attached to TorchOpt's graph, after all checks."""
-        raise NotImplementedError
 
     def backward(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for TorchOpt's backward."""
@@ -141,11 +142,11 @@ class _Lower:
         """Return the upper tensors that TorchOpt differentiates by."""
         return [x for task in self.tasks for x in task.upper]
 
+    @abc.abstractmethod
     def solver(self) -> Any:
         """Return the solver of the declared kind."""
-        raise NotImplementedError
 
-    def done(self) -> None:
+    def done(self) -> None:  # noqa: B027  (nothing to do is the rule)
         """Be told that an upper step was taken."""
 
     def follow(self) -> None:
