@@ -22,7 +22,7 @@ problems is one upper step. What changes in TorchOpt code (see `InnerNet` and `t
     +            step(lambda: self.objective(x, y))
 
     -meta = torchopt.Adam(net.parameters(), lr=1e-3)
-    +meta = UpperStep(net.parameters(), lower=[n.lower for n in inner_nets], carry=False, curvature=math.inf)
+    +meta = UpperStep(net.parameters(), lower=[n.lower for n in inner_nets], carry=False)
      for tasks in ...:
          for inner_net, task in zip(inner_nets, tasks):
              inner_net.reset_parameters()
@@ -167,7 +167,7 @@ def train(kind: str, lr: float | None, seed: int, data: tuple[Tensor, Tensor], i
     meta: Any
     if automatic:
         lowers = [n.lower for n in inner_nets]
-        meta = UpperStep(net.parameters(), lr=lr, lower=lowers, carry=False, curvature=math.inf)
+        meta = UpperStep(net.parameters(), lr=lr, lower=lowers, carry=False)
     else:
         meta = torchopt.Adam(net.parameters(), lr=lr)
     history = History(f"{kind} {'none' if lr is None else f'{lr:g}'}", seed)

@@ -63,6 +63,15 @@ def test_far_out_a_gradient_that_saturates_is_not_believed() -> None:
     assert change(step) <= 0.5 * step * PUSH
 
 
+@pytest.mark.parametrize(("residual", "expected"), [(0.5, False), (8.0, True)])
+def test_kinks_below_a_poor_solve(residual: float, expected: bool) -> None:
+    """Change sqrt(step), from a first trial so short that it exceeds all that the solve has left."""
+    step = 1e-4
+    change = lambda a: 20.0 * PUSH * math.sqrt(a / 1e-2) * 1e-2  # noqa: E731
+    assert change(step) > (1.0 + residual) * step * PUSH
+    assert believed(Belief(0.5, False), step, change(step), change(step / 2), residual) is expected
+
+
 def test_no_test() -> None:
     assert believed(Belief(math.inf, False), 1.0, math.nan, math.nan)
 

@@ -111,7 +111,8 @@ class Belief:
     jumps. Rejected for them, steps would shrink until not one sample crosses a kink any more.
 
     A bounded gradient also stops changing far out, where it saturates. So, until a candidate was rejected for what a
-    shorter step would mend, a change that is as large as without any answer of y never passes.
+    shorter step would mend, a change that is as large as without any answer of y never passes; unless the solve itself
+    has left as much, so that no shorter step would change less.
 
     Args:
         tolerance: As above; inf: no test.
@@ -135,7 +136,9 @@ class Belief:
             if not (c.size <= limit or half.size >= 0.5 * c.size):
                 self._inside = True
                 return False
-        return self._inside or all(c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes)
+        return self._inside or all(
+            c.residual >= 1.0 or c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes
+        )
 
 
 class TangentResponse:
