@@ -19,15 +19,21 @@ def single() -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def test_logistic_regression(tmp_path: Path) -> None:
+@pytest.mark.parametrize("direction", ["adam", "sgd"])
+def test_logistic_regression(tmp_path: Path, direction: str) -> None:
     """By upper step 10 no number is where the example's own learning rates are not by step 100."""
-    options = ["--few", "--iterations", "10", "--figure", str(tmp_path / "a.png"), "--output", str(tmp_path / "a.json")]
-    own, ours = betty_logistic_hpo.main(options)
+    options = ["--figure", str(tmp_path / "a.png"), "--output", str(tmp_path / "a.json")]
+    own, ours = betty_logistic_hpo.main(["--few", "--iterations", "10", "--direction", direction, *options])
     assert own.at(10) == pytest.approx(0.5002, abs=1e-3)
     assert ours.at(10) <= 0.25
     assert math.isnan(ours.at(11))
     assert (tmp_path / "a.png").stat().st_size > 0
     assert [row["upper"] for row in json.loads((tmp_path / "a.json").read_text())["runs"]] == [1.0, None]
+
+
+def test_short_first_trials_catch_up() -> None:
+    run = betty_logistic_hpo.Run("BiSLS-Adam + SLS", 1.0, 0.1, seed=0)
+    assert betty_logistic_hpo.train(run, "cg", 31, "adam").at(30) <= 0.2
 
 
 def test_reweighting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from adaptive_bilevel_betty import BiSLS, SLS, bind
 
 class Parent(ImplicitProblem):
     def configure_optimizer(self):
-        return BiSLS(self.module.parameters())  # was: torch.optim.SGD(self.module.parameters(), lr=1, momentum=0.9)
+        # was: torch.optim.SGD(self.module.parameters(), lr=1, momentum=0.9)
+        return BiSLS(self.module.parameters(), direction="adam")
 
 class Child(ImplicitProblem):
     def configure_optimizer(self):
