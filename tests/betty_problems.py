@@ -16,6 +16,7 @@ from betty.problems import ImplicitProblem
 from torch import Tensor, nn
 
 from adaptive_bilevel_betty._host import OLD
+from examples.betty_ridge import Batches, Data
 from tests.optimizers import plain
 
 logging.getLogger("betty").disabled = True
@@ -121,18 +122,11 @@ def state(made: Any) -> str:
     return repr(plain([modules, torch.get_rng_state()]))
 
 
-class Ridge:
+class Ridge(Data):
     """Ridge regression with one regulariser exp(x_j) per feature; y is the regression, x the regularisers.
 
     g = |A y - b|^2 / (2 n) + sum_j exp(x_j) y_j^2 / 2 and f = |A_v y - b_v|^2 / (2 m).
     """
-
-    def __init__(self, seed: int = 0, n: int = 60, m: int = 60, d: int = 8, noise: float = 0.5) -> None:
-        r = torch.Generator().manual_seed(seed)
-        self.A, self.Av, w, e, ev = (torch.randn(*s, generator=r) for s in ((n, d), (m, d), (d,), (n,), (m,)))
-        w = w * (torch.arange(d) < d // 2)  # half of the features are noise
-        self.b, self.bv = self.A @ w + noise * e, self.Av @ w + noise * ev
-        self.d = d
 
     def upper_loss(self, problem: Any, batch: Any) -> Tensor:
         A, b = batch
@@ -142,30 +136,6 @@ class Ridge:
         A, b = batch
         y = problem.module()
         return 0.5 * (A @ y - b).square().mean() + 0.5 * (problem.outer().exp() * y.square()).sum()
-
-    def solve(self, x: Tensor) -> Tensor:
-        """y*(x)."""
-        return torch.linalg.solve(
-            self.A.T @ self.A / len(self.b) + torch.diag(x.exp()), self.A.T @ self.b / len(self.b)
-        )
-
-    def F(self, x: Tensor) -> Tensor:
-        """f(x, y*(x))."""
-        return 0.5 * (self.Av @ self.solve(x) - self.bv).square().mean()
-
-    def minimum(self) -> float:
-        """F*, by a second-order method on the closed form."""
-        x = torch.zeros(self.d, requires_grad=True)
-        lbfgs = torch.optim.LBFGS([x], max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=0.0)
-
-        def closure() -> Tensor:
-            lbfgs.zero_grad()
-            value = self.F(x)
-            value.backward()
-            return value
-
-        lbfgs.step(closure)
-        return float(self.F(x.detach()))
 
     def levels(
         self,
@@ -184,20 +154,7 @@ class Ridge:
         y = self.solve(x) if solved else torch.zeros(self.d) if y is None else y
         data: Any = [(self.A, self.b)]
         if batch is not None:
-            draws = torch.Generator().manual_seed(1)
-            data = _Batches(self.A, self.b, batch, draws)
+            data = Batches(self.A, self.b, batch)
         top = Level("outer", self.upper_loss, Variable(x), outer, [(self.Av, self.bv)])
         low = Level("inner", self.lower_loss, Variable(y), inner, data, unroll_steps=T, **lower)
         return top, low
-
-
-class _Batches:
-    """Endless batches of rows, drawn without replacement within one."""
-
-    def __init__(self, A: Tensor, b: Tensor, size: int, draws: torch.Generator) -> None:
-        self.A, self.b, self.size, self.draws = A, b, size, draws
-
-    def __iter__(self) -> Any:
-        while True:
-            rows = torch.randperm(len(self.b), generator=self.draws)[: self.size]
-            yield self.A[rows], self.b[rows]

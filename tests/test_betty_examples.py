@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import betty_logistic_hpo, betty_overhead, betty_reweighting
+from examples import betty_logistic_hpo, betty_overhead, betty_reweighting, betty_ridge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave")
 
@@ -34,6 +34,15 @@ def test_logistic_regression(tmp_path: Path, direction: str) -> None:
 def test_short_first_trials_catch_up() -> None:
     run = betty_logistic_hpo.Run("BiSLS-Adam + SLS", 1.0, 0.1, seed=0)
     assert betty_logistic_hpo.train(run, "cg", 31, "adam").at(30) <= 0.2
+
+
+def test_ridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, few in (("BATCHES", (None,)), ("UPPER_RATES", (10.0,)), ("LOWER_RATES", (0.03,))):
+        monkeypatch.setattr(betty_ridge, name, few)
+    fixed, *ours = betty_ridge.main(["--seeds", "3", "--output", str(tmp_path / "a.json")])
+    assert len(ours) == 3
+    assert all(row["gaps"][0] < fixed["gaps"][0] / 10 for row in ours)
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == [fixed, *ours]
 
 
 def test_reweighting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
