@@ -7,6 +7,9 @@ parameters, buffers, random state and policy state are exactly as they were befo
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 __all__ = [
     "AdaptiveBilevelError",
     "AdaptiveBilevelWarning",
@@ -17,6 +20,8 @@ __all__ = [
     "OptionError",
     "SolverError",
     "TensorError",
+    "pass_over",
+    "warn",
 ]
 
 
@@ -54,3 +59,22 @@ class NonFiniteError(AdaptiveBilevelError, RuntimeError):
 
 class AdaptiveBilevelWarning(UserWarning):
     """Something that training survives, but that its owner should know."""
+
+
+_PASSED_OVER = {"adaptive_bilevel", "torch"}
+
+
+def pass_over(*packages: str) -> None:
+    """Have no warning point into these packages: an integration names its own and its host's."""
+    _PASSED_OVER.update(packages)
+
+
+def warn(message: str) -> None:
+    """Warn, and point to the line of the user's that led here: the innermost one outside of the packages passed over.
+
+    However deep the caller is, and whatever a scheduler, a hook or a host has wrapped around it.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, AdaptiveBilevelWarning, stacklevel=level)

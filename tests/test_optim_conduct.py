@@ -800,12 +800,3 @@ def test_sparse_gradients_are_refused(info: OptimizerInfo) -> None:
     with pytest.raises(TensorError, match="sparse"):
         optimizer.step(lambda: (table(torch.tensor([1, 2])) ** 2).sum())
     assert snapshot(table, optimizer) == before
-
-
-def test_a_warning_points_to_the_step() -> None:
-    """Not into torch, which wraps step twice."""
-    x = nn.Parameter(torch.ones(1))
-    optimizer = SLS([x], lr=1.0, max_trials=1)
-    with pytest.warns(AdaptiveBilevelWarning) as caught:
-        optimizer.step(lambda: (100.0 * x**2).sum())
-    assert [warning.filename for warning in caught] == [__file__]

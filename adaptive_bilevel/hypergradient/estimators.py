@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import AdaptiveBilevelWarning, OptionError, SolverError
+from adaptive_bilevel.errors import OptionError, SolverError, warn
 from adaptive_bilevel.policies._options import fraction
 
 from ._vectors import Vector, add, negate, widen, zeros_like
@@ -111,7 +110,7 @@ class Implicit:
         with seeded(sample.seed) if self.solver.resamples else contextlib.nullcontext():
             solution = self.solver.solve(product, rhs, initial)
         if solution.status is SolverStatus.diverging:
-            warnings.warn(f"{self.solver}: {solution.status.sentence}.", AdaptiveBilevelWarning, stacklevel=3)
+            warn(f"{self.solver}: {solution.status.sentence}.")
         return solution.tensors
 
 

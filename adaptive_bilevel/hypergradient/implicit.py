@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
-from adaptive_bilevel.errors import AdaptiveBilevelWarning, HypergradientError
+from adaptive_bilevel.errors import HypergradientError, warn
 
 from ._tensors import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 from ._vectors import Vector, add
@@ -172,7 +171,7 @@ def _differentiate(
     if solver.warm_start:
         remember(y, solution.tensors)
     if solution.status is SolverStatus.diverging:
-        warnings.warn(f"{solver}: {solution.status.sentence}.", AdaptiveBilevelWarning, stacklevel=3)
+        warn(f"{solver}: {solution.status.sentence}.")
     info = ImplicitInfo(
         solution=solution,
         upper_loss=upper_loss.detach(),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 
-from ..errors import AdaptiveBilevelWarning, OptionError
+from ..errors import OptionError, warn
 from ..hypergradient._vectors import Vector, add, inner
 from ..hypergradient.estimate import Estimate, Point, Visit
 from ..hypergradient.oracle import Oracle, Sample
@@ -261,23 +260,19 @@ class Driver:
         if outcome not in _TOLD or (variable, outcome) in self._told:
             return
         self._told.add((variable, outcome))
-        warnings.warn(
+        warn(
             f"methods.run({self._row.name!r}), step of {variable} ({NAMES[variable]}): {outcome.sentence}. "
-            f"{_TOLD[outcome]} (said once)",
-            AdaptiveBilevelWarning,
-            stacklevel=7,
+            f"{_TOLD[outcome]} (said once)"
         )
 
     def _warn_cap(self, group: str) -> None:
         if "cap" in self._told:
             return
         self._told.add("cap")
-        warnings.warn(
+        warn(
             f"methods.run({self._row.name!r}): {self._row.repeats(group)} steps of {group} did not bring its squared "
             f"gradient norm to tolerance={self._tolerance:.3g}; raise lower_steps= or auxiliary_steps=, or the "
-            "tolerance (said once)",
-            AdaptiveBilevelWarning,
-            stacklevel=5,
+            "tolerance (said once)"
         )
 
     # ------------------------------------------------------------------------------------------ state

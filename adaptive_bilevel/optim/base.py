@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import AdaptiveBilevelWarning, NonFiniteError
+from ..errors import NonFiniteError, warn
 from ..policies import Outcome, Record, _options
 from .direction import Descent, adam, metric, sgd
 from .evaluations import Evaluations
@@ -193,7 +192,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         """Warn at the 1st, 10th, 100th, ... time."""
         times = self._warned[key] = self._warned.get(key, 0) + 1
         if times in (1, 10, 100, 1000) or times % 10000 == 0:
-            warnings.warn(f"{type(self).__name__} (time {times}): {message}", AdaptiveBilevelWarning, stacklevel=6)
+            warn(f"{type(self).__name__} (time {times}): {message}")
 
     def __repr__(self) -> str:
         """Return the options and the last step."""

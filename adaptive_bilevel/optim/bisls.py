@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
-from ..errors import AdaptiveBilevelWarning, LowerLevelError, OptionError
+from ..errors import LowerLevelError, OptionError, warn
 from ..hypergradient import CG, Identity, LinearSolver
 from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
@@ -128,13 +127,11 @@ class BiSLS(UpperOptimizer):
         super().__init__(params, lr, options)
         self.bind(lower)
         if response == "tangent" and (isinstance(self.solver, Identity) or getattr(self.solver, "random", False)):
-            warnings.warn(
+            warn(
                 f"BiSLS(solver={self.solver}, response='tangent'): this solver does not come near the inverse of the "
                 "lower Hessian, so the predicted response is poor and steps will be very short. Prefer "
                 "CG() or Neumann(...), or "
-                "response='step', baseline='matched', response_steps= the lower steps per upper iteration",
-                AdaptiveBilevelWarning,
-                stacklevel=2,
+                "response='step', baseline='matched', response_steps= the lower steps per upper iteration"
             )
 
     def _check_lr(self, lr: Any) -> None:
@@ -399,12 +396,10 @@ class BiSLS(UpperOptimizer):
             return
         self._far = self._far + 1 if not 0.5 <= record.slope_ratio <= 2.0 else 0
         if self._far == 20:
-            warnings.warn(
+            warn(
                 f"BiSLS: for 20 steps the searched function's slope was far from <hypergradient, direction> (ratio now "
                 f"{record.slope_ratio:.3g}): .grad and {self.solver} disagree. Check the hypergradient with "
-                "adaptive_bilevel.hypergradient.check, give BiSLS the solver that it uses, or solve further",
-                AdaptiveBilevelWarning,
-                stacklevel=5,  # torch wraps step twice
+                "adaptive_bilevel.hypergradient.check, give BiSLS the solver that it uses, or solve further"
             )
 
     _far = 0

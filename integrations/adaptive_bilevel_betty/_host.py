@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, TypeAlias
 
+from adaptive_bilevel.errors import pass_over
+
 INSTALL = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"
 
 try:
@@ -19,6 +21,8 @@ except ImportError as error:
     ) from error
 
 __all__ = ["OLD", "BaseProblem", "Engine", "ImplicitProblem", "Problem", "distribution", "jvp_fn_mapping", "rolls_back"]
+
+pass_over("betty", "adaptive_bilevel_betty")
 
 Problem: TypeAlias = Any
 """A problem of Betty's; Betty is not typed."""

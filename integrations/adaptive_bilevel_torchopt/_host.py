@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from adaptive_bilevel.errors import pass_over
+
 __all__ = ["torchopt"]
 
 try:
@@ -11,3 +13,5 @@ except ImportError as error:
         "adaptive_bilevel_torchopt needs TorchOpt, which is not installed here. Run\n\n"
         "    pip install 'adaptive-bilevel[torchopt]'\n"
     ) from error
+
+pass_over("torchopt", "adaptive_bilevel_torchopt")
