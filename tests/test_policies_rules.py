@@ -150,6 +150,14 @@ def test_no_slope_no_move_no_state(policy: Policy[Any], slope: float, outcome: O
     assert after == state
 
 
+@pytest.mark.parametrize("policy", [SLS(), SLSB()], ids=repr)
+def test_a_search_that_starts_at_a_solution_has_nothing_to_descend_along(policy: SLS | SLSB) -> None:
+    """The slope is one of rounding errors: it gives no scale for a first trial, whatever the lower bound is."""
+    record, state = take(policy, loss=0.5, slope=1e-31)
+    assert (record.step_size, record.trials, record.outcome) == (0.0, 0, Outcome.zero_gradient)
+    assert state == policy.init()
+
+
 def test_a_tie_is_accepted() -> None:
     """The first sample of S1 with c = .1 and a step of 1: 6 - .1 * 20 = 4 = f exactly."""
     record, _ = SLS(start=1.0).step(SLS(start=1.0).init(), loss=6.0, slope=20.0, trial=lambda step: 4.0)

@@ -132,7 +132,11 @@ class _Search:
         if given is None:
             seen, estimated = self._find(state, loss, slope, ceiling)
             if seen.found == 0.0:
-                return Record(0.0, 0.0, math.inf, Outcome.below_lower_bound, slope=slope), state
+                low = self.lower_bound if lower_bound is None else float(lower_bound)
+                # At a solution, a slope made of rounding errors gives no scale either.
+                above = low is not None and loss > low
+                outcome = Outcome.zero_gradient if above else Outcome.below_lower_bound
+                return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
             given = seen.found * scale
         high = given if factor is None else given * factor
         if not high > 0.0:

@@ -1,15 +1,16 @@
-"""Ridge regression with one regularizer per feature, TorchOpt's implicit differentiation, and no learning rate.
+"""A regularizer per feature for ridge or logistic regression: TorchOpt's implicit differentiation, no learning rate.
 
-    python examples/torchopt_ridge.py                  # a table: learning rates over decades, and none
-    python examples/torchopt_ridge.py --figure out.png
+    python examples/torchopt_hpo.py                  # a table: learning rates over decades, and none
+    python examples/torchopt_hpo.py --loss logistic --figure out.png
 
-y are the weights of a ridge regression on training data, x the logarithms of its regularizers, one for each feature:
+y are the weights of a regression on training data, x the logarithms of its regularizers, one for each feature:
 
-    lower   min_y  |X y - t|^2 / (2 n)  +  sum_j exp(x_j) y_j^2 / 2
-    upper   min_x  |X' y - t'|^2 / (2 n)   on validation data
+    lower   min_y  mean l(X y, t)  +  sum_j exp(x_j) y_j^2 / 2
+    upper   min_x  mean l(X' y, t')   on validation data
 
-The lower problem has a closed form, so the table shows how far F(x) = f(x, y*(x)) is from its minimum. What changes in
-TorchOpt code (see `Ridge` and `train`, which do both):
+with l(z, t) = (z - t)^2 / 2, or the cross-entropy of sigmoid(z). y*(x) is known, in closed form (ridge) or by Newton's
+method (logistic), so the table shows how far F(x) = f(x, y*(x)) is from its minimum. What changes in TorchOpt code (see
+`Regression` and `train`, which do both):
 
      def __init__(self, x, ...):
     +    self.lower = LowerStep(self, SLS)
@@ -54,10 +55,15 @@ from adaptive_bilevel_torchopt import LowerStep, UpperStep
 warnings.filterwarnings("ignore", message=".*functorch.*", category=FutureWarning)  # TorchOpt's, at every call
 
 FEATURES, SAMPLES = 8, 60
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    # name: l(z, t), and the prediction m(z); dl/dz = m(z) - t
+    "ridge": (lambda z, t: (z - t).square().mean() / 2, lambda z: z),
+    "logistic": (torch.nn.functional.binary_cross_entropy_with_logits, torch.sigmoid),
+}
 LOWER_STEPS, ITERATIONS = 10, 60
 LOWER_LR = 0.1  # of the fixed loop
 FIRST_TRIALS = (None, 1.0, 1e1, 1e2, 1e3, 1e4)
-FIXED = {"SGD": (1e-2, 1e-1, 1.0, 1e1, 1e2), "Adam": (1e-3, 1e-2, 1e-1, 1.0, 1e1)}
+FIXED = {"SGD": (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3), "Adam": (1e-3, 1e-2, 1e-1, 1.0, 1e1)}
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,10 @@ class Data:
     t: Tensor
     X_val: Tensor
     t_val: Tensor
+    kind: str
 
     @classmethod
-    def draw(cls, seed: int = 0) -> Data:
+    def draw(cls, kind: str, seed: int = 0) -> Data:
         rng = torch.Generator().manual_seed(seed)
         normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
         weights = normal(FEATURES)
@@ -78,35 +85,61 @@ class Data:
         X = normal(SAMPLES, FEATURES)
         t = X @ weights + normal(SAMPLES)
         X_val = normal(SAMPLES, FEATURES)
-        return cls(X, t, X_val, X_val @ weights + normal(SAMPLES))
+        t_val = X_val @ weights + normal(SAMPLES)
+        if kind == "logistic":
+            t, t_val = (t > 0).double(), (t_val > 0).double()
+        return cls(X, t, X_val, t_val, kind)
 
-    def solution(self, x: Tensor) -> Tensor:
-        """y*(x)."""
-        H = self.X.T @ self.X / SAMPLES + torch.diag(x.exp())
-        return torch.linalg.solve(H, self.X.T @ self.t / SAMPLES)
+    def loss(self, X: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return LOSSES[self.kind][0](X @ y, t)
 
     def upper_loss(self, y: Tensor) -> Tensor:
-        return (self.X_val @ y - self.t_val).square().mean() / 2
+        return self.loss(self.X_val, self.t_val, y)
+
+    def lower_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss(self.X, self.t, y) + (x.exp() * y.square()).sum() / 2
+
+    def hessian(self, x: Tensor, y: Tensor) -> Tensor:
+        """That of the lower loss in y."""
+        m = LOSSES[self.kind][1](self.X @ y)
+        variance = m * (1 - m) if self.kind == "logistic" else torch.ones_like(m)
+        return self.X.T @ (variance[:, None] * self.X) / SAMPLES + torch.diag(x.exp())
+
+    def solution(self, x: Tensor) -> Tensor:
+        """y*(x), by Newton's method to machine precision; for ridge, its first step is exact."""
+        y = torch.zeros(FEATURES, dtype=torch.float64)
+        for _ in range(50):
+            residual = LOSSES[self.kind][1](self.X @ y) - self.t
+            gradient = self.X.T @ residual / SAMPLES + x.exp() * y
+            step = torch.linalg.solve(self.hessian(x, y), gradient)
+            y = y - step
+            if not step.norm() > 1e-14 * y.norm():
+                break
+        return y
+
+    def hypergradient(self, x: Tensor) -> Tensor:
+        """dF/dx = -exp(x) y* v with the lower Hessian H v = f_y, in closed form at y*(x)."""
+        y = self.solution(x)
+        residual = LOSSES[self.kind][1](self.X_val @ y) - self.t_val
+        return -x.exp() * y * torch.linalg.solve(self.hessian(x, y), self.X_val.T @ residual / SAMPLES)
 
     def F(self, x: Tensor) -> float:
         return float(self.upper_loss(self.solution(x.detach())))
 
     def minimum(self) -> float:
-        """The minimum of F, by a quasi-Newton method through the closed form."""
+        """The minimum of F, by a quasi-Newton method on the closed form."""
         x = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([x], max_iter=2000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = self.upper_loss(self.solution(x))
-            loss.backward()
-            return loss
+        def closure() -> float:
+            x.grad = self.hypergradient(x.detach())
+            return self.F(x)
 
         optimizer.step(closure)
         return self.F(x)
 
 
-class Ridge(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.linear_solve.solve_cg()):
+class Regression(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.linear_solve.solve_cg()):
     """The lower problem: TorchOpt's own loop with a fixed step, or ours."""
 
     def __init__(self, x: Tensor, data: Data, automatic: bool) -> None:
@@ -116,8 +149,7 @@ class Ridge(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.linear
         self.lower = LowerStep(self, SLS) if automatic else None
 
     def objective(self) -> Tensor:
-        fit = (self.data.X @ self.y - self.data.t).square().mean() / 2
-        return fit + (self.x.exp() * self.y.square()).sum() / 2
+        return self.data.lower_loss(self.x, self.y)
 
     def validation_loss(self) -> Tensor:
         return self.data.upper_loss(self.y)
@@ -159,7 +191,7 @@ def train(data: Data, minimum: float, name: str, make: Callable[[Any, Tensor], A
     x = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
     history = History(name, [data.F(x) - minimum])
     automatic = name.startswith("BiSLS")
-    inner = Ridge(x, data, automatic)
+    inner = Regression(x, data, automatic)
     meta = make(inner, x)
     for _ in range(iterations):
         inner.solve()
@@ -179,9 +211,9 @@ def train(data: Data, minimum: float, name: str, make: Callable[[Any, Tensor], A
     return history
 
 
-def run(seed: int = 0, iterations: int = ITERATIONS) -> list[History]:
+def run(kind: str, seed: int = 0, iterations: int = ITERATIONS) -> list[History]:
     """All runs on one data set."""
-    data = Data.draw(seed)
+    data = Data.draw(kind, seed)
     minimum = data.minimum()
     histories = []
     for direction in ("sgd", "adam"):
@@ -208,7 +240,7 @@ def table(histories: list[History]) -> str:
     return "\n".join(lines)
 
 
-def draw(histories: list[History], path: Path) -> None:
+def draw(kind: str, histories: list[History], path: Path) -> None:
     """F - F* over the iterations: fixed rates, and none."""
     import matplotlib
 
@@ -225,14 +257,14 @@ def draw(histories: list[History], path: Path) -> None:
         ours = [h for h in histories if h.name.startswith(f"BiSLS-{name} ")]
         for h in ours:
             none = h.name.endswith("none")
+            label = "no number" if none else f"first trials {FIRST_TRIALS[1]:g} to {FIRST_TRIALS[-1]:g}"
             panel.plot(h.gaps, color="tab:red", lw=2.2 if none else 0.9, alpha=1.0 if none else 0.6,
-                       label=f"BiSLS-{name}, no number" if none else None)  # fmt: skip
-        panel.set(
-            yscale="log", ylim=(1e-5, 10), xlabel="upper iteration", title=f"{name}: fixed rates, and BiSLS-{name}"
-        )
+                       label=f"BiSLS-{name}, {label}" if none or h is ours[-1] else None)  # fmt: skip
+        title = f"{kind}, {name}: fixed rates, and BiSLS-{name}"
+        panel.set(yscale="log", ylim=(3e-6, 2), xlabel="upper iteration", title=title)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc="lower left", ncols=2)
     axes[0].set_ylabel("F(x) - F*")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -240,21 +272,20 @@ def draw(histories: list[History], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--loss", choices=LOSSES, default="ridge")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--figure", type=Path, help="PNG file")
     parser.add_argument("--output", type=Path, help="JSON file of all runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    histories = run(options.seed, options.iterations)
+    histories = run(options.loss, options.seed, options.iterations)
     print(table(histories))
     if options.figure:
-        draw(histories, options.figure)
+        draw(options.loss, histories, options.figure)
         print(f"\n{options.figure}")
     if options.output:
-        command = "python examples/torchopt_ridge.py " + shlex.join(
-            arguments if arguments is not None else sys.argv[1:]
-        )
+        command = "python examples/torchopt_hpo.py " + shlex.join(arguments if arguments is not None else sys.argv[1:])
         rows = [{**asdict(h), "final": h.final} for h in histories]
         options.output.write_text(json.dumps({"command": command, "runs": rows}, indent=1) + "\n")
 
