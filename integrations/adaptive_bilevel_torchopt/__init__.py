@@ -10,8 +10,9 @@
 
 from ._host import torchopt as _torchopt  # noqa: F401  first: says how to install TorchOpt where it is missing
 from .direction import Transformed
+from .functional import FunctionalLowerStep
 from .learning_rate import PolyakLR
-from .lower import FunctionalLowerStep, LowerStep
+from .lower import LowerStep
 from .transform import (
     FuncOptimizer,
     GradientTransformationExtraArgs,

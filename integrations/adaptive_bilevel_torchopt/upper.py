@@ -17,15 +17,15 @@ from adaptive_bilevel.optim.guard import Guard, Workspace
 from adaptive_bilevel.policies import Record
 
 from .direction import as_direction
+from .functional import FunctionalLowerStep
 from .host_module import refuse_unregistered
-from .lower import FunctionalLowerStep, LowerStep, StockLower, Task, _Lower
+from .lower import StockLower
 from .residual import local_objective, refuse_asymmetric
 from .rules import resolve
 from .solvers import Ridge, SafeNeumann
+from .task import Lower, Task
 
 __all__ = ["UpperStep"]
-
-Lower = LowerStep | FunctionalLowerStep | StockLower
 
 
 class UpperStep:
@@ -72,7 +72,8 @@ class UpperStep:
         solver: Any = None,
         **options: Any,
     ) -> None:
-        self._lowers = [_as_lower(given) for given in (lower if isinstance(lower, (list, tuple)) else [lower])]
+        listed = lower if isinstance(lower, (list, tuple)) else [lower]
+        self._lowers = [given if isinstance(given, Lower) else StockLower(given) for given in listed]
         if sum(isinstance(given, FunctionalLowerStep) for given in self._lowers) and len(self._lowers) > 1:
             raise OptionError(
                 f"UpperStep(lower={lower!r}): one FunctionalLowerStep serves all tasks of a meta-batch; pass it alone"
@@ -313,9 +314,3 @@ class UpperStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load it."""
         self.optimizer.load_state_dict(state)
-
-
-def _as_lower(given: Any) -> _Lower:
-    if isinstance(given, (LowerStep, FunctionalLowerStep, StockLower)):
-        return given
-    return StockLower(given)

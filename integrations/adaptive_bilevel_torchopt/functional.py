@@ -1,0 +1,165 @@
+"""The lower loop inside a function that ``custom_root`` decorates: one solver, as many tasks as it is called for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adaptive_bilevel import SLS
+from adaptive_bilevel.errors import LowerLevelError, OptionError
+
+from ._host import torchopt
+from .host_module import check_lower
+from .solvers import declared_solver
+from .task import Lower, Rule, Task, attached, scalar
+
+__all__ = ["FunctionalLowerStep"]
+
+
+class FunctionalLowerStep(Lower):
+    """Automatic lower steps for solvers that are functions decorated by ``torchopt.diff.implicit.custom_root``.
+
+    Args:
+        objective: ``objective(params, *args) -> loss``; the optimality function is its gradient in `params`. SLS and
+            SPS steps compare losses, so the optimality function is not enough.
+        rule: As in `LowerStep`.
+        lr: As in `LowerStep`.
+        linear_solve: What custom_root was given as ``solve``; None is its default, ``solve_normal_cg()``.
+        direction: As in `LowerStep`.
+        options: Options of the rule.
+
+    A meta-batch of tasks is as many calls of the solver before one upper step; the k-th of them goes on with the step
+    size of the k-th task before. For an evaluation take another object, or `rewind` after it.
+
+    ::
+
+        lower = FunctionalLowerStep(objective, SLS)
+
+        @custom_root(torch.func.grad(objective), argnums=1)
+        def solve(params, x, batch):
+            params, step = lower.attach(params, x, batch)
+            for _ in range(T):
+                step()
+            return params
+
+        meta = UpperStep([x], lower=lower)
+        y = solve(y, x, batch)
+        meta.step(lambda: val(y), solution=y)
+    """
+
+    def __init__(
+        self,
+        objective: Callable[..., Tensor],
+        rule: Any = SLS,
+        lr: float | None = None,
+        *,
+        linear_solve: Any = None,
+        direction: Any = "sgd",
+        **options: Any,
+    ) -> None:
+        if not callable(objective):
+            raise OptionError(
+                f"FunctionalLowerStep(objective={objective!r}): pass objective(params, *args) -> loss, of which the "
+                "optimality function is the gradient; SLS and SPS steps compare losses"
+            )
+        self.objective = objective
+        self.linear_solve = linear_solve
+        self._rule = Rule("FunctionalLowerStep", rule, lr, direction, options)
+        self.tasks = []
+        self._pool: list[Task] = []
+        self._clocked = False
+
+    def attach(self, params: Any, *args: Any) -> tuple[Any, Callable[..., Tensor]]:
+        """Begin a lower loop from copies of `params`, and return them and the step on them.
+
+        Args:
+            params: A tensor or a sequence of them.
+            args: What the objective takes beside them.
+        """
+        single = isinstance(params, Tensor)
+        listed = [params] if single else list(params)
+        leaves = [p.detach().clone().requires_grad_() for p in listed]
+        check_lower("FunctionalLowerStep.attach", leaves)
+        index = len(self.tasks)
+        if index == len(self._pool):
+            self._pool.append(self._task())
+        task = self._pool[index]
+        if [p.shape for p in task.params()] not in ([], [p.shape for p in leaves]):
+            task = self._pool[index] = self._task()  # another problem: nothing is known of its step sizes
+        task.bind(leaves)
+        given: Any = torchopt.pytree.tree_leaves(args)  # type: ignore[arg-type]
+        task.begin([x for x in given if isinstance(x, Tensor) and x.requires_grad])
+        self.tasks.append(task)
+        structure = (lambda tensors: tensors[0]) if single else (tuple if isinstance(params, tuple) else list)
+
+        def loss() -> Tensor:
+            return self.objective(structure(task.params()), *args)
+
+        def step(**options: Any) -> Tensor:
+            stepping: Any = task.optimizer
+            value: Tensor = stepping.step(scalar(loss), **options)
+            task.mark()
+            return value
+
+        return structure(leaves), step
+
+    def _task(self) -> Task:
+        task = Task(self._rule)
+        task.clocked = self._clocked
+        return task
+
+    def follow(self) -> None:
+        """Let bounds decay with the upper iterations."""
+        self._clocked = True
+
+    def rewind(self) -> None:
+        """Forget the loops since the last upper step (but not what they taught of step sizes)."""
+        self.tasks = []
+
+    def ready(self, solution: Any) -> list[Sequence[Tensor]]:
+        """Return the tensors of the solutions, in the order of the loops."""
+        if solution is None:
+            raise LowerLevelError(
+                "UpperStep.step(solution=None): pass what the functional solver returned (a list of that for a "
+                "meta-batch), as in meta.step(lambda: val(y), solution=y)"
+            )
+        listed = isinstance(solution, list) and len(solution) == 1 and not isinstance(solution[0], Tensor)
+        if len(self.tasks) == 1 and not listed:
+            solution = [solution]
+        solutions = [[s] if isinstance(s, Tensor) else list(s) for s in solution]
+        if len(solutions) != len(self.tasks):
+            raise LowerLevelError(
+                f"UpperStep.step: {len(solutions)} solutions for {len(self.tasks)} lower loops since the last upper "
+                "step: pass one for each, in their order (rewind() forgets loops of an evaluation)"
+            )
+        for task, tensors in zip(self.tasks, solutions, strict=True):
+            if [p.shape for p in task.params()] != [t.shape for t in tensors]:
+                raise LowerLevelError(
+                    f"UpperStep.step: a solution has shapes {[tuple(t.shape) for t in tensors]} where the lower loop "
+                    f"had {[tuple(p.shape) for p in task.params()]}; pass the solutions in the order of the loops"
+                )
+            attached("UpperStep", tensors)
+            task.check("UpperStep", tensors)
+        return list(solutions)
+
+    def solver(self) -> Any:
+        """Return the solver of the declared kind."""
+        params = self.tasks[0].params() if self.tasks else []
+        return declared_solver(self.linear_solve, params)
+
+    def done(self) -> None:
+        """Begin the next meta-batch."""
+        self.rewind()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the steps of every task: numbers and tensors."""
+        return {"tasks": [task.state_dict() for task in self._pool]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it; for tasks that were not met yet, it is kept until then."""
+        while len(self._pool) < len(state["tasks"]):
+            self._pool.append(self._task())
+        for task, saved in zip(self._pool, state["tasks"], strict=False):
+            task.load_state_dict(saved)
