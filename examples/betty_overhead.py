@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,10 @@ from torch.nn.functional import cross_entropy
 from adaptive_bilevel.hypergradient import CG
 from adaptive_bilevel_betty import SLS, SPSB, BiSLS, bind
 
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from overhead import Clock, lenet
+
 BATCH, LOWER_STEPS = 128, 5
-
-
-def lenet() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-        *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
-    )
 
 
 class Weights(nn.Module):
@@ -68,29 +62,7 @@ class Lower(ImplicitProblem):
         return (self.outer(batch[1]) * losses).mean() + 0.01 * decay
 
 
-class Inside:
-    """Processor time inside losses, gradients and products; not twice where they nest."""
-
-    def __init__(self) -> None:
-        self.seconds, self.depth = 0.0, 0
-        torch.autograd.grad = self.timed(torch.autograd.grad)
-        torch.autograd.backward = self.timed(torch.autograd.backward)
-
-    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            self.depth += 1
-            start = time.thread_time()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.depth -= 1
-                if self.depth == 0:
-                    self.seconds += time.thread_time() - start
-
-        return measured
-
-
-def measure(name: str, upper: Any, lower: Any, repeats: int, inside: Inside) -> dict[str, Any]:
+def measure(name: str, upper: Any, lower: Any, repeats: int, clock: Clock) -> dict[str, Any]:
     torch.manual_seed(0)
     batch = (torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,)))
     top, module = Weights(), lenet()
@@ -108,7 +80,7 @@ def measure(name: str, upper: Any, lower: Any, repeats: int, inside: Inside) -> 
         dependencies={"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
     )
     for problem in (outer, inner):
-        problem.training_step = inside.timed(problem.training_step)
+        problem.training_step = clock.timed(problem.training_step)
     bind(engine)
     found: dict[str, list[tuple[float, float]]] = {"outer": [], "inner": []}
     descents: list[float] = []
@@ -116,9 +88,9 @@ def measure(name: str, upper: Any, lower: Any, repeats: int, inside: Inside) -> 
         step = problem.optimizer.step
 
         def watched(step: Any = step, name: str = problem.name) -> None:
-            inside.seconds, start = 0.0, time.thread_time()
+            clock.calls, start = [], time.thread_time()
             step()
-            found[name].append((time.thread_time() - start, inside.seconds))
+            found[name].append((time.thread_time() - start, clock.inside))
 
         problem.optimizer.step = watched
     descend = inner.one_step_descent
@@ -153,13 +125,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     logging.getLogger("betty").disabled = True
     warnings.simplefilter("ignore")
-    inside = Inside()
+    clock = Clock()
     sgd = lambda p: torch.optim.SGD(p, lr=0.05)  # noqa: E731
     rows = [
-        measure("SGD / SGD", sgd, sgd, options.repeats, inside),
-        measure("BiSLS / SGD", BiSLS, sgd, options.repeats, inside),
-        measure("BiSLS, 3 CG steps / SLS", lambda p: BiSLS(p, solver=CG(3, 0.0)), SLS, options.repeats, inside),
-        measure("SGD / SPSB", sgd, SPSB, options.repeats, inside),
+        measure("SGD / SGD", sgd, sgd, options.repeats, clock),
+        measure("BiSLS / SGD", BiSLS, sgd, options.repeats, clock),
+        measure("BiSLS, 3 CG steps / SLS", lambda p: BiSLS(p, solver=CG(3, 0.0)), SLS, options.repeats, clock),
+        measure("SGD / SPSB", sgd, SPSB, options.repeats, clock),
     ]
     print("microseconds of processor time, medians: step, of which evaluations, ratio")
     for row in rows:

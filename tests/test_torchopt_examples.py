@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaptive_bilevel_torchopt import UpperStep
-from examples import torchopt_hpo, torchopt_imaml
+from examples import torchopt_hpo, torchopt_imaml, torchopt_overhead
 
 
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
@@ -52,3 +52,16 @@ def test_imaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [run["name"] for run in runs] == ["BiSLS-SGD none", "BiSLS-SGD 1", "Adam 0.001"]
     assert all(0.0 <= run["final"] <= 1.0 for run in runs) and runs[0]["steps"][0] > 0.0
     assert figure.stat().st_size > 1000
+
+
+def test_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.autograd, "grad", torch.autograd.grad)  # it times these, for the process's life
+    monkeypatch.setattr(torch.autograd, "backward", torch.autograd.backward)
+    for name in ("BiSLS, adam / SLS", "BiSPS / SPSB"):
+        monkeypatch.delitem(torchopt_overhead.CASES, name)
+    torch.set_default_dtype(torch.float32)  # as a script starts
+    output = tmp_path / "a.json"
+    torchopt_overhead.main(["--repeats", "1", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert all(row["step"] >= row["evaluations"] >= row["of which the hypergradient"] > 0 for row in rows.values())
+    assert 1.0 <= rows["BiSLS / SLS"]["peak ratio"] <= 1.1
