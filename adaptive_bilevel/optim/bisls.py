@@ -63,8 +63,8 @@ class BiSLS(UpperOptimizer):
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).
-        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); until a trial has been
-            rejected, 1/shrink (not with response="step").
+        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); 1/shrink until a trial
+            has been rejected, and when steps are as long as the last one that was (not with response="step").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
         slack: delta >= 0, an allowed increase.
         lower_bound: Any lower bound of f; None if there is none (then give lr).
@@ -190,7 +190,11 @@ class BiSLS(UpperOptimizer):
             going, descent = self._move_along(active, h, factors)
             value = float(agree(loss)[0])
             record, state, response = self._refuse(value, going.promised), self._rule_state(), None
-            if record is None:
+            if record is None and self._unresolved(loss, value, going.promised):
+                going, _ = self._feasible(params, going, value)
+                step = min(state.previous, going.longest, self._options["max_step"] or math.inf)
+                record = Record(step, step, going.longest, Outcome.accepted, slope=going.promised)
+            elif record is None:
                 guard.copy()
                 f_x = gradients_of(active, params, partials[: len(params)])
                 f_y = gradients_of(lower, lower, partials[len(params) :])
@@ -217,8 +221,8 @@ class BiSLS(UpperOptimizer):
                 answer = self._answer(response, descent)
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
-        if record.trials > 1 and not self._saved("rejected", False):
-            self._save_rule_state(self._rule_state(), rejected=True)
+        if self._options["response"] == "tangent" and record.trials > 1 and record.step_size == state.previous:
+            self._save_rule_state(state, rejected=record.step_size / self._policy.shrink)
         self._conclude(record, state)
         self._compare_slopes(record)
         return loss
@@ -256,6 +260,16 @@ class BiSLS(UpperOptimizer):
         if self._reference_lr() == 0.0:
             return Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=promised)
         return None
+
+    def _unresolved(self, loss: Tensor, value: float, promised: float) -> bool:
+        """Return whether what the last step length promises is lost in the rounding of f: no trial could tell.
+
+        So it is at a solution. The step is then taken as long as the last one that told; solves would be for slopes of
+        either sign, and steps would grow or shrink by chance. Not before a trial has been rejected: first steps may be
+        that short by choice.
+        """
+        gain = self._rule_state().previous * promised
+        return self._saved("rejected", 0.0) > 0.0 and 0.0 < gain < resolution(loss) * abs(value)
 
     def _respond(
         self,
@@ -349,14 +363,15 @@ class BiSLS(UpperOptimizer):
         The first search takes no step beyond the minimizer of its own quadratic model, which is Armijo's test with
         c = 1/2 (or above): Adam's first direction has entries of size 1 all over and no scale; where x saturates
         (weights behind a sigmoid), what one step too long did is not undone by the next. And until a trial has been
-        rejected, nothing is known of what is too long, so searches start at 1 / shrink times the last step at least.
+        rejected, or where steps have since grown to its length, nothing is known of what is too long: searches start at
+        1 / shrink times the last step at least.
         """
         policy = self._policy
         if self._options["response"] != "tangent":
             return policy
         if state.previous == 0.0:
             policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
-        if not self._saved("rejected", False):
+        if state.previous >= self._saved("rejected", 0.0):
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         return policy
 
