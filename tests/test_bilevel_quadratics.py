@@ -190,7 +190,7 @@ def test_the_lower_clock_counts_upper_steps_that_move() -> None:
         assert inner.clock == clock
 
 
-def test_searches_double_until_and_from_the_last_rejected_step() -> None:
+def test_searches_double_until_a_trial_was_rejected_and_well_beyond_it() -> None:
     problem = random_qb(0)
     point = problem.instance()
     inner = lower_search(point.y)
@@ -205,7 +205,7 @@ def test_searches_double_until_and_from_the_last_rejected_step() -> None:
     rejected, growth = 0.0, {1.2: 0, 2.0: 0}
     for (_, step, trials), (start, _, _) in itertools.pairwise(searches):
         rejected = 2.0 * step if trials > 1 else rejected
-        expected = 2.0 if step >= rejected else 1.2
+        expected = 2.0 if step >= 2.0 * rejected else 1.2
         assert start / step == pytest.approx(expected)
         growth[expected] += rejected > 0.0
     assert growth[1.2] > 10

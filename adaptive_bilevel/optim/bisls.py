@@ -64,7 +64,7 @@ class BiSLS(UpperOptimizer):
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).
         grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); 1/shrink until a trial
-            has been rejected, and when steps are as long as the last one that was (not with response="step").
+            has been rejected, and from 1/shrink times the last one that was (not with response="step").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
         slack: delta >= 0, an allowed increase.
         lower_bound: Any lower bound of f; None if there is none (then give lr).
@@ -268,8 +268,8 @@ class BiSLS(UpperOptimizer):
         either sign, and steps would grow or shrink by chance. Not before a trial has been rejected: first steps may be
         that short by choice.
         """
-        gain = self._rule_state().previous * promised
-        return self._saved("rejected", 0.0) > 0.0 and 0.0 < gain < resolution(loss) * abs(value)
+        gain, known = self._rule_state().previous * promised, float(self._saved("rejected", 0.0)) > 0.0
+        return known and 0.0 < gain < resolution(loss) * abs(value)
 
     def _respond(
         self,
@@ -363,15 +363,15 @@ class BiSLS(UpperOptimizer):
         The first search takes no step beyond the minimizer of its own quadratic model, which is Armijo's test with
         c = 1/2 (or above): Adam's first direction has entries of size 1 all over and no scale; where x saturates
         (weights behind a sigmoid), what one step too long did is not undone by the next. And until a trial has been
-        rejected, or where steps have since grown to its length, nothing is known of what is too long: searches start at
-        1 / shrink times the last step at least.
+        rejected, or where steps have since grown well beyond it, nothing is known of what is too long: searches start
+        at 1 / shrink times the last step at least.
         """
         policy = self._policy
         if self._options["response"] != "tangent":
             return policy
         if state.previous == 0.0:
             policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
-        if state.previous >= self._saved("rejected", 0.0):
+        if state.previous >= self._saved("rejected", 0.0) / policy.shrink:
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         return policy
 
