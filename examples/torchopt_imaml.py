@@ -63,6 +63,7 @@ TASKS, INNER_STEPS, REG = 4, 5, 2.0
 TEST_TASKS, EVALUATE_EVERY = 40, 15
 FIRST_TRIALS = (None, 1e-2, 1.0, 1e2)
 ADAM = (1e-4, 1e-3, 1e-2, 1e-1)
+SEARCHED = "Adam above SLS"
 
 
 class Task(NamedTuple):
@@ -158,12 +159,12 @@ def accuracy(net: nn.Module, size: int, automatic: bool, characters: Tensor) -> 
 
 
 def train(kind: str, lr: float | None, seed: int, data: tuple[Tensor, Tensor], iterations: int) -> History:
-    """One run of "Adam" or "BiSLS-SGD"."""
+    """One run of "Adam" (the lower loop as in TorchOpt's example), "Adam above SLS" or "BiSLS-SGD"."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    size, automatic = data[0].shape[-1], kind != "Adam"
+    size, automatic, searched = data[0].shape[-1], kind.startswith("BiSLS"), kind != "Adam"
     net = network(size).train()
-    inner_nets = [InnerNet(net, size, automatic) for _ in range(TASKS)]
+    inner_nets = [InnerNet(net, size, searched) for _ in range(TASKS)]
     meta: Any
     if automatic:
         lowers = [n.lower for n in inner_nets]
@@ -195,7 +196,7 @@ def train(kind: str, lr: float | None, seed: int, data: tuple[Tensor, Tensor], i
         history.seconds += time.perf_counter() - started
         if iteration % EVALUATE_EVERY == 0 or iteration == iterations:
             history.iterations.append(iteration)
-            history.accuracies.append(accuracy(net, size, automatic, data[1]))
+            history.accuracies.append(accuracy(net, size, searched, data[1]))
     return history
 
 
@@ -222,11 +223,11 @@ def by_name(histories: list[History]) -> dict[str, list[History]]:
 
 def table(histories: list[History]) -> str:
     """Query accuracy, mean and standard error over the seeds."""
-    lines = [f"{'method':<20}{'accuracy':>10}{'+-':>8}{'failed searches':>18}{'seconds':>10}"]
+    lines = [f"{'method':<22}{'accuracy':>10}{'+-':>8}{'failed searches':>18}{'seconds':>10}"]
     for name, runs in by_name(histories).items():
         mean, error = mean_and_error([h.final for h in runs])
         failed = sum(h.failed for h in runs) if name.startswith("BiSLS") else ""
-        lines.append(f"{name:<20}{mean:>10.3f}{error:>8.3f}{failed:>18}{sum(h.seconds for h in runs):>10.1f}")
+        lines.append(f"{name:<22}{mean:>10.3f}{error:>8.3f}{failed:>18}{sum(h.seconds for h in runs):>10.1f}")
     return "\n".join(lines)
 
 
@@ -239,8 +240,10 @@ def draw(histories: list[History], title: str, path: Path) -> None:
 
     grouped = by_name(histories)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    fixed = [name for name in grouped if name.startswith("Adam")]
-    shades = dict(zip(fixed, plt.get_cmap("Blues")(torch.linspace(0.4, 0.95, len(fixed)).tolist()), strict=True))
+    shades = {}
+    for palette, chosen in (("Greens", True), ("Blues", False)):
+        fixed = [n for n in grouped if n.startswith("Adam") and n.startswith(SEARCHED) is chosen]
+        shades |= zip(fixed, plt.get_cmap(palette)(torch.linspace(0.4, 0.95, len(fixed)).tolist()), strict=True)
     for name, runs in grouped.items():
         means = [statistics.fmean(values) for values in zip(*(h.accuracies for h in runs), strict=True)]
         ours, none = name.startswith("BiSLS"), name.endswith("none")
@@ -249,14 +252,16 @@ def draw(histories: list[History], title: str, path: Path) -> None:
         left.plot(
             runs[0].iterations, means, color=color, lw=2.2 if none else 1.3, label=label, alpha=1 if none else 0.8
         )
-    for kind, color in (("Adam", "tab:blue"), ("BiSLS-SGD", "tab:red")):
+    for kind, color in (("Adam", "tab:blue"), (SEARCHED, "tab:green"), ("BiSLS-SGD", "tab:red")):
         points = [
-            (float(name.split()[1]), runs)
+            (float(name.split()[-1]), runs)
             for name, runs in grouped.items()
-            if name.split()[0] == kind and "none" not in name
+            if name.rpartition(" ")[0] == kind and not name.endswith("none")
         ]
+        if not points:
+            continue
         values = [mean_and_error([h.final for h in runs]) for _, runs in points]
-        label = f"{kind}, {'learning rate' if kind == 'Adam' else 'first trial'}"
+        label = f"{kind}, {'first trial' if kind.startswith('BiSLS') else 'learning rate'}"
         right.errorbar(
             [lr for lr, _ in points],
             [m for m, _ in values],
@@ -290,18 +295,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--first-trials", type=number, nargs="*", default=list(FIRST_TRIALS))
     parser.add_argument("--adam", type=float, nargs="*", default=list(ADAM), help="Adam's learning rates")
+    parser.add_argument(
+        "--adam-above-sls", type=float, nargs="*", default=[1e-3], help="the same, lower steps searched"
+    )
     parser.add_argument("--figure", type=Path, help="PNG file")
     parser.add_argument("--output", type=Path, help="JSON file of all runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     data = characters(options.data)
     histories = []
-    for kind, rates in (("BiSLS-SGD", options.first_trials), ("Adam", options.adam)):
+    plan = (("BiSLS-SGD", options.first_trials), ("Adam", options.adam), (SEARCHED, options.adam_above_sls))
+    for kind, rates in plan:
         for lr in rates:
             for seed in options.seeds:
                 histories.append(train(kind, lr, seed, data, options.iterations))
                 h = histories[-1]
-                print(f"{h.name:<18} seed {seed}: query accuracy {h.final:.3f} in {h.seconds:.0f} s", flush=True)
+                print(f"{h.name:<22} seed {seed}: query accuracy {h.final:.3f} in {h.seconds:.0f} s", flush=True)
     print("\n" + table(histories))
     title = f"iMAML, {WAYS} ways, {SHOTS} shots, {TASKS} tasks an iteration"
     if options.figure:
