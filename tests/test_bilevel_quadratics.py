@@ -190,26 +190,24 @@ def test_the_lower_clock_counts_upper_steps_that_move() -> None:
         assert inner.clock == clock
 
 
-def test_searches_double_until_a_trial_was_rejected_and_well_beyond_it() -> None:
+def test_searches_double_until_a_trial_was_rejected() -> None:
     problem = random_qb(0)
     point = problem.instance()
     inner = lower_search(point.y)
     outer = BiSLS([point.x], 1e-3, lower=inner, solver=EXACT)
-    searches = []
-    for _ in range(60):
+    starts, rejections = [], []
+    for _ in range(25):
         inner.step(point.lower)
         assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], EXACT))
         outer.step(point.upper)
         record: Any = outer.record
-        searches.append((record.step_size * 2.0 ** (record.trials - 1), record.step_size, record.trials))
-    rejected, growth = 0.0, {1.2: 0, 2.0: 0}
-    for (_, step, trials), (start, _, _) in itertools.pairwise(searches):
-        rejected = 2.0 * step if trials > 1 else rejected
-        expected = 2.0 if step >= 2.0 * rejected else 1.2
-        assert start / step == pytest.approx(expected)
-        growth[expected] += rejected > 0.0
-    assert growth[1.2] > 10
-    assert growth[2.0] > 0
+        starts.append((record.step_size * 2.0 ** (record.trials - 1), record.step_size))
+        rejections.append(record.trials > 1)
+    first = rejections.index(True)
+    growth = [start / previous for (_, previous), (start, _) in itertools.pairwise(starts)]
+    assert first >= 5
+    assert growth[:first] == pytest.approx([2.0] * first)
+    assert max(growth[first:]) <= 1.2 + 1e-9
 
 
 @pytest.mark.parametrize("direction", ["sgd", "adam"])

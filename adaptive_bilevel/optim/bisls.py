@@ -63,8 +63,8 @@ class BiSLS(UpperOptimizer):
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).
-        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); 1/shrink until a trial
-            has been rejected, and from 1/shrink times the last one that was (not with response="step").
+        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); until a trial has been
+            rejected, 1/shrink (not with response="step").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
         slack: delta >= 0, an allowed increase.
         lower_bound: Any lower bound of f; None if there is none (then give lr).
@@ -221,8 +221,8 @@ class BiSLS(UpperOptimizer):
                 answer = self._answer(response, descent)
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
-        if self._options["response"] == "tangent" and record.trials > 1 and record.step_size == state.previous:
-            self._save_rule_state(state, rejected=record.step_size / self._policy.shrink)
+        if record.trials > 1 and not self._saved("rejected", False):
+            self._save_rule_state(self._rule_state(), rejected=True)
         self._conclude(record, state)
         self._compare_slopes(record)
         return loss
@@ -268,8 +268,10 @@ class BiSLS(UpperOptimizer):
         either sign, and steps would grow or shrink by chance. Not before a trial has been rejected: first steps may be
         that short by choice.
         """
-        gain, known = self._rule_state().previous * promised, float(self._saved("rejected", 0.0)) > 0.0
-        return known and 0.0 < gain < resolution(loss) * abs(value)
+        if self._options["response"] != "tangent" or not self._saved("rejected", False):
+            return False
+        gain = float(self._rule_state().previous) * promised
+        return 0.0 < gain < resolution(loss) * abs(value)
 
     def _respond(
         self,
@@ -363,15 +365,14 @@ class BiSLS(UpperOptimizer):
         The first search takes no step beyond the minimizer of its own quadratic model, which is Armijo's test with
         c = 1/2 (or above): Adam's first direction has entries of size 1 all over and no scale; where x saturates
         (weights behind a sigmoid), what one step too long did is not undone by the next. And until a trial has been
-        rejected, or where steps have since grown well beyond it, nothing is known of what is too long: searches start
-        at 1 / shrink times the last step at least.
+        rejected, nothing is known of what is too long, so searches start at 1 / shrink times the last step at least.
         """
         policy = self._policy
         if self._options["response"] != "tangent":
             return policy
         if state.previous == 0.0:
             policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
-        if state.previous >= self._saved("rejected", 0.0) / policy.shrink:
+        if not self._saved("rejected", False):
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         return policy
 
