@@ -276,10 +276,11 @@ def draw(histories: list[History], title: str, path: Path) -> None:
         right.axhline(mean, color="tab:red", ls="--", label="BiSLS-SGD, no number")
     left.set(xlabel="upper iteration", ylabel="query accuracy on new characters", title=title)
     right.set(xscale="log", xlabel="learning rate or first trial", title="at the end (bars: standard error)")
-    for axes in (left, right):
+    left.set_ylim(bottom=0.0)  # room for the legends
+    for axes, columns in ((left, 2), (right, 1)):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower left", ncols=columns)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
