@@ -76,7 +76,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         """Return a lower bound that was given to a step, or raise."""
         if not isinstance(lower_bound, Tensor):
             _options.finite(f"{type(self).__name__}.step", "lower_bound", lower_bound, optional=True)
-        return lower_bound
+        return _options.plain(lower_bound)
 
     def _descent(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Descent:
         direction = self._options["direction"]

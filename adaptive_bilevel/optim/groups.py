@@ -28,7 +28,6 @@ class PolicyOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, lr: float | None, options: dict[str, Any]) -> None:
         self._callables = {name: value for name, value in options.items() if callable(value)}
-        defaults = {name: "callable" if callable(value) else value for name, value in options.items()}
         self._check_lr(lr)
         if lr is None and options["lower_bound"] is None:
             raise OptionError(
@@ -36,7 +35,8 @@ class PolicyOptimizer(torch.optim.Optimizer):
                 "be found from the problem; give one of the two"
             )
         self._set_options(options)
-        super().__init__(params, {"lr": lr, **defaults})
+        defaults = {name: "callable" if callable(value) else value for name, value in self._options.items()}
+        super().__init__(params, {"lr": _options.plain(lr), **defaults})
         self._prepare()
 
     def _check_lr(self, lr: Any) -> None:
@@ -50,8 +50,9 @@ class PolicyOptimizer(torch.optim.Optimizer):
             raise OptionError(f"{owner}(betas={betas!r}): betas must be two numbers in [0, 1)")
         _options.non_negative(owner, "eps", options["eps"])
         _options.count(owner, "max_skips", options["max_skips"])
-        self._policy = self._make_policy(options)
-        self._options = options
+        self._options = {name: _options.plain(value) for name, value in options.items()}
+        schedules = {n: _Numbers(owner, n, v) for n, v in options.items() if callable(v) and n != "direction"}
+        self._policy = self._make_policy({**options, **schedules})
 
     def _make_policy(self, options: dict[str, Any]) -> Any:
         names = {field.name for field in dataclasses.fields(self._rule)}
@@ -122,7 +123,9 @@ class PolicyOptimizer(torch.optim.Optimizer):
             lr, scale, automatic = (1.0, 0.0, True) if given is None else (given, 1.0, False)
         if not (isinstance(lr, Real) and float(lr) >= 0.0):
             raise OptionError(f"{owner}: a parameter group has lr={lr!r}; lr must be a number at or above 0")
-        super().add_param_group({"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": lr})
+        super().add_param_group(
+            {"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": _options.plain(lr)}
+        )
         try:
             for p in self.param_groups[-1]["params"]:
                 refuse_unsupported(owner, p)
@@ -155,6 +158,13 @@ class PolicyOptimizer(torch.optim.Optimizer):
         state.update(moved)
 
     # ------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is saved: plain numbers, words and tensors, whatever a scheduler has written into the groups."""
+        saved: dict[str, Any] = super().state_dict()
+        for group in saved["param_groups"]:
+            group.update({name: _options.plain(value) for name, value in group.items() if name != "params"})
+        return saved
 
     @property
     def _rule_saved(self) -> dict[str, Any]:
@@ -199,6 +209,23 @@ class PolicyOptimizer(torch.optim.Optimizer):
             if g.layout is not torch.strided:
                 refuse_unsupported(type(self).__name__, g, "gradient")
         return [p for p, _, _ in kept], [g for _, g, _ in kept], [w for _, _, w in kept]
+
+
+class _Numbers:
+    """A schedule of the user's, with values that are Python's numbers (or tensors): the state is kept plain."""
+
+    def __init__(self, owner: str, name: str, function: Any) -> None:
+        self._owner, self._name, self._function = owner, name, function
+
+    def __call__(self, k: Any) -> Any:
+        value = self._function(k)
+        try:
+            return value if isinstance(value, Tensor) else float(value)
+        except (TypeError, ValueError):
+            raise OptionError(
+                f"{self._owner}({self._name}={self._function!r}): it returned {value!r} for k={k}; it must return a "
+                "number"
+            ) from None
 
 
 def options_of(arguments: dict[str, Any]) -> dict[str, Any]:

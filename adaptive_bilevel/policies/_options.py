@@ -1,7 +1,8 @@
-"""Validation of options: every message names the option, its value and the remedy."""
+"""Validation of options (every message names the option, its value and the remedy), and their plain form."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..errors import OptionError
 
-__all__ = ["choice", "count", "finite", "fraction", "non_negative", "positive"]
+__all__ = ["at_least_one", "choice", "count", "finite", "fraction", "make_plain", "non_negative", "plain", "positive"]
 
 
 def _require(valid: bool, owner: str, name: str, value: object, remedy: str) -> None:
@@ -33,6 +34,12 @@ def non_negative(owner: str, name: str, value: Any) -> None:
     """Require a finite number at or above 0."""
     valid = _is_number(value) and 0 <= value < math.inf
     _require(valid, owner, name, value, f"{name} must be a finite number at or above 0")
+
+
+def at_least_one(owner: str, name: str, value: Any) -> None:
+    """Require a finite number at or above 1."""
+    valid = _is_number(value) and 1 <= value < math.inf
+    _require(valid, owner, name, value, f"{name} must be a finite number, at least 1")
 
 
 def finite(owner: str, name: str, value: Any, *, optional: bool = False) -> None:
@@ -59,3 +66,22 @@ def choice(owner: str, name: str, value: Any, choices: Iterable[str], *, or_call
         return
     listed = ", ".join(repr(word) for word in words) + (" or a callable" if or_callable else "")
     _require(isinstance(value, str) and value in words, owner, name, value, f"{name} must be one of {listed}")
+
+
+def plain(value: Any) -> Any:
+    """Return NumPy's numbers (and the like), also those inside a list or tuple, as Python's, and all else as it is.
+
+    Options of another kind would make all that is computed with them of that kind, and checkpoints unreadable for
+    ``torch.load(..., weights_only=True)``.
+    """
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return tuple(plain(part) for part in value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def make_plain(policy: Any) -> None:
+    """Set a frozen policy's options to their plain form."""
+    for field in dataclasses.fields(policy):
+        object.__setattr__(policy, field.name, plain(getattr(policy, field.name)))

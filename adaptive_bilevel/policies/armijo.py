@@ -65,14 +65,13 @@ class _Search:
         owner = type(self).__name__
         _options.fraction(owner, "c", self.c)
         _options.fraction(owner, "shrink", self.shrink)
-        valid = isinstance(self.grow, (int, float)) and not isinstance(self.grow, bool) and 1.0 <= self.grow < math.inf
-        if not valid:
-            raise OptionError(f"{owner}(grow={self.grow!r}): grow must be a finite number, at least 1")
+        _options.at_least_one(owner, "grow", self.grow)
         _options.choice(owner, "reset", self.reset, RESETS)
         _options.non_negative(owner, "slack", self.slack)
         _options.finite(owner, "lower_bound", self.lower_bound, optional=True)
         if self.max_trials is not None:
             _options.count(owner, "max_trials", self.max_trials)
+        _options.make_plain(self)
 
     def init(self) -> SearchState:
         """Return the state before the first step."""

@@ -110,6 +110,7 @@ class _Bounded:
         _options.positive(owner, "bound", self.bound, optional=True)
         _options.choice(owner, "decay", self.decay, DECAYS, or_callable=True)
         _options.finite(owner, "lower_bound", self.lower_bound, optional=True)
+        _options.make_plain(self)
 
     def first_bound(self, *, loss: Scalar, slope: Scalar, lower_bound: Scalar | None = None) -> Scalar:
         """Return the initial bound that the rule takes where none is given; 0 if this point does not show one."""

@@ -45,6 +45,7 @@ class GradientNorm:
     def __post_init__(self) -> None:
         _options.positive("GradientNorm", "initial", self.initial, below_infinity=True)
         _options.choice("GradientNorm", "coupling", self.coupling, COUPLINGS)
+        _options.make_plain(self)
 
     def init(self) -> GradientNormState:
         """Return the state before the first step."""
