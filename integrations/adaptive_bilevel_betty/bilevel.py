@@ -73,7 +73,10 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
         if [id(o) for o in self.lower.optimizers] != [id(o) for o in optimizers]:
             self.bind(optimizers)
         self.project = seat.project if seat.projects else None
-        return step(self, seat.replay.closure, [_lower_closure(s) for s in below] or None)
+        try:
+            return step(self, seat.replay.closure, [_lower_closure(s) for s in below] or None)
+        finally:
+            self.project = None  # it is the problem's, and a copy of this optimizer is not the problem's
 
     def _respond(
         self,

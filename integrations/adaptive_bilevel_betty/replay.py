@@ -1,7 +1,8 @@
 """What Betty evaluated since its last step, so that a step can have it again without a trace.
 
 Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: it remembers batch, random
-state and buffers of each evaluation. One step has ``gradient_accumulation`` of them.
+state and buffers of each evaluation. One step has ``gradient_accumulation`` of them, one for each ``one_step_descent``,
+which is wrapped to tell them from what the user evaluates (in a validation, say).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class BufferState:
 
 
 class Evaluation(NamedTuple):
-    """One call of ``get_loss`` by Betty.
+    """One call of ``get_loss`` by Betty, the one that it differentiates.
 
     Attributes:
         batch: Its batch.
@@ -64,7 +65,7 @@ class Replay:
     """The evaluations of one problem since its last step, and their replay.
 
     Args:
-        problem: The problem; its ``get_loss`` is wrapped from now on, on the instance.
+        problem: The problem; ``get_loss`` and ``one_step_descent`` are wrapped from now on, on the instance.
         problems: All problems of the engine, whose modules the loss may run.
 
     Attributes:
@@ -76,11 +77,23 @@ class Replay:
         self.problems = list(problems)
         self.evaluations: list[Evaluation] = []
         self._complete = True
-        self._get_loss = problem.get_loss
-        problem.get_loss = self._record
+        self._descending = False
+        self._get_loss, self._one_step_descent = problem.get_loss, problem.one_step_descent
+        problem.get_loss, problem.one_step_descent = self._record, self._descend
+
+    def _descend(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the problem's one_step_descent: the loss that it evaluates first is the one of the step."""
+        self._descending = True
+        try:
+            return self._one_step_descent(*args, **kwargs)
+        finally:
+            self._descending = False
 
     def _record(self, batch: Any) -> Any:
         """Stand for the problem's get_loss."""
+        if not self._descending:
+            return self._get_loss(batch)
+        self._descending = False
         random, buffers = RandomState(self._devices()), BufferState(self._modules())
         loss, report = self._get_loss(batch)
         if self._complete:

@@ -69,20 +69,26 @@ class Seat:
         Anything else (a decay, say) belongs to the step that is taken, and has no place in a trial.
         """
         if self._projects is None:
-            self._projects = callable(getattr(self.problem, "param_callback", None)) and self._is_projection()
+            # Also away from here: at 0, a decay does nothing either.
+            known = callable(getattr(self.problem, "param_callback", None))
+            self._projects = known and all(self._is_idempotent(away) for away in (0.0, 1.0, -1.0))
         return self._projects
 
-    def _is_projection(self) -> bool:
-        with self.projected():
+    def _is_idempotent(self, away: float) -> bool:
+        """Return whether a second call changes nothing, from parameters that are so far away from the present ones."""
+        with self.projected(away):
             once = [p.detach().clone() for p in self._params()]
             self._call()
-            return all(torch.equal(p.detach(), q) for p, q in zip(self._params(), once, strict=True))
+            return all(_same(p.detach(), q) for p, q in zip(self._params(), once, strict=True))
 
     @contextlib.contextmanager
-    def projected(self) -> Iterator[None]:
-        """Have the parameters projected inside, and as they are outside."""
+    def projected(self, away: float = 0.0) -> Iterator[None]:
+        """Have the parameters (or others, so far away) projected inside, and as they were outside."""
         saved = [p.detach().clone() for p in self._params()]
         try:
+            with torch.no_grad():
+                if away != 0.0:
+                    torch._foreach_add_([p.detach() for p in self._params()], away)
             self._call()
             yield
         finally:
@@ -112,6 +118,12 @@ class Seat:
     def _params(self) -> list[Tensor]:
         found: list[Tensor] = list(self.problem.module.parameters())
         return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether tensors are equal up to the rounding of a projection, which involves all of their entries."""
+    rounding = 64.0 * torch.finfo(one.dtype).eps
+    return bool(torch.isclose(one, other, rtol=rounding, atol=rounding * float(other.abs().max())).all())
 
 
 _ATTRIBUTE = "_adaptive_seat"

@@ -1,0 +1,112 @@
+"""A param_callback that is a projection is applied in trials, too; any other belongs to the step."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.policies import Outcome
+from adaptive_bilevel_betty import SLS, SLSB, BiSLS, bind
+from tests.betty_problems import Level, Ridge, Variable, engine, sgd
+from tests.test_betty_step import ANY
+
+# At a minimum, rounding errors have the last word.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*no trial step gave", "ignore:.*slope is negative", "ignore:BiSLS. for 20 steps"
+)
+
+
+@pytest.mark.parametrize("cls", [SLS, SLSB])
+def test_trials_are_projected(cls: Any) -> None:
+    """f is a loss outside of which there is nothing: a trial off the half line raises."""
+
+    def loss(problem: Any, batch: Any) -> Tensor:
+        y = problem.module()
+        assert bool((y >= 0.5).all()), "left the set"
+        value: Tensor = (y - torch.tensor([0.0, 2.0])).square().sum()
+        return value
+
+    low = Level("inner", loss, Variable(torch.tensor([1.5, 1.0])), lambda p: cls(p, 100.0))
+
+    def clamp(params: Any = None) -> None:
+        for p in low.trainable_parameters() if params is None else params:
+            p.data.clamp_(min=0.5)
+
+    low.param_callback = clamp
+    made = bind(engine(low, steps=30))
+    made.run()
+    assert torch.allclose(low.value, torch.tensor([0.5, 2.0]), atol=1e-3)
+    assert low.optimizer.record.outcome in (Outcome.accepted, Outcome.zero_gradient, Outcome.search_failed)
+
+
+def test_upper_trials_are_projected() -> None:
+    toy = Ridge()
+
+    def upper(problem: Any, batch: Any) -> Tensor:
+        assert bool((problem.module() >= -0.5).all()), "left the set"
+        return toy.upper_loss(problem, batch)
+
+    top, low = toy.levels(BiSLS, SLS, type="adaptive_cg")
+    top._loss = upper
+
+    def clamp(params: Any = None) -> None:
+        for p in top.trainable_parameters() if params is None else params:
+            p.data.clamp_(min=-0.5)
+
+    top.param_callback = clamp
+    bind(engine(low, top, steps=200)).run()
+    assert float(top.value.min()) == -0.5
+    assert float(toy.F(top.value)) < float(toy.F(torch.zeros(toy.d)))
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_callback_that_is_no_projection_belongs_to_the_step(start: float) -> None:
+    """A decay is applied once a step, by Betty, and not in trials; also where it does nothing at the start."""
+    ends = []
+    for optimizer in (sgd(0.1), lambda p: SLS(p, 0.1, **ANY)):
+        low = Level("inner", lambda p, b: (p.module() - 2).square().sum(), Variable(torch.full((2,), start)), optimizer)
+
+        def decay(params: Any = None, low: Any = low) -> None:
+            for p in low.trainable_parameters():
+                p.data.mul_(0.9)
+
+        low.param_callback = decay
+        bind(engine(low, steps=5)).run()
+        ends.append(low.value.clone())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_projection_that_rounds(dtype: torch.dtype) -> None:
+    """Applied twice, a normalization may differ by a rounding error from one applied once."""
+    torch.set_default_dtype(dtype)
+    for seed in range(20):
+        torch.manual_seed(seed)
+
+        def loss(problem: Any, batch: Any) -> Tensor:
+            y: Tensor = problem.module()
+            assert float(y.detach().sum()) == pytest.approx(1.0, rel=1e-5), "left the set"
+            return (y - 1.0).square().sum()
+
+        low = Level("inner", loss, Variable(torch.rand(7).softmax(0)), SLS)
+
+        def normalize(params: Any = None, low: Level = low) -> None:
+            for p in low.trainable_parameters():
+                p.data.clamp_(min=1e-3).div_(p.data.sum())
+
+        low.param_callback = normalize
+        bind(engine(low, steps=3)).run()
+
+
+def test_copies_know_no_projection() -> None:
+    """It belongs to the problem, which a copy of the optimizer is not of."""
+    top, low = Ridge().levels(BiSLS, SLS)
+    top.param_callback = lambda params=None: top.module.value.data.clamp_(min=-0.5)
+    bind(engine(low, top, steps=20)).run()
+    assert pickle.loads(pickle.dumps(top.optimizer)).project is None
+    assert copy.deepcopy(top.optimizer).project is None
