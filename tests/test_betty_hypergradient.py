@@ -153,6 +153,26 @@ def test_warm_starts_belong_to_the_problem() -> None:
 
 
 @only_new
+def test_only_some_lower_parameters_answer() -> None:
+    """Betty 0.2: the others are constants for the hypergradient."""
+    toy, x = Ridge(), torch.zeros(8)
+    y = toy.solve(x)
+    top, low = toy.levels(sgd(0.0), sgd(0.0), T=1, type="adaptive_cg")
+    parts = [Variable(y[:5]), Variable(y[5:])]
+    module: Any = nn.ModuleList(parts)
+    module.forward = lambda: torch.cat([part() for part in parts])
+    low._start = module
+    low.meta_trainable_parameters = lambda: list(parts[0].parameters())
+    made = bind(engine(low, top, steps=1), solver=TIGHT)
+    seen = gradients_of_steps(top)
+    made.run()
+    H = (toy.A.T @ toy.A / len(toy.b) + torch.diag(x.exp()))[:5, :5]
+    f_y = (toy.Av.T @ (toy.Av @ y - toy.bv) / len(toy.bv))[:5]
+    assert torch.allclose(seen[0][:5], -y[:5] * torch.linalg.solve(H, f_y), rtol=1e-8)
+    assert not seen[0][5:].any()
+
+
+@only_new
 def test_a_lower_problem_that_returns_a_dictionary() -> None:
     """Betty's own types cannot differentiate {"loss": ...}; ours can."""
     toy = Ridge()

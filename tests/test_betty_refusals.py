@@ -103,9 +103,9 @@ def no_torch_optimizer() -> Any:
     return made
 
 
-def strategy(name: str, **given: Any) -> Callable[[], Any]:
+def strategy(name: str, outer: Any = BiSLS, inner: Any = SLS, **given: Any) -> Callable[[], Any]:
     def make() -> Any:
-        made = engine(*reversed(levels(**given)))
+        made = engine(*reversed(levels(outer, inner, **given)))
         made.config.strategy = name
         return made
 
@@ -144,13 +144,13 @@ REFUSED: list[tuple[str, Callable[[], Any], type[AdaptiveBilevelError], type[Exc
         for name in ("zero", "fsdp", "accelerate")
     ),
     ("distributed BiSLS", strategy("distributed"), OptionError, ValueError, "own batch", "BiSPS"),
-    (
-        "distributed adaptive_cg",
-        strategy("distributed", outer=BiSPS, type="adaptive_cg"),
-        OptionError,
-        ValueError,
-        "own batch",
-        "darts",
+    *(
+        (name, strategy(*where, type="adaptive_cg"), OptionError, ValueError, "own batch", "darts")
+        for name, where in {
+            "distributed adaptive_cg": ("distributed", BiSPS, SLS),
+            "stock distributed adaptive_cg": ("distributed", sgd(0.1), sgd(0.1)),
+            "stock zero adaptive_cg": ("zero", sgd(0.1), sgd(0.1)),
+        }.items()
     ),
 ]  # fmt: skip
 
@@ -179,6 +179,22 @@ def test_roll_back_of_the_old_release() -> None:
 @only_new
 def test_roll_back_of_the_new_release() -> None:
     bind(engine(*reversed(levels()), roll_back=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*no trial step gave")
+def test_a_frozen_part_may_be_shared() -> None:
+    """Features that nobody moves."""
+    features, x = nn.Linear(8, 8).requires_grad_(False), torch.ones(1, 8)
+    modules = [nn.Sequential(features, nn.Linear(8, 8)) for _ in range(2)]
+    top, low = levels()
+    for level, module in zip((top, low), modules, strict=True):
+        level._start = module
+        level.trainable_parameters = lambda module=module: [p for p in module.parameters() if p.requires_grad]
+        level._optimizer = lambda params, rule=level._optimizer: rule([p for p in params if p.requires_grad])
+    low._loss = lambda p, b: (p.module(x) - p.outer(x)).square().mean()
+    top._loss = lambda p, b: (p.inner(x) - 1.0).square().mean()
+    bind(engine(low, top, steps=100)).run()
+    assert top.losses[-1] < 0.1 * top.losses[0]
 
 
 @pytest.mark.parametrize("rule", [SLS, SLSB])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from adaptive_bilevel.errors import pass_over
 
 INSTALL = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"
@@ -20,7 +22,19 @@ except ImportError as error:
         f"adaptive_bilevel_betty adapts Betty, which could not be imported ({error}): {INSTALL}"
     ) from error
 
-__all__ = ["OLD", "BaseProblem", "Engine", "ImplicitProblem", "Problem", "distribution", "jvp_fn_mapping", "rolls_back"]
+__all__ = [
+    "OLD",
+    "RELEASE",
+    "BaseProblem",
+    "Engine",
+    "ImplicitProblem",
+    "Problem",
+    "answering",
+    "call_param_callback",
+    "distribution",
+    "jvp_fn_mapping",
+    "rolls_back",
+]
 
 pass_over("betty", "adaptive_bilevel_betty")
 
@@ -41,6 +55,11 @@ def rolls_back(engine: Any) -> bool:
 def distribution(engine: Any) -> str:
     """Return the engine's strategy; 0.1.x knows DataParallel only, which is one process."""
     return str(getattr(engine.config, "strategy", "default"))
+
+
+def answering(problem: Problem) -> list[Tensor]:
+    """Return the parameters of a lower problem that a hypergradient goes through; in 0.1.x, all of them."""
+    return list(problem.trainable_parameters() if OLD else problem.meta_trainable_parameters())
 
 
 def call_param_callback(problem: Problem) -> None:

@@ -15,7 +15,7 @@ from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 from adaptive_bilevel.optim.guard import Guard, Workspace
 
-from ._host import Problem, jvp_fn_mapping
+from ._host import Problem, answering, jvp_fn_mapping
 from .nested import total_loss
 from .seat import seat_of
 
@@ -32,7 +32,7 @@ def adaptive_cg(vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bo
     looks ahead into problems itself, it is the loss with those problems answering (see `nested`).
 
     Args:
-        vector: Gradient by the parameters of `curr`.
+        vector: Gradient by the parameters of `curr`, or by its ``meta_trainable_parameters`` if it is the lowest.
         curr: The lower problem.
         prev: The problem that its solution answers to.
         sync: Betty 0.2: add the result to .grad of `prev` and return None.
@@ -41,7 +41,9 @@ def adaptive_cg(vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bo
         LowerLevelError: `curr` is not bound.
     """
     seat = seat_of(curr)
-    upper, lower = list(prev.trainable_parameters()), list(curr.trainable_parameters())
+    upper, lower = list(prev.trainable_parameters()), answering(curr)
+    if len(vector) != len(lower):  # from a problem below, where Betty differentiates by all parameters of this one
+        lower = list(curr.trainable_parameters())
     with seat.replay.untraced(), Guard([*upper, *lower], Workspace()) as guard, torch.enable_grad():
         loss = guard.attached(lambda: total_loss(seat))
         guard.mark()

@@ -13,19 +13,24 @@ from adaptive_bilevel.optim.upper import UpperOptimizer
 
 from ._host import OLD, RELEASE, BaseProblem, ImplicitProblem, Problem, distribution, rolls_back
 from .bilevel import BiSLS
+from .hypergradient import TYPE
 from .seat import lookahead
 
 __all__ = ["refuse"]
 
+IN_PARTS = ("zero", "fsdp", "accelerate")
+"""Strategies that leave no process the whole of parameters and optimizer."""
+
 
 def refuse(engine: Any, problems: Sequence[Problem], ours: Sequence[Problem]) -> None:
     """Raise on the first of the engine's problems that cannot be bound."""
+    _refuse_own_hypergradients(engine, problems)
     if not ours:
         return
     below = {id(q): q for p in ours for q in lookahead(p)}
     involved = [p for p in problems if p in ours or id(p) in below]
     _refuse_roll_back(engine)
-    _refuse_strategy(engine, problems, ours)
+    _refuse_strategy(engine, ours)
     for problem in involved:
         _refuse_kind(problem)
         _refuse_no_loss(problem)
@@ -94,26 +99,28 @@ def _refuse_roll_back(engine: Any) -> None:
         )
 
 
-def _refuse_strategy(engine: Any, problems: Sequence[Problem], ours: Sequence[Problem]) -> None:
+def _refuse_own_hypergradients(engine: Any, problems: Sequence[Problem]) -> None:
     strategy = distribution(engine)
-    if strategy in ("zero", "fsdp", "accelerate"):
+    for problem in problems:
+        if problem.config.type == TYPE and strategy in ("distributed", *IN_PARTS):
+            raise OptionError(
+                f"{_named(problem)} has Config(type={TYPE!r}) under EngineConfig(strategy={strategy!r}): its "
+                "result would be that of each process's own batch. Take type='darts', or one process"
+            )
+
+
+def _refuse_strategy(engine: Any, ours: Sequence[Problem]) -> None:
+    strategy = distribution(engine)
+    if strategy in IN_PARTS:
         raise OptionError(
             f"EngineConfig(strategy={strategy!r}): parameters, or the optimizer, are in parts on several processes or "
             "wrapped, and a step size needs them whole. Use strategy='distributed' (or 'default')"
         )
-    if strategy != "distributed":
-        return
     for problem in ours:
-        if isinstance(problem.optimizer, BiSLS):
+        if strategy == "distributed" and isinstance(problem.optimizer, BiSLS):
             raise OptionError(
                 f"{_named(problem)} under EngineConfig(strategy='distributed'): each process would predict the lower "
                 "level's answer from its own batch, and lower parameters would drift apart. Take BiSPS, or one process"
-            )
-    for problem in problems:
-        if problem.config.type == "adaptive_cg":
-            raise OptionError(
-                f"{_named(problem)} has Config(type='adaptive_cg') under EngineConfig(strategy='distributed'): its "
-                "result would be that of each process's own batch. Take type='darts', or one process"
             )
 
 
@@ -132,6 +139,8 @@ def _refuse_shared(problem: Problem) -> None:
     seen: dict[int, Problem] = {}
     for involved in (problem, *lookahead(problem)):
         for name, p in involved.module.named_parameters():
+            if not p.requires_grad:
+                continue
             other = seen.setdefault(id(p), involved)
             if other is not involved:
                 raise TensorError(
