@@ -492,6 +492,26 @@ def test_step_hooks_run(info: OptimizerInfo) -> None:
 
 
 @every_class
+def test_global_step_hooks_and_profilers_see_the_step(info: OptimizerInfo) -> None:
+    x = nn.Parameter(torch.tensor([3.0, 2.0]))
+    optimizer, seen = info.make([x]), []
+    handles = [
+        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    try:
+        optimizer.step(lambda: (x**2).sum())
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == ["before", "after"]
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step(lambda: (x**2).sum())
+    assert any(event.name == f"Optimizer.step#{info.cls.__name__}.step" for event in profile.function_events or [])
+    assert seen == ["before", "after"]
+
+
+@every_class
 def test_gradient_hooks_run_once_per_evaluation(info: OptimizerInfo) -> None:
     x = leaf()
     seen = []

@@ -175,10 +175,10 @@ class AdaptiveOptimizer(PolicyOptimizer):
             if self._looks % self._options["max_skips"] == 0:
                 self._refuse_skips(int(self._skips))
             return
-        outcome = Outcome(int(record.outcome))
-        self._skips = self._skips + 1 if outcome is Outcome.non_finite else 0
+        outcome = record.outcome
+        self._skips = self._skips + 1 if outcome == Outcome.non_finite else 0
         if outcome in _WARNED:
-            self._warn(outcome, f"{outcome.sentence}. {_WARNED[outcome]}")
+            self._warn(outcome, f"{Outcome(outcome).sentence}. {_WARNED[outcome]}")
         self._refuse_skips(self._skips)
 
     def _refuse_skips(self, skips: int) -> None:

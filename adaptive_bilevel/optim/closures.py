@@ -46,7 +46,7 @@ class _Interception:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._hooks: list[tuple[RemovableHandle, Callable[..., None]]] = []
+        self._hooks: list[tuple[dict[int, Any], int, Any]] = []
         self.backward: Callable[..., None] = torch.autograd.backward
 
     def __enter__(self) -> None:
@@ -69,24 +69,26 @@ class _Interception:
             for owner in (nn.Module, torch.optim.Optimizer):
                 owner.zero_grad = _zero_grad(owner.zero_grad)  # type: ignore[method-assign]
             self._hooks = [
-                (register_module_forward_pre_hook(_enter_module), _enter_module),
-                (register_module_forward_hook(_leave_module, always_call=True), _leave_module),
+                *_registered(register_module_forward_pre_hook(_enter_module)),
+                *_registered(register_module_forward_hook(_leave_module, always_call=True)),
             ]
-        for handle, hook in self._hooks:
-            _register_again(handle, hook)
+        for hooks, number, hook in self._hooks:
+            hooks[number] = hook
         _silence_the_warning_about_hooks()
 
     def _remove(self) -> None:
         torch.autograd.backward = self.backward
-        for handle, _ in self._hooks:
-            handle.remove()
+        for hooks, number, _ in self._hooks:
+            hooks.pop(number, None)
 
 
-def _register_again(handle: RemovableHandle, hook: Callable[..., None]) -> None:
-    """Register under the same number as before, since compiled code is compiled anew when the numbers change."""
-    for hooks, value in ((handle.hooks_dict_ref(), hook), *((ref(), True) for ref in handle.extra_dict_ref)):
-        assert hooks is not None
-        hooks[handle.id] = value
+def _registered(handle: RemovableHandle) -> list[tuple[dict[int, Any], int, Any]]:
+    """Return what torch has entered where, to be entered again under the same number at each step.
+
+    Registering anew would change the numbers, and compiled code is compiled anew when they change.
+    """
+    found = [hooks for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref) if (hooks := ref()) is not None]
+    return [(hooks, handle.id, hooks[handle.id]) for hooks in found]
 
 
 installed = _Interception()
@@ -131,19 +133,27 @@ def _silence_the_warning_about_hooks() -> None:
 
 
 class Watched:
-    """Send this thread's backward and zero_grad calls to a recorder, and its module calls to buffers."""
+    """Send this thread's backward and zero_grad calls to a recorder, and its module calls to buffers.
 
-    def __init__(self, recorder: Recorder | None, buffers: Buffers | None) -> None:
-        self._recorder, self._buffers = recorder, buffers
+    Args:
+        recorder: None: they do what they always do.
+        buffers: None: nobody looks at module calls.
+        with_grad: Whether graphs are built.
+    """
+
+    def __init__(self, recorder: Recorder | None, buffers: Buffers | None, with_grad: bool) -> None:
+        self._recorder, self._buffers, self._with_grad = recorder, buffers, with_grad
 
     def __enter__(self) -> None:
-        self._outer = _here.recorder, _here.buffers
+        self._outer = _here.recorder, _here.buffers, torch.is_grad_enabled()
         _here.recorder, _here.buffers = self._recorder, self._buffers
+        torch.set_grad_enabled(self._with_grad)
         if self._buffers is not None:
             self._buffers.start()
 
     def __exit__(self, *error: object) -> None:
-        _here.recorder, _here.buffers = self._outer
+        _here.recorder, _here.buffers, with_grad = self._outer
+        torch.set_grad_enabled(with_grad)
         if self._buffers is not None:
             self._buffers.end()
 
@@ -183,7 +193,7 @@ class Recorder:
 
     def _run(self, loss: Tensor, retain_graph: bool = False) -> None:
         if self._inputs:  # an empty list would mean all leaves
-            with Watched(None, None):  # a backward may call backward (checkpointing does), or run modules again
+            with Watched(None, None, True):  # a backward may call backward (checkpointing does), or run modules again
                 installed.backward(loss, retain_graph=retain_graph, inputs=self._inputs)
         self._losses.append(loss.detach())
 

@@ -20,7 +20,7 @@ DIRECTIONS = ("sgd", "adam")
 
 def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, factors: Sequence[float]) -> None:
     """Move the parameters by -step * factor * direction, as torch.optim.SGD moves them."""
-    if all(w == 1.0 for w in factors):
+    if factors.count(1.0) == len(factors):
         torch._foreach_add_(list(params), list(directions), alpha=-step)
         return
     for factor in sorted(set(factors)):

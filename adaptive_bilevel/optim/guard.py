@@ -15,17 +15,20 @@ What it cannot see: random generators other than torch's default ones, modules t
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .buffers import Buffers
 from .closures import Closure, Recorder, Watched, installed
+from .scalars import on_cpu
 
 __all__ = ["Closure", "Guard", "RandomState", "Workspace"]
+
+T = TypeVar("T")
 
 
 class RandomState:
@@ -71,7 +74,7 @@ class Guard:
     were last put, and buffers and random state are as after the one evaluation that `mark` named.
 
     An evaluation with ``random=`` is a replay: buffers and random state are first put back to where they were before
-    that sample was drawn.
+    that sample was drawn. Closures are evaluated inside the block only.
     """
 
     def __init__(self, tensors: Sequence[Tensor], workspace: Workspace) -> None:
@@ -79,8 +82,9 @@ class Guard:
         self._workspace = workspace
         self._copies: list[Tensor] = []
         self._origin: list[Tensor] = []
-        devices = {p.device for p in tensors}
-        self._devices = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
+        self._devices: list[torch.device] = []
+        if not on_cpu(tensors):
+            self._devices = sorted((d for d in {p.device for p in tensors} if d.type not in ("cpu", "meta")), key=str)
         self._buffers = Buffers()
         self._marked: RandomState | None = None
 
@@ -154,34 +158,30 @@ class Guard:
         The backward is a true one restricted to `inputs`, so hooks (DistributedDataParallel's among them) run.
         """
         recorder = Recorder([p for p in inputs if p.requires_grad])
-        with installed, self._gradients_aside(inputs):
-            returned = self._call(closure, recorder, True, random)
-            with torch.enable_grad():
-                loss = recorder.differentiated(returned)
+        with self._gradients_aside(inputs):
+            loss = self._call(closure, recorder, recorder.differentiated, True, random)
             return loss, [p.grad for p in inputs]
 
     def attached(self, closure: Closure, random: RandomState | None = None) -> Tensor:
         """Return the loss at the present point with its graph."""
         recorder = Recorder(None)
-        with installed, self._gradients_aside():
-            returned = self._call(closure, recorder, True, random)
-            with torch.enable_grad():
-                return recorder.attached(returned)
+        with self._gradients_aside():
+            return self._call(closure, recorder, recorder.attached, True, random)
 
     def value(self, closure: Closure, random: RandomState | None = None) -> Tensor | float:
         """Return the loss at the present point (one forward)."""
-        with installed, self._gradients_aside():
+        with self._gradients_aside():
             if not self._workspace.trials_need_grad:
                 recorder, random = Recorder(None), random or RandomState(self._devices)
                 try:
-                    return recorder.value(self._call(closure, recorder, False, random))
+                    return self._call(closure, recorder, recorder.value, False, random)
                 except RuntimeError as error:
                     # A closure that differentiates inside (an unrolled loop) cannot run without gradients.
                     if "require grad" not in str(error):
                         raise
                     self._workspace.trials_need_grad = True
             recorder = Recorder(None)
-            return recorder.value(self._call(closure, recorder, True, random))
+            return self._call(closure, recorder, recorder.value, True, random)
 
     def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> _Aside:
         """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""
@@ -190,28 +190,35 @@ class Guard:
         known = {id(p) for p in self._tensors}
         return _Aside([*self._tensors, *(p for p in inputs if id(p) not in known)])
 
-    def _call(self, closure: Closure, recorder: Recorder, with_grad: bool, random: RandomState | None) -> Any:
+    def _call(
+        self,
+        closure: Closure,
+        recorder: Recorder,
+        conclude: Callable[[Any], T],
+        with_grad: bool,
+        random: RandomState | None,
+    ) -> T:
         if random is not None:
             with torch.no_grad():
                 self._buffers.to_before()
             random.restore()
         # Autocast caches casts of the parameters for as long as its outermost block lasts; ours have moved since.
         torch.clear_autocast_cache()
-        with Watched(recorder, self._buffers), torch.enable_grad() if with_grad else torch.no_grad():
-            return closure()
+        with Watched(recorder, self._buffers, with_grad):
+            return conclude(closure())
 
 
 class _Aside:
     """Takes gradients away for a while."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._held = [(p, p.grad) for p in tensors]
+        self._tensors, self._held = tensors, [p.grad for p in tensors]
 
     def __enter__(self) -> None:
-        for p, grad in self._held:
+        for p, grad in zip(self._tensors, self._held, strict=True):
             if grad is not None:
                 p.grad = None
 
     def __exit__(self, *error: object) -> None:
-        for p, grad in self._held:
+        for p, grad in zip(self._tensors, self._held, strict=True):
             p.grad = grad

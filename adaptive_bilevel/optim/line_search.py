@@ -28,7 +28,6 @@ class _LineSearch(AdaptiveOptimizer):
         super()._check_lr(lr)
         _options.finite(type(self).__name__, "lr", lr, optional=True)
 
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, step_closure: Closure | None = None, lower_bound: float | None = None
     ) -> Tensor:
@@ -49,7 +48,7 @@ class _LineSearch(AdaptiveOptimizer):
         closure = require_closure(owner, closure)
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
-        with Guard(params, self._workspace) as guard:
+        with torch.no_grad(), Guard(params, self._workspace) as guard:
             loss, grads = self._evaluate(guard, closure, params)
             active, gradient, factors = self._with_gradient(params, grads)
             searched, random, searched_loss, searched_gradient = closure, guard.entry, loss, gradient

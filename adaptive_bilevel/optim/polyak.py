@@ -18,7 +18,7 @@ from .closures import require_closure, value_of
 from .direction import Direction
 from .groups import options_of
 from .guard import Closure, Guard
-from .scalars import agree, on_host_with_inner
+from .scalars import agree, on_cpu, on_host_with_inner
 from .tensors import gradients_of, slope_of, tainted
 
 __all__ = ["SPSB", "DecSPS", "SPSMax"]
@@ -37,7 +37,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         self._save_rule_state(self._rule_state(), clock=k)
 
     def _on_host(self, params: Sequence[Tensor]) -> bool:
-        return all(p.is_cpu for p in params)
+        return on_cpu(params)
 
     def _polyak_step(
         self,
@@ -62,9 +62,9 @@ class PolyakOptimizer(AdaptiveOptimizer):
             value, slope = on_host_with_inner(loss, rule_gradient, directions, factors)
         else:
             value, slope = agree(loss, slope_of(rule_gradient, directions, factors))
-        state = self._rule_state()
-        if self.clock >= 0:
-            state = state._replace(count=self.clock)
+        state, clock = self._rule_state(), self.clock
+        if clock >= 0:
+            state = state._replace(count=clock)
         record, state = self._policy.step(state, loss=value, slope=slope, lower_bound=lower_bound, **self._bound())
         stepped = list(gradient) if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):
@@ -79,7 +79,6 @@ class PolyakOptimizer(AdaptiveOptimizer):
             descent.commit()  # its memory has to turn, or nothing ever moves again
         return record, state
 
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self,
         closure: Closure | None = None,
@@ -105,12 +104,12 @@ class PolyakOptimizer(AdaptiveOptimizer):
         owner = type(self).__name__
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
-        with Guard(params, self._workspace) as guard:
+        with torch.no_grad(), Guard(params, self._workspace) as guard:
             grads: list[Tensor | None]
-            sample = self.sample
+            evaluated = None
             if loss is None:
-                loss, grads = self._evaluate(guard, require_closure(owner, closure), params)
-                sample = Sample(require_closure(owner, closure), guard.entry, 0.0)
+                evaluated = require_closure(owner, closure)
+                loss, grads = self._evaluate(guard, evaluated, params)
             else:
                 loss, grads = _given(owner, closure, loss, [p.grad for p in params])
             active, gradient, factors = self._with_gradient(params, grads)
@@ -128,7 +127,10 @@ class PolyakOptimizer(AdaptiveOptimizer):
                 guard.undo()
             else:
                 self._drop_offer()
-        self.sample = sample if sample is None else sample._replace(step_size=record.step_size)
+        if evaluated is not None:
+            self.sample = Sample(evaluated, guard.entry, record.step_size)
+        elif self.sample is not None:
+            self.sample = self.sample._replace(step_size=record.step_size)
         self._conclude(record, state)
         return loss
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-__all__ = ["agree", "inner", "on_host", "on_host_with_inner"]
+__all__ = ["agree", "inner", "on_cpu", "on_host", "on_host_with_inner"]
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -16,7 +16,7 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[flo
     if not left:
         return torch.zeros(())
     products = _products(left, right, weights)
-    return products[0] if len(products) == 1 else torch.stack(products).sum()
+    return products[0] if len(products) == 1 else _stacked(products).sum()
 
 
 def on_host_with_inner(
@@ -28,20 +28,29 @@ def on_host_with_inner(
         return number, product
     products = _products(left, right, weights)
     if not isinstance(scalar, Tensor):
-        return scalar, sum(torch.stack(products).tolist())
-    number, *terms = torch.stack([scalar.to(products[0].device), *products]).tolist()
+        return scalar, sum(_stacked(products).tolist())
+    *terms, number = _stacked([*products, scalar]).tolist()
     return number, sum(terms)
 
 
 def _products(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
     products = [_dot(a, b) for a, b in zip(left, right, strict=True)]
-    if weights is not None and any(w != 1.0 for w in weights):
+    if weights is not None and weights.count(1.0) < len(weights):
         products = [p if w == 1.0 else p * w for p, w in zip(products, weights, strict=True)]
-    first = products[0]
-    if any(p.dtype is not first.dtype or p.device != first.device for p in products):
-        widest = functools.reduce(torch.promote_types, (p.dtype for p in products))
-        products = [p.to(device=first.device, dtype=widest) for p in products]
     return products
+
+
+_is_cpu = attrgetter("is_cpu")
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all tensors are on the CPU."""
+    return all(map(_is_cpu, tensors))
+
+
+def _stacked(scalars: list[Tensor]) -> Tensor:
+    """Return the scalars as a vector, in the widest of their dtypes, on the device of the first."""
+    return torch.stack(scalars if on_cpu(scalars) else [s.to(scalars[0].device) for s in scalars])
 
 
 _SHORT = (torch.float16, torch.bfloat16)
@@ -77,7 +86,5 @@ def on_host(*scalars: Tensor | float) -> list[float]:
     tensors = [s for s in agreed if isinstance(s, Tensor)]
     if len(tensors) < 2:
         return [float(s) for s in agreed]
-    if any(t.device != tensors[0].device for t in tensors):
-        tensors = [t.to(tensors[0].device) for t in tensors]
-    numbers = iter(torch.stack(tensors).tolist())
+    numbers = iter(_stacked(tensors).tolist())
     return [next(numbers) if isinstance(s, Tensor) else s for s in agreed]

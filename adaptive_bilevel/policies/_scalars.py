@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Scalar", "clock", "isfinite", "larger", "like", "resolution", "smaller", "where"]
+__all__ = ["Scalar", "clock", "first", "isfinite", "larger", "like", "resolution", "smaller", "where"]
 
 Scalar = Any
 """A number, or a 0-dim array or tensor of NumPy, PyTorch or JAX (traced or not)."""
@@ -37,9 +38,18 @@ def _namespace(array: Any) -> Any:
 
 def where(condition: Any, left: Scalar, right: Scalar) -> Scalar:
     """Return `left` where the condition holds and `right` elsewhere, without branching on an array."""
-    if isinstance(condition, bool):
+    if condition is True or condition is False:
         return left if condition else right
     return _namespace(condition).where(condition, left, right)
+
+
+def first(cases: Sequence[tuple[Any, Scalar]], otherwise: Scalar) -> Scalar:
+    """Return the value of the first case whose condition holds."""
+    found = otherwise
+    for condition, value in reversed(cases):
+        if condition is not False:
+            found = where(condition, value, found)
+    return found
 
 
 def isfinite(scalar: Scalar) -> Any:

@@ -7,12 +7,21 @@ from typing import Any, NamedTuple
 
 from ..errors import OptionError
 from . import _options
-from ._scalars import Scalar, clock, isfinite, larger, like, smaller, where
+from ._scalars import Scalar, clock, first, isfinite, larger, like, smaller, where
 from .distance import estimate, take
 from .record import Outcome, Record, Trial, closed_form
 from .schedule import DECAYS, Decay, decay_factor
 
 __all__ = ["BoundState", "Constant", "Envelope", "armijo_ceiling", "clip", "polyak_ratio"]
+
+_ACCEPTED, _AT_BOUND, _AT_FLOOR, _NO_DESCENT, _ZERO_GRADIENT, _NON_FINITE, _BELOW_LOWER_BOUND = map(
+    int,
+    (
+        *(Outcome.accepted, Outcome.at_bound, Outcome.at_floor, Outcome.no_descent, Outcome.zero_gradient),
+        *(Outcome.non_finite, Outcome.below_lower_bound),
+    ),
+)
+"""As plain integers, which can be traced."""
 
 
 def polyak_ratio(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: Scalar) -> Scalar:
@@ -39,13 +48,18 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
     """Return min{max{min(low, high), raw}, high} with its outcome, eq. (9); a step of 0 where nothing may move."""
     low = smaller(low, high)
     step = smaller(larger(raw, low), high)
-    outcome = where(raw > high, int(Outcome.at_bound), int(Outcome.accepted))
-    outcome = where(raw < low, int(Outcome.at_floor), outcome)
-    outcome = where(loss <= lower_bound, int(Outcome.below_lower_bound), outcome)
-    outcome = where(slope < 0, int(Outcome.no_descent), outcome)
-    outcome = where(slope == 0, int(Outcome.zero_gradient), outcome)
     valid = isfinite(loss) & isfinite(slope) & isfinite(step) & (raw == raw)
-    outcome = where(valid, outcome, int(Outcome.non_finite))
+    outcome = first(
+        (
+            (valid ^ True, _NON_FINITE),
+            (slope == 0, _ZERO_GRADIENT),
+            (slope < 0, _NO_DESCENT),
+            (loss <= lower_bound, _BELOW_LOWER_BOUND),
+            (raw < low, _AT_FLOOR),
+            (raw > high, _AT_BOUND),
+        ),
+        _ACCEPTED,
+    )
     step = where(valid & (slope > 0), like(step, slope), 0.0)
     return closed_form(step, raw, high, outcome, slope)
 
