@@ -9,6 +9,7 @@ all new, so that its lower variables start at zero again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from adaptive_bilevel import SLS
 
 from .base import Evaluation, Settings, uniform_layers
 
-EVALUATED = 40  # episodes
+EVALUATIONS = 10  # meta-batches
 
 
 class Episodes(NamedTuple):
@@ -35,7 +36,8 @@ class Episodes(NamedTuple):
 class FewShot:
     """`upper` is the embedding; `lower` is episodes x (features + 1) x ways, at zero when an iteration begins.
 
-    "loss" is the upper loss on held-out episodes of test characters with the heads solved for.
+    "loss" is the upper loss on new episodes of the training characters after the lower steps of an iteration, "test_loss"
+    and "accuracy" the same on characters that are for tests.
     """
 
     settings: Settings
@@ -74,9 +76,11 @@ class FewShot:
         return errors.square().sum(2).mean() / 2
 
     def lower_loss(self, batch: Episodes) -> Tensor:
-        errors = self.features(batch.support) @ self.lower[0] - self.targets(self.shots)
-        fit = errors.square().sum(2).mean(1).sum() / 2
-        return fit + self.ridge / 2 * self.lower[0].square().sum()
+        return self._fit(self.features(batch.support), self.lower[0])
+
+    def _fit(self, features: Tensor, heads: Tensor) -> Tensor:
+        errors = features @ heads - self.targets(self.shots)
+        return errors.square().sum(2).mean(1).sum() / 2 + self.ridge / 2 * heads.square().sum()
 
     @torch.no_grad()
     def sample_lower(self, generator: torch.Generator) -> Episodes:
@@ -88,19 +92,40 @@ class FewShot:
         assert self.now is not None
         return self.now  # the queries belong to the episodes of the lower level
 
-    @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        episodes = self.draw(self.test, EVALUATED, torch.Generator().manual_seed(0))
-        support, query = self.features(episodes.support), self.features(episodes.query)
-        gram = support.mT @ support / support.shape[1] + self.ridge * torch.eye(support.shape[2])
-        heads = torch.linalg.solve(gram, support.mT @ self.targets(self.shots) / support.shape[1])
-        output, targets = query @ heads, self.targets(self.queries)
-        right = output.argmax(2) == targets.argmax(1)
-        loss = (output - targets).square().sum(2).mean() / 2
-        return {"loss": float(loss), "accuracy": float(right.float().mean())}
+        loss, _ = self._score(self.train, self._adapted)
+        test_loss, accuracy = self._score(self.test, self._adapted)
+        return {"loss": loss, "test_loss": test_loss, "accuracy": accuracy}
 
     def resolve(self) -> Evaluation:
-        return {}  # evaluations solve for the heads already
+        loss, _ = self._score(self.train, self._solved)
+        test_loss, accuracy = self._score(self.test, self._solved)
+        return {"resolved_loss": loss, "resolved_test_loss": test_loss, "resolved_accuracy": accuracy}
+
+    @torch.no_grad()
+    def _score(self, drawings: Tensor, heads_for: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """Upper loss and share of right answers on episodes that are the same at every evaluation."""
+        generator, targets = torch.Generator().manual_seed(0), self.targets(self.queries)
+        loss = right = 0.0
+        for _ in range(EVALUATIONS):
+            episodes = self.draw(drawings, self.episodes, generator)
+            output = self.features(episodes.query) @ heads_for(self.features(episodes.support))
+            loss += float((output - targets).square().sum(2).mean()) / 2
+            right += float((output.argmax(2) == targets.argmax(1)).float().mean())
+        return loss / EVALUATIONS, right / EVALUATIONS
+
+    @torch.enable_grad()
+    def _adapted(self, support: Tensor) -> Tensor:
+        """As in training: so many lower steps from zero, by the task's own rule."""
+        heads = torch.zeros_like(self.lower[0], requires_grad=True)
+        rule: Any = self.lower_rule([heads])
+        for _ in range(self.settings.lower_steps):
+            rule.step(lambda: self._fit(support, heads))
+        return heads.detach()
+
+    def _solved(self, support: Tensor) -> Tensor:
+        gram = support.mT @ support / support.shape[1] + self.ridge * torch.eye(support.shape[2])
+        return torch.linalg.solve(gram, support.mT @ self.targets(self.shots) / support.shape[1])
 
     def lower_rule(self, params: list[Tensor]) -> torch.optim.Optimizer:
         return SLS(params)
