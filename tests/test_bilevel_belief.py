@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from adaptive_bilevel import SLS, BiSLS
 from adaptive_bilevel.hypergradient import CG, assign, implicit
-from adaptive_bilevel.optim.response import Belief, Change
+from adaptive_bilevel.optim.belief import Adjoint, Belief, Change
 
 PUSH = 2.0
 
@@ -110,3 +110,52 @@ def test_a_relu_network_as_lower_variable(direction: str) -> None:
         assert outer.record is not None
         steps.append(outer.record.step_size * outer.record.slope)
     assert sorted(steps)[len(steps) // 2] > 1e-2  # 1e-4 and below where kinks shorten them
+
+
+def test_adjoint_is_the_same_inverse_as_that_of_the_solve() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(8, 8, generator=generator)
+    hessian = root @ root.mT + 0.1 * torch.eye(8)
+    push, functional = torch.randn(2, 8, generator=generator)
+    for iterations in (1, 3, 8):
+        adjoint = Adjoint([functional])
+        product = adjoint.observing(lambda v: [hessian @ v[0]])
+        solver = CG(max_iterations=iterations, tolerance=0.0)
+        (w,) = solver.solve(product, [push]).tensors
+        torch.testing.assert_close(adjoint.tensors[0] @ push, functional @ w)
+        torch.testing.assert_close(adjoint.tensors[0] @ (push - hessian @ w), torch.tensor(0.0), atol=1e-9, rtol=0.0)
+    torch.testing.assert_close(adjoint.tensors[0], torch.linalg.solve(hessian, functional), rtol=1e-6, atol=1e-8)
+
+
+def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
+    # y*(x) = sin(x) + x^2: the tangent is off by a second-order term, the corrected value by a fourth-order one
+    x, y = torch.tensor([0.3]), torch.tensor([math.sin(0.3) + 0.09])
+
+    def lower_gradient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 2.0 * (y - x.sin() - x**2)
+
+    target = torch.tensor([1.0])
+    adjoint = Adjoint([y - target])
+    w = -(x.cos() + 2.0 * x)  # of a move by -a
+    adjoint.observing(lambda v: [2.0 * v[0]])([w])
+    errors = []
+    for step in (0.02, 0.01):
+        there = y + step * w
+        exact = float(((x - step).sin() + (x - step) ** 2 - target).square() / 2)
+        searched = float((there - target).square() / 2)
+        delta = lower_gradient(x - step, there) - lower_gradient(x, y)
+        errors.append((abs(searched - exact), abs(searched - float(adjoint.tensors[0] @ delta) - exact)))
+        correction = -float(adjoint.tensors[0] @ delta)
+        for margin, expected in ((1e-9, True), (-1e-9, False)):
+            moved, before = lower_gradient(x - step, there), lower_gradient(x, y)
+            assert adjoint.believes([moved], [before], correction + margin) is expected
+    (plain, corrected), (plain_half, corrected_half) = errors
+    assert 3.0 < plain / plain_half < 5.0
+    assert corrected / corrected_half > 6.0
+    assert corrected < 0.1 * plain
+
+
+def test_direction_of_negative_curvature_is_left_out() -> None:
+    adjoint = Adjoint([torch.ones(2)])
+    adjoint.observing(lambda v: [-v[0]])([torch.ones(2)])
+    assert not adjoint.tensors[0].any()

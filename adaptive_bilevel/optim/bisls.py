@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..errors import LowerLevelError, OptionError, warn
 from ..hypergradient import CG, Identity, LinearSolver
 from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
+from .belief import Belief
 from .closures import require_closure
 from .direction import Descent, Direction
 from .groups import options_of
@@ -24,7 +24,7 @@ from .guard import Closure, Guard
 from .momentum import blended
 from .moves import Move
 from .projection import Projection, as_projection
-from .response import Belief, NoResponse, Response, StepResponse, TangentResponse
+from .response import NoResponse, Response, StepResponse, TangentResponse
 from .scalars import agree, inner
 from .tensors import gradients_of
 from .upper import UpperOptimizer
@@ -57,9 +57,9 @@ class BiSLS(UpperOptimizer):
         solver: P of the tangent; give the one that the hypergradient uses.
         carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that or goes back,
             whichever has the smaller loss on its own first sample (lower optimizers of this package; for others False).
-        curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
-            curvature * a ||C^T d||, which it does where the tangent cannot be believed; inf: no such test. See
-            `adaptive_bilevel.optim.response.Belief`.
+        curvature: A step is also rejected where the tangent cannot be believed. With `CG`: if f, corrected for how the
+            lower gradient changed, fails the test of decrease. With other solvers: if that gradient changed (smoothly)
+            by more than curvature * a ||C^T d||. inf: neither. See `adaptive_bilevel.optim.belief`.
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).
@@ -332,17 +332,26 @@ class BiSLS(UpperOptimizer):
         loss: Tensor,
         limits: tuple[Any, dict[str, Any]],
     ) -> tuple[Record, Any]:
+        there = math.nan
+
         def place(step: float) -> None:
             guard.put_back()
             going.go(step)
             response.answer(step)
 
         def trial(step: float) -> float:
+            nonlocal there
             place(step)
             self.evaluations.upper.values += 1
-            return float(agree(guard.value(upper_closure, guard.entry))[0])
+            there = float(agree(guard.value(upper_closure, guard.entry))[0])
+            return there
+
+        def certify(step: float) -> bool:
+            asked = value + policy.slack + rounding * abs(value) - policy.c * step * response.slope
+            return response.certify(step, asked - there, place)
 
         state, bound = limits
+        policy, rounding = self._searching(state), resolution(loss)
         extra: dict[str, Any]
         if self._options["response"] == "step":
             extra = {"rounding": 0.0}  # as in the paper, to the bit
@@ -352,9 +361,8 @@ class BiSLS(UpperOptimizer):
         else:
             most = self._options["max_step"]
             longest = going.longest if most is None else min(going.longest, most)
-            certify = partial(response.certify, place=place)
-            extra = {"rounding": resolution(loss), "certify": certify, "max_step": longest}
-        searched: tuple[Record, Any] = self._searching(state).step(
+            extra = {"rounding": rounding, "certify": certify, "max_step": longest}
+        searched: tuple[Record, Any] = policy.step(
             state, loss=value, slope=response.slope, trial=trial, **bound, **extra
         )
         return searched

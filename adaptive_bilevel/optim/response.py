@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ from ..hypergradient import CG, LinearSolver, Neumann
 from ..hypergradient.curvature import LowerCurvature
 from ..hypergradient.solution import Refinable
 from .base import Sample
+from .belief import Adjoint, Belief, Change
 from .evaluations import Counts
 from .guard import Guard
 from .scalars import agree, inner
 
-__all__ = ["Belief", "Change", "NoResponse", "Response", "StepResponse", "TangentResponse", "refined"]
+__all__ = ["NoResponse", "Response", "StepResponse", "TangentResponse", "refined"]
 
 
 class Response(Protocol):
@@ -47,10 +48,10 @@ class Response(Protocol):
         """Put the lower variable to y(step), the upper one being at x - step d."""
         ...
 
-    def certify(self, step: float, place: Callable[[float], None]) -> bool:
+    def certify(self, step: float, surplus: float, place: Callable[[float], None]) -> bool:
         """Return whether the model of y can be believed at this step.
 
-        The candidate is in place; `place` puts another one there.
+        The candidate is in place, with phi `surplus` below what the search asks for; `place` puts another one there.
         """
         ...
 
@@ -69,76 +70,9 @@ class NoResponse:
     def answer(self, step: float) -> None:
         """Do nothing."""
 
-    def certify(self, step: float, place: Callable[[float], None]) -> bool:
+    def certify(self, step: float, surplus: float, place: Callable[[float], None]) -> bool:
         """Believe."""
         return True
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(max(float(inner(tensors, tensors)), 0.0))
-
-
-class Change(NamedTuple):
-    """How a lower gradient changed along a tangent.
-
-    Attributes:
-        size: The norm of the change.
-        push: ||C^T d||: without any answer of y, the change would be step * push to first order.
-        residual: ||C^T d - H w|| / ||C^T d||: with the answer w, it still is that part of it.
-        rounding: What of `size` may be rounding.
-    """
-
-    size: float
-    push: float
-    residual: float
-    rounding: float
-
-    @classmethod
-    def between(cls, old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], residual: float) -> Change:
-        """Return the change from one gradient to another."""
-        rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (_norm(new) + _norm(old))
-        size, pushed = (float(v) for v in agree(_norm(torch._foreach_sub(list(new), list(old))), _norm(push)))
-        return cls(size, pushed, residual, rounding)
-
-
-class Belief:
-    """Whether a tangent can be believed at a step: what its linear model ignores must be small.
-
-    Along the exact tangent the lower gradient does not change to first order, so a change below (tolerance + residual)
-    * step * ||C^T d|| passes. A larger one is looked at again at half of the step. What a smooth lower loss adds is of
-    second order: there it is a quarter, and the search goes on to shorter steps. Where it is half or more, no shorter
-    step is believed any better, so this one passes: samples cross kinks of a ReLU network, by which its gradient
-    jumps. Rejected for them, steps would shrink until not one sample crosses a kink any more.
-
-    A bounded gradient also stops changing far out, where it saturates. So, until a candidate was rejected for what a
-    shorter step would mend, a change that is as large as without any answer of y never passes; unless the solve itself
-    has left as much, so that no shorter step would change less.
-
-    Args:
-        tolerance: As above; inf: no test.
-        resumed: Whether the search starts from a step that was accepted before.
-    """
-
-    def __init__(self, tolerance: float, resumed: bool) -> None:
-        self._tolerance, self._inside = tolerance, resumed
-
-    def __call__(self, step: float, measure: Callable[[], Sequence[Change]], place: Callable[[float], None]) -> bool:
-        """Return whether the tangent can be believed at the candidate in place; another may be there afterwards."""
-        if math.isinf(self._tolerance):
-            return True
-        changes = [change for change in measure() if change.push != 0.0]
-        limits = [(self._tolerance + c.residual) * step * c.push + c.rounding for c in changes]
-        if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
-            return True
-        place(0.5 * step)
-        halves = [change for change in measure() if change.push != 0.0]
-        for c, half, limit in zip(changes, halves, limits, strict=True):
-            if not (c.size <= limit or half.size >= 0.5 * c.size):
-                self._inside = True
-                return False
-        return self._inside or all(
-            c.residual >= 1.0 or c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes
-        )
 
 
 class TangentResponse:
@@ -172,6 +106,7 @@ class TangentResponse:
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
             self._curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
         self.slope = 0.0
+        self._adjoint = Adjoint(partials[1]) if isinstance(solver, CG) else None
         self._refinements = 0
         self.offsets: Sequence[Tensor] | None = None
 
@@ -187,7 +122,8 @@ class TangentResponse:
 
     def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, initial: Sequence[Tensor] | None) -> None:
         f_x, f_y = self._partials
-        solution = solver.solve(self._curvature.hvp, self._push, initial)
+        product = self._curvature.hvp if self._adjoint is None else self._adjoint.observing(self._curvature.hvp)
+        solution = solver.solve(product, self._push, initial)
         self.offsets = solution.tensors
         # A solver that does not know how far it is from the inverse (identity, a random draw) gets no allowance for it.
         self._residual = 0.0 if math.isnan(solution.residual) else solution.residual
@@ -222,12 +158,18 @@ class TangentResponse:
         assert self.offsets is not None
         torch._foreach_add_(list(self._lower), list(self.offsets), alpha=step)
 
-    def certify(self, step: float, place: Callable[[float], None]) -> bool:
-        """Return whether the tangent can be believed, see `Belief`."""
-        return self._belief(step, self._change, place)
+    def certify(self, step: float, surplus: float, place: Callable[[float], None]) -> bool:
+        """Return whether the tangent can be believed, see `adaptive_bilevel.optim.belief`."""
+        if self._adjoint is None or not self._belief.asked:
+            return self._belief(step, self._change, place)
+        return self._adjoint.believes(self._moved(), self._gradient, surplus)
 
     def _change(self) -> list[Change]:
         """Return how far the lower gradient is from where it was."""
+        return [Change.between(self._gradient, self._moved(), self._push, self._residual)]
+
+    def _moved(self) -> list[Tensor]:
+        """Return the lower gradient at the candidate."""
         moved: list[Tensor] | None = None
         for sample in self._samples:
             _, grads = self._guard.gradient(sample.closure, self._lower, sample.random)
@@ -235,7 +177,7 @@ class TangentResponse:
             moved = filled if moved is None else list(torch._foreach_add(moved, filled))
         self._counts.gradients += 1
         assert moved is not None
-        return [Change.between(self._gradient, moved, self._push, self._residual)]
+        return moved
 
 
 def refined(solver: LinearSolver) -> LinearSolver | None:
@@ -289,6 +231,6 @@ class StepResponse:
                     if g is not None:
                         p.add_(g, alpha=-sample.step_size)
 
-    def certify(self, step: float, place: Callable[[float], None]) -> bool:
+    def certify(self, step: float, surplus: float, place: Callable[[float], None]) -> bool:
         """Believe, as the paper does."""
         return True

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
+from adaptive_bilevel.optim.belief import Belief, Change
 from adaptive_bilevel.optim.evaluations import Counts
 from adaptive_bilevel.optim.guard import Closure, Guard
-from adaptive_bilevel.optim.response import Belief, Change, TangentResponse, refined
+from adaptive_bilevel.optim.response import TangentResponse, refined
 from adaptive_bilevel.optim.scalars import agree, inner
 
 __all__ = ["Block", "ChainResponse"]
@@ -131,8 +132,12 @@ class ChainResponse(TangentResponse):
             self._counts.jvps += curvature.jvps
         self._curvatures = []
 
-    def certify(self, step: float, place: Callable[[float], None]) -> bool:
-        """Return whether the tangents of all problems can be believed."""
+    def certify(self, step: float, surplus: float, place: Callable[[float], None]) -> bool:
+        """Return whether the tangents of all problems can be believed.
+
+        By how much their gradients changed, whatever the solver: what that means for f would take an adjoint solve
+        through the chain.
+        """
         return self._belief(step, self._changes, place)
 
     def _changes(self) -> list[Change]:

@@ -36,8 +36,8 @@ class Episodes(NamedTuple):
 class FewShot:
     """`upper` is the embedding; `lower` is episodes x (features + 1) x ways, at zero when an iteration begins.
 
-    "loss" is the upper loss on new episodes of the training characters after the lower steps of an iteration, "test_loss"
-    and "accuracy" the same on characters that are for tests.
+    "loss" is the upper loss on new episodes of the training characters after the lower steps of an iteration,
+    "test_loss" and "accuracy" the same on characters that are for tests.
     """
 
     settings: Settings
