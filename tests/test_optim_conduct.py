@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from adaptive_bilevel import SLS, SLSB, SPSB, DecSPS, SPSMax
 from adaptive_bilevel.errors import (
@@ -496,8 +497,8 @@ def test_global_step_hooks_and_profilers_see_the_step(info: OptimizerInfo) -> No
     x = nn.Parameter(torch.tensor([3.0, 2.0]))
     optimizer, seen = info.make([x]), []
     handles = [
-        torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+        register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("after")),
     ]
     try:
         optimizer.step(lambda: (x**2).sum())
