@@ -30,8 +30,7 @@ problems is one upper step. What changes in TorchOpt code (see `InnerNet` and `t
     -    meta.zero_grad(); query_loss(inner_nets, tasks).backward(); meta.step()
     +    meta.step(lambda: query_loss(inner_nets, tasks))
 
-carry=False, since each task starts from x anew. curvature=inf switches off the test that the lower gradient changes as
-the tangent predicts; the figures in the README were measured so.
+carry=False, since each task starts from x anew.
 """
 
 from __future__ import annotations

@@ -36,6 +36,13 @@ def snapshot(*things: Any) -> Any:
     return repr(plain([*things, torch.get_rng_state()]))
 
 
+def stock(problem: Problem, **upper: Any) -> tuple[Any, Any, Tensor]:
+    """A module that keeps TorchOpt's own loop, our upper step on x, and x."""
+    x = leaf(problem)
+    inner = implicit_module(EXACT_CG)(x, problem)
+    return inner, UpperStep([x], lower=inner, **upper), x
+
+
 def test_a_solution_is_a_new_tensor_and_the_steps_follow() -> None:
     inner, meta, _ = pair(ridge_hpo())
     first = inner.y
@@ -58,21 +65,25 @@ def test_a_subclass_that_has_lost_its_linear_solve_is_refused() -> None:
         UpperStep([x], lower=Derived(x, ridge_hpo()))
 
 
-@pytest.mark.parametrize("what", ["x", "x.data", "y.data"])
-def test_a_change_between_solve_and_the_upper_step_is_refused(what: str) -> None:
-    inner, meta, x = pair(b2())
+@pytest.mark.parametrize("loop", ["ours", "its own"])
+@pytest.mark.parametrize("what", ["x", "x.data", "y.data", "signs"])
+def test_a_change_between_solve_and_the_upper_step_is_refused(what: str, loop: str) -> None:
+    inner, meta, x = pair(b2()) if loop == "ours" else stock(b2())
     iterate(inner, meta)
     inner.solve()
     at = x.detach().clone()
     with torch.no_grad():
         if what == "x":
             x.add_(0.1)
+        elif what == "signs":  # of the same norm
+            x.neg_()
         else:
             (x if what == "x.data" else inner.y).data.add_(0.1)
-    before = snapshot(x, inner.y, meta.state_dict(), inner.lower.state_dict())
+    states = lambda: (meta.state_dict(), inner.lower.state_dict() if loop == "ours" else None)  # noqa: E731
+    before = snapshot(x, inner.y, states())
     with pytest.raises(HypergradientError, match=r"changed between solve\(\) and the upper step.*right after solve"):
         meta.step(inner.val)
-    assert snapshot(x, inner.y, meta.state_dict(), inner.lower.state_dict()) == before
+    assert snapshot(x, inner.y, states()) == before
     with torch.no_grad():
         x.copy_(at)
     inner.solve()
@@ -254,7 +265,7 @@ def test_dropout_in_a_loop_of_ones_own_is_refused() -> None:
     inner.solve(batch(0))
     state = torch.get_rng_state()
     with pytest.raises(HypergradientError, match=r"random numbers \(dropout\?\).*LowerStep"):
-        meta.step(lambda: inner.loss(batch(1)), lower_closure=lambda: inner.objective(batch(0)))
+        meta.step(lambda: inner.loss(batch(1)))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -387,7 +398,7 @@ def test_an_optimality_function_is_enough_for_the_response() -> None:
     for _ in range(20):
         inner.y.detach_().requires_grad_()
         inner.solve()
-        meta.step(lambda: problem.f(x, inner.y), lower_closure=inner.optimality)
+        meta.step(lambda: problem.f(x, inner.y))
         assert meta.record.slope_ratio == pytest.approx(1.0, abs=1e-4)
     assert problem.dF(x.detach()).norm() < 0.05 * problem.dF(problem.x0).norm()
 
@@ -399,29 +410,82 @@ def test_an_optimality_function_that_is_no_gradient_is_refused_for_the_response_
     meta: Any = UpperStep([x], lower=inner)
     inner.solve()
     with pytest.raises(SolverError, match="not symmetric"):
-        meta.step(lambda: problem.f(x, inner.y), lower_closure=inner.optimality)
+        meta.step(lambda: problem.f(x, inner.y))
     inner.y.detach_().requires_grad_()
     inner.solve()
     UpperStep([x], BiSPS, lower=inner).step(lambda: problem.f(x, inner.y))
 
 
-def test_a_stock_loop_needs_its_closure_for_the_response() -> None:
+def test_a_stock_loop_s_objective_is_known_from_its_solve() -> None:
+    problem = ridge_hpo()
+    inner, meta, x = stock(problem)
+    other, meta2, x2 = stock(problem)
+    for _ in range(10):
+        iterate(inner, meta)
+        assert meta.record.slope_ratio == pytest.approx(1.0, abs=1e-6)
+        iterate(other, meta2, lower_closure=other.objective)
+    assert torch.equal(x, x2) and problem.F(x.detach()) < problem.F(problem.x0)
+
+
+class Weighted(Base, linear_solve=EXACT_CG):
+    """A lower problem whose objective is told a weight, as solve() is."""
+
+    def __init__(self, x: Tensor, problem: Problem) -> None:
+        super().__init__()
+        self.x, self.problem = x, problem
+        self.y = nn.Parameter(problem.ystar(x.detach()))
+
+    def objective(self, weight: float, shift: float = 0.0) -> Tensor:
+        return weight * self.problem.g(self.x, self.y) + shift * self.y.square().sum()
+
+    def solve(self, weight: float, shift: float = 0.0) -> str:
+        return f"{weight} {shift}"
+
+
+def test_a_stock_loop_s_objective_gets_what_its_solve_got() -> None:
     problem = ridge_hpo()
     x = leaf(problem)
-    inner = implicit_module(EXACT_CG)(x, problem)
+    inner = Weighted(x, problem)
     meta: Any = UpperStep([x], lower=inner)
-    inner.solve()
-    with pytest.raises(LowerLevelError, match=r"keeps its own loop.*lower_closure=lambda"):
+    assert inner.solve(3.0, 0.7) == "3.0 0.7"
+    meta.step(lambda: problem.f(x, inner.y))
+    assert meta.record.slope_ratio == pytest.approx(1.0, abs=1e-6)
+    inner.solve(2.0)
+    meta.step(lambda: problem.f(x, inner.y))
+    assert meta.record.slope_ratio == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_solve_that_was_not_seen_needs_the_closure() -> None:
+    problem = ridge_hpo()
+    x = leaf(problem)
+    inner = implicit_module(EXACT_CG)(x, problem).solve()
+    meta: Any = UpperStep([x], lower=inner)
+    with pytest.raises(LowerLevelError, match=r"before there was an UpperStep.*lower_closure=lambda"):
         meta.step(inner.val)
-    for _ in range(10):
-        inner.solve()
-        meta.step(inner.val, lower_closure=inner.objective)
-        assert meta.record.slope_ratio == pytest.approx(1.0, abs=1e-6)
-    assert problem.F(x.detach()) < problem.F(problem.x0)
+    meta.step(inner.val, lower_closure=inner.objective)
+    iterate(inner, meta)
+
+
+def test_two_upper_steps_see_one_stock_loop() -> None:
+    inner, meta, _ = stock(ridge_hpo())
+    more: Any = UpperStep([inner.x], lower=inner)
+    for each in (meta, more, meta):
+        iterate(inner, each)
+        assert each.record.slope_ratio == pytest.approx(1.0, abs=1e-6)
+    other, meta2, x2 = copy.deepcopy((inner, meta, inner.x))
+    iterate(inner, meta)
+    iterate(other, meta2)
+    assert torch.equal(x2, inner.x) and torch.equal(other.y, inner.y)
 
 
 def tensor() -> Tensor:
     return torch.ones(1, requires_grad=True)
+
+
+def solved(make: Any) -> Any:
+    inner, meta, _ = make(ridge_hpo())
+    inner.solve()
+    return meta
 
 
 def below(**options: Any) -> Any:
@@ -439,6 +503,12 @@ WRONG: dict[str, tuple[Any, type[AdaptiveBilevelError], str]] = {
     "lower": (lambda: UpperStep([tensor()], lower=3), OptionError, "ImplicitMetaGradientModule"),
     "a closure": (lambda: pair(ridge_hpo())[1].step(None), ClosureError, "pass a function"),
     "a step's closure": (lambda: pair(ridge_hpo())[0].lower.attach()(None), ClosureError, "pass a function"),
+    "a solution": (lambda: solved(pair).step(tensor().sum, solution=tensor()), OptionError, "solution="),
+    "a solution of its own loop": (
+        lambda: solved(stock).step(tensor().sum, solution=tensor()),
+        OptionError,
+        "solution=",
+    ),
     "no attach": (lambda: pair(ridge_hpo())[0].lower.step(lambda: None), LowerLevelError, r"attach\(\)"),
 }
 
@@ -503,6 +573,40 @@ def test_a_functional_objective_with_a_hidden_upper_variable_is_refused() -> Non
     y: Any = solve(problem.y0, x)
     with pytest.raises(HypergradientError, match="argument that argnums names"):
         meta.step(lambda: problem.f(x, y), solution=y)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "dropout"])
+def test_functional_solvers_refuse_what_their_backward_cannot_repeat(name: str) -> None:
+    layer = nn.Dropout() if name == "dropout" else nn.BatchNorm1d(3)
+    net = nn.Sequential(nn.Linear(5, 3), layer, nn.Linear(3, 2))
+    names = [name for name, _ in net.named_parameters()]
+    data = batch(0)
+
+    def fit(y: Any) -> Tensor:
+        out: Tensor = torch.func.functional_call(net, dict(zip(names, y, strict=True)), data[0])
+        return (out - data[1]).square().mean()
+
+    def objective(y: Any, x: Tensor) -> Tensor:
+        return fit(y) + (x.exp() * torch.stack([p.square().sum() for p in y]).sum()).sum()
+
+    lower = FunctionalLowerStep(objective)
+
+    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=1)
+    def solve(y: Any, x: Tensor) -> Any:
+        y, step = lower.attach(y, x)
+        step()
+        return y
+
+    x = torch.zeros(1, requires_grad=True)
+    meta: Any = UpperStep([x], lower=lower)
+    y: Any = solve(tuple(p.detach() for p in net.parameters()), x)
+    with pytest.raises(HypergradientError, match=rf"{name}.*\.eval\(\)"):
+        meta.step(lambda: fit(y), solution=y)
+    lower.rewind()
+    net.eval()
+    y = solve(tuple(p.detach() for p in net.parameters()), x)
+    meta.step(lambda: fit(y), solution=y)
+    assert meta.record.moved
 
 
 # ------------------------------------------------------------------------------------------ trials and memory
@@ -580,6 +684,13 @@ def test_without_torchopt_importing_says_what_to_install() -> None:
     assert done.returncode != 0
     assert "ImportError: adaptive_bilevel_torchopt needs TorchOpt" in done.stderr
     assert "pip install 'adaptive-bilevel[torchopt]'" in done.stderr
+
+
+def test_a_torchopt_that_does_not_import_says_why() -> None:
+    """Where a later torch ships no functorch, installing TorchOpt again is no help."""
+    done = run("import sys; sys.modules['functorch'] = None; import adaptive_bilevel_torchopt")
+    assert done.returncode != 0 and "pip install" not in done.stderr
+    assert "TorchOpt is installed, but importing it failed" in done.stderr and "functorch" in done.stderr
 
 
 def test_betty_is_not_needed() -> None:

@@ -120,15 +120,16 @@ def test_functional_hypergradient_is_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("upper", ["SGD", "Adam"])
-def test_constant_policies_are_torchopt_to_the_bit(upper: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("upper", "direction"), [("SGD", "sgd"), ("Adam", "adam"), ("Adam", torchopt.adam(lr=1.0))], ids=str
+)
+def test_constant_policies_are_torchopt_to_the_bit(upper: str, direction: Any, dtype: torch.dtype) -> None:
     lr = {"SGD": 0.3, "Adam": 0.03}[upper]
     ends = []
     for automatic in (False, True):
         x = torch.zeros(4, dtype=dtype, requires_grad=True)
         inner = Two(x, dtype, Constant(bound=0.1) if automatic else None)
         if automatic:
-            direction = "sgd" if upper == "SGD" else torchopt.adam(lr=1.0)
             meta: Any = UpperStep([x], Constant(bound=lr), lower=inner.lower, direction=direction)
         else:
             meta = getattr(torchopt, upper)([x], lr=lr)
@@ -144,6 +145,35 @@ def test_constant_policies_are_torchopt_to_the_bit(upper: str, dtype: torch.dtyp
         ends.append([x.detach(), inner.weight.detach(), inner.bias.detach()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     assert ends[0][0].abs().max() > 0.1, "it went somewhere"
+
+
+@pytest.mark.parametrize("direction", ["adam", torchopt.adam(lr=1.0, betas=(0.95, 0.9), eps=1e-4)], ids=str)
+def test_a_constant_step_is_taken_whether_the_direction_descends_or_not(direction: Any) -> None:
+    """Adam's does not, after it has passed a minimum: TorchOpt steps on."""
+    problem = ridge_hpo()
+    adam: Any = {"betas": (0.95, 0.9), "eps": 1e-4}
+    inner, meta, x = pair(
+        problem,
+        lower={"rule": Constant(bound=0.1)},
+        rule=Constant(bound=0.3),
+        direction=direction,
+        **(adam if direction == "adam" else {}),
+    )
+    x2 = leaf(problem)
+    plain_inner = implicit_module(EXACT_CG)(x2, problem)
+    plain_meta: Any = torchopt.Adam([x2], lr=0.3, **adam)
+    ascents = 0
+    for _ in range(50):
+        iterate(inner, meta)
+        plain_inner.solve()
+        plain_meta.zero_grad()
+        plain_inner.val().backward()
+        before = x2.detach().clone()
+        plain_meta.step()
+        assert x2.grad is not None
+        ascents += bool((before - x2.detach()) @ x2.grad < 0.0)
+    assert torch.equal(x, x2) and torch.equal(inner.y, plain_inner.y)
+    assert ascents >= 3
 
 
 @pytest.mark.parametrize("decay", ["inverse_sqrt", "inverse"])
@@ -298,6 +328,31 @@ def test_a_functional_solver_takes_the_steps_of_the_module() -> None:
         y = solve(y.detach(), x2)
         meta2.step(lambda: problem.f(x2, y), solution=y)
     assert torch.equal(x, x2) and torch.equal(inner.y, y)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_functional_solver_may_have_several_tensors_and_more_to_return(kind: Any) -> None:
+    problem = ridge_hpo()
+    whole, meta, x = pair(problem, T=5)
+    objective = lambda y, x: problem.g(x, torch.cat(list(y)))  # noqa: E731
+    lower = FunctionalLowerStep(objective, linear_solve=EXACT_CG)
+
+    @custom_root(torch.func.grad(objective), argnums=1, has_aux=True, solve=EXACT_CG)
+    def solve(y: Any, x: Any) -> Any:
+        y, step = lower.attach(y, x)
+        assert type(y) is kind
+        losses = [float(step().detach()) for _ in range(5)]
+        return tuple(y), losses
+
+    x2 = leaf(problem)
+    meta2: Any = UpperStep([x2], lower=lower)
+    y = kind(problem.y0.split([2, 3]))
+    for _ in range(4):
+        iterate(whole, meta)
+        y, losses = solve(kind(y), x2)
+        meta2.step(lambda: problem.f(x2, torch.cat(list(y))), solution=kind(y))
+        assert losses[-1] <= losses[0]
+    torch.testing.assert_close(x, x2, rtol=1e-9, atol=0.0)
 
 
 def test_a_meta_batch_of_tasks_is_one_upper_step() -> None:

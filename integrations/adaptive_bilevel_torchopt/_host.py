@@ -9,6 +9,10 @@ __all__ = ["torchopt"]
 try:
     import torchopt
 except ImportError as error:
+    if error.name != "torchopt":  # it is installed, and to install it again would change nothing
+        raise ImportError(
+            f"adaptive_bilevel_torchopt: TorchOpt is installed, but importing it failed: {error}"
+        ) from error
     raise ImportError(
         "adaptive_bilevel_torchopt needs TorchOpt, which is not installed here. Run\n\n"
         "    pip install 'adaptive-bilevel[torchopt]'\n"

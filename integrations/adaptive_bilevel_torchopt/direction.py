@@ -20,7 +20,7 @@ from adaptive_bilevel.optim.direction import DIRECTIONS, Descent
 
 from ._host import torchopt
 
-__all__ = ["Plain", "Transformed", "as_direction"]
+__all__ = ["Plain", "Transformed", "as_direction", "as_stepped"]
 
 _STATE = "transformation"
 
@@ -75,6 +75,7 @@ class Transformed:
                     f"direction={given!r}: pass 'sgd', 'adam' or a GradientTransformation, e.g. torchopt.adam(lr=1.0) "
                     "(a function of torchopt in lower case, not an optimizer class)"
                 )
+        self.transformation = transformation
         self._parts = [transformation] if search is None else [transformation, search]
         self._structures: dict[int, list[Any]] = {}
 
@@ -130,6 +131,22 @@ def as_direction(direction: Any) -> Any:
         return Plain()
     known = (isinstance(direction, str) and direction in DIRECTIONS) or isinstance(direction, (Plain, Transformed))
     return direction if known else Transformed(direction)
+
+
+def as_stepped(direction: Any, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Any:
+    """Return the direction for a constant step, which is TorchOpt's own to the bit, whether it descends or not.
+
+    The slope that a record then tells is that of the plain gradient.
+
+    Args:
+        direction: As for `as_direction`; "adam" is TorchOpt's.
+        betas: Its decay constants.
+        eps: Its eps.
+    """
+    along = as_direction(direction)
+    if along == "adam":
+        along = Transformed(torchopt.adam(lr=1.0, betas=betas, eps=eps))
+    return along if isinstance(along, Plain) else Transformed(along.transformation, torchopt.sgd(lr=1.0))
 
 
 def _is_transformation(given: Any) -> bool:

@@ -11,9 +11,9 @@ from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, OptionError
 
 from ._host import torchopt
-from .host_module import check_lower
+from .refusals import attached, check_lower
 from .solvers import declared_solver
-from .task import Lower, Rule, Task, attached, scalar
+from .task import Lower, Rule, Task, scalar
 
 __all__ = ["FunctionalLowerStep"]
 

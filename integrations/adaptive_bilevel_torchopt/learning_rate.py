@@ -26,7 +26,8 @@ class PolyakLR:
     Args:
         policy: `SPSMax`, `DecSPS`, `SPSB`, `Envelope` (or a search, with ``tell(trial=...)``) of
             ``adaptive_bilevel.policies``.
-        differentiable: Whether the step is differentiated through in an unrolled loop; a constant by default.
+        differentiable: Whether the step is differentiated through in an unrolled loop; a constant by default. Then
+            call `stop_gradient` where the loop's graph ends, beside ``torchopt.stop_gradient(optimizer)``.
 
     Attributes:
         record: The last step's record; None before.
@@ -91,6 +92,10 @@ class PolyakLR:
             )
         self._count = number
         return self._step
+
+    def stop_gradient(self) -> None:
+        """Cut the state from the graph, as ``torchopt.stop_gradient`` does for optimizers: between unrolled loops."""
+        self.load_state_dict(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the policy's state: numbers and tensors."""

@@ -12,15 +12,15 @@ from torch import Tensor
 from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, TensorError
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
+from adaptive_bilevel.optim.guard import RandomState
 
-from .host_module import as_differentiated, check_lower, check_module
-from .solvers import declared_solver
-from .task import Lower, Rule, Task, attached, scalar
+from .refusals import attached, check_lower, check_module, refuse_solution
+from .task import ModuleLower, Rule, Task, scalar
 
-__all__ = ["LowerStep", "StockLower"]
+__all__ = ["LowerStep"]
 
 
-class LowerStep(Lower):
+class LowerStep(ModuleLower):
     """Automatic lower steps for an ``ImplicitMetaGradientModule``.
 
     Args:
@@ -128,24 +128,16 @@ class LowerStep(Lower):
 
     def ready(self, solution: Any) -> list[Sequence[Tensor]]:
         """Return the module's parameters after solve()."""
+        refuse_solution(solution)
         params = list(self.module.parameters())
         attached("UpperStep", params)
         self.tasks[0].check("UpperStep", params)
         return [params]
 
-    def registered(self) -> list[Tensor]:
-        """Return the module's meta-parameters."""
-        return list(self.module.meta_parameters())
-
-    def backward(self) -> contextlib.AbstractContextManager[Any]:
+    def backward(self, random: RandomState | None = None) -> contextlib.AbstractContextManager[Any]:
         """Let TorchOpt's backward see the last lower step's random numbers."""
-        optimizer = self.optimizer
-        random = None if optimizer is None or optimizer.sample is None else optimizer.sample.random
-        return as_differentiated(self.module, random)
-
-    def solver(self) -> Any:
-        """Return the solver of the declared kind."""
-        return declared_solver(type(self.module).linear_solve, list(self.module.parameters()))
+        sample = None if self.optimizer is None else self.optimizer.sample
+        return super().backward(random if sample is None else sample.random)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the steps: numbers and tensors."""
@@ -154,35 +146,3 @@ class LowerStep(Lower):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load it; before the first `attach`, it is kept until then."""
         self.tasks[0].load_state_dict(state)
-
-
-class StockLower(Lower):
-    """A module whose ``solve()`` keeps its own loop: only the upper level is stepped automatically.
-
-    Args:
-        module: An ``ImplicitMetaGradientModule``, with an objective or with an optimality function only.
-    """
-
-    def __init__(self, module: Any) -> None:
-        check_module("UpperStep", module, steps=False)
-        check_lower("UpperStep", list(module.parameters()))
-        self.module = module
-        self.tasks = []
-
-    def ready(self, solution: Any) -> list[Sequence[Tensor]]:
-        """Return the module's parameters after solve()."""
-        params = list(self.module.parameters())
-        attached("UpperStep", params)
-        return [params]
-
-    def registered(self) -> list[Tensor]:
-        """Return the module's meta-parameters."""
-        return list(self.module.meta_parameters())
-
-    def backward(self) -> contextlib.AbstractContextManager[Any]:
-        """Let TorchOpt's backward leave BatchNorm's statistics alone."""
-        return as_differentiated(self.module, None)
-
-    def solver(self) -> Any:
-        """Return the solver of the declared kind."""
-        return declared_solver(type(self.module).linear_solve, list(self.module.parameters()))

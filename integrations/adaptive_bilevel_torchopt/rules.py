@@ -10,6 +10,8 @@ from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
 from adaptive_bilevel.optim.upper import UpperOptimizer
 
+from .direction import as_direction, as_stepped
+
 __all__ = ["resolve"]
 
 _LOWER: dict[type[Any], type[AdaptiveOptimizer]] = {
@@ -32,21 +34,29 @@ def resolve(
         owner: Who asks, for errors.
         rule: A class of the core, or a policy with options of its own, e.g. ``policies.Constant(bound=0.1)``.
         lr: The bound or first trial; a policy brings its own.
-        options: Options that were given by keyword.
+        options: Options that were given by keyword, direction among them.
         upper: Whether the level is the upper one.
 
     Raises:
         OptionError: The rule is none of this level, or both it and `lr` name a number.
     """
+    direction = options["direction"]
+    options = {**options, "direction": as_direction(direction)}
     if isinstance(rule, type) and issubclass(rule, AdaptiveOptimizer) and issubclass(rule, UpperOptimizer) == upper:
         return rule, lr, options
     if isinstance(rule, policies.Constant):
         _once(owner, rule, lr)
         if upper:
-            fixed = {"lr_min": rule.bound, "decay": rule.decay}
+            fixed: dict[str, Any] = {"lr_min": rule.bound, "decay": rule.decay}
         else:
             fixed = {"floor": rule.bound, "decay": rule.decay, "floor_decay": rule.decay}
-        return (BiSPS if upper else SPSMax), rule.bound, {**fixed, "lower_bound": _NO_BOUND, **options}
+        adam = {name: options[name] for name in ("betas", "eps") if name in options}
+        fixed.update(lower_bound=_NO_BOUND)
+        return (
+            (BiSPS if upper else SPSMax),
+            rule.bound,
+            {**fixed, **options, "direction": as_stepped(direction, **adam)},
+        )
     known = (_UPPER if upper else _LOWER).get(type(rule))
     if known is None:
         names = "BiSLS or BiSPS" if upper else "SPSMax, DecSPS, SPSB, SLS or SLSB"

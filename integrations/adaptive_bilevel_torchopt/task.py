@@ -15,20 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import ClosureError, HypergradientError, LowerLevelError
+from adaptive_bilevel.errors import ClosureError, LowerLevelError
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
+from adaptive_bilevel.optim.guard import RandomState
 from adaptive_bilevel.optim.polyak import PolyakOptimizer
 
-from .direction import as_direction
-from .host_module import fingerprint, same
+from .backward import as_differentiated
+from .marks import Marks
 from .rules import resolve
+from .solvers import declared_solver
 
-__all__ = ["Lower", "Rule", "Task", "attached", "scalar"]
+__all__ = ["Lower", "ModuleLower", "Rule", "Task", "scalar"]
 
-_CHANGED = (
-    "{who} changed between solve() and the upper step: TorchOpt would return a wrong hypergradient without saying so. "
-    "Take the upper step (which takes the hypergradient first) right after solve(), and change things after it"
-)
+_MARK = "; if solve() itself changes them after its last step (a projection, say), end it with mark()"
 
 
 class Task:
@@ -41,10 +40,9 @@ class Task:
     def __init__(self, make: Callable[[list[Tensor]], AdaptiveOptimizer]) -> None:
         self._make = make
         self._saved: dict[str, Any] | None = None
-        self._marks: tuple[Tensor, Tensor] | None = None
+        self._marks = Marks()
         self.optimizer: AdaptiveOptimizer | None = None
         self.clocked = False  # by a BiSPS above, whose iterations its bound then follows
-        self.upper: list[Tensor] = []
 
     def bind(self, params: Sequence[Tensor]) -> AdaptiveOptimizer:
         """Step on these leaves from now on, and return the optimizer."""
@@ -63,31 +61,29 @@ class Task:
         """Return the leaves."""
         return [] if self.optimizer is None else [p for g in self.optimizer.param_groups for p in g["params"]]
 
+    @property
+    def upper(self) -> list[Tensor]:
+        """The upper tensors that the loop was begun with."""
+        return self._marks.upper
+
     def begin(self, upper: Sequence[Tensor]) -> None:
         """Remember the upper tensors as they are when the loop begins."""
-        self.upper = [x for x in upper if x.is_floating_point()]
-        self._marks = None
-        self._at_begin = fingerprint(self.upper)
+        self._marks.begin(upper)
 
     def mark(self) -> None:
         """Take the present parameters as the solution."""
-        self._marks = self._at_begin, fingerprint(self.params())
+        self._marks.mark(self.params())
 
     def check(self, who: str, solution: Sequence[Tensor]) -> None:
         """Refuse a solution that TorchOpt's backward would not be taken at.
 
         Raises:
+            LowerLevelError: There was no step.
             HypergradientError: Upper or lower tensors were changed since the loop.
         """
-        if self._marks is None:
+        if not self._marks.known:
             raise LowerLevelError(f"{who}: no lower step was taken in solve(); call the function that attach() returns")
-        if not same(self._marks[0], fingerprint(self.upper)):
-            raise HypergradientError(_CHANGED.format(who="the upper parameters"))
-        if not same(self._marks[1], fingerprint(solution)):
-            raise HypergradientError(
-                _CHANGED.format(who="the lower parameters")
-                + "; if solve() itself changes them after its last step (a projection, say), end it with mark()"
-            )
+        self._marks.check(who, solution, _MARK)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state."""
@@ -102,17 +98,12 @@ class Task:
         else:
             self._saved = state or None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copying keeps: not the marks, since there is no graph either."""
-        return {**self.__dict__, "_marks": None, "upper": []}
-
 
 class Rule:
     """Makes a core optimizer for some tensors."""
 
     def __init__(self, owner: str, rule: Any, lr: float | None, direction: Any, options: dict[str, Any]) -> None:
-        self.cls, self.lr, self.options = resolve(owner, rule, lr, options, upper=False)
-        self.options["direction"] = as_direction(direction)
+        self.cls, self.lr, self.options = resolve(owner, rule, lr, {**options, "direction": direction}, upper=False)
         self([torch.zeros(1, requires_grad=True)])  # wrong options are told here, not inside solve()
 
     def __call__(self, params: list[Tensor]) -> AdaptiveOptimizer:
@@ -131,6 +122,10 @@ class Lower(abc.ABC):
     @abc.abstractmethod
     def ready(self, solution: Any) -> list[Sequence[Tensor]]:
         """Return the solution's tensors of each task, attached to TorchOpt's graph, after all checks."""
+
+    def closures(self) -> list[Callable[[], Any] | None]:
+        """Return the lower closure of each task; None where its optimizer remembers it."""
+        return [None] * len(self.tasks)
 
     def backward(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for TorchOpt's backward."""
@@ -153,13 +148,22 @@ class Lower(abc.ABC):
             task.clocked = True
 
 
-def attached(owner: str, params: Sequence[Tensor]) -> None:
-    """Refuse parameters that are not the outcome of a differentiable solve()."""
-    if any(p.grad_fn is None for p in params):
-        raise HypergradientError(
-            f"{owner}: the lower parameters do not come from a solve() since the last upper step, so TorchOpt has no "
-            "graph for the hypergradient. Call solve() with gradients enabled right before step()"
-        )
+class ModuleLower(Lower):
+    """The lower level of an ``ImplicitMetaGradientModule``."""
+
+    module: Any
+
+    def registered(self) -> list[Tensor]:
+        """Return the module's meta-parameters."""
+        return list(self.module.meta_parameters())
+
+    def backward(self, random: RandomState | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Let TorchOpt's backward leave BatchNorm's statistics alone, and draw the random numbers of a sample."""
+        return as_differentiated(self.module, random)
+
+    def solver(self) -> Any:
+        """Return the solver of the declared kind."""
+        return declared_solver(type(self.module).linear_solve, list(self.module.parameters()))
 
 
 def scalar(closure: Any) -> Callable[[], Any]:

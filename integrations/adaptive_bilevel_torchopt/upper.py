@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import BiSLS, BiSPS
-from adaptive_bilevel.errors import ClosureError, HypergradientError, LowerLevelError, OptionError, TensorError
+from adaptive_bilevel.errors import ClosureError, HypergradientError, LowerLevelError, OptionError
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 from adaptive_bilevel.optim.evaluations import Evaluations
 from adaptive_bilevel.optim.guard import Guard, Workspace
 from adaptive_bilevel.policies import Record
 
-from .direction import as_direction
+from .backward import differentiate
 from .functional import FunctionalLowerStep
-from .host_module import refuse_unregistered
-from .lower import StockLower
+from .refusals import refuse_shared, refuse_unregistered
 from .residual import local_objective, refuse_asymmetric
 from .rules import resolve
 from .solvers import Ridge, SafeNeumann
+from .stock import StockLower
 from .task import Lower, Task
 
 __all__ = ["UpperStep"]
@@ -40,7 +40,8 @@ class UpperStep:
         rule: `BiSLS` or `BiSPS` of adaptive_bilevel, or a policy (``policies.Constant(bound=1e-3)``: TorchOpt's step).
         lr: The first trial (BiSLS) or the bound (BiSPS). Left out, it is found.
         lower: The module's `LowerStep`; a `FunctionalLowerStep`; the module itself if its ``solve()`` keeps a loop of
-            its own (then pass lower_closure to `step`); or a list of them, one for each task of a meta-batch.
+            its own (the instance's ``solve`` then remembers its last call); or a list of them, one for each task of a
+            meta-batch.
         direction: "sgd", "adam", or a GradientTransformation of TorchOpt with learning rate 1 (see `Transformed`).
         solver: P of the tangent response. Left out: of the kind that the module declares as its linear_solve.
         options: Options of the rule.
@@ -78,16 +79,17 @@ class UpperStep:
             raise OptionError(
                 f"UpperStep(lower={lower!r}): one FunctionalLowerStep serves all tasks of a meta-batch; pass it alone"
             )
-        cls, lr, options = resolve("UpperStep", rule, lr, options, upper=True)
+        cls, lr, options = resolve("UpperStep", rule, lr, {**options, "direction": direction}, upper=True)
         if solver is not None:
             options["solver"] = solver
         make: Any = cls
-        along = as_direction(direction)
-        self.optimizer: BiSLS | BiSPS = make(params, lr, direction=along, **options)
+        self.optimizer: BiSLS | BiSPS = make(params, lr, **options)
         self._given_solver = solver is not None
         self._workspace = Workspace()
         self._checked = False
-        self._refuse_shared()
+        for each in self._lowers:
+            if each.module is not None:
+                refuse_shared(self._params(), list(each.module.parameters()))
         if isinstance(self.optimizer, BiSPS):
             for each in self._lowers:
                 each.follow()
@@ -98,19 +100,6 @@ class UpperStep:
     def _tasks(self) -> list[Task | None]:
         """Return the lower problems in order; None for a module that keeps its own loop."""
         return [task for each in self._lowers for task in ([None] if isinstance(each, StockLower) else each.tasks)]
-
-    def _refuse_shared(self) -> None:
-        upper = {id(x) for x in self._params()}
-        for each in self._lowers:
-            if each.module is None:
-                continue
-            shapes = [tuple(p.shape) for p in each.module.parameters() if id(p) in upper]
-            if shapes:
-                raise TensorError(
-                    f"UpperStep: upper parameters of shapes {shapes} are lower parameters of the module. A network "
-                    "that is in eval mode when it is passed to an implicit module is taken for lower parameters "
-                    "(metaopt/torchopt#144): call .train() on it before, or pass tensors that require gradients"
-                )
 
     def step(
         self,
@@ -124,8 +113,9 @@ class UpperStep:
 
         Args:
             closure: Returns the upper loss at the solution, without calling solve().
-            lower_closure: For modules that keep their own loop: returns the objective (or optimality) on the sample
-                that solve() was given; a list of them for several modules.
+            lower_closure: Returns the lower objective (or optimality) that the response follows; a list of them for
+                several lower problems. Left out: that of the last lower step; for a module that keeps its own loop,
+                what TorchOpt differentiates, on what its solve() was given.
             solution: For functional solvers: what the solver returned; a list of that for a meta-batch.
             lower_bound: Overrides BiSPS's option for this sample.
 
@@ -144,7 +134,7 @@ class UpperStep:
             )
         searching = isinstance(self.optimizer, BiSLS)
         solutions = [tensors for each in self._lowers for tensors in each.ready(solution)]
-        given = self._lower_closures(lower_closure, solutions)
+        given = self._lower_closures(lower_closure)
         closures = [
             local_objective(c, tensors) if task is None and c is not None else c
             for c, task, tensors in zip(given, self._tasks(), solutions, strict=True)
@@ -174,50 +164,39 @@ class UpperStep:
             each.done()
         return returned
 
-    def _lower_closures(self, given: Any, solutions: Sequence[Sequence[Tensor]]) -> list[Any]:
-        """Return one lower closure for each solution; None where the lower step remembers its own."""
-        listed = list(given) if isinstance(given, (list, tuple)) else [given] * len(solutions)
-        if len(listed) != len(solutions):
+    def _lower_closures(self, given: Any) -> list[Any]:
+        """Return one lower closure for each lower problem; None where the lower step remembers its own."""
+        own = [closure for each in self._lowers for closure in each.closures()]
+        listed = list(given) if isinstance(given, (list, tuple)) else [given] * len(own)
+        if len(listed) != len(own):
             raise LowerLevelError(
-                f"UpperStep.step: {len(listed)} lower closures for {len(solutions)} lower problems; pass one for each"
+                f"UpperStep.step: {len(listed)} lower closures for {len(own)} lower problems; pass one for each"
             )
+        chosen = [mine if told is None else told for told, mine in zip(listed, own, strict=True)]
         stock = [task is None for task in self._tasks()]
-        if isinstance(self.optimizer, BiSLS) and any(s and c is None for s, c in zip(stock, listed, strict=True)):
+        if isinstance(self.optimizer, BiSLS) and any(s and c is None for s, c in zip(stock, chosen, strict=True)):
             raise LowerLevelError(
-                "UpperStep.step(lower_closure=None): the module's solve() keeps its own loop, so pass its objective on "
-                "that sample, as in meta.step(lambda: val(inner), lower_closure=lambda: inner.objective(batch))"
+                "UpperStep.step(lower_closure=None): the module was solved before there was an UpperStep, so what its "
+                "solve() was given is not known. Solve after constructing it, or pass the objective on that sample, as "
+                "in meta.step(lambda: val(inner), lower_closure=lambda: inner.objective(batch))"
             )
-        return listed
+        return chosen
 
     def _differentiate(
         self, closure: Callable[[], Any], solutions: Sequence[Sequence[Tensor]], *, leave_trace: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the upper loss and TorchOpt's hypergradient; whether buffers and random state moved is as asked."""
         params = self._params()
-        active = [p for p in params if p.requires_grad]
-        with Guard(active, self._workspace) as guard, ExitStack() as contexts:
+        with Guard([p for p in params if p.requires_grad], self._workspace) as guard, ExitStack() as contexts:
             loss = guard.attached(closure)
             guard.mark()
             self._refuse_solved_inside(solutions)
             for each in self._lowers:
                 contexts.enter_context(each.backward())
-            random = torch.get_rng_state()
-            found = torch.autograd.grad(loss, active, allow_unused=True)
-            if not torch.equal(random, torch.get_rng_state()):
-                raise HypergradientError(
-                    "UpperStep: the lower objective draws random numbers (dropout?), and TorchOpt's backward drew "
-                    "other ones than the lower loop, so the hypergradient is that of another objective. Take a "
-                    "LowerStep in the module's solve(), with which they are drawn again, or .eval() the dropout layers"
-                )
-            if all(g is None for g in found):
-                raise HypergradientError(
-                    "UpperStep: the upper loss depends on no meta-parameter, neither directly nor through solve(). "
-                    "Compute it from the module's parameters after solve()"
-                )
+            hypergradient = differentiate(loss, params)
             if not leave_trace:
                 guard.undo()
-        by_id = {id(p): g for p, g in zip(active, found, strict=True)}
-        return loss.detach(), [by_id.get(id(p)) for p in params]
+        return loss.detach(), hypergradient
 
     def _refuse_solved_inside(self, solutions: Sequence[Sequence[Tensor]]) -> None:
         known = {id(p) for tensors in solutions for p in tensors}

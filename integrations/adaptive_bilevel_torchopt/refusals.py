@@ -1,23 +1,18 @@
-"""What TorchOpt's implicit modules need to be kept right: refusals, and a backward that sees what the forward saw."""
+"""Modules, lower tensors and arguments with which TorchOpt's hypergradient would be wrong: refused by name."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
-from adaptive_bilevel.optim.guard import RandomState
-from adaptive_bilevel.optim.scalars import inner
 
 from ._host import torchopt
 
-__all__ = ["as_differentiated", "check_lower", "check_module", "fingerprint", "refuse_unregistered", "same"]
-
-_NORMS = nn.modules.batchnorm._BatchNorm
+__all__ = ["attached", "check_lower", "check_module", "refuse_shared", "refuse_solution", "refuse_unregistered"]
 
 
 def check_module(owner: str, module: Any, *, steps: bool) -> None:
@@ -73,61 +68,6 @@ def check_lower(owner: str, params: Sequence[Tensor]) -> None:
             )
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """Return ||tensors||^2: it tells whether somebody changed them, in whichever way (versions do not count .data)."""
-    detached = [t.detach() for t in tensors]
-    return inner(detached, detached)
-
-
-def same(left: Tensor, right: Tensor) -> bool:
-    """Return whether two fingerprints are equal, NaN being equal to itself."""
-    return bool((left == right) | ((left != left) & (right != right)))
-
-
-@contextlib.contextmanager
-def as_differentiated(module: Any, random: RandomState | None) -> Iterator[None]:
-    """While TorchOpt's backward evaluates the module again, let it see what the last lower step saw.
-
-    Its objective draws the dropout masks of that step (and leaves the random state alone), and BatchNorm in train mode
-    leaves its running statistics alone, which no derivative depends on and TorchOpt's transforms refuse to change.
-    """
-    name = "optimality" if type(module)._custom_optimality else "objective"
-    original: Callable[..., Any] = getattr(module, name)
-    devices = sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
-
-    def replayed(*args: Any, **kwargs: Any) -> Any:
-        assert random is not None
-        present = RandomState(devices)
-        random.restore()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            present.restore()
-
-    norms = [m for m in _modules(module) if isinstance(m, _NORMS) and m.training and m.track_running_stats]
-    shadowed = module.__dict__.get(name)
-    try:
-        for norm in norms:
-            norm.track_running_stats = False
-        if random is not None:
-            module.__dict__[name] = replayed
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-        if shadowed is not None:
-            module.__dict__[name] = shadowed
-        else:
-            module.__dict__.pop(name, None)
-
-
-def _modules(module: Any) -> list[nn.Module]:
-    found = {id(part): part for part in module.modules()}
-    for child in module.meta_children():
-        found.update({id(part): part for part in child.modules()})
-    return list(found.values())
-
-
 def refuse_unregistered(xs: Sequence[Tensor], registered: Sequence[Tensor], losses: Callable[[], Tensor]) -> None:
     """Refuse upper parameters that the lower loss depends on and TorchOpt does not know of.
 
@@ -152,4 +92,42 @@ def refuse_unregistered(xs: Sequence[Tensor], registered: Sequence[Tensor], loss
             f"UpperStep: the lower objective depends on upper parameters of shapes {shapes} that TorchOpt does not "
             "differentiate by. Pass them (or their module, in train mode) to the constructor of the implicit module "
             "and assign them to an attribute; with custom_root, pass them as an argument that argnums names"
+        )
+
+
+def refuse_shared(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
+    """Refuse upper parameters that the module takes for lower ones.
+
+    Raises:
+        TensorError: There is such a parameter.
+    """
+    known = {id(x) for x in upper}
+    shapes = [tuple(p.shape) for p in lower if id(p) in known]
+    if shapes:
+        raise TensorError(
+            f"UpperStep: upper parameters of shapes {shapes} are lower parameters of the module. A network that is in "
+            "eval mode when it is passed to an implicit module is taken for lower parameters (metaopt/torchopt#144): "
+            "call .train() on it before, or pass tensors that require gradients"
+        )
+
+
+def refuse_solution(solution: Any) -> None:
+    """Refuse a solution where the module holds it.
+
+    Raises:
+        OptionError: One was given.
+    """
+    if solution is not None:
+        raise OptionError(
+            f"UpperStep.step(solution=...): got a {type(solution).__name__}, but a module holds its own solution; "
+            "leave it out, it is for functional solvers"
+        )
+
+
+def attached(owner: str, params: Sequence[Tensor]) -> None:
+    """Refuse parameters that are not the outcome of a differentiable solve()."""
+    if any(p.grad_fn is None for p in params):
+        raise HypergradientError(
+            f"{owner}: the lower parameters do not come from a solve() since the last upper step, so TorchOpt has no "
+            "graph for the hypergradient. Call solve() with gradients enabled right before step()"
         )

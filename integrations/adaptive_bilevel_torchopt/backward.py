@@ -1,0 +1,95 @@
+"""TorchOpt's backward through ``solve()``: the hypergradient, with the module as the lower loop saw it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_bilevel.errors import HypergradientError
+from adaptive_bilevel.optim.guard import RandomState
+
+__all__ = ["as_differentiated", "differentiate"]
+
+_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+def differentiate(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of an upper loss through ``solve()``; None for parameters that it does not depend on.
+
+    Raises:
+        HypergradientError: It depends on none of them, or the lower objective draws random numbers or changes buffers
+            where TorchOpt's backward cannot be made to see what the loop saw.
+    """
+    active = [p for p in params if p.requires_grad]
+    random = torch.get_rng_state()
+    try:
+        found = torch.autograd.grad(loss, active, allow_unused=True)
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        raise HypergradientError(
+            "UpperStep: the lower objective changes a buffer (BatchNorm's running statistics in train mode?), which "
+            "TorchOpt's backward refuses. Register the layer in the implicit module, where it is seen to; with a "
+            "functional solver make it track_running_stats=False or .eval() it"
+        ) from error
+    if not torch.equal(random, torch.get_rng_state()):
+        raise HypergradientError(
+            "UpperStep: the lower objective draws random numbers (dropout?), and TorchOpt's backward drew other ones "
+            "than the lower loop, so the hypergradient is that of another objective. Take a LowerStep in a module's "
+            "solve(), with which they are drawn again, or .eval() the dropout layers"
+        )
+    if all(g is None for g in found):
+        raise HypergradientError(
+            "UpperStep: the upper loss depends on no meta-parameter, neither directly nor through solve(). Compute it "
+            "from the module's parameters after solve()"
+        )
+    by_id = {id(p): g for p, g in zip(active, found, strict=True)}
+    return [by_id.get(id(p)) for p in params]
+
+
+@contextlib.contextmanager
+def as_differentiated(module: Any, random: RandomState | None) -> Iterator[None]:
+    """While TorchOpt's backward evaluates the module again, let it see what the last lower step saw.
+
+    Its objective draws the dropout masks of that step (and leaves the random state alone), and BatchNorm in train mode
+    leaves its running statistics alone, which no derivative depends on and TorchOpt's transforms refuse to change.
+    """
+    name = "optimality" if type(module)._custom_optimality else "objective"
+    original: Callable[..., Any] = getattr(module, name)
+    devices = sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        assert random is not None
+        present = RandomState(devices)
+        random.restore()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            present.restore()
+
+    norms = [m for m in _modules(module) if isinstance(m, _NORMS) and m.training and m.track_running_stats]
+    shadowed = module.__dict__.get(name)
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        if random is not None:
+            module.__dict__[name] = replayed
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        if shadowed is not None:
+            module.__dict__[name] = shadowed
+        else:
+            module.__dict__.pop(name, None)
+
+
+def _modules(module: Any) -> list[nn.Module]:
+    found = {id(part): part for part in module.modules()}
+    for child in module.meta_children():
+        found.update({id(part): part for part in child.modules()})
+    return list(found.values())
