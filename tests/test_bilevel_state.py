@@ -111,6 +111,33 @@ def test_rebuilt_from_its_defaults(case: str) -> None:
     assert trace(again, inner2, rebuilt, 3) == trace(point, inner, outer, 3)
 
 
+@pytest.mark.parametrize("cls", [BiSLS, BiSPS])
+def test_both_take_the_same_call(cls: Any) -> None:
+    """The contract's step(upper_closure, lower_closure=None), so that one can stand in the place of the other."""
+    values = []
+    for how in ("by position", "by name"):
+        point = random_qb(1).instance()
+        inner = SLS([point.y], 1.0, lower_bound=None)
+        outer = cls([point.x], 1.0, lower=inner)
+        inner.step(point.lower)
+        point.x.grad = torch.ones_like(point.x)
+        if how == "by position":
+            values.append(outer.step(point.upper, point.lower))
+        else:
+            values.append(outer.step(upper_closure=point.upper, lower_closure=point.lower))
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("cls", [BiSLS, BiSPS])
+def test_another_optimizer_s_state_is_refused(cls: Any) -> None:
+    point = random_qb(1).instance()
+    outer = cls([point.x], lower=SLS([point.y], 1.0))
+    before = everything([point.x], outer)
+    with pytest.raises(OptionError, match=f"{cls.__name__}.load_state_dict.*of another optimizer"):
+        outer.load_state_dict(torch.optim.Adam([torch.nn.Parameter(point.x.detach())]).state_dict())
+    assert everything([point.x], outer) == before
+
+
 def test_evaluations_of_the_two_levels_are_apart() -> None:
     for case in CASES:
         point, inner, outer = made(case, "SLS")

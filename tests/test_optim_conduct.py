@@ -457,6 +457,29 @@ def test_loaded_options_are_those_that_were_saved(info: OptimizerInfo) -> None:
     assert repr(loaded) == repr(saved)
 
 
+@every_optimizer
+@pytest.mark.parametrize("stock", [torch.optim.SGD, torch.optim.Adam], ids=lambda cls: cls.__name__)
+def test_another_optimizer_s_state_is_refused(info: OptimizerInfo, stock: Any) -> None:
+    model = net()
+    optimizer = info.make(model.parameters())
+    train(optimizer, model, 0, 2)
+    before = snapshot(model, optimizer)
+    with pytest.raises(OptionError, match=r"load_state_dict: .*of another optimizer.*make a new"):
+        optimizer.load_state_dict(stock(net().parameters(), lr=0.1).state_dict())
+    assert snapshot(model, optimizer) == before
+
+
+@every_class
+def test_a_wrong_saved_option_changes_nothing(info: OptimizerInfo) -> None:
+    model = net()
+    optimizer = info.make(model.parameters())
+    saved, before = optimizer.state_dict(), repr(optimizer)
+    saved["param_groups"][0]["c"] = -1.0
+    with pytest.raises(OptionError, match=r"c=-1.0"):
+        optimizer.load_state_dict(saved)
+    assert repr(optimizer) == before
+
+
 def twice_slower(k: Any) -> Any:
     return 1.0 / (2 * k + 1)
 

@@ -87,7 +87,8 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        closure: Closure | None = None,
+        upper_closure: Closure | None = None,
+        lower_closure: Any = None,
         *,
         loss: Tensor | float | None = None,
         lower_bound: float | None = None,
@@ -95,7 +96,9 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         """Take one upper step along .grad, and return the upper loss before it.
 
         Args:
-            closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, no gradients.
+            upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, without
+                gradients.
+            lower_closure: Unused: the rule needs no response. Taken so that a call is the same as for `BiSLS`.
             loss: In the place of a closure: that loss.
             lower_bound: Overrides the option for this sample.
 
@@ -107,7 +110,10 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         params, lower_bound = self._parameters(), self._sample_bound(lower_bound)
         grads = self._hypergradient(params)
         with Guard(params, self._workspace) as guard:
-            value = _given(closure, loss) if loss is not None else guard.value(require_closure("BiSPS", closure))
+            if loss is not None:
+                value = _given(upper_closure, loss)
+            else:
+                value = guard.value(require_closure("BiSPS", upper_closure))
             self.evaluations.upper.values += loss is None
             active, gradient, factors = self._with_gradient(params, grads)
             record, state = self._polyak_step(active, gradient, factors, gradient, value, lower_bound)

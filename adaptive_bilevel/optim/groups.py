@@ -53,9 +53,9 @@ class PolicyOptimizer(torch.optim.Optimizer):
             raise OptionError(f"{owner}(betas={betas!r}): betas must be two numbers in [0, 1)")
         _options.non_negative(owner, "eps", options["eps"])
         _options.count(owner, "max_skips", options["max_skips"])
-        self._options = {name: _options.plain(value) for name, value in options.items()}
         schedules = {n: _Numbers(owner, n, v) for n, v in options.items() if callable(v) and n != "direction"}
         self._policy = self._make_policy({**options, **schedules})
+        self._options = {name: _options.plain(value) for name, value in options.items()}
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,6 +96,11 @@ class PolicyOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from `__getstate__` or a `state_dict`, options included; missing group entries get their defaults."""
+        if any("automatic" not in group for group in state["param_groups"]):
+            raise OptionError(
+                f"{type(self).__name__}.load_state_dict: the state is that of another optimizer, whose step sizes say "
+                f"nothing here; leave it out, and make a new {type(self).__name__}"
+            )
         defaults = state.get("defaults", self.__dict__.get("defaults", {}))
         callables = state.get("_callables", self.__dict__.get("_callables", {}))
         options = {name: state["param_groups"][0].get(name, value) for name, value in defaults.items() if name != "lr"}
