@@ -27,7 +27,7 @@ from .seat import Seat, edges, seat_of
 __all__ = ["BiSLS", "BiSPS"]
 
 
-class BiSPS(Hosted, core.BiSPS):
+class BiSPS(Hosted, core.BiSPS):  # type: ignore[misc]  # step takes what Betty knows
     """`adaptive_bilevel.BiSPS` as a problem's optimizer: the same options but `lower`, which `bind` sets."""
 
     def __init__(self, params: ParamsT, lr: float | None = None, **options: Any) -> None:
