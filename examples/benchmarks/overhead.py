@@ -1,7 +1,9 @@
 """What a step costs beyond its evaluations, for four models, beside torch.optim.SGD and Adam.
 
     python examples/benchmarks/overhead.py
+    python examples/benchmarks/overhead.py --peers DIR
 
+DIR holds checkouts of the peers' repositories (sls, sps, ada_sls, PoNoS, MoMo); those that are there are in the run.
 Overhead is the processor time of a step minus that inside its own closure, backward and zero_grad; the ratio is to what
 the step's evaluations cost: one forward and backward, and one forward per trial. All steps are interleaved in random
 order in one process, on one thread. Only figures of one run compare, since runs drift.
@@ -10,6 +12,8 @@ order in one process, on one thread. Only figures of one run compare, since runs
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import platform
@@ -20,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -99,7 +103,9 @@ class Clock:
 class Case:
     """One optimizer on one model."""
 
-    def __init__(self, clock: Clock, model: str, make: Callable[[Any], Any], rejected: int | None) -> None:
+    def __init__(
+        self, clock: Clock, model: str, make: Callable[[Any], Any], rejected: int | None, peer: Peer | None
+    ) -> None:
         _, build, shape, classes, self.loss = MODELS[model]
         self.clock, self.rejected, self.forwards = clock, rejected, 0
         self.model = build()
@@ -107,13 +113,19 @@ class Case:
         out = self.model(self.x)
         self.target = torch.randint(classes, (shape[0],)) if classes else torch.bernoulli(torch.full_like(out, 0.5))
         self.optimizer = make(self.model.parameters())
-        self.closure = clock.timed(self.evaluate)
+        self.closure = clock.timed(self.differentiate if peer and peer.backward else self.evaluate)
+        self.peer = peer
 
     def evaluate(self) -> Tensor:
         loss: Tensor = self.loss(self.model(self.x), self.target)
         if 0 < self.forwards <= (self.rejected or 0):
             loss = loss + torch.inf  # a trial to be rejected
         self.forwards += 1
+        return loss
+
+    def differentiate(self) -> Tensor:
+        loss = self.evaluate()
+        loss.backward()
         return loss
 
     def forward(self) -> float:
@@ -135,6 +147,10 @@ class Case:
             start += zeroing  # in neither
             self.optimizer.step()
         else:
+            if self.peer:  # zero_grad is the caller's
+                zeroing = time.thread_time()
+                self.optimizer.zero_grad()
+                start += time.thread_time() - zeroing
             self.optimizer.step(self.closure)
         return 1e6 * (time.thread_time() - start - self.clock.inside)
 
@@ -147,15 +163,49 @@ CASES: dict[str, tuple[Callable[[Any], Any], int | None, int]] = {
     "SLSB, 1 trial": (lambda p: SLSB(p, lr=1e-4), 0, 1),
     "SLS, 4 trials": (lambda p: SLS(p, lr=1e-4, reset="initial"), 3, 4),
     "SPSB adam": (lambda p: SPSB(p, lr=1e-5, direction="adam"), 0, 0),
+    "SLS adam, 1 trial": (lambda p: SLS(p, lr=1e-5, reset="initial", direction="adam"), 0, 1),
     "SLS adam, 4 trials": (lambda p: SLS(p, lr=1e-5, reset="initial", direction="adam"), 3, 4),
 }
+
+
+class Peer(NamedTuple):
+    """An optimizer from a checkout: repository, module, class, options, whether its closure calls backward."""
+
+    repository: str
+    module: str
+    kind: str
+    options: dict[str, float]
+    backward: bool
+    trials: int
+
+
+PEERS = {
+    "sps.Sps": Peer("sps", "sps", "Sps", {"init_step_size": 1e-4}, True, 0),
+    "MoMo": Peer("MoMo", "momo", "Momo", {"lr": 1e-4}, True, 0),
+    "sls.Sls, 1 trial": Peer("sls", "sls", "Sls", {"init_step_size": 1e-4}, False, 1),
+    "PoNoS, 1 trial": Peer("PoNoS", "PoNoS", "PoNoS", {"max_eta": 1e-4}, False, 1),
+    "AdaSLS, 1 trial": Peer("ada_sls", "adasls", "AdaSLS", {"init_step_size": 1e-5}, False, 1),
+}
+
+
+def add_peers(folder: Path) -> None:
+    """Add the peers whose code is there, as they are."""
+    for name, peer in PEERS.items():
+        sys.path.insert(0, str(folder / peer.repository))
+        try:
+            made = getattr(importlib.import_module(peer.module), peer.kind)
+        except ImportError as error:
+            print(f"without {name}: {error}", file=sys.stderr)
+        else:
+            CASES[name] = (functools.partial(made, **peer.options), 0, peer.trials)
+        sys.path.pop(0)
 
 
 def measure(models: list[str], repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     clock, table = Clock(), {}
     for model in models:
-        cases = {name: Case(clock, model, make, rejected) for name, (make, rejected, _) in CASES.items()}
+        cases = {name: Case(clock, model, make, no, PEERS.get(name)) for name, (make, no, _) in CASES.items()}
         order = [name for name in [*cases, "forward"] for _ in range(repeats)]
         random.Random(0).shuffle(order)
         for case in cases.values():  # state and workspaces are there from the second step on
@@ -173,9 +223,11 @@ def measure(models: list[str], repeats: int) -> dict[str, Any]:
         rows = {}
         for name, (_, rejected, trials) in CASES.items():
             overhead, cost = statistics.median(found[name]), gradient + trials * value
-            if rejected is not None:
+            if rejected is not None and name not in PEERS:
                 assert cases[name].optimizer.record.trials == trials, name
             rows[name] = {"overhead": round(overhead, 1), "ratio": round(overhead / cost, 4)}
+            if name in PEERS:
+                rows[name]["forwards"] = cases[name].forwards
         table[model] = {
             "model": MODELS[model][0],
             "forward and backward": round(gradient, 1),
@@ -189,9 +241,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=150, help="steps per optimizer and model")
+    parser.add_argument("--peers", type=Path, help="folder of checkouts: sls, sps, ada_sls, PoNoS, MoMo")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name} beside the other results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.peers:
+        add_peers(args.peers)
     table = measure(args.models, args.repeats)
     print(f"{'microseconds (ratio to its evaluations)':42}" + "".join(f"{m:>18}" for m in table))
     for name in CASES:
@@ -200,7 +255,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for kind in ("forward and backward", "forward"):
         print(f"{kind:42}" + "".join(f"{table[m][kind]:>10.0f}        " for m in table))
     result = {
-        "command": shlex.join(["python", "examples/benchmarks/overhead.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(
+            ["python", "examples/benchmarks/overhead.py"]
+            + ["DIR" if args.peers and a == str(args.peers) else a for a in (sys.argv[1:] if argv is None else argv)]
+        ),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "unit": "microseconds of processor time, medians; ratio = overhead / evaluations",
