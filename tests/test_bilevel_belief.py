@@ -145,10 +145,8 @@ def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
         searched = float((there - target).square() / 2)
         delta = lower_gradient(x - step, there) - lower_gradient(x, y)
         errors.append((abs(searched - exact), abs(searched - float(adjoint.tensors[0] @ delta) - exact)))
-        correction = -float(adjoint.tensors[0] @ delta)
-        for margin, expected in ((1e-9, True), (-1e-9, False)):
-            moved, before = lower_gradient(x - step, there), lower_gradient(x, y)
-            assert adjoint.believes([moved], [before], correction + margin) is expected
+        correction = adjoint.correction([lower_gradient(x - step, there)], [lower_gradient(x, y)])
+        assert correction == pytest.approx(-float(adjoint.tensors[0] @ delta))
     (plain, corrected), (plain_half, corrected_half) = errors
     assert 3.0 < plain / plain_half < 5.0
     assert corrected / corrected_half > 6.0
@@ -159,3 +157,20 @@ def test_direction_of_negative_curvature_is_left_out() -> None:
     adjoint = Adjoint([torch.ones(2)])
     adjoint.observing(lambda v: [-v[0]])([torch.ones(2)])
     assert not adjoint.tensors[0].any()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_change_that_does_no_harm_to_f_is_excused_and_only_a_large_one_is_asked_about(resumed: bool) -> None:
+    asked: list[bool] = []
+    places: list[float] = []
+
+    def excused(answer: bool) -> bool:
+        asked.append(answer)
+        return answer
+
+    for size, answer, expected in ((0.9, False, True), (3.0, True, True), (3.0, False, False)):
+        changes = iter([[Change(size, PUSH, 0.0, 0.0)], [Change(0.25 * size, PUSH, 0.0, 0.0)]])
+        belief = Belief(0.5, resumed)
+        assert belief(1.0, partial(next, changes), places.append, partial(excused, answer)) is expected
+    assert asked == [True, False]
+    assert places == [0.5]

@@ -57,9 +57,9 @@ class BiSLS(UpperOptimizer):
         solver: P of the tangent; give the one that the hypergradient uses.
         carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that or goes back,
             whichever has the smaller loss on its own first sample (lower optimizers of this package; for others False).
-        curvature: A step is also rejected where the tangent cannot be believed. With `CG`: if f, corrected for how the
-            lower gradient changed, fails the test of decrease. With other solvers: if that gradient changed (smoothly)
-            by more than curvature * a ||C^T d||. inf: neither. See `adaptive_bilevel.optim.belief`.
+        curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
+            curvature * a ||C^T d||, which it does where the tangent cannot be believed; with `CG`, unless f corrected
+            for that change passes the test of decrease too. inf: no such test. See `adaptive_bilevel.optim.belief`.
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
         shrink: w, factor between two trials, in (0, 1).

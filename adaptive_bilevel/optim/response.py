@@ -160,16 +160,15 @@ class TangentResponse:
 
     def certify(self, step: float, surplus: float, place: Callable[[float], None]) -> bool:
         """Return whether the tangent can be believed, see `adaptive_bilevel.optim.belief`."""
-        if self._adjoint is None or not self._belief.asked:
+        adjoint = self._adjoint
+        if adjoint is None:
             return self._belief(step, self._change, place)
-        return self._adjoint.believes(self._moved(), self._gradient, surplus)
+        return self._belief(
+            step, self._change, place, lambda: adjoint.correction(self._moved, self._gradient) <= surplus
+        )
 
     def _change(self) -> list[Change]:
         """Return how far the lower gradient is from where it was."""
-        return [Change.between(self._gradient, self._moved(), self._push, self._residual)]
-
-    def _moved(self) -> list[Tensor]:
-        """Return the lower gradient at the candidate."""
         moved: list[Tensor] | None = None
         for sample in self._samples:
             _, grads = self._guard.gradient(sample.closure, self._lower, sample.random)
@@ -177,7 +176,8 @@ class TangentResponse:
             moved = filled if moved is None else list(torch._foreach_add(moved, filled))
         self._counts.gradients += 1
         assert moved is not None
-        return moved
+        self._moved = moved
+        return [Change.between(self._gradient, moved, self._push, self._residual)]
 
 
 def refined(solver: LinearSolver) -> LinearSolver | None:
