@@ -105,8 +105,8 @@ class Belief:
     jumps. Rejected for them, steps would shrink until not one sample crosses a kink any more.
 
     A bounded gradient also stops changing far out, where it saturates. So, until a candidate was rejected for what a
-    shorter step would mend, a change that is as large as without any answer of y never passes; unless the solve itself
-    has left as much, so that no shorter step would change less.
+    shorter step would mend, a change that is as large as without any answer of y never passes, whatever it means for f;
+    unless the solve itself has left as much, so that no shorter step would change less.
 
     Args:
         tolerance: As above; inf: no test.
@@ -137,7 +137,7 @@ class Belief:
         limits = [(self._tolerance + c.residual) * step * c.push + c.rounding for c in changes]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
-        if excused is not None and excused():
+        if self._inside and excused is not None and excused():
             return True
         place(0.5 * step)
         halves = [change for change in measure() if change.push != 0.0]
