@@ -31,7 +31,9 @@ LOW: dict[str, Any] = {
 }
 HIGH: dict[str, Any] = {
     "BiSLS": lambda lr: (
-        lambda p: BiSLS(p, lr, lower_bound=None, solver=SYMMETRIC, curvature=math.inf, carry=False, **ANY)
+        lambda p: BiSLS(
+            p, lr, lower_bound=None, momentum=False, solver=SYMMETRIC, curvature=math.inf, carry=False, **ANY
+        )
     ),
     "paper": lambda lr: lambda p: BiSLS(p, lr, lower_bound=None, response="step", carry=False, **ANY),
     "BiSPS": lambda lr: lambda p: BiSPS(p, lr, decay="constant", lower_bound=-1e30),

@@ -175,3 +175,10 @@ def test_change_that_does_no_harm_to_f_is_excused_but_for_a_first_search(resumed
         assert passed is (expected and (resumed or size < 1.0))
     assert asked == ([True, False] if resumed else [])
     assert places == ([0.5] if resumed else [0.5, 0.5])
+
+
+def test_a_rejection_in_a_first_search_makes_nothing_excused() -> None:
+    belief = Belief(0.5, False)
+    for step in (1.0, 0.5, 0.25):
+        changes = iter([[Change(3.0 * step, PUSH, 0.0, 0.0)], [Change(0.75 * step, PUSH, 0.0, 0.0)]])
+        assert not belief(step, partial(next, changes), lambda _: None, lambda: True)

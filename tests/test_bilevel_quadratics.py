@@ -78,6 +78,7 @@ def test_acceptance_recomputed(response: str, direction: str, baseline: str) -> 
             lower=inner,
             response=response,
             direction=direction,
+            momentum=None if direction == "adam" else False,
             baseline=baseline,
             c=c,
             max_trials=12 if response == "step" else None,

@@ -110,11 +110,12 @@ class Belief:
 
     Args:
         tolerance: As above; inf: no test.
-        resumed: Whether the search starts from a step that was accepted before.
+        resumed: Whether the search starts from a step that was accepted before. If not, nothing is excused: how far a
+            linear model reaches is not known, and a correction of first order knows it no better.
     """
 
     def __init__(self, tolerance: float, resumed: bool) -> None:
-        self._tolerance, self._inside = tolerance, resumed
+        self._tolerance, self._resumed, self._inside = tolerance, resumed, resumed
 
     def __call__(
         self,
@@ -137,7 +138,7 @@ class Belief:
         limits = [(self._tolerance + c.residual) * step * c.push + c.rounding for c in changes]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
-        if self._inside and excused is not None and excused():
+        if self._resumed and excused is not None and excused():
             return True
         place(0.5 * step)
         halves = [change for change in measure() if change.push != 0.0]

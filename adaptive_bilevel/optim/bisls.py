@@ -50,9 +50,9 @@ class BiSLS(UpperOptimizer):
             tasks), or None if f does not depend on a lower variable.
         direction: "sgd", "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m), or a `Direction` of yours.
         momentum: Whether the step is along the mean of the hypergradients (searched is always along the last one).
-            "auto": as far as that mean predicts the next one, see `adaptive_bilevel.optim.momentum`. Left out: "auto"
-            for "adam" (with response="step" True, as in the paper), False for "sgd", whose steps all are certified;
-            "auto" is worth trying there if the hypergradients are noisy.
+            "auto": as far as that mean predicts the next one, see `adaptive_bilevel.optim.momentum`. False: every step
+            is one that the search has certified, so that F cannot rise where y and the hypergradient are exact. Left
+            out: "auto"; with response="step" as in the paper, True for "adam" and False for "sgd".
         response: "tangent", or "step": one more lower step per trial, as in Fan et al. (2023), eq. (14).
         solver: P of the tangent; give the one that the hypergradient uses.
         carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that or goes back,
@@ -61,7 +61,7 @@ class BiSLS(UpperOptimizer):
             curvature * a ||C^T d||, which it does where the tangent cannot be believed; with `CG`, unless f corrected
             for that change passes the test of decrease too. inf: no such test. See `adaptive_bilevel.optim.belief`.
         project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
-        c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" without momentum or response="step".
+        c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" with momentum=False and response="tangent".
         shrink: w, factor between two trials, in (0, 1).
         grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); until a trial has been
             rejected, 1/shrink (not with response="step").
@@ -433,7 +433,8 @@ def _momentum(options: dict[str, Any]) -> Any:
     """Return "auto", True or False."""
     chosen = options["momentum"]
     if chosen is None:
-        chosen = options["direction"] == "adam" and (options["response"] == "step" or "auto")
+        paper = options["response"] == "step"
+        chosen = options["direction"] == "adam" if paper else "auto"
     return chosen
 
 
