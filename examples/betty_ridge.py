@@ -154,7 +154,7 @@ def plan() -> list[tuple[str, MakeOptimizer, MakeOptimizer]]:
     return [
         *fixed,
         ("BiSLS", BiSLS, SLS),
-        ("BiSLS, momentum='auto'", partial(BiSLS, momentum="auto"), SLS),
+        ("BiSLS, momentum=False", partial(BiSLS, momentum=False), SLS),
         ("BiSLS, direction='adam'", partial(BiSLS, direction="adam"), SLS),
     ]
 

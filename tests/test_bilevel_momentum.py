@@ -148,3 +148,27 @@ def test_on_exact_problems_it_does_not_cost_what_the_mean_costs() -> None:
                 outer.step(point.upper)
             found.append(problem.F(point.x.detach()) / start)
     assert np.median(gaps["auto"]) < np.median(gaps[True])
+
+
+class Own:
+    """A direction of a user's: the gradient."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, parameters: Any, grads: Any, state: Any) -> Descent:
+        return Descent(list, None, lambda moved=True: None)
+
+
+@pytest.mark.parametrize(("direction", "c"), [("sgd", 0.1), (Own("sgd"), 0.5), (Own("other"), 0.1)])
+def test_nothing_is_mixed_into_a_direction_of_ones_own(direction: Any, c: float) -> None:
+    """So steps along the gradient itself are all certified, and have that Armijo constant."""
+    point = random_qb(3).instance()
+    inner = lower_search(point.y)
+    outer: Any = BiSLS([point.x], lower=inner, direction=direction)
+    for _ in range(6):
+        inner.step(point.lower)
+        assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], CG(tolerance=1e-10)))
+        outer.step(point.upper)
+    assert outer._policy.c == c
+    assert ("tangents" in outer.state) == (direction == "sgd")

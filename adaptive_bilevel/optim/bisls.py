@@ -239,12 +239,11 @@ class BiSLS(UpperOptimizer):
     def _move_along(self, active: list[Tensor], h: Sequence[Tensor], factors: Sequence[float]) -> tuple[Move, Descent]:
         """Return the move along the preconditioned h; a group's lr counts as a part of its direction."""
         descent = self._descent(active, h)
-        if not callable(self._options["direction"]):  # others bring their own momentum
-            momentum = _momentum(self._options)
-            if momentum is not False:
-                weight = 1.0 if momentum is True else None
-                beta = self.param_groups[0]["betas"][0]
-                descent = blended(descent, active, h, factors, self.state, beta, weight=weight)
+        momentum = _momentum(self._options)
+        if momentum is not False:
+            weight = 1.0 if momentum is True else None
+            beta = self.param_groups[0]["betas"][0]
+            descent = blended(descent, active, h, factors, self.state, beta, weight=weight)
         along = _scaled(descent.precondition(h), factors)
         stepped = None if descent.step is None else _scaled(descent.step, factors)
         return Move(active, list(h), along, stepped, mover=descent.move), descent
@@ -395,7 +394,7 @@ class BiSLS(UpperOptimizer):
         if response is None or response.offsets is None:
             return None
         tangent = list(response.offsets)
-        if callable(self._options["direction"]) or _momentum(self._options) is False:
+        if _momentum(self._options) is False:
             return tangent
         beta = self.param_groups[0]["betas"][0]
         state: dict[Any, Any] = self.state  # torch types the keys as tensors
@@ -430,7 +429,9 @@ class BiSLS(UpperOptimizer):
 
 
 def _momentum(options: dict[str, Any]) -> Any:
-    """Return "auto", True or False."""
+    """Return "auto", True or False; a direction of the user's brings its own momentum."""
+    if callable(options["direction"]):
+        return False
     chosen = options["momentum"]
     if chosen is None:
         paper = options["response"] == "step"
