@@ -6,6 +6,7 @@ import copy
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -527,9 +528,8 @@ def test_unknown_options_raise_at_construction() -> None:
         pair(ridge_hpo(), nonsense=1)
 
 
-def test_solutions_of_functional_solvers_are_matched_with_their_loops() -> None:
-    problem = ridge_hpo()
-    objective = lambda y, x: problem.g(x, y)  # noqa: E731
+def functional(objective: Callable[[Any, Tensor], Tensor]) -> tuple[FunctionalLowerStep, Callable[[Any, Tensor], Any]]:
+    """A lower step, and a solver that takes one of them."""
     lower = FunctionalLowerStep(objective)
 
     @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=1)
@@ -538,6 +538,13 @@ def test_solutions_of_functional_solvers_are_matched_with_their_loops() -> None:
         step()
         return y
 
+    return lower, solve
+
+
+def test_solutions_of_functional_solvers_are_matched_with_their_loops() -> None:
+    problem = ridge_hpo()
+    objective = lambda y, x: problem.g(x, y)  # noqa: E731
+    lower, solve = functional(objective)
     x = leaf(problem)
     meta: Any = UpperStep([x], lower=lower)
     y: Any = solve(problem.y0, x)
@@ -561,14 +568,7 @@ def test_a_functional_objective_with_a_hidden_upper_variable_is_refused() -> Non
     problem = ridge_hpo()
     x, z = leaf(problem), torch.ones(1, requires_grad=True)
     objective = lambda y, x: problem.g(x, y) + z.square().sum() * y.square().sum()  # noqa: E731
-    lower = FunctionalLowerStep(objective)
-
-    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=1)
-    def solve(y: Any, x: Tensor) -> Any:
-        y, step = lower.attach(y, x)
-        step()
-        return y
-
+    lower, solve = functional(objective)
     meta: Any = UpperStep([x, z], lower=lower)
     y: Any = solve(problem.y0, x)
     with pytest.raises(HypergradientError, match="argument that argnums names"):
@@ -589,14 +589,7 @@ def test_functional_solvers_refuse_what_their_backward_cannot_repeat(name: str) 
     def objective(y: Any, x: Tensor) -> Tensor:
         return fit(y) + (x.exp() * torch.stack([p.square().sum() for p in y]).sum()).sum()
 
-    lower = FunctionalLowerStep(objective)
-
-    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=1)
-    def solve(y: Any, x: Tensor) -> Any:
-        y, step = lower.attach(y, x)
-        step()
-        return y
-
+    lower, solve = functional(objective)
     x = torch.zeros(1, requires_grad=True)
     meta: Any = UpperStep([x], lower=lower)
     y: Any = solve(tuple(p.detach() for p in net.parameters()), x)
