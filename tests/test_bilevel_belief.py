@@ -168,13 +168,19 @@ def test_change_that_does_no_harm_to_f_is_excused_but_for_a_first_search(resumed
         asked.append(answer)
         return answer
 
-    for size, answer, expected in ((0.9, False, True), (3.0, True, True), (3.0, False, False)):
+    for size, answer, expected in ((0.9, False, True), (1.9, True, True), (1.9, False, False)):
         changes = iter([[Change(size, PUSH, 0.0, 0.0)], [Change(0.25 * size, PUSH, 0.0, 0.0)]])
         belief = Belief(0.5, resumed)
         passed = belief(1.0, partial(next, changes), places.append, partial(excused, answer))
         assert passed is (expected and (resumed or size < 1.0))
     assert asked == ([True, False] if resumed else [])
     assert places == ([0.5] if resumed else [0.5, 0.5])
+
+
+@pytest.mark.parametrize(("size", "residual", "expected"), [(1.9, 0.0, True), (2.1, 0.0, False), (2.1, 0.1, True)])
+def test_change_as_large_as_without_an_answer_is_never_excused(size: float, residual: float, expected: bool) -> None:
+    changes = iter([[Change(size, PUSH, residual, 0.0)], [Change(0.25 * size, PUSH, residual, 0.0)]])
+    assert Belief(0.5, True)(1.0, partial(next, changes), lambda _: None, lambda: True) is expected
 
 
 def test_a_rejection_in_a_first_search_makes_nothing_excused() -> None:
