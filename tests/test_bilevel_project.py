@@ -13,6 +13,7 @@ from adaptive_bilevel import SLS, BiSLS
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import assign, implicit
 from adaptive_bilevel.optim.projection import Box, Simplex
+from adaptive_bilevel.policies import Outcome
 from tests.bilevel import EXACT, Traced
 from tests.problems import Quadratic, random_qb_data, vector
 
@@ -95,7 +96,7 @@ def test_feasible_and_decreasing(kind: str, options: dict[str, Any], lr: float |
 
 @pytest.mark.parametrize(
     ("kind", "direction"),
-    [("box", "sgd"), ("callable", "sgd"), ("simplex", "sgd"), ("box", "adam")],  # Adam's metric needs a box
+    [(kind, direction) for kind in SETS for direction in ("sgd", "adam")],
 )
 def test_the_constrained_optimum(kind: str, direction: str) -> None:
     for seed in range(2):
@@ -116,6 +117,25 @@ def test_the_constrained_optimum(kind: str, direction: str) -> None:
             outer.step(point.upper, point.lower)
         expected = optimum(data, kind)
         assert torch.allclose(point.x.detach(), expected, atol=2e-3), (seed, point.x, expected, outer.record)
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.filterwarnings("error")
+def test_a_constrained_minimizer_is_a_zero_gradient(direction: str) -> None:
+    """x - P(x - a d) is zero there but for rounding, of which nobody has to be warned."""
+    x = vector([0.2, 0.3, 0.5]).requires_grad_()
+    y = torch.zeros(3, requires_grad=True)
+    cost = vector([3.0, 1.0, 2.0]) / 7.0
+    inner = SLS([y])
+    outer: Any = BiSLS([x], lower=inner, project=Simplex(), direction=direction, solver=EXACT)
+    upper, lower = (lambda: cost @ y), (lambda: (y - x).square().sum() / 2)
+    for _ in range(30):
+        for _ in range(5):
+            inner.step(lower)
+        assign([x], implicit(upper, lower, [x], [y], EXACT))
+        outer.step(upper)
+    assert torch.allclose(x.detach(), vector([0.0, 1.0, 0.0]), atol=1e-15, rtol=0.0)
+    assert outer.record.outcome is Outcome.zero_gradient
 
 
 @pytest.mark.parametrize("lr", [1.0, None])

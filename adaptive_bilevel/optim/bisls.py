@@ -199,6 +199,8 @@ class BiSLS(UpperOptimizer):
                 f_x = gradients_of(active, params, partials[: len(params)])
                 f_y = gradients_of(lower, lower, partials[len(params) :])
                 going, limits = self._feasible(params, going, value)
+                record = self._refuse(value, going.promised)  # the set may leave nothing of the move
+            if record is None:
                 response = self._respond(guard, lower_closure, lower, (f_x, f_y), going)
                 ratio = response.slope / going.promised if going.promised else math.nan
                 if isinstance(response, TangentResponse):
@@ -218,7 +220,7 @@ class BiSLS(UpperOptimizer):
                     going.go(record.step_size, finally_=True)
                     self._save_rule_state(state)
                 descent.commit()
-                answer = self._answer(response, descent)
+                answer = self._answer(response, going, descent)
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
         if record.trials > 1 and not self._saved("rejected", False):
@@ -383,7 +385,7 @@ class BiSLS(UpperOptimizer):
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         return policy
 
-    def _answer(self, response: Response | None, descent: Descent) -> list[Tensor] | None:
+    def _answer(self, response: Response | None, going: Move, descent: Descent) -> list[Tensor] | None:
         """Return how y answers to one unit of the step that is taken; None: not known.
 
         Along the mean of the hypergradients that is the mean of the tangents, averaged likewise. A solve for the mean
@@ -402,7 +404,8 @@ class BiSLS(UpperOptimizer):
         saved = saved or {"count": 0, "mean": torch._foreach_mul(tangent, 0.0)}
         count, mean = saved["count"] + 1, list(torch._foreach_lerp(list(saved["mean"]), tangent, 1.0 - beta))
         state["tangents"] = {"count": count, "mean": mean}
-        return list(torch._foreach_lerp(tangent, list(torch._foreach_div(mean, 1.0 - beta**count)), descent.weight))
+        weight = 0.0 if going.stepped is None else descent.weight
+        return list(torch._foreach_lerp(tangent, list(torch._foreach_div(mean, 1.0 - beta**count)), weight))
 
     def _carry(self, lower: list[Tensor], answer: list[Tensor] | None, step: float) -> None:
         """Take the predicted response into the next lower loop, or offer it to that loop."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .direction import move
-from .projection import Projection
+from .projection import Box, Projection
 from .scalars import agree, inner
 
 __all__ = ["Move"]
@@ -58,14 +58,42 @@ class Move:
 
         Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
         sufficient decrease is that of the projected displacement. The parameters are not touched.
+
+        If that of d is shorter than it need be, -h is projected instead, scaled to the same <h, d>: a projection is the
+        nearest point in the norm it was made for, so along d = A^{-1} h it may not descend at all, or stop at points
+        that are no minimizers. A box is nearest in every diagonal metric.
         """
+        constrained = (params, project)
+        along = self._cut(self.along, constrained, longest)
+        if along is None:
+            # Nothing was cut: the steps up to here are those without a set, in their roundings too.
+            return replace(self, constrained=constrained, longest=longest)
+        move = replace(self, along=along, constrained=constrained, longest=longest)
+        if isinstance(project, Box) or all(d is g for d, g in zip(self.along, self.gradient, strict=True)):
+            return move
+        scale = self.promised / float(agree(inner(self.gradient, self.gradient))[0])
+        plain = self._cut(torch._foreach_mul(self.gradient, scale), constrained, longest)
+        return move if plain is None else max(move, replace(move, along=plain, stepped=None), key=_promised)
+
+    def _cut(
+        self, along: Sequence[Tensor], constrained: tuple[Sequence[Tensor], Projection], longest: float
+    ) -> list[Tensor] | None:
+        """Return (x - P(x - a d)) / a, zero where it is lost in rounding; None if x - a d is in the set."""
+        params, project = constrained
         copies = {id(p): p.detach().clone() for p in params}
         moved = [copies[id(p)] for p in self.tensors]
-        self.mover(moved, self.along, longest, [1.0] * len(moved))
-        outside = [t.clone() for t in copies.values()]
+        self.mover(moved, along, longest, [1.0] * len(moved))
+        outside = {name: t.clone() for name, t in copies.items()}
         project(list(copies.values()))
-        if all(torch.equal(p, q) for p, q in zip(copies.values(), outside, strict=True)):
-            # Nothing was cut: the steps up to here are those without a set, in their roundings too.
-            return replace(self, constrained=(params, project), longest=longest)
-        along = [(p - q) / longest for p, q in zip(self.tensors, moved, strict=True)]
-        return replace(self, along=along, constrained=(params, project), longest=longest)
+        if all(torch.equal(t, outside[name]) for name, t in copies.items()):
+            return None
+        displaced = []
+        for p, q in zip(self.tensors, moved, strict=True):
+            rounding = 8.0 * torch.finfo(p.dtype).eps * outside[id(p)].abs().amax() if p.numel() else 0.0
+            difference = p - q
+            displaced.append(torch.where(difference.abs() <= rounding, 0.0, difference) / longest)
+        return displaced
+
+
+def _promised(move: Move) -> float:
+    return move.promised
