@@ -211,8 +211,8 @@ def draw_figure(runs: list[Run], path: Path) -> None:
     for method in {run.method for run in runs if run.method.startswith("BiSLS") and run.upper}:
         left.plot([], [], color="tab:orange", lw=0.7, label=f"{method}, 16 pairs of first trials")
     left.set(xlabel="upper step", ylabel="validation loss", title=f"Betty {betty.__version__}, seed {first}")
-    left.set_ylim(0.1, 0.72)
-    left.legend(frameon=False, fontsize=8, loc=(0.47, 0.5))
+    left.set_ylim(0.0, 0.72)
+    left.legend(frameon=False, fontsize=8, loc=(0.47, 0.56))
     right.set(yscale="log", xlabel="upper step", ylabel="upper step size", title="step sizes of BiSLS")
     for axes in (left, right):
         axes.grid(alpha=0.25)
