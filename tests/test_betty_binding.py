@@ -15,6 +15,7 @@ from adaptive_bilevel import optim as core
 from adaptive_bilevel.errors import ClosureError, OptionError
 from adaptive_bilevel.hypergradient import CG, Identity, Neumann
 from adaptive_bilevel_betty import SLS, SLSB, SPSB, AdaptiveEngine, BiSLS, BiSPS, DecSPS, SPSMax, bind
+from adaptive_bilevel_betty.seat import seat_of
 from tests.betty_problems import Ridge, Variable, engine, sgd, state
 from tests.optimizers import plain
 
@@ -114,6 +115,18 @@ def test_solvers_are_plain_text(solver: Any) -> None:
     fresh = BiSLS([torch.ones(2, requires_grad=True)])
     fresh.load_state_dict(first.state_dict())
     assert fresh.solver == solver
+
+
+@pytest.mark.parametrize("solver", [CG(77, 1e-9), Neumann(3, 0.1, random=True, generator=torch.Generator())])
+def test_a_solver_that_is_set_stays(solver: Any) -> None:
+    top, low = Ridge().levels(BiSLS, SLS)
+    bind(engine(low, top))
+    top.optimizer.solver = solver
+    top.optimizer.load_state_dict(top.optimizer.state_dict())
+    assert top.optimizer.solver is solver
+    assert seat_of(low).solver is solver
+    if isinstance(solver, CG):
+        assert copy.deepcopy(top.optimizer).solver == solver
 
 
 @pytest.mark.parametrize(

@@ -184,3 +184,36 @@ def test_a_lower_problem_that_returns_a_dictionary() -> None:
     made.run()
     assert torch.allclose(seen[0], exact(toy, torch.zeros(8)), rtol=1e-6)
     assert state(made)
+
+
+@only_new
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_lowest_of_three_levels_may_train_a_part_of_its_module(requires_grad: bool) -> None:
+    """z*(y) = y with the other parameter o fixed: G(y) = (y - x)^2 + y^2 / 2 + (o - y)^2 / 2 + o y^2."""
+
+    class Part(Level):
+        def trainable_parameters(self) -> Any:
+            return [self.module[0]]
+
+    z, o = (torch.nn.Parameter(torch.tensor([v])) for v in (0.3, 0.7))
+    o.requires_grad_(requires_grad)
+    still = sgd(0.0)
+
+    def middle(problem: Any, batch: Any) -> Tensor:
+        (z, o), y = problem.low.module, problem.module()
+        value: Tensor = ((y - problem.outer()) ** 2 + 0.5 * z**2 + 0.5 * (o - y) ** 2 + z * o * y).sum()
+        return value
+
+    def lowest(problem: Any, batch: Any) -> Tensor:
+        (z, o), y = problem.module, problem.mid()
+        value: Tensor = ((z - y) ** 2 + 0.5 * (o - 2 * y) ** 2).sum()
+        return value
+
+    options: dict[str, Any] = {"type": "adaptive_cg", "retain_graph": True}
+    low = Part("low", lowest, torch.nn.ParameterList([z, o]), still, **options)
+    mid = Level("mid", middle, Variable(torch.tensor([0.3])), still, **options)
+    top = Level("outer", lambda p, b: 0.5 * (p.mid() - 2).square().sum(), Variable(torch.tensor([1.0])), still)
+    made = bind(engine(low, mid, top), solver=CG(100, 1e-12))
+    seen = gradients_of_steps(top)
+    made.run()
+    assert float(seen[0]) == pytest.approx((0.3 - 2.0) * 2.0 / (4.0 + 2.0 * 0.7))

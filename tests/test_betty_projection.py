@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.policies import Outcome
-from adaptive_bilevel_betty import SLS, SLSB, BiSLS, bind
+from adaptive_bilevel_betty import SLS, SLSB, BiSLS, SPSMax, bind
 from tests.betty_problems import Level, Ridge, Variable, engine, sgd
 from tests.test_betty_step import ANY
 
@@ -110,3 +110,84 @@ def test_copies_know_no_projection() -> None:
     bind(engine(low, top, steps=20)).run()
     assert pickle.loads(pickle.dumps(top.optimizer)).project is None
     assert copy.deepcopy(top.optimizer).project is None
+
+
+@pytest.mark.parametrize("carry", ["auto", True])
+@pytest.mark.parametrize("lower", [SLS, lambda params: SPSMax(params, lr=1.0)], ids=["SLS", "SPSMax"])
+def test_a_prediction_stays_in_the_set_of_the_lower_problem(lower: Any, carry: Any) -> None:
+    """y_0 is on its bound, where the tangent leads out of the box."""
+    aim, weight = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 4.0])
+    curvature = torch.tensor([1.0, 0.5])
+    top = Level(
+        "outer",
+        lambda p, b: (weight * (p.inner() - aim).square()).sum(),
+        Variable(torch.zeros(2)),
+        lambda params: BiSLS(params, carry=carry),
+        type="adaptive_cg",
+    )
+    low = Level(
+        "inner",
+        lambda p, b: (curvature * (p.module() - p.outer()).square()).sum(),
+        Variable(torch.zeros(2)),
+        lower,
+        unroll_steps=1,
+    )
+    low.param_callback = lambda *given: low.module.value.data[:1].clamp_(max=0.5)
+    made = bind(engine(low, top, steps=60))
+    seen, outcomes = [], []
+    step = low.optimizer.step
+
+    def spy() -> Any:
+        seen.append(float(low.value[0]))
+        step()
+        outcomes.append(low.optimizer.record.outcome)
+
+    low.optimizer.step = spy
+    made.run()
+    assert max(seen) <= 0.5
+    assert Outcome.no_descent not in outcomes
+    assert float(top.value[1]) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_callback_that_writes_to_another_problem_is_no_projection() -> None:
+    """Like a cold start in on_inner_loop_start; the probe leaves no trace at the other problem either."""
+    losses = []
+    for hook in ("param_callback", "on_inner_loop_start"):
+        top, low = Ridge().levels(BiSLS, SLS, T=20)
+
+        def restart(*given: Any, low: Any = low) -> None:
+            for p in low.module.parameters():
+                p.data.zero_()
+
+        setattr(top if hook == "param_callback" else low, hook, restart)
+        bind(engine(low, top, steps=200)).run()
+        losses.append(top.losses)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_groups_of_different_rates_are_projected_alike(rate: float) -> None:
+    aim = torch.tensor([2.0, -2.0, 0.3])
+    net = torch.nn.ParameterList([torch.zeros(3), torch.zeros(3)])
+
+    def loss(problem: Any, batch: Any) -> Tensor:
+        a, b = problem.module
+        found: Tensor = (a - aim).square().sum() + (b + aim).square().sum() + (a * b).sum() ** 2
+        return found
+
+    groups: Any = [{"params": [net[0]]}, {"params": [net[1]], "lr": rate}]
+    low: Any = Level("one", loss, net, lambda params: SLS(groups, 1.0))
+    low.param_groups = lambda: [{"params": [low.module[0]]}, {"params": [low.module[1]], "lr": rate}]
+
+    def clamp(*given: Any) -> None:
+        for p in low.module.parameters():
+            p.data.clamp_(-0.5, 0.5)
+
+    low.param_callback = clamp
+    bind(engine(low, steps=60)).run()
+    # By symmetry a = -b at the minimum: the sum of products is -(.5 + z^2) there.
+    ends = torch.stack([p.detach() for p in low.module.parameters()])
+    z = 0.5 * (ends[0, 2] - ends[1, 2])
+    assert torch.allclose(ends[:, :2], torch.tensor([[0.5, -0.5], [-0.5, 0.5]]))
+    assert float(ends.sum(0).norm()) < 1e-2
+    assert float(4.0 * (z - aim[2]) + 4.0 * z * (0.5 + z**2)) == pytest.approx(0.0, abs=1e-2)

@@ -181,16 +181,16 @@ def test_roll_back_of_the_new_release() -> None:
     bind(engine(*reversed(levels()), roll_back=True))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.filterwarnings("ignore:.*no trial step gave")
-def test_a_frozen_part_may_be_shared() -> None:
-    """Features that nobody moves."""
-    features, x = nn.Linear(8, 8).requires_grad_(False), torch.ones(1, 8)
+def test_a_part_that_nobody_moves_may_be_shared(frozen: bool) -> None:
+    features, x = nn.Linear(8, 8).requires_grad_(not frozen), torch.ones(1, 8)
     modules = [nn.Sequential(features, nn.Linear(8, 8)) for _ in range(2)]
     top, low = levels()
     for level, module in zip((top, low), modules, strict=True):
         level._start = module
-        level.trainable_parameters = lambda module=module: [p for p in module.parameters() if p.requires_grad]
-        level._optimizer = lambda params, rule=level._optimizer: rule([p for p in params if p.requires_grad])
+        level.trainable_parameters = lambda head=module[1]: list(head.parameters())
+        level._optimizer = lambda params, rule=level._optimizer, head=module[1]: rule(head.parameters())
     low._loss = lambda p, b: (p.module(x) - p.outer(x)).square().mean()
     top._loss = lambda p, b: (p.inner(x) - 1.0).square().mean()
     bind(engine(low, top, steps=100)).run()

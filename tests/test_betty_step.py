@@ -314,10 +314,61 @@ def test_a_warm_start_decides_about_the_prediction() -> None:
     moved = low.value.clone()
     before = low.optimizer.state[low.module.value]["offered"]
     assert not torch.equal(moved, before)
-    gradients = low.optimizer.evaluations.upper.gradients
+    values = low.optimizer.evaluations.upper.values
     low.step()
-    assert low.optimizer.evaluations.upper.gradients > gradients
+    assert low.optimizer.evaluations.upper.values == values + 1 + low.optimizer.record.trials
     assert "offered" not in low.optimizer.state[low.module.value]
+
+
+@only_new
+@pytest.mark.parametrize("how", ["grad_callback", "gradient_clipping"])
+def test_gradients_are_processed_after_a_prediction_too(how: str) -> None:
+    """Whichever starting point a lower step takes, it moves from there along what Betty makes of the gradient."""
+    torch.manual_seed(0)
+    A, target = torch.randn(6, 4), torch.arange(1.0, 5.0)
+    top = Level("outer", lambda p, b: (p.inner() - target).square().sum(), Variable(torch.zeros(4)), BiSLS)
+    low = Level(
+        "inner",
+        lambda p, b: (A @ (p.module() - p.outer())).square().mean() + 0.01 * p.module().square().sum(),
+        Variable(torch.ones(4)),
+        lambda params: SLS(params, 0.1, max_step=0.1, reset="initial", grow=1.0),
+        unroll_steps=3,
+        gradient_clipping=0.5 if how == "gradient_clipping" else 0.0,
+    )
+    if how == "grad_callback":
+        low.grad_callback = lambda: low.module.value.grad[:1].zero_()
+    made = bind(engine(low, top, steps=30))
+    moves: list[Tensor] = []
+    step = low.optimizer.step
+
+    def spy() -> Any:
+        starts = [low.value.clone()]
+        offered = low.optimizer.state.get(low.module.value, {}).get("offered")
+        starts += [] if offered is None else [offered.clone()]
+        step()
+        length = low.optimizer.record.step_size
+        moves.append(min(((low.value - y) / length for y in starts), key=lambda d: float(d.norm())))
+
+    low.optimizer.step = spy
+    made.run()
+    assert len(moves) == 30
+    if how == "grad_callback":
+        assert all(float(d[0]) == 0.0 for d in moves)
+    else:
+        assert all(float(d.norm()) <= 0.5 * (1.0 + 1e-6) for d in moves)
+
+
+def test_a_loss_that_chooses_the_batch_is_no_part_of_the_step() -> None:
+    class Choosing(Level):
+        def get_batch(self) -> Any:
+            batches = [(torch.full((1,), aim),) for aim in (5.0, 1.0)]
+            with torch.no_grad():
+                values = [float(self.get_loss(batch)[0]) for batch in batches]
+            return batches[values.index(min(values))]
+
+    low = Choosing("one", lambda p, b: (p.module() - b[0]).square().sum(), Variable(torch.zeros(1)), SLS)
+    bind(engine(low, steps=30)).run()
+    assert float(low.value) == pytest.approx(1.0)
 
 
 def test_a_first_trial_that_is_too_short_is_outgrown_at_once() -> None:

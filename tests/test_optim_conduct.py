@@ -214,7 +214,16 @@ def test_empty_groups(info: OptimizerInfo) -> None:
 @every_class
 @pytest.mark.parametrize(
     "group",
-    [{"c": 0.2}, {"lr": -1.0}, {"lr": math.nan}, {"direction": "adam"}, {"lower_bound": 1.0}, {"eps": 1e-3}],
+    [
+        {"c": 0.2},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"direction": "adam"},
+        {"lower_bound": 1.0},
+        {"eps": 1e-3},
+        {"weight_decay": 0.1},
+        {"momentum": 0.9},
+    ],
     ids=lambda g: str(next(iter(g.items()))),
 )
 def test_a_group_may_only_differ_in_lr(info: OptimizerInfo, group: dict[str, Any]) -> None:

@@ -96,22 +96,32 @@ class AdaptiveOptimizer(PolicyOptimizer):
         """Return loss and gradients on the sample; first decide about an offered starting point."""
         offered = self._take_offer(params)
         if offered is None:
-            self.evaluations.upper.gradients += 1
-            return guard.gradient(closure, params)
+            return self._gradient(guard, closure, params)
         guard.copy()
         torch._foreach_copy_(params, offered)
         there = guard.value(closure)
         guard.put_back()
-        loss, grads = guard.gradient(closure, params, guard.entry)
+        loss, grads = self._gradient(guard, closure, params, guard.entry)
         self.evaluations.upper.values += 1
-        self.evaluations.upper.gradients += 1
         elsewhere, here = on_host(there, loss)
         if elsewhere < here or (here != here and elsewhere == elsewhere):
             torch._foreach_copy_(params, offered)
             guard.rebase()
-            loss, grads = guard.gradient(closure, params, guard.entry)
-            self.evaluations.upper.gradients += 1
+            loss, grads = self._gradient(guard, closure, params, guard.entry, moved=True)
         return loss, grads
+
+    def _gradient(
+        self,
+        guard: Guard,
+        closure: Closure,
+        params: list[Tensor],
+        random: RandomState | None = None,
+        *,
+        moved: bool = False,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return loss and gradients here; `moved`: the parameters are not where the step found them."""
+        self.evaluations.upper.gradients += 1
+        return guard.gradient(closure, params, random)
 
     def offer(self, points: Sequence[Tensor]) -> None:
         """Offer another starting point for the next step, copies of all parameters in order.

@@ -206,7 +206,8 @@ class BiSLS(UpperOptimizer):
                 if isinstance(response, TangentResponse):
                     while response.slope <= 0.0 and response.refine():
                         # The hypergradient does not descend on phi: take the one of the response's solver.
-                        going, descent = self._move_along(active, response.hypergradient(), factors)
+                        own = self._processed(active, response.hypergradient())
+                        going, descent = self._move_along(active, own, factors)
                         going, limits = self._feasible(params, going, value)
                         response.along(going.along)
                     response.close()
@@ -249,6 +250,10 @@ class BiSLS(UpperOptimizer):
         along = _scaled(descent.precondition(h), factors)
         stepped = None if descent.step is None else _scaled(descent.step, factors)
         return Move(active, list(h), along, stepped, mover=descent.move), descent
+
+    def _processed(self, active: Sequence[Tensor], hypergradient: list[Tensor]) -> list[Tensor]:
+        """Return a hypergradient of the solver's as whoever steps would have changed the user's."""
+        return hypergradient
 
     def _refuse(self, value: float, promised: float) -> Record | None:
         """Return the record of a step that is not even tried, or None."""

@@ -33,6 +33,7 @@ __all__ = [
     "call_param_callback",
     "distribution",
     "jvp_fn_mapping",
+    "process_gradient",
     "rolls_back",
 ]
 
@@ -60,6 +61,14 @@ def distribution(engine: Any) -> str:
 def answering(problem: Problem) -> list[Tensor]:
     """Return the parameters of a lower problem that a hypergradient goes through; in 0.1.x, all of them."""
     return list(problem.trainable_parameters() if OLD else problem.meta_trainable_parameters())
+
+
+def process_gradient(problem: Problem) -> None:
+    """Do to .grad what this release does between a backward and a step."""
+    if callable(getattr(problem, "grad_callback", None)):
+        problem.grad_callback()
+    if problem.gradient_clipping > 0.0:
+        problem.clip_grad()
 
 
 def call_param_callback(problem: Problem) -> None:

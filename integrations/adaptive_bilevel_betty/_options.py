@@ -35,13 +35,16 @@ def solver_from(solver: Any) -> LinearSolver:
     return solver  # type: ignore[no-any-return]
 
 
-def solver_text(solver: LinearSolver) -> str:
-    """Return the solver as plain text.
+def solver_text(solver: LinearSolver) -> str | None:
+    """Return the solver as plain text; None if it cannot be written so.
 
     >>> solver_text(Neumann(5, 0.1))
     'Neumann(steps=5, scale=0.1, random=False, generator=None)'
     """
-    return repr(solver)
+    try:
+        return repr(solver_from(repr(solver)))
+    except OptionError:
+        return None
 
 
 def _parse(text: str) -> Any:

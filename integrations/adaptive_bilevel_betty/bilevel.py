@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,16 +57,28 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
     ) -> None:
         _refuse("BiSLS", options)
         super().__init__(params, lr, solver=solver_from(solver), **options)
-        text = solver_text(self.solver)
-        self._options["solver"] = text
-        for options in (self.defaults, *self.param_groups):
-            options["solver"] = text
+        self.solver = self._solver  # once more, now that there are options to write it into
+
+    @property
+    def solver(self) -> LinearSolver:
+        """P of the tangent. One that cannot be written as plain values is not saved, and stays when others load."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: LinearSolver) -> None:
+        self._solver = solver
+        if "_options" in self.__dict__:
+            for options in (self._options, self.defaults, *self.param_groups):
+                options["solver"] = solver_text(solver)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; a solver that was saved is the solver."""
+        if "solver" in state:
+            state = {**state, "_solver": state["solver"]}
+            del state["solver"]
         super().__setstate__(state)
-        if solver_text(self.solver) != self._options["solver"]:
-            self.solver = solver_from(self._options["solver"])
+        saved = self._options["solver"]
+        self.solver = self._solver if saved is None or saved == solver_text(self._solver) else solver_from(saved)
 
     def _take(self, step: Any, seat: Seat) -> Any:
         below = seat.below()
@@ -103,10 +116,22 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
         response.along(going.along)
         return response
 
+    def _processed(self, active: Sequence[Tensor], hypergradient: list[Tensor]) -> list[Tensor]:
+        """Return it after the problem's grad_callback and clipping."""
+        if not self._hosted or self._seat is None:
+            return hypergradient
+        changed = self._seat.processed(active, hypergradient)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(active, changed, strict=True)]
+
     def _carry(self, lower: list[Tensor], answer: list[Tensor] | None, step: float) -> None:
         """Take the prediction along, unless the engine takes lower steps back anyway."""
-        if not (self._hosted and self._seat is not None and self._seat.rolled_back):
-            super()._carry(lower, answer, step)
+        seat = self._seat if self._hosted else None
+        if seat is not None and seat.rolled_back:
+            return
+        super()._carry(lower, answer, step)
+        if seat is not None and self._options["carry"] is True:
+            for below in (below for below in seat.below() if below.projects):
+                below.project([p for group in below.problem.optimizer.param_groups for p in group["params"]])
 
     def _compare_slopes(self, record: Record) -> None:
         """Compare, unless the hypergradient was clipped: then it is shorter than what the slope is of."""

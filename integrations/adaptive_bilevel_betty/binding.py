@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from adaptive_bilevel.errors import OptionError
@@ -51,7 +52,7 @@ def bind(engine: Any, *, solver: LinearSolver | None = None) -> Any:
         seat = seat_if_any(problem)
         replay = Replay(problem, problems) if seat is None else seat.replay
         replay.problems = problems
-        take_seat(Seat(replay, solver or _solver_above(problem, ours), rolls_back(engine)))
+        take_seat(Seat(replay, partial(_solver_of, problem, ours, solver), rolls_back(engine)))
         problem.in_trial = False
     for problem in ours:
         seat = seat_if_any(problem)
@@ -60,7 +61,10 @@ def bind(engine: Any, *, solver: LinearSolver | None = None) -> Any:
     return engine
 
 
-def _solver_above(problem: Problem, ours: list[Problem]) -> LinearSolver:
+def _solver_of(problem: Problem, ours: list[Problem], given: LinearSolver | None) -> LinearSolver:
+    """Return the solver that `bind` was given, or that of the BiSLS above as it is now, or CG()."""
+    if given is not None:
+        return given
     for upper in ours:
         if isinstance(upper.optimizer, BiSLS) and problem in lookahead(upper):
             return upper.optimizer.solver

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 
+from ._host import Problem
 from .seat import Seat, lookahead, seat_of
 
 __all__ = ["total_loss"]
@@ -34,18 +35,17 @@ def total_loss(seat: Seat) -> Tensor:
     below = lookahead(seat.problem)
     with contextlib.ExitStack() as placed:
         for problem in below:
-            placed.enter_context(_placed(problem.module, _solution(seat_of(problem))))
+            placed.enter_context(_placed(problem, _solution(seat_of(problem))))
         return seat.replay.closure()
 
 
 def _solution(seat: Seat) -> list[Tensor]:
     """Return z_2, attached to all that the problem's loss depends on."""
-    module: nn.Module = seat.problem.module
-    present = [p for p in module.parameters() if p.requires_grad]
+    present = _variable(seat.problem)
     inverse = _inverse(seat.solver, LowerCurvature(total_loss(seat), [], present))
     z: list[Tensor] = [p.detach().requires_grad_() for p in present]
     for _ in range(CHORD_STEPS):
-        with _placed(module, z):
+        with _placed(seat.problem, z):
             loss = total_loss(seat)
         slopes = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True)
         filled = [torch.zeros_like(p) if slope is None else slope for p, slope in zip(z, slopes, strict=True)]
@@ -77,11 +77,17 @@ def _apply(linear: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor])
     return applied
 
 
+def _variable(problem: Problem) -> list[Tensor]:
+    """Return what the problem solves for; other parameters of its module may require gradients, too."""
+    return [p for p in problem.trainable_parameters() if p.requires_grad]
+
+
 @contextlib.contextmanager
-def _placed(module: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Have tensors in the place of a module's trainable parameters, in order."""
+def _placed(problem: Problem, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Have tensors in the place of the problem's variable, in order."""
+    module: nn.Module = problem.module
     places = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
-    order = {id(p): i for i, p in enumerate(p for p in module.parameters() if p.requires_grad)}
+    order = {id(p): i for i, p in enumerate(_variable(problem))}
     try:
         for part, name, p in places:
             if id(p) in order:

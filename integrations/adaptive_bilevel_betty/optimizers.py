@@ -15,7 +15,7 @@ from adaptive_bilevel import optim as core
 from adaptive_bilevel.errors import ClosureError, OptionError
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
 from adaptive_bilevel.optim.direction import Descent
-from adaptive_bilevel.optim.guard import Closure, Guard
+from adaptive_bilevel.optim.guard import Closure, Guard, RandomState
 from adaptive_bilevel.optim.moves import Move
 
 from .seat import Seat
@@ -83,16 +83,32 @@ class Hosted(AdaptiveOptimizer):
     def _take(self, step: Any, seat: Seat) -> Any:
         return step(self, seat.replay.closure)
 
-    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        """Return what Betty knows of this point, unless another starting point was offered."""
-        if not self._hosted or self._take_offer(params) is not None:
-            return super()._evaluate(guard, closure, params)
+    def _gradient(
+        self,
+        guard: Guard,
+        closure: Closure,
+        params: list[Tensor],
+        random: RandomState | None = None,
+        *,
+        moved: bool = False,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return what Betty knows of the point that it evaluated; elsewhere, the same with its callbacks applied."""
+        if not self._hosted:
+            return super()._gradient(guard, closure, params, random, moved=moved)
         assert self._seat is not None
-        return self._seat.replay.loss, [None if p.grad is None else p.grad.detach() for p in params]
+        if not moved:
+            return self._seat.replay.loss, [None if p.grad is None else p.grad.detach() for p in params]
+        loss, grads = super()._gradient(guard, closure, params, random, moved=True)
+        return loss, self._seat.processed(params, grads)
 
     def offer(self, points: Sequence[Tensor]) -> None:
-        """Offer another starting point; with several upper problems, the one before the first of their predictions."""
+        """Offer another starting point; with several upper problems, the one before the first of their predictions.
+
+        The present point, a prediction, knows nothing of a param_callback that Betty applies after steps.
+        """
         params = self._parameters()
+        if self._seat is not None and self._seat.projects:
+            self._seat.project(params)
         if self._offered and self._saved("offered_at", math.nan) == self._fingerprint(points):
             points = [self.state.get(p, {}).get("offered", point) for p, point in zip(params, points, strict=True)]
         super().offer(points)
@@ -122,19 +138,25 @@ class _HostedSearch(Hosted):
         Sufficient decrease along -g cannot be had where the projection takes a part of g away.
         """
         descent, seat = super()._descent(params, grads), self._seat
-        if not self._hosted or seat is None or not seat.projects or len(set(self._factors())) > 1:
+        if not self._hosted or seat is None or not seat.projects:
             return descent
+        group = {
+            p: factor
+            for listed, factor in zip(self.param_groups, self._factors(), strict=True)
+            for p in listed["params"]
+        }
+        factors = [group[p] for p in params]
 
         def precondition(g: Sequence[Tensor]) -> list[Tensor]:
-            directions = descent.precondition(g)
+            directions = [d if w == 1.0 else d * w for d, w in zip(descent.precondition(g), factors, strict=True)]
             slope = sum(float((a * b).sum()) for a, b in zip(g, directions, strict=True))
             longest = self._policy.first_trial(
                 self._rule_state(), loss=float(seat.replay.loss), slope=slope, **self._bound()
             )
             if not (math.isfinite(longest) and longest > 0.0 and math.isfinite(slope)):
-                return directions
+                return descent.precondition(g)
             going = Move(list(params), list(g), directions, None).within(self._parameters(), seat.project, longest)
-            return going.along
+            return [d if w in (0.0, 1.0) else d / w for d, w in zip(going.along, factors, strict=True)]
 
         return descent._replace(precondition=precondition)
 

@@ -138,11 +138,11 @@ def _refuse_scaler(problem: Problem) -> None:
 def _refuse_shared(problem: Problem) -> None:
     seen: dict[int, Problem] = {}
     for involved in (problem, *lookahead(problem)):
-        for name, p in involved.module.named_parameters():
-            if not p.requires_grad:
-                continue
+        names = {id(p): name for name, p in involved.module.named_parameters()}
+        for p in (p for group in involved.optimizer.param_groups for p in group["params"] if p.requires_grad):
             other = seen.setdefault(id(p), involved)
             if other is not involved:
+                name = names.get(id(p), "")
                 raise TensorError(
                     f"{_named(other)} and {_named(involved)} share the parameter {name!r} of shape {tuple(p.shape)}: a "
                     "problem cannot look ahead into its own variable. Give each its own module, or a copy"

@@ -65,7 +65,8 @@ class Replay:
     """The evaluations of one problem since its last step, and their replay.
 
     Args:
-        problem: The problem; ``get_loss`` and ``one_step_descent`` are wrapped from now on, on the instance.
+        problem: The problem; ``get_loss``, ``get_batch`` and ``one_step_descent`` are wrapped from now on, on the
+            instance.
         problems: All problems of the engine, whose modules the loss may run.
 
     Attributes:
@@ -79,7 +80,9 @@ class Replay:
         self._complete = True
         self._descending = False
         self._get_loss, self._one_step_descent = problem.get_loss, problem.one_step_descent
+        self._get_batch = problem.get_batch
         problem.get_loss, problem.one_step_descent = self._record, self._descend
+        problem.get_batch = self._fetch
 
     def _descend(self, *args: Any, **kwargs: Any) -> Any:
         """Stand for the problem's one_step_descent: the loss that it evaluates first is the one of the step."""
@@ -88,6 +91,14 @@ class Replay:
             return self._one_step_descent(*args, **kwargs)
         finally:
             self._descending = False
+
+    def _fetch(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the problem's get_batch: a loss that chooses a batch is not the one of the step."""
+        descending, self._descending = self._descending, False
+        try:
+            return self._get_batch(*args, **kwargs)
+        finally:
+            self._descending = descending
 
     def _record(self, batch: Any) -> Any:
         """Stand for the problem's get_loss."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import graphlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import LowerLevelError
 from adaptive_bilevel.hypergradient import LinearSolver
 
-from ._host import Problem, call_param_callback
+from ._host import Problem, call_param_callback, process_gradient
 from .replay import Replay
 
 __all__ = ["Seat", "edges", "lookahead"]
@@ -44,17 +44,22 @@ class Seat:
 
     Args:
         replay: The problem's evaluations.
-        solver: P of the hypergradient type "adaptive_cg" for this problem.
+        solver: Returns P of the hypergradient type "adaptive_cg" for this problem.
         rolled_back: Whether the engine takes back what a lower problem does, so that nothing can be carried.
     """
 
-    def __init__(self, replay: Replay, solver: LinearSolver, rolled_back: bool) -> None:
+    def __init__(self, replay: Replay, solver: Callable[[], LinearSolver], rolled_back: bool) -> None:
         self.replay = replay
         self.problem: Problem = replay.problem
-        self.solver = solver
+        self._solver = solver
         self.rolled_back = rolled_back
         self.solution: Sequence[Tensor] | None = None
         self._projects: bool | None = None
+
+    @property
+    def solver(self) -> LinearSolver:
+        """P of the hypergradient type "adaptive_cg" for this problem, as it is now."""
+        return self._solver()
 
     def below(self) -> list[Seat]:
         """Return the seats of the problems looked ahead into, lowest first."""
@@ -71,8 +76,23 @@ class Seat:
         if self._projects is None:
             # Also away from here: at 0, a decay does nothing either.
             known = callable(getattr(self.problem, "param_callback", None))
-            self._projects = known and all(self._is_idempotent(away) for away in (0.0, 1.0, -1.0))
+            self._projects = known and self._leaves_others_alone(
+                lambda: all(self._is_idempotent(away) for away in (0.0, 1.0, -1.0))
+            )
         return self._projects
+
+    def _leaves_others_alone(self, probe: Callable[[], bool]) -> bool:
+        """Return the answer of a probe, False if it changed another problem's parameters; they are as before."""
+        own = {id(p) for p in self._params()}
+        listed = {id(p): p.detach() for problem in self.replay.problems for p in problem.module.parameters()}
+        others = [p for name, p in listed.items() if name not in own]
+        saved = [p.clone() for p in others]
+        try:
+            answer = probe()
+            return answer and all(torch.equal(p, q) for p, q in zip(others, saved, strict=True))
+        finally:
+            for p, q in zip(others, saved, strict=True):
+                p.copy_(q)
 
     def _is_idempotent(self, away: float) -> bool:
         """Return whether a second call changes nothing, from parameters that are so far away from the present ones."""
@@ -105,6 +125,13 @@ class Seat:
             if any(p is not t for p, t in zip(params, tensors, strict=True)):
                 torch._foreach_copy_([t.detach() for t in tensors], [p.detach() for p in params])
                 torch._foreach_copy_([p.detach() for p in params], saved)
+
+    def processed(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return gradients as Betty would step on them: after grad_callback and clipping. They are in .grad then."""
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        process_gradient(self.problem)
+        return [None if p.grad is None else p.grad.detach() for p in params]
 
     def _call(self) -> None:
         for problem in self.replay.problems:
