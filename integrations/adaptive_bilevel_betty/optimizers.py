@@ -104,13 +104,15 @@ class Hosted(AdaptiveOptimizer):
     def offer(self, points: Sequence[Tensor]) -> None:
         """Offer another starting point; with several upper problems, the one before the first of their predictions.
 
-        The present point, a prediction, knows nothing of a param_callback that Betty applies after steps.
+        Neither the prediction, where the parameters are, nor (in Betty 0.1.x) the point before knows of a param_callback.
         """
         params = self._parameters()
-        if self._seat is not None and self._seat.projects:
-            self._seat.project(params)
         if self._offered and self._saved("offered_at", math.nan) == self._fingerprint(points):
             points = [self.state.get(p, {}).get("offered", point) for p, point in zip(params, points, strict=True)]
+        if self._seat is not None and self._seat.projects:
+            self._seat.project(params)
+            points = [point.clone() for point in points]
+            self._seat.project(points)
         super().offer(points)
 
 
