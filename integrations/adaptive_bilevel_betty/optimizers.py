@@ -104,7 +104,8 @@ class Hosted(AdaptiveOptimizer):
     def offer(self, points: Sequence[Tensor]) -> None:
         """Offer another starting point; with several upper problems, the one before the first of their predictions.
 
-        Neither the prediction, where the parameters are, nor (in Betty 0.1.x) the point before knows of a param_callback.
+        Neither the prediction, where the parameters are, nor (in Betty 0.1.x) the point before it knows of a
+        param_callback.
         """
         params = self._parameters()
         if self._offered and self._saved("offered_at", math.nan) == self._fingerprint(points):
