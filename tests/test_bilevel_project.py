@@ -244,3 +244,44 @@ def test_the_projections_are_the_nearest_points(kind: str) -> None:
             other = torch.rand(3, 4, generator=generator)
             other = 1.5 * other / other.sum(-1, keepdim=True) if kind == "simplex" else other * 0.75 - 0.5
             assert float(((z - p) * (other - p)).sum()) <= 1e-12
+
+
+LARGE: dict[str, Any] = {
+    "box": Box(0.0, float("inf")),
+    "callable": lambda tensors: [t.clamp_(min=0.0) for t in tensors],
+}
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_entry_does_not_hide_the_others(kind: str, direction: str) -> None:
+    x = torch.tensor([1e8, 1.0], dtype=torch.float32, requires_grad=True)
+    outer: Any = BiSLS([x], lower=None, project=LARGE[kind], direction=direction)
+    for _ in range(20):
+        x.grad = None
+        loss = lambda: (x[0] / 1e8 - 1).square() + (x[1] + 1).square()  # noqa: E731
+        loss().backward()
+        outer.step(loss)
+    assert 0.0 <= float(x[1].detach()) < 1e-6
+
+
+@pytest.mark.parametrize("project", [Simplex(), clamp])
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.parametrize("rate", [0.0, 1e-6])
+def test_projected_groups_keep_the_ratio_of_their_rates(project: Any, direction: str, rate: float) -> None:
+    x, z = vector([0.9, 0.1]).requires_grad_(), vector([0.3, 0.7] if isinstance(project, Simplex) else [0.1, 0.2])
+    z.requires_grad_()
+    before = z.detach().clone()
+    groups = [{"params": [x], "lr": 1.0}, {"params": [z], "lr": rate}]
+    outer: Any = BiSLS(groups, 1.0, lower=None, project=project, direction=direction)
+    loss = lambda: 10.0 * ((x + 3.0).square().sum() + (z[0] + 2.0 - z[1]).square())  # noqa: E731
+    loss().backward()
+    outer.step(loss)
+    assert float((z.detach() - before).abs().max()) <= 1e-3 * rate / 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_simplex_projection_of_far_points(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-1e20, -2e20, -1e20], [3e10, 1.0, 3e10]], dtype=dtype)
+    Simplex()([x, torch.zeros(0, dtype=dtype)])
+    assert torch.equal(x, torch.tensor([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5]], dtype=dtype))

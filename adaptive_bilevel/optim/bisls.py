@@ -199,7 +199,7 @@ class BiSLS(UpperOptimizer):
                 f_x = gradients_of(active, params, partials[: len(params)])
                 f_y = gradients_of(lower, lower, partials[len(params) :])
                 going, limits = self._feasible(params, going, value)
-                record = self._refuse(value, going.promised)  # the set may leave nothing of the move
+                record = self._refuse_cut(value, loss, going)
             if record is None:
                 response = self._respond(guard, lower_closure, lower, (f_x, f_y), going)
                 ratio = response.slope / going.promised if going.promised else math.nan
@@ -249,7 +249,7 @@ class BiSLS(UpperOptimizer):
             descent = blended(descent, active, h, factors, self.state, beta, weight=weight)
         along = _scaled(descent.precondition(h), factors)
         stepped = None if descent.step is None else _scaled(descent.step, factors)
-        return Move(active, list(h), along, stepped, mover=descent.move), descent
+        return Move(active, list(h), along, stepped, mover=descent.move, factors=factors), descent
 
     def _processed(self, active: Sequence[Tensor], hypergradient: list[Tensor]) -> list[Tensor]:
         """Return a hypergradient of the solver's as whoever steps would have changed the user's."""
@@ -266,6 +266,12 @@ class BiSLS(UpperOptimizer):
         if self._reference_lr() == 0.0:
             return Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=promised)
         return None
+
+    def _refuse_cut(self, value: float, loss: Tensor, going: Move) -> Record | None:
+        """Return the record of a step of which the set leaves nothing, or less than f could tell, or None."""
+        if going.cut and abs(going.promised) * going.longest <= resolution(loss) * abs(value):
+            return Record(0.0, 0.0, math.inf, Outcome.zero_gradient, slope=going.promised)
+        return self._refuse(value, going.promised)
 
     def _unresolved(self, loss: Tensor, value: float, promised: float) -> bool:
         """Return whether what the last step length promises is lost in the rounding of f: no trial could tell.

@@ -28,6 +28,8 @@ class Move:
         constrained: The upper tensors, if there is a convex set for them, and the projection to it.
         longest: No step above it stays in that set.
         mover: Moves tensors along directions, see `Descent`.
+        factors: How much of a step each tensor takes, which d and e have in them; None: 1.
+        cut: Whether the set has shortened d.
         promised: <h, d>, the slope that the hypergradient promises.
     """
 
@@ -38,6 +40,8 @@ class Move:
     constrained: tuple[Sequence[Tensor], Projection] | None = None
     longest: float = math.inf
     mover: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
+    factors: Sequence[float] | None = None
+    cut: bool = False
     promised: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,26 +63,28 @@ class Move:
         Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
         sufficient decrease is that of the projected displacement. The parameters are not touched.
 
-        If that of d is shorter than it need be, -h is projected instead, scaled to the same <h, d>: a projection is the
-        nearest point in the norm it was made for, so along d = A^{-1} h it may not descend at all, or stop at points
-        that are no minimizers. A box is nearest in every diagonal metric.
+        If that of d is shorter than it need be, -h (times the factors), scaled to the same <h, d>, is projected instead: a
+        projection is the nearest point in the norm it was made for, so along d = A^{-1} h it may not descend at all, or
+        stop at points that are no minimizers. A box is nearest in every diagonal metric.
         """
         constrained = (params, project)
         along = self._cut(self.along, constrained, longest)
         if along is None:
             # Nothing was cut: the steps up to here are those without a set, in their roundings too.
             return replace(self, constrained=constrained, longest=longest)
-        move = replace(self, along=along, constrained=constrained, longest=longest)
+        move = replace(self, along=along, constrained=constrained, longest=longest, cut=True)
         if isinstance(project, Box) or all(d is g for d, g in zip(self.along, self.gradient, strict=True)):
             return move
-        scale = self.promised / float(agree(inner(self.gradient, self.gradient))[0])
-        plain = self._cut(torch._foreach_mul(self.gradient, scale), constrained, longest)
+        factors = self.factors or [1.0] * len(self.gradient)
+        scaled = [g * w for g, w in zip(self.gradient, factors, strict=True)]
+        square = float(agree(inner(self.gradient, scaled))[0])
+        plain = self._cut(torch._foreach_mul(scaled, self.promised / square), constrained, longest) if square else None
         return move if plain is None else max(move, replace(move, along=plain, stepped=None), key=_promised)
 
     def _cut(
         self, along: Sequence[Tensor], constrained: tuple[Sequence[Tensor], Projection], longest: float
     ) -> list[Tensor] | None:
-        """Return (x - P(x - a d)) / a, zero where it is lost in rounding; None if x - a d is in the set."""
+        """Return (x - P(x - a d)) / a; None if x - a d is in the set."""
         params, project = constrained
         copies = {id(p): p.detach().clone() for p in params}
         moved = [copies[id(p)] for p in self.tensors]
@@ -87,12 +93,7 @@ class Move:
         project(list(copies.values()))
         if all(torch.equal(t, outside[name]) for name, t in copies.items()):
             return None
-        displaced = []
-        for p, q in zip(self.tensors, moved, strict=True):
-            rounding = 8.0 * torch.finfo(p.dtype).eps * outside[id(p)].abs().amax() if p.numel() else 0.0
-            difference = p - q
-            displaced.append(torch.where(difference.abs() <= rounding, 0.0, difference) / longest)
-        return displaced
+        return [(p - q) / longest for p, q in zip(self.tensors, moved, strict=True)]
 
 
 def _promised(move: Move) -> float:

@@ -104,6 +104,9 @@ class Simplex:
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place: x <- max(x - t, 0) with the t that gives the sum (by sorting)."""
         for x in tensors:
+            if x.numel() == 0:
+                continue
+            x.sub_(x.amax(-1, keepdim=True))  # changes nothing but roundings: the largest entry is always kept
             ordered = x.sort(dim=-1, descending=True).values
             ranks = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
             thresholds = (ordered.cumsum(-1) - self.total) / ranks

@@ -158,7 +158,9 @@ class _HostedSearch(Hosted):
             )
             if not (math.isfinite(longest) and longest > 0.0 and math.isfinite(slope)):
                 return descent.precondition(g)
-            going = Move(list(params), list(g), directions, None).within(self._parameters(), seat.project, longest)
+            going = Move(list(params), list(g), directions, None, factors=factors).within(
+                self._parameters(), seat.project, longest
+            )
             return [d if w in (0.0, 1.0) else d / w for d, w in zip(going.along, factors, strict=True)]
 
         return descent._replace(precondition=precondition)
