@@ -63,9 +63,9 @@ class Move:
         Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
         sufficient decrease is that of the projected displacement. The parameters are not touched.
 
-        If that of d is shorter than it need be, -h (times the factors), scaled to the same <h, d>, is projected instead:
-        a projection is the nearest point in the norm it was made for, so along d = A^{-1} h it may not descend at all, or
-        stop at points that are no minimizers. A box is nearest in every diagonal metric.
+        If that of d is shorter than it need be, -h (times the factors), scaled to the same <h, d>, is projected
+        instead: a projection is the nearest point in the norm it was made for, so along d = A^{-1} h it may not
+        descend at all, or stop at points that are no minimizers. A box is nearest in every diagonal metric.
         """
         constrained = (params, project)
         along = self._cut(self.along, constrained, longest)
