@@ -140,15 +140,11 @@ class PolicyOptimizer(torch.optim.Optimizer):
                     f"{owner}: a parameter group has {name}={param_group[name]!r} where the optimizer has {value!r}; "
                     "one rule steps all groups, so they may only differ in lr"
                 )
-        for name in ("weight_decay", "momentum"):
+        remedies = {"weight_decay": "add the penalty to the loss, where the search sees it", "momentum": "leave it out"}
+        for name, remedy in remedies.items():
             if param_group.get(name):
                 raise OptionError(
-                    f"{owner}: a parameter group has {name}={param_group[name]!r}, which no rule here has; "
-                    + (
-                        "add the penalty to the loss, where the search sees it"
-                        if name == "weight_decay"
-                        else "leave it out"
-                    )
+                    f"{owner}: a parameter group has {name}={param_group[name]!r}, which no rule here has; {remedy}"
                 )
         given = param_group.get("lr", self.defaults["lr"])
         if self.param_groups:
