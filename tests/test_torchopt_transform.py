@@ -17,6 +17,7 @@ from adaptive_bilevel.policies import Outcome
 from adaptive_bilevel_torchopt import (
     FuncOptimizer,
     PolyakLR,
+    ScaleByPolicyState,
     chain,
     decsps,
     scale_by_policy,
@@ -51,9 +52,10 @@ def gradients(params: Any) -> tuple[Tensor, Tree]:
     return value, dict(zip(params, torch.autograd.grad(value, list(params.values())), strict=True))
 
 
-def descend(optimizer: Any, steps: int, *, inplace: bool = False) -> tuple[list[float], Tree, Any]:
-    params, losses = start(), []
-    state = optimizer.init(params)
+def descend(optimizer: Any, steps: int, *, inplace: bool = False, at: Any = None) -> tuple[list[float], Tree, Any]:
+    losses: list[float] = []
+    params, state = at or (start(), None)
+    state = optimizer.init(params) if state is None else state
     for _ in range(steps):
         value, grad = gradients(params)
         losses.append(float(value.detach()))
@@ -126,6 +128,76 @@ def test_updates_that_ascend_or_are_not_finite_leave_as_zeros(scale: Any, inplac
         assert all(not bool(u.any()) for u in updates.values())
         assert int(state.record.outcome) == outcome
         assert (updates["a"] is made["a"]) == inplace
+
+
+# What else may stand in a chain with a step size, before it and after it.
+MEMORIES: dict[str, tuple[Any, ...]] = {
+    "adam": (torchopt.adam(lr=1.0), scale_by_spsmax(0.1)),
+    "momentum": (torchopt.sgd(lr=1.0, momentum=0.9), scale_by_sls()),
+    "momentum, Polyak": (torchopt.sgd(lr=1.0, momentum=0.9), scale_by_spsb(0.1)),
+    "decay, radam": (torchopt.radam(lr=1.0, weight_decay=1e-2), scale_by_sls()),
+    "after": (torchopt.sgd(lr=1.0), scale_by_spsb(0.1), torchopt.transform.trace(momentum=0.9)),
+    "decay after": (torchopt.sgd(lr=1.0), scale_by_sls(), torchopt.transform.add_decayed_weights(1e-3)),
+    "nested": (chain(chain(torchopt.adam(lr=1.0)), chain(scale_by_spsmax(0.01))), torchopt.transform.trace(0.5)),
+}
+
+
+def of_policy(state: Any) -> bool:
+    return isinstance(state, ScaleByPolicyState)
+
+
+def memories(state: Any) -> list[Any]:
+    """The leaves of a chain's state but for the records."""
+    without = lambda s: s._replace(record=None) if of_policy(s) else s  # noqa: E731
+    leaves = torchopt.pytree.tree_leaves(torchopt.pytree.tree_map(without, state, is_leaf=of_policy))
+    return [t.clone() if isinstance(t, Tensor) else t for t in leaves]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("where", ["loss", "gradient", "both"])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_loss_that_is_not_finite_leaves_no_trace_in_a_chain(name: str, where: str, inplace: bool) -> None:
+    optimizer = chain(*MEMORIES[name])
+    _, params, state = descend(optimizer, 3, inplace=inplace)
+    before = memories(state)
+    value, grad = gradients(params)
+    if where != "gradient":
+        value = value * float("nan")
+    if where != "loss":
+        grad = {k: g * float("nan") for k, g in grad.items()}
+    updates, after = optimizer.update(
+        grad, state, params=params, inplace=inplace, value=value, grad=grad, value_fn=loss
+    )
+    assert not any(bool(u.any()) for u in updates.values())
+    for kept in (memories(after), memories(state)):
+        torch.testing.assert_close(kept, before, rtol=0.0, atol=0.0)
+    policy = filter(of_policy, torchopt.pytree.tree_leaves(after, is_leaf=of_policy))
+    assert [int(s.record.outcome) for s in policy] == [Outcome.non_finite]
+    losses, _, _ = descend(optimizer, 40, inplace=inplace, at=(params, after))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("part", [torchopt.adam(lr=1.0), torchopt.sgd(lr=1.0, momentum=0.9)], ids=["adam", "momentum"])
+def test_a_batch_of_problems_skips_those_whose_loss_is_not_finite(part: Any) -> None:
+    optimizer = chain(part, scale_by_spsb(0.1))
+
+    def step(x: Tensor, memory: Any, factor: Tensor) -> Any:
+        value, grad = (t * factor for t in (x.square().sum(), 2 * x))
+        state = (memory, ScaleByPolicyState(policies.SPSB(bound=0.1).init()))
+        updates, after = optimizer.update([grad], state, params=[x], inplace=False, value=value, grad=[grad])
+        return updates[0], tuple(torchopt.pytree.tree_leaves(after[0])), after[1].record.outcome
+
+    x = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    _, memory = part.update([x], part.init([x]), params=[x], inplace=False)
+    factors = torch.tensor([1.0, float("nan"), 2.0], dtype=torch.float64)
+    stacked = torchopt.pytree.tree_map(lambda t: t.expand(3, *t.shape).clone(), memory)
+    batched = torch.vmap(step, in_dims=(None, 0, 0))(x, stacked, factors)
+    for k, factor in enumerate(factors):
+        alone = step(x, memory, factor)
+        mine = torchopt.pytree.tree_map(lambda t, k=k: t[k], batched)
+        torch.testing.assert_close(mine, alone, rtol=1e-12, atol=0.0)
+        assert (int(alone[2]) == Outcome.non_finite) == (k == 1) == (not bool(alone[0].any()))
 
 
 def test_parameters_without_a_gradient_pass() -> None:

@@ -20,7 +20,7 @@ from adaptive_bilevel.optim.direction import DIRECTIONS, Descent
 
 from ._host import torchopt
 
-__all__ = ["Plain", "Transformed", "as_direction", "as_stepped"]
+__all__ = ["Plain", "Transformed", "as_direction", "as_stepped", "either"]
 
 _STATE = "transformation"
 
@@ -100,7 +100,7 @@ class Transformed:
             if isinstance(moved, Tensor):
                 old = [torchopt.pytree.tree_leaves(memory) for memory in before]
                 after = [
-                    [_either(moved, n, o) for n, o in zip(*pair, strict=True)] for pair in zip(after, old, strict=True)
+                    [either(moved, n, o) for n, o in zip(*pair, strict=True)] for pair in zip(after, old, strict=True)
                 ]
             state[_STATE] = {"shapes": [tuple(p.shape) for p in parameters], "memory": after}
 
@@ -157,5 +157,8 @@ def _negated(updates: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_neg(list(updates)))
 
 
-def _either(condition: Tensor, new: Any, old: Any) -> Any:
-    return torch.where(condition, new, old) if isinstance(new, Tensor) else new
+def either(condition: Tensor | bool, left: Any, right: Any) -> Any:
+    """Return `left` where the condition holds, else `right`; under a condition that is a tensor, tensors only."""
+    if not isinstance(condition, Tensor):
+        return left if condition else right
+    return torch.where(condition.to(left.device), left, right) if isinstance(left, Tensor) else left

@@ -4,13 +4,16 @@
 gradients, `value_fn` a function of the parameters that returns the loss on the same sample (searches only). The
 incoming updates u are a descent direction, as ``torchopt.sgd(lr=1.0)`` or ``torchopt.adam(lr=1.0)`` make them, and
 leave multiplied by the step size; the slope is the true one, -<grad, u>. Where it is not positive, or the loss is not
-finite, or a search fails, the updates leave as zeros, and `state.record` says why.
+finite, or a search fails, the updates leave as zeros, and `state.record` says why. After a loss or gradients that are
+not finite, a `chain` also keeps the memories of its other parts, whatever the number of such steps: a transformation
+does not count them, so look at ``record.outcome`` where training may have gone bad for good.
 
 TorchOpt's own ``chain`` has no way for the extra arguments; `chain` here passes them to those that take them.
 
 Differentiating through the updates (``torchopt.FuncOptimizer``, ``inplace=False``): a Polyak step enters the graph as
 a constant, unless ``differentiable=True``; then its dependence on loss and gradients is differentiated too. A search's
-step is piecewise constant in the problem, so it always is a constant.
+step is piecewise constant in the problem, so it always is a constant. Through a Polyak step that met what is not finite
+the gradient is not finite either, since tensors are not looked at.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from torch import Tensor
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import ClosureError, OptionError
 from adaptive_bilevel.optim.scalars import inner
-from adaptive_bilevel.policies import Record
+from adaptive_bilevel.policies import Outcome, Record
 from adaptive_bilevel.policies._scalars import resolution
 
 from ._host import torchopt
+from .direction import either
 
 __all__ = [
     "FuncOptimizer",
@@ -195,6 +199,9 @@ def slsb(bound: float | None = None, **options: Any) -> Any:
 def chain(*transformations: Any) -> Any:
     """Apply transformations in order, and pass value, grad and value_fn to those that take them.
 
+    Where a step size finds the loss or a slope not finite, the updates leave as zeros and all memories stay as they
+    were (a part's Python numbers, as RADAM's count, go on if the outcome is a tensor); only the record is new.
+
     Args:
         transformations: Of this module, and any of TorchOpt's.
 
@@ -213,15 +220,17 @@ def chain(*transformations: Any) -> Any:
     def update_fn(
         updates: Any, state: Sequence[Any], *, params: Any = None, inplace: bool = True, **extra: Any
     ) -> tuple[Any, tuple[Any, ...]]:
+        memories: Any = tuple(state)
         if inplace and extra.get("grad") is not None:
-            # The first part would scale in place the very gradients that the slope is taken with.
-            updates = torchopt.pytree.tree_map(lambda u: u.clone(), updates)
+            # The first part would scale in place the very gradients that the slope is taken with, and all parts their
+            # memories, which may have to be kept.
+            updates, memories = (torchopt.pytree.tree_map(_cloned, tree) for tree in (updates, memories))
         after = []
-        for transformation, memory in zip(transformations, state, strict=True):
+        for transformation, memory in zip(transformations, memories, strict=True):
             takes = extra if isinstance(transformation, GradientTransformationExtraArgs) else {}
             updates, memory = transformation.update(updates, memory, params=params, inplace=inplace, **takes)
             after.append(memory)
-        return updates, tuple(after)
+        return _unless_skipped(updates, tuple(after), tuple(state))
 
     return GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -302,6 +311,29 @@ def _scaled(updates: Any, step: Any, inplace: bool) -> Any:
     else:
         scale = lambda u: u.mul_(step) if inplace else u.mul(step)  # noqa: E731
     return torchopt.pytree.tree_map(scale, updates)
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_policy_state(node: Any) -> bool:
+    return isinstance(node, ScaleByPolicyState)
+
+
+def _unless_skipped(updates: Any, after: Any, before: Any) -> tuple[Any, Any]:
+    """Return the updates and the states after a step; zeros and the memories before it where it was not finite."""
+    new, structure = torchopt.pytree.tree_flatten(after, is_leaf=_is_policy_state, none_is_leaf=True)
+    valid: Any = True
+    for leaf in filter(_is_policy_state, new):
+        valid = valid & (leaf.record.outcome != int(Outcome.non_finite))
+    if valid is True:
+        return updates, after
+    old = torchopt.pytree.tree_leaves(before, is_leaf=_is_policy_state, none_is_leaf=True)
+    # A policy keeps its own state by itself.
+    kept = [n if _is_policy_state(n) else either(valid, n, o) for n, o in zip(new, old, strict=True)]
+    zeroed = torchopt.pytree.tree_map(lambda u: either(valid, u, torch.zeros_like(u)), updates)
+    return zeroed, torchopt.pytree.tree_unflatten(structure, kept)
 
 
 def without_graphs(record: Record) -> Record:
