@@ -12,7 +12,7 @@ from torch import Tensor
 
 import adaptive_bilevel as ab
 from adaptive_bilevel import policies
-from adaptive_bilevel.errors import ClosureError, LowerLevelError, OptionError
+from adaptive_bilevel.errors import ClosureError, LowerLevelError, NonFiniteError, OptionError
 from adaptive_bilevel.policies import Outcome
 from adaptive_bilevel_torchopt import (
     FuncOptimizer,
@@ -297,6 +297,38 @@ def test_an_update_that_was_told_nothing_is_refused() -> None:
     optimizer.step()
     with pytest.raises(LowerLevelError, match="update 1 was not told"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("rule", ["spsb", "decsps", "spsb, differentiable", "sls"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "direction", "overflow"])
+def test_a_loss_that_is_not_finite_is_refused(where: str, rule: str) -> None:
+    """TorchOpt multiplies, and 0 times NaN is NaN."""
+    x = torch.tensor([3.0, 2.0], requires_grad=True)
+    policy = {"sls": policies.SLS(start=0.3), "decsps": policies.DecSPS(bound=0.3)}.get(rule, policies.SPSB(bound=0.3))
+    lr = PolyakLR(policy, differentiable="differentiable" in rule)
+    options: Any = {"trial": lambda step: 0.0} if rule == "sls" else {}
+    optimizer = torchopt.SGD([x], lr=lr)
+    for good in (True, False, True):
+        at, before = x.detach().clone(), (lr.state_dict(), lr.record)
+        value = x.square().sum()
+        optimizer.zero_grad()
+        value.backward()
+        grad: Any = x.grad
+        bad = torch.full_like(grad, 1e200 if where == "overflow" else float("nan"))
+        told: Any = {"loss": [value * float("nan"), [grad]], "direction": [value, [grad], [bad]]}.get(
+            where, [value, [bad]]
+        )
+        if not good:
+            with pytest.raises(NonFiniteError, match=r"PolyakLR\.tell.*not finite.*skip this update"):
+                lr.tell(*told, **options)
+            assert (lr.state_dict(), lr.record) == before
+            with pytest.raises(LowerLevelError, match="was not told"):
+                optimizer.step()
+            assert torch.equal(x, at)
+        else:
+            lr.tell(value, [grad], **options)
+            optimizer.step()
+            assert bool(x.isfinite().all()) and not torch.equal(x, at)
 
 
 def test_a_search_may_be_told_its_trials() -> None:

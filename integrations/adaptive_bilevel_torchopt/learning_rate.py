@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import policies
-from adaptive_bilevel.errors import LowerLevelError
+from adaptive_bilevel.errors import LowerLevelError, NonFiniteError
 from adaptive_bilevel.optim.scalars import inner
-from adaptive_bilevel.policies import Record
+from adaptive_bilevel.policies import Outcome, Record
 
 from .transform import tree_leaves, without_graphs
 
@@ -60,7 +60,7 @@ class PolyakLR:
         *,
         trial: Callable[[float], float] | None = None,
     ) -> None:
-        """Find the step of the next update.
+        """Find the step of the next update. It is looked at, for which an accelerator is waited for.
 
         Args:
             loss: The loss.
@@ -68,6 +68,10 @@ class PolyakLR:
             directions: d, where the optimizer does not step along the gradients: the slope is <grads, d>. Those of
                 ``torchopt.adam`` and the like are minus what ``update`` returns at learning rate 1.
             trial: For a search: step -> loss after that step.
+
+        Raises:
+            NonFiniteError: Loss or slope are not finite. TorchOpt multiplies the gradients, and 0 times NaN is NaN, so
+                no step could keep the parameters where they are: skip this update.
         """
         g = [t for t in tree_leaves(grads) if t is not None]
         d = g if directions is None else [t for t in tree_leaves(directions) if t is not None]
@@ -75,7 +79,14 @@ class PolyakLR:
         if not self._differentiable:
             value, slope = value.detach(), slope.detach()
         given = {} if trial is None else {"trial": trial}
-        record, self._state = self.policy.step(self._state, loss=value, slope=slope, **given)
+        record, state = self.policy.step(self._state, loss=value, slope=slope, **given)
+        if record.outcome == Outcome.non_finite:
+            raise NonFiniteError(
+                f"PolyakLR.tell(loss={float(value.detach())}): the loss, or the slope {float(slope.detach())} of grads "
+                "and directions, is not finite. Even a step of 0 times such gradients is NaN in TorchOpt, so skip this "
+                "update: catch this error, and do not call the optimizer's step(). Nothing was changed"
+            )
+        self._state = state
         self._step, self._count = record.step_size, None
         self.record = without_graphs(record)
 
