@@ -575,6 +575,59 @@ def test_a_functional_objective_with_a_hidden_upper_variable_is_refused() -> Non
         meta.step(lambda: problem.f(x, y), solution=y)
 
 
+@pytest.mark.parametrize("upper", [BiSLS, BiSPS])
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    ("argnums", "depends", "refused"),
+    [((1, 2), True, False), (1, True, True), (1, False, False), ((1, 2), False, False)],
+)
+def test_an_upper_variable_that_argnums_forgets_is_refused(
+    argnums: Any, depends: bool, refused: bool, direct: bool, upper: Any
+) -> None:
+    problem = ridge_hpo()
+    x, z = leaf(problem), torch.ones(1, requires_grad=True)
+    objective = lambda y, x, z: problem.g(x, y) + (z.square().sum() * y.square().sum() if depends else 0)  # noqa: E731
+    lower = FunctionalLowerStep(objective)
+
+    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=argnums)
+    def solve(y: Any, x: Tensor, z: Tensor) -> Any:
+        y, step = lower.attach(y, x, z)
+        step()
+        return y
+
+    meta: Any = UpperStep([x, z], upper, lower=lower)
+    y: Any = solve(problem.y0, x, z)
+    f = lambda: problem.f(x, y) + (z.square().sum() + x.square().sum() if direct else 0.0)  # noqa: E731
+    before = snapshot(x, z, x.grad, z.grad, meta.state_dict())
+    if refused:
+        with pytest.raises(HypergradientError, match="argument that argnums names"):
+            meta.step(f, solution=y)
+        assert snapshot(x, z, x.grad, z.grad, meta.state_dict()) == before
+    else:
+        meta.step(f, solution=y)
+        assert meta.record.moved
+
+
+@pytest.mark.parametrize(("argnums", "match"), [(1, "depends on no meta-parameter.*argnums"), (2, "argnums=1")])
+def test_argnums_that_name_no_upper_parameter_or_pass_one_over(argnums: int, match: str) -> None:
+    """TorchOpt itself raises an IndexError unless argnums are the first ones."""
+    problem = ridge_hpo()
+    x, weight = leaf(problem), torch.ones(())
+    objective = lambda y, weight, x: weight * problem.g(x, y)  # noqa: E731
+    lower = FunctionalLowerStep(objective)
+
+    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=argnums)
+    def solve(y: Any, weight: Tensor, x: Tensor) -> Any:
+        y, step = lower.attach(y, weight, x)
+        step()
+        return y
+
+    meta: Any = UpperStep([x], lower=lower)
+    y: Any = solve(problem.y0, weight, x)
+    with pytest.raises(HypergradientError, match=match):
+        meta.step(lambda: problem.f(x.detach(), y), solution=y)
+
+
 @pytest.mark.parametrize("name", ["BatchNorm", "dropout"])
 def test_functional_solvers_refuse_what_their_backward_cannot_repeat(name: str) -> None:
     layer = nn.Dropout() if name == "dropout" else nn.BatchNorm1d(3)

@@ -12,22 +12,32 @@ from torch import Tensor, nn
 from adaptive_bilevel.errors import HypergradientError
 from adaptive_bilevel.optim.guard import RandomState
 
-__all__ = ["as_differentiated", "differentiate"]
+__all__ = ["as_differentiated", "differentiate", "gradients"]
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 
 
-def differentiate(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients of an upper loss through ``solve()``; None for parameters that it does not depend on.
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the sum of some tensors through ``solve()``; None where they depend on no such input.
 
     Raises:
-        HypergradientError: It depends on none of them, or the lower objective draws random numbers or changes buffers
-            where TorchOpt's backward cannot be made to see what the loop saw.
+        HypergradientError: The solver's argnums are not its first ones, or the lower objective draws random numbers or
+            changes buffers where TorchOpt's backward cannot be made to see what the loop saw.
     """
-    active = [p for p in params if p.requires_grad]
+    ones = [torch.ones_like(t) for t in outputs]
     random = torch.get_rng_state()
     try:
-        found = torch.autograd.grad(loss, active, allow_unused=True)
+        found = torch.autograd.grad(list(outputs), list(inputs), ones, retain_graph=retain_graph, allow_unused=True)
+    except IndexError as error:
+        if not _raised_in_torchopt(error):
+            raise
+        raise HypergradientError(
+            "UpperStep: TorchOpt's backward does not find the arguments that argnums names. It needs them to be the "
+            "first ones of the solver after the lower parameters, as in custom_root(..., argnums=1) or (1, 2): put the "
+            "upper arguments there"
+        ) from error
     except RuntimeError as error:
         if "mutate a captured Tensor" not in str(error):
             raise
@@ -42,10 +52,21 @@ def differentiate(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]
             "than the lower loop, so the hypergradient is that of another objective. Take a LowerStep in a module's "
             "solve(), with which they are drawn again, or .eval() the dropout layers"
         )
+    return found
+
+
+def differentiate(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of an upper loss through ``solve()``; None for parameters that it does not depend on.
+
+    Raises:
+        HypergradientError: It depends on none of them, or as for `gradients`.
+    """
+    active = [p for p in params if p.requires_grad]
+    found = gradients([loss], active)
     if all(g is None for g in found):
         raise HypergradientError(
             "UpperStep: the upper loss depends on no meta-parameter, neither directly nor through solve(). Compute it "
-            "from the module's parameters after solve()"
+            "from the module's parameters after solve(); with custom_root, pass them as an argument that argnums names"
         )
     by_id = {id(p): g for p, g in zip(active, found, strict=True)}
     return [by_id.get(id(p)) for p in params]
@@ -86,6 +107,13 @@ def as_differentiated(module: Any, random: RandomState | None) -> Iterator[None]
             module.__dict__[name] = shadowed
         else:
             module.__dict__.pop(name, None)
+
+
+def _raised_in_torchopt(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("torchopt.")
 
 
 def _modules(module: Any) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, OptionError
 
 from ._host import torchopt
+from .backward import gradients
 from .refusals import attached, check_lower
 from .solvers import declared_solver
 from .task import Lower, Rule, Task, scalar
@@ -143,6 +144,18 @@ class FunctionalLowerStep(Lower):
             attached("UpperStep", tensors)
             task.check("UpperStep", tensors)
         return list(solutions)
+
+    def registered(self, solutions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return those of the tensors that the loops were begun with to which TorchOpt's backward returns a gradient.
+
+        Whether argnums names an argument is known to TorchOpt alone, so its backward is asked: once more for each task.
+        """
+        forgotten: set[int] = set()
+        for task, tensors in zip(self.tasks, solutions, strict=True):
+            if task.upper:
+                found = gradients(tensors, task.upper, retain_graph=True)
+                forgotten.update(id(x) for x, g in zip(task.upper, found, strict=True) if g is None)
+        return [x for task in self.tasks for x in task.upper if id(x) not in forgotten]
 
     def solver(self) -> Any:
         """Return the solver of the declared kind."""

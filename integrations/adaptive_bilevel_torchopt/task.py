@@ -131,9 +131,13 @@ class Lower(abc.ABC):
         """Return the context for TorchOpt's backward."""
         return contextlib.nullcontext()
 
-    def registered(self) -> list[Tensor]:
-        """Return the upper tensors that TorchOpt differentiates by."""
-        return [x for task in self.tasks for x in task.upper]
+    @abc.abstractmethod
+    def registered(self, solutions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the upper tensors that TorchOpt differentiates by.
+
+        Args:
+            solutions: The tensors of each lower problem of the upper step, with their graph.
+        """
 
     @abc.abstractmethod
     def solver(self) -> Any:
@@ -153,7 +157,7 @@ class ModuleLower(Lower):
 
     module: Any
 
-    def registered(self) -> list[Tensor]:
+    def registered(self, solutions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the module's meta-parameters."""
         return list(self.module.meta_parameters())
 

@@ -139,12 +139,12 @@ class UpperStep:
             local_objective(c, tensors) if task is None and c is not None else c
             for c, task, tensors in zip(given, self._tasks(), solutions, strict=True)
         ]
-        loss, hypergradient = self._differentiate(closure, solutions, leave_trace=not searching)
+        loss, hypergradient, registered = self._differentiate(closure, solutions, leave_trace=not searching)
         for tensors in solutions:
             for p in tensors:
                 p.detach_().requires_grad_()
         optimizers = self._bind(solutions)
-        self._check_once(given, closures, optimizers, solutions)
+        self._check_once(given, closures, optimizers, solutions, registered)
         params = self._params()
         before = [p.grad for p in params]
         try:
@@ -184,8 +184,11 @@ class UpperStep:
 
     def _differentiate(
         self, closure: Callable[[], Any], solutions: Sequence[Sequence[Tensor]], *, leave_trace: bool
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return the upper loss and TorchOpt's hypergradient; whether buffers and random state moved is as asked."""
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        """Return the upper loss, TorchOpt's hypergradient, and at the first step the tensors that it differentiates by.
+
+        Whether buffers and random state moved is as asked.
+        """
         params = self._params()
         with Guard([p for p in params if p.requires_grad], self._workspace) as guard, ExitStack() as contexts:
             loss = guard.attached(closure)
@@ -193,10 +196,11 @@ class UpperStep:
             self._refuse_solved_inside(solutions)
             for each in self._lowers:
                 contexts.enter_context(each.backward())
+            registered = [] if self._checked else [x for each in self._lowers for x in each.registered(solutions)]
             hypergradient = differentiate(loss, params)
             if not leave_trace:
                 guard.undo()
-        return loss.detach(), hypergradient
+        return loss.detach(), hypergradient, registered
 
     def _refuse_solved_inside(self, solutions: Sequence[Sequence[Tensor]]) -> None:
         known = {id(p) for tensors in solutions for p in tensors}
@@ -224,6 +228,7 @@ class UpperStep:
         closures: Sequence[Any],
         optimizers: Sequence[Any],
         solutions: Sequence[Sequence[Tensor]],
+        registered: Sequence[Tensor],
     ) -> None:
         """At the first step: find the declared solver, and look at what TorchOpt takes for granted."""
         if self._checked:
@@ -236,7 +241,6 @@ class UpperStep:
                 )
             self.optimizer.solver = declared[0]
         lower = [p for tensors in solutions for p in tensors]
-        registered = [x for each in self._lowers for x in each.registered()]
         upper = self._params()
         with Guard([*upper, *lower], Workspace()) as guard:
 
