@@ -26,6 +26,7 @@ from adaptive_bilevel.errors import (
 )
 from adaptive_bilevel.policies import Constant, Outcome
 from adaptive_bilevel_torchopt import FunctionalLowerStep, LowerStep, UpperStep
+from adaptive_bilevel_torchopt.marks import Marks
 from tests.optimizers import plain
 from tests.problems import Problem, b2, ridge_hpo
 from tests.torchopt_modules import EXACT_CG, SOLVE, implicit_module, iterate, leaf, pair
@@ -89,6 +90,49 @@ def test_a_change_between_solve_and_the_upper_step_is_refused(what: str, loop: s
         x.copy_(at)
     inner.solve()
     meta.step(inner.val)
+
+
+def swapped(t: Tensor, i: int, j: int) -> Tensor:
+    flat = t.flatten().clone()
+    flat[[i, j]] = flat[[j, i]]
+    return flat.view_as(t)
+
+
+# Changes that keep the sum and the sum of squares of all values.
+REARRANGED: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "two neighbours": lambda ts: [swapped(ts[0], 0, 1), *ts[1:]],
+    "two swaps": lambda ts: [*ts[:2], swapped(swapped(ts[2], 0, 1), 4, 5), *ts[3:]],
+    "far apart": lambda ts: [*ts[:-1], swapped(ts[-1], 3, 119_998)],
+    "across the diagonal": lambda ts: [*ts[:-1], swapped(ts[-1], 5 * 4096 + 9, 9 * 4096 + 5)],
+    "reversed": lambda ts: [t.flip(0) for t in ts],
+    "rolled": lambda ts: [*ts[:-1], ts[-1].roll(4096)],
+    "transposed": lambda ts: [*ts[:3], ts[3].T.contiguous(), *ts[4:]],
+    "signs": lambda ts: [*ts[:2], torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0]).flip(0), *ts[3:]],
+    "all signs": lambda ts: [*ts[:2], -ts[2], *ts[3:]],
+    "two tensors": lambda ts: [ts[1], ts[0], *ts[2:]],
+    "one more": lambda ts: [*ts, torch.zeros(3)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["upper", "lower"])
+@pytest.mark.parametrize("name", REARRANGED)
+def test_values_that_change_places_are_a_change(name: str, which: str, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(5)
+    shapes = [(3,), (3,), (8,), (4, 4), (0,), (120_000,)]
+    tensors = [torch.randn(*shape, generator=rng).to(dtype) for shape in shapes]
+    tensors[2] = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0], dtype=dtype)
+    fixed = [torch.full((2,), float("nan"), dtype=dtype)]
+    marks = Marks()
+    upper, lower = (tensors, fixed) if which == "upper" else (fixed, tensors)
+    marks.begin(upper)
+    marks.mark(lower)
+    marks.check("test", [t.clone() for t in lower])
+    changed = [t.to(dtype) for t in REARRANGED[name](tensors)]
+    if which == "upper":
+        marks.upper = changed
+    with pytest.raises(HypergradientError, match=f"{which} parameters changed"):
+        marks.check("test", lower if which == "upper" else changed)
 
 
 def test_a_solution_that_solve_itself_changes_is_marked() -> None:
