@@ -548,6 +548,14 @@ WRONG: dict[str, tuple[Any, type[AdaptiveBilevelError], str]] = {
     "lower": (lambda: UpperStep([tensor()], lower=3), OptionError, "ImplicitMetaGradientModule"),
     "a closure": (lambda: pair(ridge_hpo())[1].step(None), ClosureError, "pass a function"),
     "a step's closure": (lambda: pair(ridge_hpo())[0].lower.attach()(None), ClosureError, "pass a function"),
+    "a dictionary": (
+        lambda: FunctionalLowerStep(lambda y: y["a"].sum()).attach({"a": torch.ones(2)}),
+        TensorError,
+        r"attach\(params=.*dict.*list or tuple of tensors.*values\(\)",
+    ),
+    "a number": (lambda: FunctionalLowerStep(lambda y: y.sum()).attach(1.0), TensorError, "float.*list or tuple"),
+    "a nested list": (lambda: FunctionalLowerStep(sum).attach([[torch.ones(2)]]), TensorError, "list or tuple"),
+    "integers": (lambda: FunctionalLowerStep(sum).attach([torch.ones(2).int()]), TensorError, "int32.*floating-point"),
     "a solution": (lambda: solved(pair).step(tensor().sum, solution=tensor()), OptionError, "solution="),
     "a solution of its own loop": (
         lambda: solved(stock).step(tensor().sum, solution=tensor()),

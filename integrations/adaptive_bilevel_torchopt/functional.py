@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from adaptive_bilevel import SLS
-from adaptive_bilevel.errors import LowerLevelError, OptionError
+from adaptive_bilevel.errors import LowerLevelError, OptionError, TensorError
+from adaptive_bilevel.optim.tensors import refuse_unsupported
 
 from ._host import torchopt
 from .backward import gradients
@@ -78,9 +79,21 @@ class FunctionalLowerStep(Lower):
         Args:
             params: A tensor or a sequence of them.
             args: What the objective takes beside them.
+
+        Raises:
+            TensorError: `params` are no tensors, or of a kind that cannot be stepped on or TorchOpt differentiates
+                wrongly.
         """
         single = isinstance(params, Tensor)
-        listed = [params] if single else list(params)
+        listed = list(params) if isinstance(params, Iterable) and not single else [params]
+        if not all(isinstance(p, Tensor) for p in listed):
+            raise TensorError(
+                f"FunctionalLowerStep.attach(params={type(params).__name__}): pass a tensor, or a list or tuple of "
+                "tensors, which TorchOpt's custom_root takes; of a dictionary tuple(params.values()), and name them "
+                "in the objective again"
+            )
+        for p in listed:
+            refuse_unsupported("FunctionalLowerStep.attach", p)
         leaves = [p.detach().clone().requires_grad_() for p in listed]
         check_lower("FunctionalLowerStep.attach", leaves)
         index = len(self.tasks)
