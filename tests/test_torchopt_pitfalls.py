@@ -417,6 +417,28 @@ def test_upper_parameters_that_torchopt_does_not_know_are_refused() -> None:
     meta.step(lambda: problem.f(x.detach(), inner.y) + direct.square().sum())
 
 
+@pytest.mark.parametrize("upper", [BiSLS, BiSPS])
+@pytest.mark.parametrize("held", ["loss", "copy"])
+@pytest.mark.parametrize("make", [pair, stock], ids=["our loop", "its own loop"])
+def test_one_module_for_two_tasks_of_an_upper_step_is_refused(make: Any, held: str, upper: Any) -> None:
+    inner, meta, x = make(ridge_hpo(), rule=upper)
+    iterate(inner, meta)
+    inner.solve()
+    first = inner.val() if held == "loss" else inner.y.clone()
+    if held == "loss":
+        inner.lower.reset([torch.zeros(5)]) if inner.lower else inner.y.detach_().requires_grad_()
+    inner.solve()
+    before = snapshot(x, inner.y, meta.state_dict())
+    with pytest.raises(HypergradientError, match=r"One module serves one task.*FunctionalLowerStep"):
+        meta.step(lambda: inner.val() + first.sum())
+    assert snapshot(x, inner.y, meta.state_dict()) == before
+    for other in {inner, inner.lower or inner}:
+        with pytest.raises(OptionError, match=r"listed twice.*a module for each task"):
+            UpperStep([x], upper, lower=[inner, other])
+    inner.solve()
+    meta.step(inner.val)
+
+
 class OnlyOptimality(Base, linear_solve=SOLVE.solve_normal_cg(rtol=1e-12)):
     """A lower problem that is known by its optimality function, with a loop of its own."""
 

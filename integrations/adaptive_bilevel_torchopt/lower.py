@@ -69,8 +69,7 @@ class LowerStep(ModuleLower):
         params = list(self.module.parameters())
         if self.optimizer is None:
             check_lower("LowerStep.attach", params)
-        for p in params:
-            p.detach_().requires_grad_()
+        self.cut()
         self.tasks[0].bind(params)
         self.tasks[0].begin(list(self.module.meta_parameters()))
         return self.step
@@ -116,14 +115,16 @@ class LowerStep(ModuleLower):
                 f"LowerStep.reset: shapes {[tuple(v.shape) for v in values]} for parameters of shapes "
                 f"{[tuple(p.shape) for p in own]}; pass one tensor for each"
             )
+        self.cut()
         with torch.no_grad():
             for p, v in zip(own, values, strict=True):
-                p.detach_().copy_(v.detach())
-                p.requires_grad_()
+                p.copy_(v.detach())
 
     def cut(self) -> None:
         """Cut the parameters from TorchOpt's graph, e.g. to deepcopy the module after solve()."""
-        for p in self.module.parameters():
+        params = list(self.module.parameters())
+        self.tasks[0].marks.note(params)
+        for p in params:
             p.detach_().requires_grad_()
 
     def ready(self, solution: Any) -> list[Sequence[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,14 +30,27 @@ class Marks:
     def __init__(self) -> None:
         self.upper: list[Tensor] = []
         self._marks: tuple[Tensor, Tensor] | None = None
+        self._present: list[weakref.ref[Any]] = []
+        self._replaced: list[weakref.ref[Any]] = []
 
     @property
     def known(self) -> bool:
         """Whether a solution was marked."""
         return self._marks is not None
 
+    @property
+    def replaced(self) -> list[Any]:
+        """The graph's nodes of solutions that later loops have replaced, as far as anything still holds them."""
+        return [alive for each in self._replaced if (alive := each()) is not None]
+
+    def note(self, params: Iterable[Tensor]) -> None:
+        """Remember the nodes of a solution, which the next loop replaces."""
+        self._present += [weakref.ref(p.grad_fn) for p in params if p.grad_fn is not None]
+
     def begin(self, upper: Iterable[Tensor]) -> None:
         """Remember the upper tensors as they are when the loop begins."""
+        self._replaced = [each for each in [*self._replaced, *self._present] if each() is not None]
+        self._present = []
         self.upper = [x for x in upper if x.is_floating_point()]
         self._marks = None
         self._at_begin = _fingerprint(self.upper)
@@ -65,7 +79,7 @@ class Marks:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying keeps: nothing, since there is no graph either."""
-        return {"_marks": None, "upper": []}
+        return {"_marks": None, "upper": [], "_present": [], "_replaced": []}
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> Tensor:

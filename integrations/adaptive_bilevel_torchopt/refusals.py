@@ -12,7 +12,15 @@ from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 
 from ._host import torchopt
 
-__all__ = ["attached", "check_lower", "check_module", "refuse_shared", "refuse_solution", "refuse_unregistered"]
+__all__ = [
+    "attached",
+    "check_lower",
+    "check_module",
+    "refuse_replaced",
+    "refuse_shared",
+    "refuse_solution",
+    "refuse_unregistered",
+]
 
 
 def check_module(owner: str, module: Any, *, steps: bool) -> None:
@@ -93,6 +101,33 @@ def refuse_unregistered(xs: Sequence[Tensor], registered: Sequence[Tensor], loss
             "differentiate by. Pass them (or their module, in train mode) to the constructor of the implicit module "
             "and assign them to an attribute; with custom_root, pass them as an argument that argnums names"
         )
+
+
+def refuse_replaced(loss: Tensor, replaced: Sequence[Any]) -> None:
+    """Refuse an upper loss that reads a solution in whose place a later solve() has put another.
+
+    Args:
+        loss: The upper loss with its graph.
+        replaced: The graph's nodes of such solutions.
+
+    Raises:
+        HypergradientError: There is such a solution: TorchOpt would differentiate it at the later one.
+    """
+    met: set[Any] = set()
+    nodes = [loss.grad_fn] if replaced else []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in met:
+            continue
+        if any(node is each for each in replaced):
+            raise HypergradientError(
+                "UpperStep: the upper loss reads a solution whose memory a later solve() of the same module has taken, "
+                "so its hypergradient is lost. One module serves one task of an upper step: make a module for each "
+                "task and pass UpperStep(lower=[...]), or take a FunctionalLowerStep, whose solver may be called for "
+                "each task"
+            )
+        met.add(node)
+        nodes.extend(before for before, _ in node.next_functions)
 
 
 def refuse_shared(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:

@@ -34,7 +34,9 @@ class SeenSolve:
             returned = self._shadowed(*args, **kwargs)
         else:
             returned = type(self.module).solve(self.module, *args, **kwargs)
-        self.marks.mark(list(self.module.parameters()))
+        params = list(self.module.parameters())
+        self.marks.mark(params)
+        self.marks.note(params)
         self.arguments = args, kwargs
         return returned
 
@@ -66,6 +68,10 @@ class StockLower(ModuleLower):
         attached("UpperStep", params)
         self._seen.marks.check("UpperStep", params)
         return [params]
+
+    def replaced(self) -> list[Any]:
+        """Return the graph's nodes of solutions that later calls of solve() have replaced."""
+        return self._seen.marks.replaced
 
     def closures(self) -> list[Callable[[], Any] | None]:
         """Return what TorchOpt differentiates, on what solve() was given; None if that was not seen."""

@@ -40,7 +40,7 @@ class Task:
     def __init__(self, make: Callable[[list[Tensor]], AdaptiveOptimizer]) -> None:
         self._make = make
         self._saved: dict[str, Any] | None = None
-        self._marks = Marks()
+        self.marks = Marks()
         self.optimizer: AdaptiveOptimizer | None = None
         self.clocked = False  # by a BiSPS above, whose iterations its bound then follows
 
@@ -64,15 +64,15 @@ class Task:
     @property
     def upper(self) -> list[Tensor]:
         """The upper tensors that the loop was begun with."""
-        return self._marks.upper
+        return self.marks.upper
 
     def begin(self, upper: Sequence[Tensor]) -> None:
         """Remember the upper tensors as they are when the loop begins."""
-        self._marks.begin(upper)
+        self.marks.begin(upper)
 
     def mark(self) -> None:
         """Take the present parameters as the solution."""
-        self._marks.mark(self.params())
+        self.marks.mark(self.params())
 
     def check(self, who: str, solution: Sequence[Tensor]) -> None:
         """Refuse a solution that TorchOpt's backward would not be taken at.
@@ -81,9 +81,9 @@ class Task:
             LowerLevelError: There was no step.
             HypergradientError: Upper or lower tensors were changed since the loop.
         """
-        if not self._marks.known:
+        if not self.marks.known:
             raise LowerLevelError(f"{who}: no lower step was taken in solve(); call the function that attach() returns")
-        self._marks.check(who, solution, _MARK)
+        self.marks.check(who, solution, _MARK)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state."""
@@ -130,6 +130,10 @@ class Lower(abc.ABC):
     def backward(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for TorchOpt's backward."""
         return contextlib.nullcontext()
+
+    def replaced(self) -> list[Any]:
+        """Return the graph's nodes of solutions that later loops have replaced: no upper loss may depend on them."""
+        return [each for task in self.tasks for each in task.marks.replaced]
 
     @abc.abstractmethod
     def registered(self, solutions: Sequence[Sequence[Tensor]]) -> list[Tensor]:

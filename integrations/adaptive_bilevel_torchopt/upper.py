@@ -18,7 +18,7 @@ from adaptive_bilevel.policies import Record
 
 from .backward import differentiate
 from .functional import FunctionalLowerStep
-from .refusals import refuse_shared, refuse_unregistered
+from .refusals import refuse_replaced, refuse_shared, refuse_unregistered
 from .residual import local_objective, refuse_asymmetric
 from .rules import resolve
 from .solvers import Ridge, SafeNeumann
@@ -74,11 +74,18 @@ class UpperStep:
         **options: Any,
     ) -> None:
         listed = lower if isinstance(lower, (list, tuple)) else [lower]
-        self._lowers = [given if isinstance(given, Lower) else StockLower(given) for given in listed]
-        if sum(isinstance(given, FunctionalLowerStep) for given in self._lowers) and len(self._lowers) > 1:
+        if sum(isinstance(given, FunctionalLowerStep) for given in listed) and len(listed) > 1:
             raise OptionError(
                 f"UpperStep(lower={lower!r}): one FunctionalLowerStep serves all tasks of a meta-batch; pass it alone"
             )
+        modules = [each.module if isinstance(each, Lower) else each for each in listed]
+        for index, module in enumerate(modules):
+            if any(module is other for other in modules[:index]):
+                raise OptionError(
+                    f"UpperStep(lower=...): a {type(module).__name__} is listed twice, but a module has one solution: "
+                    "make a module for each task, or take a FunctionalLowerStep, whose solver may be called for each"
+                )
+        self._lowers = [given if isinstance(given, Lower) else StockLower(given) for given in listed]
         cls, lr, options = resolve("UpperStep", rule, lr, {**options, "direction": direction}, upper=True)
         if solver is not None:
             options["solver"] = solver
@@ -194,6 +201,7 @@ class UpperStep:
             loss = guard.attached(closure)
             guard.mark()
             self._refuse_solved_inside(solutions)
+            refuse_replaced(loss, [each for lower in self._lowers for each in lower.replaced()])
             for each in self._lowers:
                 contexts.enter_context(each.backward())
             registered = [] if self._checked else [x for each in self._lowers for x in each.registered(solutions)]
