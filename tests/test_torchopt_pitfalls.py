@@ -212,6 +212,28 @@ def test_lower_parameters_without_a_dimension_are_refused() -> None:
         lower.attach(torch.zeros(()))
 
 
+@pytest.mark.parametrize("when", ["before", "after an upper step", "after a reset"])
+def test_a_lower_parameter_that_is_frozen_is_refused(when: str) -> None:
+    inner, meta, x = pair(ridge_hpo())
+    if when != "before":
+        iterate(inner, meta)
+        for grad in (torch.no_grad(), torch.enable_grad()):  # solutions without a graph are nobody's wish
+            with grad:
+                inner.solve()
+        x.requires_grad_(False)
+        inner.solve()
+        x.requires_grad_()
+        iterate(inner, meta)
+    if when == "after a reset":
+        inner.lower.reset([torch.zeros(5)])
+    at = snapshot(inner.y.requires_grad_(False), inner.lower.state_dict())
+    with pytest.raises(TensorError, match=r"lower parameter 0 .* is frozen.*buffer"):
+        inner.solve()
+    assert snapshot(inner.y, inner.lower.state_dict()) == at and not inner.y.requires_grad
+    inner.y.requires_grad_()
+    iterate(inner, meta)
+
+
 class Network(Base, linear_solve=SOLVE.solve_cg()):
     """A lower network on features of an upper one, with what a second evaluation disturbs."""
 

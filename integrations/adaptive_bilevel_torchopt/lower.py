@@ -67,7 +67,9 @@ class LowerStep(ModuleLower):
             TensorError: A parameter is frozen or has no dimension, both of which TorchOpt differentiates wrongly.
         """
         params = list(self.module.parameters())
-        if self.optimizer is None:
+        known = self.tasks[0].params()
+        # After a solve() the parameters are TorchOpt's tensors, which say nothing about what the user wants.
+        if not known or list(map(id, params)) == list(map(id, known)):
             check_lower("LowerStep.attach", params)
         self.cut()
         self.tasks[0].bind(params)
