@@ -12,7 +12,7 @@ from torch import Tensor
 
 import adaptive_bilevel as ab
 from adaptive_bilevel import policies
-from adaptive_bilevel.errors import ClosureError, LowerLevelError, NonFiniteError, OptionError
+from adaptive_bilevel.errors import ClosureError, LowerLevelError, NonFiniteError, OptionError, TensorError
 from adaptive_bilevel.policies import Outcome
 from adaptive_bilevel_torchopt import (
     FuncOptimizer,
@@ -245,6 +245,9 @@ def test_what_drops_the_loss_is_told_the_way_out() -> None:
         (lambda: scale_by_policy(policies.SLS), "pass a policy"),
         (lambda: scale_by_policy(policies.SLS(), differentiable=True), "piecewise constant"),
         (lambda: scale_by_spsb(-1.0), "bound"),
+        (lambda: PolyakLR(policies.SPSB), r"PolyakLR\(policy=.*pass a policy"),
+        (lambda: PolyakLR(0.1), r"PolyakLR\(policy=0.1\).*pass a policy"),
+        (lambda: PolyakLR(policies.SLS(), differentiable=True), "piecewise constant"),
         (lambda: chain(scale_by_spsb), "GradientTransformations"),
     ],
 )
@@ -329,6 +332,19 @@ def test_a_loss_that_is_not_finite_is_refused(where: str, rule: str) -> None:
             lr.tell(value, [grad], **options)
             optimizer.step()
             assert bool(x.isfinite().all()) and not torch.equal(x, at)
+
+
+def test_gradients_and_directions_are_paired_leaf_by_leaf() -> None:
+    a, b, c = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0, 7.0])
+    lr = PolyakLR(policies.SPSMax())
+    lr.tell(1.0, {"a": None, "b": b, "c": c}, {"a": a, "b": a, "c": None})
+    assert lr.record is not None and float(lr.record.slope) == float(a @ b)
+    optimizer = scale_by_spsmax()
+    for grads, along in (([a], [a, b]), ([a, b], [a]), ([a], [c])):
+        with pytest.raises(TensorError, match=r"PolyakLR\.tell.*shapes.*one for each"):
+            lr.tell(1.0, grads, along)
+        with pytest.raises(TensorError, match=r"scale_by_spsmax.*shapes.*one for each"):
+            optimizer.update(along, optimizer.init(along), params=along, value=1.0, grad=grads)
 
 
 def test_a_search_may_be_told_its_trials() -> None:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import LowerLevelError, NonFiniteError
-from adaptive_bilevel.optim.scalars import inner
 from adaptive_bilevel.policies import Outcome, Record
 
-from .transform import tree_leaves, without_graphs
+from .transform import check_policy, slope_along, without_graphs
 
 __all__ = ["PolyakLR"]
 
@@ -32,6 +31,9 @@ class PolyakLR:
     Attributes:
         record: The last step's record; None before.
 
+    Raises:
+        OptionError: Not a policy, or a search that is to be differentiated.
+
     >>> import torchopt
     >>> lr = PolyakLR(policies.SPSMax())
     >>> x = torch.tensor([3.0, 2.0], requires_grad=True)
@@ -46,6 +48,7 @@ class PolyakLR:
 
     def __init__(self, policy: Any = None, *, differentiable: bool = False) -> None:
         self.policy: Any = policies.SPSB() if policy is None else policy
+        check_policy("PolyakLR", self.policy, differentiable)
         self._differentiable = differentiable
         self._state = self.policy.init()
         self._step: Any = None
@@ -70,12 +73,12 @@ class PolyakLR:
             trial: For a search: step -> loss after that step.
 
         Raises:
+            TensorError: Gradients and directions do not fit.
             NonFiniteError: Loss or slope are not finite. TorchOpt multiplies the gradients, and 0 times NaN is NaN, so
                 no step could keep the parameters where they are: skip this update.
         """
-        g = [t for t in tree_leaves(grads) if t is not None]
-        d = g if directions is None else [t for t in tree_leaves(directions) if t is not None]
-        value, slope = torch.as_tensor(loss), inner(g, d)
+        value = torch.as_tensor(loss)
+        slope = slope_along("PolyakLR.tell", grads, grads if directions is None else directions)
         if not self._differentiable:
             value, slope = value.detach(), slope.detach()
         given = {} if trial is None else {"trial": trial}

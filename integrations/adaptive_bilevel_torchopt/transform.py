@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import policies
-from adaptive_bilevel.errors import ClosureError, OptionError
+from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
 from adaptive_bilevel.optim.scalars import inner
 from adaptive_bilevel.policies import Outcome, Record
 from adaptive_bilevel.policies._scalars import resolution
@@ -38,6 +38,7 @@ __all__ = [
     "GradientTransformationExtraArgs",
     "ScaleByPolicyState",
     "chain",
+    "check_policy",
     "decsps",
     "scale_by_decsps",
     "scale_by_policy",
@@ -45,6 +46,7 @@ __all__ = [
     "scale_by_slsb",
     "scale_by_spsb",
     "scale_by_spsmax",
+    "slope_along",
     "sls",
     "slsb",
     "spsb",
@@ -82,15 +84,9 @@ def scale_by_policy(policy: Any, *, differentiable: bool = False) -> Any:
     Raises:
         OptionError: Not a policy, or a search that is to be differentiated.
     """
-    if isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "step")):
-        raise OptionError(f"scale_by_policy(policy={policy!r}): pass a policy, e.g. adaptive_bilevel.policies.SPSB()")
+    check_policy("scale_by_policy", policy, differentiable)
     searches = isinstance(policy, _SEARCHES)
     name = type(policy).__name__
-    if searches and differentiable:
-        raise OptionError(
-            f"scale_by_{name.lower()}(differentiable=True): the step of a search is piecewise constant in the problem, "
-            "so there is nothing to differentiate; leave it out, or take a Polyak rule"
-        )
 
     def init_fn(params: Any) -> ScaleByPolicyState:
         return ScaleByPolicyState(policy.init())
@@ -106,12 +102,7 @@ def scale_by_policy(policy: Any, *, differentiable: bool = False) -> Any:
         value_fn: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, ScaleByPolicyState]:
         _require(name, value=value, grad=grad)
-        pairs = [
-            (g, u)
-            for g, u in zip(tree_leaves(grad), tree_leaves(updates), strict=True)
-            if g is not None and u is not None
-        ]
-        slope = -inner([g for g, _ in pairs], [u for _, u in pairs])
+        slope = -slope_along(f"scale_by_{name.lower()}", grad, updates)
         loss = torch.as_tensor(value)
         if not differentiable:
             loss, slope = loss.detach(), slope.detach()
@@ -279,6 +270,37 @@ def _require(name: str, **given: Any) -> None:
             "or its FuncOptimizer(...).step(loss, params, value_fn=...); torchopt.chain and torchopt.FuncOptimizer "
             "drop them (for Polyak steps there, see PolyakLR)"
         )
+
+
+def check_policy(owner: str, policy: Any, differentiable: bool) -> None:
+    """Refuse what is no policy, or is a search that is to be differentiated.
+
+    Raises:
+        OptionError: It is one of these.
+    """
+    if isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "step")):
+        raise OptionError(f"{owner}(policy={policy!r}): pass a policy, e.g. adaptive_bilevel.policies.SPSB()")
+    if isinstance(policy, _SEARCHES) and differentiable:
+        raise OptionError(
+            f"{owner}(policy={policy!r}, differentiable=True): the step of a search is piecewise constant in the "
+            "problem, so there is nothing to differentiate; leave it out, or take a Polyak rule"
+        )
+
+
+def slope_along(owner: str, grads: Any, directions: Any) -> Tensor:
+    """Return <grads, directions> of two trees, over the leaves of which neither is None.
+
+    Raises:
+        TensorError: Their leaves do not fit.
+    """
+    left, right = tree_leaves(grads), tree_leaves(directions)
+    pairs = [(g, d) for g, d in zip(left, right, strict=False) if g is not None and d is not None]
+    if len(left) != len(right) or any(g.shape != d.shape for g, d in pairs):
+        shapes = [[None if t is None else tuple(t.shape) for t in leaves] for leaves in (left, right)]
+        raise TensorError(
+            f"{owner}: gradients of shapes {shapes[0]} for directions of shapes {shapes[1]}; pass one for each"
+        )
+    return inner([g for g, _ in pairs], [d for _, d in pairs])
 
 
 def tree_leaves(tree: Any) -> list[Any]:
