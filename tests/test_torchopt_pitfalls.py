@@ -704,6 +704,19 @@ def test_an_upper_variable_that_argnums_forgets_is_refused(
         assert meta.record.moved
 
 
+@pytest.mark.parametrize("upper", [BiSLS, BiSPS])
+@pytest.mark.parametrize("computed", [lambda x: x.exp().log(), lambda x: x + 0.0], ids=["saved", "linear"])
+def test_an_argument_that_is_computed_from_an_upper_parameter_is_refused(computed: Any, upper: Any) -> None:
+    """A trial step would not change it."""
+    problem = ridge_hpo()
+    lower, solve = functional(lambda y, x: problem.g(x, y))
+    x = leaf(problem)
+    meta: Any = UpperStep([x], upper, lower=lower)
+    y: Any = solve(problem.y0, computed(x))
+    with pytest.raises(HypergradientError, match="argument that argnums names, and compute from them in the objective"):
+        meta.step(lambda: problem.f(x, y), solution=y)
+
+
 @pytest.mark.parametrize(("argnums", "match"), [(1, "depends on no meta-parameter.*argnums"), (2, "argnums=1")])
 def test_argnums_that_name_no_upper_parameter_or_pass_one_over(argnums: int, match: str) -> None:
     """TorchOpt itself raises an IndexError unless argnums are the first ones."""

@@ -93,13 +93,19 @@ def refuse_unregistered(xs: Sequence[Tensor], registered: Sequence[Tensor], loss
         return
     with torch.enable_grad():
         loss = losses()
-        found = torch.autograd.grad(loss, unknown, allow_unused=True) if loss.requires_grad else ()
-    shapes = [tuple(x.shape) for x, g in zip(unknown, found, strict=False) if g is not None]
+        try:
+            found = torch.autograd.grad(loss, unknown, allow_unused=True) if loss.requires_grad else ()
+            shapes = [tuple(x.shape) for x, g in zip(unknown, found, strict=False) if g is not None]
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
+            shapes = [tuple(x.shape) for x in unknown]  # the loss reads what was computed from them before the loop
     if shapes:
         raise HypergradientError(
             f"UpperStep: the lower objective depends on upper parameters of shapes {shapes} that TorchOpt does not "
             "differentiate by. Pass them (or their module, in train mode) to the constructor of the implicit module "
-            "and assign them to an attribute; with custom_root, pass them as an argument that argnums names"
+            "and assign them to an attribute; with custom_root, pass them as an argument that argnums names, and "
+            "compute from them in the objective only"
         )
 
 
