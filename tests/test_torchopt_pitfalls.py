@@ -461,6 +461,22 @@ def test_one_module_for_two_tasks_of_an_upper_step_is_refused(make: Any, held: s
     meta.step(inner.val)
 
 
+@pytest.mark.parametrize("make", [pair, stock], ids=["our loop", "its own loop"])
+@pytest.mark.parametrize(("upper", "when"), [(BiSLS, "this"), (BiSLS, "the last"), (BiSPS, "the last")])
+def test_an_upper_loss_from_before_the_step_is_refused(make: Any, upper: Any, when: str) -> None:
+    inner, meta, x = make(ridge_hpo(), rule=upper)
+    inner.solve()
+    loss = inner.val() if when == "this" else x.exp().sum()
+    if when == "the last":
+        torch.autograd.grad(loss, x)
+    before = snapshot(x, x.grad, meta.state_dict())
+    with pytest.raises(ClosureError, match=r"computed before step\(\).*meta\.step\(lambda: val\(inner\)\)"):
+        meta.step(lambda: inner.val() + loss)
+    assert snapshot(x, x.grad, meta.state_dict()) == before
+    inner.solve()
+    meta.step(inner.val)
+
+
 class OnlyOptimality(Base, linear_solve=SOLVE.solve_normal_cg(rtol=1e-12)):
     """A lower problem that is known by its optimality function, with a loop of its own."""
 

@@ -9,12 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_bilevel.errors import HypergradientError
+from adaptive_bilevel.errors import ClosureError, HypergradientError
 from adaptive_bilevel.optim.guard import RandomState
 
-__all__ = ["as_differentiated", "differentiate", "gradients"]
+__all__ = ["as_differentiated", "differentiate", "fresh", "gradients"]
 
 _NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@contextlib.contextmanager
+def fresh() -> Iterator[None]:
+    """Say what a graph that is gone means here.
+
+    Raises:
+        ClosureError: A closure's loss needs a graph from before the step, which was freed by its first backward.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "through the graph a second time" not in str(error):
+            raise
+        raise ClosureError(
+            "UpperStep.step(closure=...): the loss that a closure returned, or a part of it, was computed before "
+            "step(): no trial can change it, and its graph is gone after one backward. Compute all of it inside, as in "
+            "meta.step(lambda: val(inner))"
+        ) from error
 
 
 def gradients(
@@ -23,13 +42,15 @@ def gradients(
     """Return the gradients of the sum of some tensors through ``solve()``; None where they depend on no such input.
 
     Raises:
+        ClosureError: A part of them was computed and differentiated before.
         HypergradientError: The solver's argnums are not its first ones, or the lower objective draws random numbers or
             changes buffers where TorchOpt's backward cannot be made to see what the loop saw.
     """
     ones = [torch.ones_like(t) for t in outputs]
     random = torch.get_rng_state()
     try:
-        found = torch.autograd.grad(list(outputs), list(inputs), ones, retain_graph=retain_graph, allow_unused=True)
+        with fresh():
+            found = torch.autograd.grad(list(outputs), list(inputs), ones, retain_graph=retain_graph, allow_unused=True)
     except IndexError as error:
         if not _raised_in_torchopt(error):
             raise

@@ -16,7 +16,7 @@ from adaptive_bilevel.optim.evaluations import Evaluations
 from adaptive_bilevel.optim.guard import Guard, Workspace
 from adaptive_bilevel.policies import Record
 
-from .backward import differentiate
+from .backward import differentiate, fresh
 from .functional import FunctionalLowerStep
 from .refusals import refuse_replaced, refuse_shared, refuse_unregistered
 from .residual import local_objective, refuse_asymmetric
@@ -131,7 +131,7 @@ class UpperStep:
                 solve(); the upper loss depends on no meta-parameter; or the lower objective draws random numbers where
                 TorchOpt's backward cannot be made to draw them again.
             LowerLevelError: A lower closure, lower step or solution is missing.
-            ClosureError: A closure does not return an attached scalar.
+            ClosureError: A closure does not return an attached scalar, or one that was computed before.
             SolverError: The module's linear_solve returns wrong hypergradients (see `declared_solver`).
             NonFiniteError: max_skips steps in a row were not finite.
         """
@@ -160,7 +160,8 @@ class UpperStep:
             stepping: Any = self.optimizer
             stepping.evaluations.upper.gradients += 1
             if searching:
-                returned: Tensor = stepping.step(closure, closures)
+                with fresh():
+                    returned: Tensor = stepping.step(closure, closures)
             else:
                 returned = stepping.step(loss=loss, lower_bound=lower_bound)
         except BaseException:
