@@ -177,6 +177,23 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_in_a_chain(name: str, where: 
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("cause", ["no loss", "no gradients", "an error of the loss"])
+def test_an_update_that_is_refused_changes_nothing_in_place(cause: str) -> None:
+    optimizer = chain(torchopt.sgd(lr=1.0, momentum=0.9), scale_by_sls())
+    _, params, state = descend(optimizer, 2, inplace=True)
+    value, grad = gradients(params)
+    given: Any = {
+        "value": value,
+        "grad": grad,
+        "value_fn": loss if cause != "an error of the loss" else lambda p: 1 / 0,
+    }
+    given.pop({"no loss": "value", "no gradients": "grad"}.get(cause), None)
+    before = memories((state, grad))
+    with pytest.raises((ClosureError, ZeroDivisionError)):
+        optimizer.update(grad, state, params=params, inplace=True, **given)
+    torch.testing.assert_close(memories((state, grad)), before, rtol=0.0, atol=0.0)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("part", [torchopt.adam(lr=1.0), torchopt.sgd(lr=1.0, momentum=0.9)], ids=["adam", "momentum"])
 def test_a_batch_of_problems_skips_those_whose_loss_is_not_finite(part: Any) -> None:

@@ -212,7 +212,7 @@ def chain(*transformations: Any) -> Any:
         updates: Any, state: Sequence[Any], *, params: Any = None, inplace: bool = True, **extra: Any
     ) -> tuple[Any, tuple[Any, ...]]:
         memories: Any = tuple(state)
-        if inplace and extra.get("grad") is not None:
+        if inplace and any(isinstance(t, GradientTransformationExtraArgs) for t in transformations):
             # The first part would scale in place the very gradients that the slope is taken with, and all parts their
             # memories, which may have to be kept.
             updates, memories = (torchopt.pytree.tree_map(_cloned, tree) for tree in (updates, memories))
