@@ -316,7 +316,8 @@ def test_a_warm_start_decides_about_the_prediction() -> None:
     assert not torch.equal(moved, before)
     values = low.optimizer.evaluations.upper.values
     low.step()
-    assert low.optimizer.evaluations.upper.values == values + 1 + low.optimizer.record.trials
+    # at the prediction, at the point before, and perhaps after a step from there
+    assert low.optimizer.evaluations.upper.values - values - low.optimizer.record.trials in (2, 3)
     assert "offered" not in low.optimizer.state[low.module.value]
 
 

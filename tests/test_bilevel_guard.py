@@ -65,8 +65,8 @@ def test_the_next_lower_step_chooses(better: str) -> None:
     target = predicted if better == "prediction" else y0
     lower = Traced(lambda: (point.y - target + 0.001).square().sum(), [point.y])
     inner.step(lower)
-    assert torch.equal(lower.points[0][0], y0)
-    assert torch.equal(lower.points[1][0], predicted)
+    assert torch.equal(lower.points[0][0], predicted)
+    assert torch.equal(lower.points[1][0], y0)
     base = [p[0] for p, graph in zip(lower.points, lower.graphs, strict=True) if graph][-1]
     assert torch.equal(base, target)
     assert "offered" not in inner.state[point.y]

@@ -313,6 +313,32 @@ def test_an_offered_start_is_taken_if_it_is_better(info: OptimizerInfo) -> None:
         assert plain(offered.state_dict()["state"]["policy"]) == plain(direct.state_dict()["state"]["policy"])
 
 
+@every_optimizer
+@pytest.mark.parametrize(("gained", "back"), [(0.5, True), (2.0, False)])
+def test_a_prediction_has_to_be_worth_more_than_a_step(info: OptimizerInfo, gained: float, back: bool) -> None:
+    """The prediction gained half of, or twice, what a step of the last length gains; buffers and draws are its own."""
+    ends = []
+    for offers in (True, False):
+        torch.manual_seed(0)
+        x, norm = nn.Parameter(torch.tensor([4.0])), nn.BatchNorm1d(1)
+        optimizer = info.make([x], 0.01)
+
+        def loss(x: nn.Parameter = x, norm: nn.Module = norm) -> Tensor:
+            return (x**2).sum() + 0.0 * norm(x * torch.rand(4, 1)).sum()
+
+        before = x.detach().clone()
+        optimizer.step(loss)
+        stay = x.detach().clone()
+        predicted = stay + gained * (stay - before)
+        with torch.no_grad():
+            x.copy_(stay if back and not offers else predicted)
+        if offers:
+            optimizer.offer([stay])
+        optimizer.step(loss)
+        ends.append(plain([x, *norm.buffers(), torch.get_rng_state(), optimizer.state_dict()["state"]["policy"]]))
+    assert ends[0] == ends[1]
+
+
 def test_an_offer_is_saved() -> None:
     x, y = (nn.Parameter(torch.tensor([3.0])) for _ in range(2))
     one, two = SLS([x], 0.01), SLS([y], 0.01)

@@ -126,13 +126,17 @@ class Driver:
         return sample
 
     def _choose(self, sample: Sample) -> None:
-        """Start from where the upper search carried y to, or from where y was: whichever has the smaller loss."""
+        """Go back to where y was before the upper search carried it, or not, as `AdaptiveOptimizer.offer` tells."""
         assert self._offered is not None
-        before = float(self._oracle.lower_value(self.point.x, self._offered, sample))
-        here = float(self._oracle.lower_gradients(self.point.x, self.point.y, sample).loss)
-        if before < here or (math.isnan(here) and not math.isnan(before)):
-            self.point = self.point._replace(y=self._offered)
-        self._offered = None
+        stay, self._offered = self.point._replace(y=self._offered), None
+        here, there = (float(self._oracle.lower_value(self.point.x, point.y, sample)) for point in (self.point, stay))
+        if here < there:
+            gradient = self._fields["y"](self._oracle, stay, sample)
+            directed = self._row.direction_of("y")(self._directions["y"], self._sampled("y", gradient, stay, sample))
+            stepped = add(stay.y, directed.stepped, -self._lower_step)
+            there = float(self._oracle.lower_value(self.point.x, stepped, sample))
+        if there <= here or math.isnan(here):
+            self.point = stay
 
     def _move(self, group: str, found: dict[str, Gradient], sample: Sample) -> None:
         """Step all variables of a group from the present point."""

@@ -93,22 +93,45 @@ class AdaptiveOptimizer(PolicyOptimizer):
     # ------------------------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        """Return loss and gradients on the sample; first decide about an offered starting point."""
-        offered = self._take_offer(params)
-        if offered is None:
+        """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction.
+
+        The prediction has to be worth more than a step of the usual length from there, of which there will be some
+        anyway: what a loop of steps finds by itself it finds without the errors of the prediction.
+        """
+        stay = self._take_offer(params)
+        if stay is None:
             return self._gradient(guard, closure, params)
-        guard.copy()
-        torch._foreach_copy_(params, offered)
-        there = guard.value(closure)
-        guard.put_back()
-        loss, grads = self._gradient(guard, closure, params, guard.entry)
-        self.evaluations.upper.values += 1
-        elsewhere, here = on_host(there, loss)
-        if elsewhere < here or (here != here and elsewhere == elsewhere):
-            torch._foreach_copy_(params, offered)
+        predicted = guard.copy()
+        here = guard.value(closure)
+        torch._foreach_copy_(params, stay)
+        here, there = on_host(here, guard.value(closure, guard.entry))
+        self.evaluations.upper.values += 2
+        if there <= here or here != here:
             guard.rebase()
+            return self._gradient(guard, closure, params, guard.entry, moved=True)
+        if there == there:
             loss, grads = self._gradient(guard, closure, params, guard.entry, moved=True)
-        return loss, grads
+            guard.mark()
+            stepped = self._after_another_step(guard, closure, params, grads)
+            guard.recall()
+            if stepped <= here:
+                torch._foreach_copy_(params, stay)
+                guard.rebase()
+                return loss, grads
+        torch._foreach_copy_(params, predicted)
+        return self._gradient(guard, closure, params, guard.entry)
+
+    def _after_another_step(
+        self, guard: Guard, closure: Closure, params: list[Tensor], grads: Sequence[Tensor | None]
+    ) -> float:
+        """Return the loss after a step from here that is as long as the last one was."""
+        active, gradient, factors = self._with_gradient(params, grads)
+        descent = self._descent(active, gradient)
+        stepped = descent.precondition(gradient) if descent.step is None else descent.step
+        length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
+        descent.move(active, stepped, length, factors)
+        self.evaluations.upper.values += 1
+        return float(on_host(guard.value(closure, guard.entry))[0])
 
     def _gradient(
         self,
@@ -126,9 +149,10 @@ class AdaptiveOptimizer(PolicyOptimizer):
     def offer(self, points: Sequence[Tensor]) -> None:
         """Offer another starting point for the next step, copies of all parameters in order.
 
-        The next `step(closure)` evaluates the loss here and there, on its own first sample, and starts from the better
-        one. The level above calls this with the point before its prediction. Parameters that somebody has changed in
-        the meantime (a cold start) void the offer.
+        The level above has moved the parameters to a prediction, and calls this with the point before. The next
+        `step(closure)` goes back there unless the prediction has the smaller loss on the step's own sample, also after
+        a step from there that is as long as the last one was. Parameters that somebody has changed in the meantime (a
+        cold start) void the offer.
         """
         params = self._parameters()
         for p, point in zip(params, points, strict=True):

@@ -98,9 +98,7 @@ class Guard:
             if kind is not None:
                 self.undo()
             elif self._marked is not None:
-                self._marked.restore()
-                with torch.no_grad():
-                    self._buffers.to_after()
+                self.recall()
         finally:
             installed.__exit__()
             torch.clear_autocast_cache()
@@ -113,6 +111,14 @@ class Guard:
         """Take the present buffers and random state as those to leave behind."""
         self._marked = RandomState(self._devices)
         self._buffers.mark()
+
+    def recall(self) -> None:
+        """Put buffers and random state back to where they were when `mark` was called, and forget that mark."""
+        assert self._marked is not None
+        self._marked.restore()
+        self._marked = None
+        with torch.no_grad():
+            self._buffers.to_after()
 
     def undo(self) -> None:
         """Put everything back to before the block."""

@@ -127,11 +127,16 @@ class Seat:
                 torch._foreach_copy_([p.detach() for p in params], saved)
 
     def processed(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return gradients as Betty would step on them: after grad_callback and clipping. They are in .grad then."""
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        process_gradient(self.problem)
-        return [None if p.grad is None else p.grad.detach() for p in params]
+        """Return gradients as Betty would step on them: after grad_callback and clipping."""
+        held = [p.grad for p in params]
+        try:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            process_gradient(self.problem)
+            return [None if p.grad is None else p.grad.detach() for p in params]
+        finally:
+            for p, g in zip(params, held, strict=True):
+                p.grad = g
 
     def _call(self) -> None:
         for problem in self.replay.problems:
