@@ -199,6 +199,27 @@ def test_jax_gradient_through_a_step(jax: Any) -> None:
     assert float(derivative(2.0)) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [(0.5, 1.0)] * 3,
+        [(0.0, 0.0), (0.3, 1.0)],
+        [(0.5, 1.0), (0.0, 0.0), (0.3, 1.0)],
+    ],
+)
+def test_torch_gradient_through_steps(name: str, stream: list[tuple[float, float]], torch: Any) -> None:
+    """Losses without variance and solved problems have no effect at first order, not NaN."""
+    policy, inputs = RULES[name], []
+    state = policy.init()
+    for loss, slope in stream:
+        inputs += [torch.tensor(number, dtype=torch.float64, requires_grad=True) for number in (loss, slope)]
+        record, state = policy.step(state, loss=inputs[-2], slope=inputs[-1])
+        if record.step_size.requires_grad:
+            found = torch.autograd.grad(record.step_size, inputs, allow_unused=True, retain_graph=True)
+            assert all(g is None or torch.isfinite(g) for g in found)
+
+
 def test_torch_keeps_the_dtype_of_the_sample(torch: Any) -> None:
     for dtype in (torch.float32, torch.float64):
         for policy in RULES.values():

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Scalar", "clock", "first", "isfinite", "larger", "like", "resolution", "smaller", "where"]
+__all__ = ["Scalar", "clock", "first", "isfinite", "larger", "like", "resolution", "root", "smaller", "where"]
 
 Scalar = Any
 """A number, or a 0-dim array or tensor of NumPy, PyTorch or JAX (traced or not)."""
@@ -80,6 +80,12 @@ def smaller(left: Scalar, right: Scalar) -> Scalar:
 def larger(left: Scalar, right: Scalar) -> Scalar:
     """Return the larger of two scalars, neither of them NaN."""
     return where(left > right, left, right)
+
+
+def root(scalar: Scalar) -> Scalar:
+    """Return the square root of a scalar, none below 0; at 0 it has the derivative 0, where that of ``** 0.5`` is NaN."""
+    positive = scalar > 0
+    return where(positive, where(positive, scalar, like(1.0, scalar)) ** 0.5, 0.0 * scalar)
 
 
 def resolution(scalar: Scalar) -> float:

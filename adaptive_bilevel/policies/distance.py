@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._scalars import Scalar, clock, larger, where
+from ._scalars import Scalar, clock, larger, root, where
 
 __all__ = ["estimate", "take"]
 
@@ -47,11 +47,11 @@ def estimate(state: Any, loss: Scalar, slope: Scalar, gap: Scalar, ratio: Scalar
     mean_loss = state.mean_loss + weight * ahead
     mean_slope = state.mean_slope + (SLOPE_MEMORY + 1.0) / (k + SLOPE_MEMORY + 1.0) * (slope - state.mean_slope)
     spread = (LOSS_MEMORY + 1.0) ** 2 / (2.0 * LOSS_MEMORY + 1.0) / (k + 1.0)
-    error = (variance * spread) ** 0.5
+    error = root(variance * spread)
     progress = 2.0 * (state.weighted_loss - state.path * (mean_loss + STANDARD_ERRORS * error)) - state.squares
     distance = where(k > 0, larger(progress, state.distance), gap * ratio)
     divisible = mean_slope > distance * 2.0**-100
-    found = where(divisible, distance / where(divisible, mean_slope, 1.0), state.found * state.found) ** 0.5
+    found = root(where(divisible, distance / where(divisible, mean_slope, 1.0), state.found * state.found))
     return state._replace(
         seen=state.seen + 1,
         found=found,
