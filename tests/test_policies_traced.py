@@ -23,6 +23,7 @@ RULES: dict[str, Policy[Any]] = {
     "decsps_found": DecSPS(),
     "spsb": SPSB(bound=0.4),
     "spsb_found": SPSB(decay="inverse"),
+    "spsb_estimated": SPSB(),
     "spsb_callable": SPSB(bound=0.4, decay=lambda k: 0.5**k, c=lambda k: 1.0 + k),
     "envelope": Envelope(bound=0.4, decay="inverse", floor=0.1, floor_decay="inverse_sqrt"),
     "gradient_norm": GradientNorm(),

@@ -83,7 +83,7 @@ def larger(left: Scalar, right: Scalar) -> Scalar:
 
 
 def root(scalar: Scalar) -> Scalar:
-    """Return the square root of a scalar, none below 0; at 0 it has the derivative 0, where that of ``** 0.5`` is NaN."""
+    """Return the square root of a scalar; at 0 its derivative is 0, where that of ``** 0.5`` is NaN in a product."""
     positive = scalar > 0
     return where(positive, where(positive, scalar, like(1.0, scalar)) ** 0.5, 0.0 * scalar)
 
