@@ -84,8 +84,8 @@ def larger(left: Scalar, right: Scalar) -> Scalar:
 
 def root(scalar: Scalar) -> Scalar:
     """Return the square root of a scalar; at 0 its derivative is 0, where that of ``** 0.5`` is NaN in a product."""
-    positive = scalar > 0
-    return where(positive, where(positive, scalar, like(1.0, scalar)) ** 0.5, 0.0 * scalar)
+    positive, one = scalar > 0, like(1.0, scalar)
+    return where(positive, where(positive, scalar, one) ** 0.5, 0.0 * where(positive, one, scalar))
 
 
 def resolution(scalar: Scalar) -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._scalars import Scalar, clock, larger, root, where
+from ._scalars import Scalar, clock, larger, like, root, where
 
 __all__ = ["estimate", "take"]
 
@@ -43,7 +43,7 @@ def estimate(state: Any, loss: Scalar, slope: Scalar, gap: Scalar, ratio: Scalar
     k = clock(state.seen, loss)
     weight = (LOSS_MEMORY + 1.0) / (k + LOSS_MEMORY + 1.0)
     ahead = loss - state.mean_loss
-    variance = where(k > 0, (1.0 - weight) * (state.loss_variance + weight * ahead * ahead), 0.0 * loss)
+    variance = where(k > 0, (1.0 - weight) * (state.loss_variance + weight * ahead * ahead), like(0.0, loss))
     mean_loss = state.mean_loss + weight * ahead
     mean_slope = state.mean_slope + (SLOPE_MEMORY + 1.0) / (k + SLOPE_MEMORY + 1.0) * (slope - state.mean_slope)
     spread = (LOSS_MEMORY + 1.0) ** 2 / (2.0 * LOSS_MEMORY + 1.0) / (k + 1.0)
@@ -63,7 +63,8 @@ def estimate(state: Any, loss: Scalar, slope: Scalar, gap: Scalar, ratio: Scalar
 
 
 def take(state: Any, loss: Scalar, slope: Scalar, step: Scalar) -> Any:
-    """Return the state after the step was taken."""
+    """Return the state after the step was taken; one of length 0 tells nothing, whatever its loss was."""
+    loss, slope = (where(step > 0, scalar, like(0.0, scalar)) for scalar in (loss, slope))
     return state._replace(
         weighted_loss=state.weighted_loss + step * loss,
         path=state.path + step,
