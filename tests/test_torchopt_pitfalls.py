@@ -640,13 +640,13 @@ def test_unknown_options_raise_at_construction() -> None:
         pair(ridge_hpo(), nonsense=1)
 
 
-def functional(objective: Callable[[Any, Tensor], Tensor]) -> tuple[FunctionalLowerStep, Callable[[Any, Tensor], Any]]:
+def functional(objective: Callable[..., Tensor], argnums: Any = 1) -> tuple[FunctionalLowerStep, Callable[..., Any]]:
     """A lower step, and a solver that takes one of them."""
     lower = FunctionalLowerStep(objective)
 
-    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=1)
-    def solve(y: Any, x: Tensor) -> Any:
-        y, step = lower.attach(y, x)
+    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=argnums)
+    def solve(y: Any, *given: Tensor) -> Any:
+        y, step = lower.attach(y, *given)
         step()
         return y
 
@@ -699,14 +699,7 @@ def test_an_upper_variable_that_argnums_forgets_is_refused(
     problem = ridge_hpo()
     x, z = leaf(problem), torch.ones(1, requires_grad=True)
     objective = lambda y, x, z: problem.g(x, y) + (z.square().sum() * y.square().sum() if depends else 0)  # noqa: E731
-    lower = FunctionalLowerStep(objective)
-
-    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=argnums)
-    def solve(y: Any, x: Tensor, z: Tensor) -> Any:
-        y, step = lower.attach(y, x, z)
-        step()
-        return y
-
+    lower, solve = functional(objective, argnums)
     meta: Any = UpperStep([x, z], upper, lower=lower)
     y: Any = solve(problem.y0, x, z)
     f = lambda: problem.f(x, y) + (z.square().sum() + x.square().sum() if direct else 0.0)  # noqa: E731
@@ -739,14 +732,7 @@ def test_argnums_that_name_no_upper_parameter_or_pass_one_over(argnums: int, mat
     problem = ridge_hpo()
     x, weight = leaf(problem), torch.ones(())
     objective = lambda y, weight, x: weight * problem.g(x, y)  # noqa: E731
-    lower = FunctionalLowerStep(objective)
-
-    @torchopt.diff.implicit.custom_root(torch.func.grad(objective), argnums=argnums)
-    def solve(y: Any, weight: Tensor, x: Tensor) -> Any:
-        y, step = lower.attach(y, weight, x)
-        step()
-        return y
-
+    lower, solve = functional(objective, argnums)
     meta: Any = UpperStep([x], lower=lower)
     y: Any = solve(problem.y0, weight, x)
     with pytest.raises(HypergradientError, match=match):

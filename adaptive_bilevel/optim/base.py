@@ -101,7 +101,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         stay = self._take_offer(params)
         if stay is None:
             return self._gradient(guard, closure, params)
-        predicted = guard.copy()
+        guard.copy()
         here = guard.value(closure)
         torch._foreach_copy_(params, stay)
         here, there = on_host(here, guard.value(closure, guard.entry))
@@ -118,7 +118,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
                 torch._foreach_copy_(params, stay)
                 guard.rebase()
                 return loss, grads
-        torch._foreach_copy_(params, predicted)
+        guard.put_back()
         return self._gradient(guard, closure, params, guard.entry)
 
     def _after_another_step(

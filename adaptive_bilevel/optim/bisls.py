@@ -55,8 +55,8 @@ class BiSLS(UpperOptimizer):
             out: "auto"; with response="step" as in the paper, True for "adam" and False for "sgd".
         response: "tangent", or "step": one more lower step per trial, as in Fan et al. (2023), eq. (14).
         solver: P of the tangent; give the one that the hypergradient uses.
-        carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that if its own first
-            sample has a smaller loss there than at y, also after a lower step from y; else it goes back to y (lower
+        carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that if the loss of its
+            first sample is smaller there than at y, and than after a lower step from y; else it goes back to y (lower
             optimizers of this package; for others False).
         curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
             curvature * a ||C^T d||, which it does where the tangent cannot be believed; with `CG`, unless f corrected
