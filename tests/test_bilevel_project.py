@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import SLS, BiSLS
-from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.errors import OptionError, TensorError
 from adaptive_bilevel.hypergradient import assign, implicit
-from adaptive_bilevel.optim.projection import Box, Simplex
+from adaptive_bilevel.optim.projection import Ball, Box, Simplex
 from adaptive_bilevel.policies import Outcome
 from tests.bilevel import EXACT, Traced
 from tests.problems import Quadratic, random_qb_data, vector
@@ -285,3 +285,135 @@ def test_the_simplex_projection_of_far_points(dtype: torch.dtype) -> None:
     x = torch.tensor([[-1e20, -2e20, -1e20], [3e10, 1.0, 3e10]], dtype=dtype)
     Simplex()([x, torch.zeros(0, dtype=dtype)])
     assert torch.equal(x, torch.tensor([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5]], dtype=dtype))
+
+
+STAYING: dict[str, Any] = {
+    "box": Box(*BOX),
+    "ball": Ball(1.0),
+    "simplex": Simplex(1.0),
+    "callable": lambda tensors: [t.clamp_(-0.5, 0.25) for t in tensors],
+}
+
+
+@pytest.mark.parametrize("how", ["frozen", "no gradient", "lr of 0"])
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", STAYING)
+def test_parameters_that_do_not_move_are_not_projected(kind: str, direction: str, how: str) -> None:
+    """They are a part of the set all the same: what a ball leaves to the others is what they leave of its radius."""
+    x, still = vector([0.2, 0.1]).requires_grad_(), vector([0.6, 2.0] if kind != "ball" else [0.6, 0.0])
+    still.requires_grad_(how != "frozen")
+    before = still.detach().clone()
+    groups = [{"params": [x], "lr": 1.0}, {"params": [still], "lr": 0.0 if how == "lr of 0" else 1.0}]
+    outer: Any = BiSLS(groups, 1.0, lower=None, project=STAYING[kind], direction=direction)
+    loss = lambda: (x - vector([3.0, 4.0])).square().sum()  # noqa: E731
+    for _ in range(30):
+        x.grad, still.grad = torch.autograd.grad(loss(), x)[0], torch.ones(2) if how == "lr of 0" else None
+        outer.step(loss)
+    assert torch.equal(still, before)
+    expected = {"box": [0.25, 0.25], "callable": [0.25, 0.25], "ball": [0.48, 0.64], "simplex": [0.0, 1.0]}[kind]
+    assert torch.allclose(x.detach(), vector(expected), atol=1e-6)
+
+
+def test_a_ball_that_is_full_without_the_moving_ones() -> None:
+    x, still = vector([0.5, 0.5]).requires_grad_(), vector([3.0])
+    outer: Any = BiSLS([x, still], 1.0, lower=None, project=Ball(2.0))
+    x.grad = vector([1.0, 1.0])
+    outer.step(lambda: (x - 3.0).square().sum())
+    assert torch.equal(x, vector([0.0, 0.0]))
+    assert torch.equal(still, vector([3.0]))
+
+
+def test_a_callable_that_fails_leaves_all_as_it_was() -> None:
+    def project(tensors: Any) -> None:
+        for t in tensors:
+            t.fill_(7.0)
+        raise ValueError("no")
+
+    x, still = vector([0.5, 0.5]).requires_grad_(), vector([3.0])
+    outer: Any = BiSLS([x, still], 1.0, lower=None, project=project)
+    x.grad = vector([1.0, 1.0])
+    with pytest.raises(ValueError, match="no"):
+        outer.step(lambda: x.square().sum())
+    assert torch.equal(x, vector([0.5, 0.5]))
+    assert torch.equal(still, vector([3.0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "adam"}, {"response": "step"}], ids=str)
+@pytest.mark.parametrize("kind", ["box", "ball", "simplex"])
+@pytest.mark.filterwarnings("error")
+def test_a_start_outside_of_the_set(kind: str, options: dict[str, Any]) -> None:
+    x, y = vector([2.0, 5.0, 3.0]).requires_grad_(), torch.zeros(3, requires_grad=True)
+    target = vector([0.9, 0.1, 0.4]) if kind != "box" else vector([0.2, 0.1, -0.4])
+    inner = SLS([y])
+    outer: Any = BiSLS([x], 1.0, lower=inner, project=STAYING[kind], solver=EXACT, **options)
+    upper, lower = (lambda: (y - 0.5 * target).square().sum()), (lambda: (y - x / 2).square().sum())
+    for k in range(40):
+        inner.step(lower)
+        assign([x], implicit(upper, lower, [x], [y], EXACT))
+        visited = Traced(upper, [x])
+        outer.step(visited)
+        inside = x.detach().clone()
+        STAYING[kind]([inside])
+        assert torch.allclose(inside, x.detach(), rtol=0.0, atol=1e-15)
+        assert not any(torch.equal(point, vector([2.0, 5.0, 3.0])) for (point,) in visited.points), k
+    nearest = target.clone()
+    STAYING[kind]([nearest])
+    assert torch.allclose(x.detach(), nearest, atol=1e-3)
+
+
+def test_a_start_outside_is_put_back_with_a_step_that_leaves_no_trace() -> None:
+    x = vector([2.0, 5.0]).requires_grad_()
+    outer: Any = BiSLS([x], 1.0, lower=None, project=Ball(1.0))
+    x.grad = vector([1.0, 1.0])
+    outer.step(lambda: x.sum() * float("nan"))
+    assert outer.record.outcome is Outcome.non_finite
+    assert torch.equal(x, vector([2.0, 5.0]))
+
+
+@pytest.mark.parametrize("lower_bound", [0.0, None])
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["ball", "callable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("error")
+def test_what_rounding_leaves_of_a_move_is_a_zero_gradient(
+    dtype: torch.dtype, kind: str, direction: str, lower_bound: float | None
+) -> None:
+    """At the solution on a ball <h, x - P(x - a h)> is rounding of x, of either sign; here f is 0 there."""
+    for seed in range(4):
+        target = 3 * torch.randn(20, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        x = torch.zeros(20, dtype=dtype, requires_grad=True)
+        project: Any = Ball(1.0) if kind == "ball" else lambda tensors: Ball(1.0)(tensors)
+        lr = None if lower_bound == 0.0 else 1.0
+        outer: Any = BiSLS([x], lr, lower=None, project=project, direction=direction, lower_bound=lower_bound)
+        for _ in range(12):
+            loss = lambda: target.norm() - (target * x).sum()  # noqa: E731
+            x.grad = torch.autograd.grad(loss(), x)[0]
+            outer.step(loss)
+        assert outer.record.outcome is Outcome.zero_gradient, seed
+        assert torch.allclose(x.detach(), target / target.norm(), atol=4 * torch.finfo(dtype).eps, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [None, *STAYING])
+def test_first_trials_beyond_the_dtype(kind: str | None, dtype: torch.dtype) -> None:
+    x = torch.tensor([0.25, 0.1], dtype=dtype, requires_grad=True)
+    project, target = STAYING.get(str(kind)), torch.tensor([1.0, 2.0], dtype=dtype)
+    most = 1e4 * float(torch.finfo(dtype).max) if dtype is not torch.float64 else 1e300
+    outer: Any = BiSLS([x], most, lower=None, project=project, lower_bound=None, max_trials=2000)
+    loss = lambda: (x - target).float().square().sum()  # noqa: E731
+    for _ in range(40):
+        x.grad = torch.autograd.grad(loss(), x)[0]
+        outer.step(loss)
+    expected = {"None": [1.0, 2.0], "box": [0.25, 0.25], "callable": [0.25, 0.25], "simplex": [0.0, 1.0]}
+    goal = torch.tensor(expected.get(str(kind), [0.2**0.5, 0.8**0.5]), dtype=dtype)
+    assert torch.allclose(x.detach(), goal, atol=max(2e-3, 2.0 * torch.finfo(dtype).eps ** 0.5))
+
+
+def test_a_simplex_of_numbers() -> None:
+    x, z = vector([0.5, 0.7]).requires_grad_(), torch.tensor(0.3, requires_grad=True)
+    outer: Any = BiSLS([x, z], 1.0, lower=None, project=Simplex())
+    x.grad, z.grad = torch.ones(2), torch.ones(())
+    with pytest.raises(TensorError, match=r"shape \(\).*last dimension.*torch\.zeros\(3\)"):
+        outer.step(lambda: x.square().sum() + z)
+    assert torch.equal(x, vector([0.5, 0.7]))
+    assert z.item() == pytest.approx(0.3)

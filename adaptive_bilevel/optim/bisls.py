@@ -23,7 +23,7 @@ from .groups import options_of
 from .guard import Closure, Guard
 from .momentum import blended
 from .moves import Move
-from .projection import Projection, as_projection
+from .projection import Projection, Section, as_projection
 from .response import NoResponse, Response, StepResponse, TangentResponse
 from .scalars import agree, inner
 from .tensors import gradients_of
@@ -61,7 +61,8 @@ class BiSLS(UpperOptimizer):
         curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
             curvature * a ||C^T d||, which it does where the tangent cannot be believed; with `CG`, unless f corrected
             for that change passes the test of decrease too. inf: no such test. See `adaptive_bilevel.optim.belief`.
-        project: Convex set for x: `Box`, `Simplex` or a callable; the search stays in it.
+        project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of it is projected first, the
+            search stays in it, and parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" with momentum=False and response="tangent".
         shrink: w, factor between two trials, in (0, 1).
         grow: eta >= 1, how much longer than the last step the next search starts (reset="grow"); until a trial has been
@@ -185,21 +186,24 @@ class BiSLS(UpperOptimizer):
         params, lower = self._parameters(), self.lower.tensors()
         hypergradient = self._hypergradient(params)
         with Guard([*params, *lower], self._workspace) as guard:
+            active, h, factors = self._with_gradient(params, hypergradient)
+            section = None if self.project is None else Section.of(self.project, params, active, factors)
+            if section is not None:
+                section.enter(guard, params)
             loss, partials = self._partials(guard, upper_closure, [*params, *lower])
             guard.mark()
-            active, h, factors = self._with_gradient(params, hypergradient)
             going, descent = self._move_along(active, h, factors)
             value = float(agree(loss)[0])
             record, state, response = self._refuse(value, going.promised), self._rule_state(), None
             if record is None and self._unresolved(loss, value, going.promised):
-                going, _ = self._feasible(params, going, value)
+                going, _ = self._feasible(params, section, going, value)
                 step = min(state.previous, going.longest, self._options["max_step"] or math.inf)
                 record = Record(step, step, going.longest, Outcome.accepted, slope=going.promised)
             elif record is None:
                 guard.copy()
                 f_x = gradients_of(active, params, partials[: len(params)])
                 f_y = gradients_of(lower, lower, partials[len(params) :])
-                going, limits = self._feasible(params, going, value)
+                going, limits = self._feasible(params, section, going, value)
                 record = self._refuse_cut(value, loss, going)
             if record is None:
                 response = self._respond(guard, lower_closure, lower, (f_x, f_y), going)
@@ -209,7 +213,7 @@ class BiSLS(UpperOptimizer):
                         # The hypergradient does not descend on phi: take the one of the response's solver.
                         own = self._processed(active, response.hypergradient())
                         going, descent = self._move_along(active, own, factors)
-                        going, limits = self._feasible(params, going, value)
+                        going, limits = self._feasible(params, section, going, value)
                         response.along(going.along)
                     response.close()
                 record, state = self._search(guard, upper_closure, going, response, value, loss, limits)
@@ -270,7 +274,7 @@ class BiSLS(UpperOptimizer):
 
     def _refuse_cut(self, value: float, loss: Tensor, going: Move) -> Record | None:
         """Return the record of a step of which the set leaves nothing, or less than f could tell, or None."""
-        if going.cut and abs(going.promised) * going.longest <= resolution(loss) * abs(value):
+        if going.cut and abs(going.promised) * going.longest <= max(resolution(loss) * abs(value), going.rounding):
             return Record(0.0, 0.0, math.inf, Outcome.zero_gradient, slope=going.promised)
         return self._refuse(value, going.promised)
 
@@ -326,13 +330,15 @@ class BiSLS(UpperOptimizer):
             state, bound = state._replace(found=found), {"bound": bound["scale"] * found}
         return state, bound
 
-    def _feasible(self, params: list[Tensor], going: Move, value: float) -> tuple[Move, tuple[Any, dict[str, Any]]]:
+    def _feasible(
+        self, params: list[Tensor], section: Section | None, going: Move, value: float
+    ) -> tuple[Move, tuple[Any, dict[str, Any]]]:
         """Return the move that stays in the convex set, if there is one, and the limits of its search."""
         state, bound = self._limits(value, going.promised)
-        if self.project is not None:
+        if section is not None:
             longest = self._searching(state).first_trial(state, loss=value, slope=going.promised, **bound)
             if math.isfinite(longest) and longest > 0.0:
-                going = going.within(params, self.project, longest)
+                going = going.within(params, section, longest)
         return going, (state, bound)
 
     def _search(

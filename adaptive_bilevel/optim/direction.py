@@ -7,6 +7,7 @@ bias-corrected. How much of m a step should take is a question of its own: `adap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +19,18 @@ __all__ = ["DIRECTIONS", "Descent", "Direction", "adam", "mean", "metric", "move
 DIRECTIONS = ("sgd", "adam")
 
 
+_FITS_ALL = torch.finfo(torch.float16).max
+"""A step up to here can be represented in every dtype."""
+
+
 def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, factors: Sequence[float]) -> None:
-    """Move the parameters by -step * factor * direction, as torch.optim.SGD moves them."""
+    """Move the parameters by -step * factor * direction, as torch.optim.SGD moves them.
+
+    A step that their dtype cannot represent leaves it, as one does whose product with the direction is too large.
+    """
+    if abs(step) > _FITS_ALL:
+        most = min(torch.finfo(p.dtype).max for p in params)
+        step = step if abs(step) <= most else math.copysign(math.inf, step)
     if factors.count(1.0) == len(factors):
         torch._foreach_add_(list(params), list(directions), alpha=-step)
         return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .direction import move
-from .projection import Box, Projection
+from .projection import Box, Section
 from .scalars import agree, inner
 
 __all__ = ["Move"]
@@ -30,6 +30,7 @@ class Move:
         mover: Moves tensors along directions, see `Descent`.
         factors: How much of a step each tensor takes, which d and e have in them; None: 1.
         cut: Whether the set has shortened d.
+        rounding: Of a move that was cut: how much of <h, x - P(x - a d)> may be rounding.
         promised: <h, d>, the slope that the hypergradient promises.
     """
 
@@ -37,11 +38,12 @@ class Move:
     gradient: list[Tensor]
     along: list[Tensor]
     stepped: list[Tensor] | None
-    constrained: tuple[Sequence[Tensor], Projection] | None = None
+    constrained: tuple[Sequence[Tensor], Section] | None = None
     longest: float = math.inf
     mover: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
     factors: Sequence[float] | None = None
     cut: bool = False
+    rounding: float = 0.0
     promised: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Move:
             params, project = self.constrained
             project(params)
 
-    def within(self, params: Sequence[Tensor], project: Projection, longest: float) -> Move:
+    def within(self, params: Sequence[Tensor], project: Section, longest: float) -> Move:
         """Return the move along (x - P(x - a d)) / a for the longest step a to be tried.
 
         Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
@@ -67,13 +69,14 @@ class Move:
         instead: a projection is the nearest point in the norm it was made for, so along d = A^{-1} h it may not
         descend at all, or stop at points that are no minimizers. A box is nearest in every diagonal metric.
         """
-        constrained = (params, project)
+        constrained, longest = (params, project), min(longest, self._representable())
         along = self._cut(self.along, constrained, longest)
         if along is None:
             # Nothing was cut: the steps up to here are those without a set, in their roundings too.
             return replace(self, constrained=constrained, longest=longest)
-        move = replace(self, along=along, constrained=constrained, longest=longest, cut=True)
-        if isinstance(project, Box) or all(d is g for d, g in zip(self.along, self.gradient, strict=True)):
+        rounding = self._rounding(along)
+        move = replace(self, along=along, constrained=constrained, longest=longest, cut=True, rounding=rounding)
+        if isinstance(project.project, Box) or all(d is g for d, g in zip(self.along, self.gradient, strict=True)):
             return move
         factors = self.factors or [1.0] * len(self.gradient)
         scaled = [g * w for g, w in zip(self.gradient, factors, strict=True)]
@@ -81,8 +84,29 @@ class Move:
         plain = self._cut(torch._foreach_mul(scaled, self.promised / square), constrained, longest) if square else None
         return move if plain is None else max(move, replace(move, along=plain, stepped=None), key=_promised)
 
+    def _representable(self) -> float:
+        """Return the longest step of which entries are finite, and their squares' sum in a dtype wide enough for it."""
+        sizes = [float(size) for size in torch._foreach_norm(self.along, math.inf)] if self.along else []
+        count, most = sum(d.numel() for d in self.along), math.inf
+        for d, size in zip(self.along, sizes, strict=True):
+            own, wide = torch.finfo(d.dtype).max, torch.finfo(torch.promote_types(d.dtype, torch.float32)).max
+            if size > 0.0 and math.isfinite(size):
+                most = min(most, own, min(own / 4.0, math.sqrt(wide / count)) / size)
+        return most
+
+    def _rounding(self, along: Sequence[Tensor]) -> float:
+        """Return how much of <h, x - P(x - a d)> may be rounding.
+
+        Both points have some four roundings (of the move, a norm or a sum, a quotient and a product), of half a unit.
+        """
+        sums = [
+            4.0 * torch.finfo(x.dtype).eps * float((h * x.detach() * (d != 0)).abs().sum())
+            for x, h, d in zip(self.tensors, self.gradient, along, strict=True)
+        ]
+        return float(agree(sum(sums))[0])
+
     def _cut(
-        self, along: Sequence[Tensor], constrained: tuple[Sequence[Tensor], Projection], longest: float
+        self, along: Sequence[Tensor], constrained: tuple[Sequence[Tensor], Section], longest: float
     ) -> list[Tensor] | None:
         """Return (x - P(x - a d)) / a; None if x - a d is in the set."""
         params, project = constrained

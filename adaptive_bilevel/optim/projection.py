@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import OptionError, TensorError
 from ..policies import _options
+from .guard import Guard
 from .scalars import inner
 
-__all__ = ["Ball", "Box", "Projection", "Simplex", "as_projection"]
+__all__ = ["Ball", "Box", "Projection", "Section", "Simplex", "as_projection"]
 
 Projection = Callable[[Sequence[Tensor]], Any]
 """Moves the tensors, in place, to the nearest point of a convex set."""
@@ -74,10 +75,7 @@ class Ball:
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place."""
-        norm = math.sqrt(float(inner(tensors, tensors)))
-        if norm > self.radius:
-            for x in tensors:
-                x.mul_(self.radius / norm)
+        _scale_to(tensors, self.radius)
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ class Simplex:
 
     Raises:
         OptionError: total is not positive.
+        TensorError: When it is called: a tensor has no dimension.
 
     >>> x = torch.tensor([0.5, 0.8, -1.0])
     >>> Simplex()([x]); x
@@ -103,6 +102,11 @@ class Simplex:
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place: x <- max(x - t, 0) with the t that gives the sum (by sorting)."""
+        if any(x.dim() == 0 for x in tensors):
+            raise TensorError(
+                f"Simplex(total={self.total:g}): a tensor to be projected has shape (), and the sum is taken along the "
+                "last dimension; give it one, e.g. by torch.zeros(3) in the place of three numbers"
+            )
         for x in tensors:
             if x.numel() == 0:
                 continue
@@ -134,6 +138,62 @@ class InPlace:
                 f"project={self.project!r} returned new tensors: project must change the tensors of the list that it "
                 "is given in place, e.g. lambda tensors: [t.clamp_(0, 1) for t in tensors]"
             )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A convex set for a list of tensors of which some stay as they are (frozen, without a hypergradient, lr of 0).
+
+    The others are projected onto what is then left to them. A callable is given all tensors, and what it did to those
+    that stay is undone, which is that projection where it treats tensors one by one.
+
+    Args:
+        project: The projection for all tensors.
+        moving: Which of them move.
+    """
+
+    project: Projection
+    moving: tuple[bool, ...]
+
+    @classmethod
+    def of(
+        cls, project: Projection, params: Sequence[Tensor], active: Sequence[Tensor], factors: Sequence[float]
+    ) -> Section:
+        """Return it for parameters of which the active ones move, by their factor of a step each."""
+        moving = {id(p) for p, factor in zip(active, factors, strict=True) if factor != 0.0}
+        return cls(project, tuple(id(p) in moving for p in params))
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Project in place."""
+        moving = [t for t, moves in zip(tensors, self.moving, strict=True) if moves]
+        staying = [t for t, moves in zip(tensors, self.moving, strict=True) if not moves]
+        if not staying:
+            self.project(tensors)
+        elif isinstance(self.project, (Box, Simplex)):
+            self.project(moving)
+        elif isinstance(self.project, Ball):
+            _scale_to(moving, math.sqrt(max(0.0, self.project.radius**2 - float(inner(staying, staying)))))
+        else:
+            saved = [t.detach().clone() for t in staying]
+            try:
+                self.project(tensors)
+            finally:
+                torch._foreach_copy_([t.detach() for t in staying], saved)
+
+    def enter(self, guard: Guard, tensors: Sequence[Tensor]) -> None:
+        """Project the point that a step starts from, to which its trials then go back."""
+        if any(self.moving):
+            before = guard.copy()
+            self(tensors)
+            if not all(map(torch.equal, tensors, before)):
+                guard.rebase()
+
+
+def _scale_to(tensors: Sequence[Tensor], radius: float) -> None:
+    norm = math.sqrt(float(inner(tensors, tensors)))
+    if norm > radius:
+        for x in tensors:
+            x.mul_(radius / norm)
 
 
 def as_projection(owner: str, project: Any) -> Projection | None:

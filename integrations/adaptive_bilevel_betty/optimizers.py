@@ -17,6 +17,7 @@ from adaptive_bilevel.optim.base import AdaptiveOptimizer
 from adaptive_bilevel.optim.direction import Descent
 from adaptive_bilevel.optim.guard import Closure, Guard, RandomState
 from adaptive_bilevel.optim.moves import Move
+from adaptive_bilevel.optim.projection import Section
 
 from .seat import Seat
 
@@ -158,9 +159,9 @@ class _HostedSearch(Hosted):
             )
             if not (math.isfinite(longest) and longest > 0.0 and math.isfinite(slope)):
                 return descent.precondition(g)
-            going = Move(list(params), list(g), directions, None, factors=factors).within(
-                self._parameters(), seat.project, longest
-            )
+            listed = self._parameters()
+            section = Section.of(seat.project, listed, params, factors)
+            going = Move(list(params), list(g), directions, None, factors=factors).within(listed, section, longest)
             return [d if w in (0.0, 1.0) else d / w for d, w in zip(going.along, factors, strict=True)]
 
         return descent._replace(precondition=precondition)
