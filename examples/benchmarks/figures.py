@@ -52,13 +52,19 @@ class Panel:
     shown: str = "loss"
     vary: tuple[str, Sequence[Any]] | None = None
     final: str = "loss"
-    seeds: Sequence[int] = (0,)
+    seeds: Sequence[int] = (0, 1, 2)
 
     def variants(self) -> list[dict[str, Any]]:
         if self.vary is None:
             return [dict(self.settings)]
         name, values = self.vary
         return [{**self.settings, name: value} for value in values]
+
+    def labels(self) -> list[str]:
+        """The methods, without the options that all of them have."""
+        options = [text.partition(":")[2].split(",") for text in self.methods]
+        own = [[o for o in given if len(options) == 1 or not all(o in other for other in options)] for given in options]
+        return [" ".join([t.partition(":")[0], *o]).strip() for t, o in zip(self.methods, own, strict=True)]
 
     def quick(self) -> Panel:
         """Four iterations, one seed."""
@@ -73,11 +79,11 @@ def _over(method: str, option: str, values: Sequence[Any]) -> list[str]:
     return [f"{method}{'' if method.endswith(':') else ','}{option}={value}" for value in values]
 
 
-REPRESENTATION = {"iterations": 60}
+REPRESENTATION = {"iterations": 100}
 PAPER = "response=step,shrink=0.9,grow=2,lower=search"
-DISTILLATION = {"iterations": 100}
-IDENTITY = {"iterations": 100, "solver": "identity", "solver_scale": 1.0}
-W8A = {"name": "w8a", "epochs": 2, "evaluate_every": 50}
+DISTILLATION = {"iterations": 200}
+IDENTITY = {"iterations": 200, "solver": "identity", "solver_scale": 1.0}
+W8A = {"name": "w8a", "evaluate_every": 50}
 QUADRATIC = {"iterations": 400}
 QUADRATIC_METHODS = ("sgd:lr=10,decay=inverse_sqrt", "sps-max:lr=10", "decsps:lr=10", "spsb:lr=10",
                      "spsb:lr=10,two_sample=True", "slsb:lr=10")  # fmt: skip
@@ -108,7 +114,7 @@ FIGURES: dict[str, list[Panel]] = {
         Panel("BiSLS-SGD, first trial", "hyper-representation",
               _over("bisls-sgd:lower=search", "lr", (0.005, 0.5, 50.0)), REPRESENTATION),
     ],
-    "fig04": [Panel(title, "two-quadratics", QUADRATIC_METHODS, QUADRATIC, shown) for title, shown in (
+    "fig04": [Panel(title, "two-quadratics", QUADRATIC_METHODS, QUADRATIC, shown, seeds=(0,)) for title, shown in (
         ("value above the least", "loss"), ("distance to the minimizer", "distance"), ("step size", "step_sizes"),
         ("iterates", "path"))],
     "fig05": [Panel("w8a, bound 1000", "logistic-regression", W8A_METHODS, W8A),
@@ -133,7 +139,7 @@ FIGURES: dict[str, list[Panel]] = {
         Panel("identity", "distillation", ("bisls-sgd:response=step,baseline=matched,response_steps=20", "bisls-sgd",
               "sgd:lr=1", "adam:lr=0.1"), IDENTITY),
         Panel("distilled by BiSLS-SGD", "distillation", ("bisls-sgd",), DISTILLATION, "picture"),
-        Panel("28x28", "distillation", ("bisls-sgd",), {"iterations": 100, "pooled": False}, "picture"),
+        Panel("28x28", "distillation", ("bisls-sgd",), {"iterations": 200, "pooled": False}, "picture"),
     ],
     "fig10": [Panel(f"start {seed}", "two-quadratics", QUADRATIC_METHODS, QUADRATIC, "path", seeds=(seed,))
               for seed in range(4)],
@@ -217,9 +223,11 @@ def draw(axes: Any, panel: Panel, read: Callable[[Job], Row]) -> list[Row]:
                 "failed": max(s["failed"] for s in summaries), "diverged": sum(s["diverged"] for s in summaries),
             })  # fmt: skip
         if panel.vary is not None:
-            axes.plot(range(len(values)), values, "o-", color=colour, label=text, markersize=4)
+            axes.plot(range(len(values)), values, "o-", color=colour, label=panel.labels()[i], markersize=4)
         else:
             SHOWN.get(panel.shown, _curve)(axes, panel, chosen, i, colour)
+    if panel.vary is None and panel.shown == "loss":
+        axes.set_ylim(top=min(axes.get_ylim()[1], 3.0 * chosen[0]["evaluations"][0]["loss"]))
     if panel.vary is not None:
         axes.set(
             yscale="log", xticks=range(len(panel.vary[1])), xlabel=panel.vary[0], ylabel=panel.final.replace("_", " ")
@@ -232,7 +240,7 @@ def draw(axes: Any, panel: Panel, read: Callable[[Job], Row]) -> list[Row]:
 
 
 def _curve(axes: Any, panel: Panel, chosen: Sequence[Row], i: int, colour: Any) -> None:
-    label = panel.methods[i]
+    label = panel.labels()[i]
     if panel.shown.endswith("step_sizes"):
         row = chosen[0]
         sizes = row[panel.shown]
@@ -243,21 +251,18 @@ def _curve(axes: Any, panel: Panel, chosen: Sequence[Row], i: int, colour: Any) 
         points = median_curve(chosen, panel.shown)
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
     axes.set(xlabel="(upper) iterations", yscale="linear" if panel.shown == "accuracy" else "log", ylabel=panel.shown)
-    if panel.shown == "loss":
-        start = chosen[0]["evaluations"][0]["loss"]
-        axes.set_ylim(top=min(max(axes.get_ylim()[1], 1.2 * start), 20 * start))
 
 
 def _trials(axes: Any, panel: Panel, chosen: Sequence[Row], i: int, colour: Any) -> None:
     trials = median(row["summary"]["trials_per_iteration"] for row in chosen)
-    axes.barh([panel.methods[i]], [trials], color=colour)
+    axes.barh([panel.labels()[i]], [trials], color=colour)
     axes.annotate(f"{trials:.1f}", (trials, i), fontsize=7)
     axes.tick_params(axis="y", labelsize=6)
 
 
 def _path(axes: Any, panel: Panel, chosen: Sequence[Row], i: int, colour: Any) -> None:
     points = [(e["x0"], e["x1"]) for e in chosen[0]["evaluations"]]
-    axes.plot(*zip(*points, strict=True), "-", color=colour, linewidth=0.7, label=panel.methods[i])
+    axes.plot(*zip(*points, strict=True), "-", color=colour, linewidth=0.7, label=panel.labels()[i])
     axes.plot(*points[-1], "o", color=colour, markersize=5)
     from tasks import two_quadratics
 
