@@ -8,8 +8,8 @@ To add one, write a function that makes its hooks and enter it in a table:
 hypergradient, and the options come from the command line (``--method NAME:key=value,key=value``). When
 `Hooks.upper_step` is called, the hypergradient is in `.grad`.
 
-Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search" is this
-package's line search with no number given; without it the task's own rule is used.
+Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search", "slsb" and
+"spsb" are this package's `SLS`, `SLSB` and `SPSB` with no number given; without it the task's own rule is used.
 """
 
 from __future__ import annotations
@@ -77,12 +77,15 @@ def decay_lr(optimizer: torch.optim.Optimizer, decay: str) -> Callable[[], None]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[decay]).step
 
 
+LOWER_RULES: dict[Any, LowerRule] = {"search": SLS, "slsb": SLSB, "spsb": SPSB}
+
+
 def lower_rule(choice: float | str | None, own: LowerRule) -> LowerRule:
     """The lower level's optimizer, by the option ``lower``."""
     if choice is None:
         return own
-    if choice == "search":
-        return SLS
+    if choice in LOWER_RULES:
+        return LOWER_RULES[choice]
     return partial(torch.optim.SGD, lr=float(choice))
 
 
