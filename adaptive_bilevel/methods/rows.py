@@ -22,6 +22,7 @@ from ..hypergradient import (
     UnrollForward,
     ValueFunction,
 )
+from ..optim.bisls import GROW
 from ..policies import SLS, SPSB, Constant, Envelope, GradientNorm, PowerDecay
 from .directions import Adam, Momentum, Saga, Spider, Storm
 from .fields import PenalisedLoss, SecondLower
@@ -341,7 +342,7 @@ BISLS_SGD = Row(
     assumes=f"{STRONG}; no rate proved",
     order="y,x",
     estimator=Implicit(CG()),
-    upper_step=SLS(c=0.5),
+    upper_step=SLS(c=0.5, grow=GROW),
     lower_step=SLS(),
     lower_steps=10,
 )
@@ -352,7 +353,7 @@ BISLS_ADAM = Row(
     assumes=f"{STRONG}; no rate proved",
     order="y,x",
     estimator=Implicit(CG()),
-    upper_step=SLS(c=0.1),
+    upper_step=SLS(c=0.1, grow=GROW),
     lower_step=SLS(),
     upper_direction=Adam(),
     lower_steps=10,

@@ -11,14 +11,14 @@ from torch.optim.optimizer import ParamsT
 
 from .. import policies
 from ..errors import ClosureError, OptionError
-from ..policies import Outcome, Record
+from ..policies import Outcome, Record, Trial
 from ..policies.schedule import Decay
 from .base import AdaptiveOptimizer, Sample
 from .closures import require_closure, value_of
-from .direction import Direction
+from .direction import Descent, Direction
 from .groups import options_of
-from .guard import Closure, Guard
-from .scalars import agree, on_cpu, on_host_with_inner
+from .guard import Closure, Guard, RandomState
+from .scalars import agree, on_cpu, on_host, on_host_with_inner
 from .tensors import gradients_of, slope_of, tainted
 
 __all__ = ["SPSB", "DecSPS", "SPSMax"]
@@ -47,8 +47,9 @@ class PolyakOptimizer(AdaptiveOptimizer):
         rule_gradient: Sequence[Tensor],
         loss: Tensor | float,
         lower_bound: float | None,
+        sample: tuple[Guard, Closure, RandomState] | None = None,
     ) -> tuple[Record, Any]:
-        """Take the step and return its record and the rule's state after it."""
+        """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
         if lower_bound is None and self._options["lower_bound"] is None:
             raise OptionError(
                 f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
@@ -65,11 +66,16 @@ class PolyakOptimizer(AdaptiveOptimizer):
         state, clock = self._rule_state(), self.clock
         if clock >= 0:
             state = state._replace(count=clock)
-        record, state = self._policy.step(state, loss=value, slope=slope, lower_bound=lower_bound, **self._bound())
+        trial = None
+        if sample is not None and self._seeks_bound():
+            trial = self._trial(*sample, active, directions, descent, factors)
+        record, state = self._policy.step(
+            state, loss=value, slope=slope, lower_bound=lower_bound, trial=trial, **self._bound()
+        )
         stepped = list(gradient) if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):
             _move_by_tensor(active, stepped, record.step_size, factors)
-            self._save_rule_state(state)
+            self._save_rule_state(state, **({} if trial is None else {"tried": record.moved}))
             descent.commit((record.step_size > 0) | (record.outcome == int(Outcome.no_descent)))
         elif record.moved:
             descent.move(active, stepped, record.step_size, factors)
@@ -78,6 +84,35 @@ class PolyakOptimizer(AdaptiveOptimizer):
         elif record.outcome == Outcome.no_descent:
             descent.commit()  # its memory has to turn, or nothing ever moves again
         return record, state
+
+    def _seeks_bound(self) -> bool:
+        """Return whether there was no step yet that could have found a bound."""
+        found, group = self._saved("found", 0.0), self.param_groups[0]
+        unknown = isinstance(found, Tensor) or found == 0.0  # what is on a device is not read
+        return unknown and group["automatic"] and self._reference_lr() != 0.0 and not self._saved("tried", False)
+
+    def _trial(
+        self,
+        guard: Guard,
+        closure: Closure,
+        random: RandomState,
+        active: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        descent: Descent,
+        factors: Sequence[float],
+    ) -> Trial:
+        guard.mark()
+        guard.copy()
+        self._workspace.copies = []  # needed once only
+
+        def trial(step: float) -> float:
+            descent.move(active, directions, step, factors)
+            self.evaluations.upper.values += 1
+            value = on_host(guard.value(closure, random))[0]
+            guard.put_back()
+            return value
+
+        return trial
 
     def step(  # type: ignore[override]
         self,
@@ -90,7 +125,8 @@ class PolyakOptimizer(AdaptiveOptimizer):
         """Take one step and return the loss before it.
 
         Args:
-            closure: Returns the loss of one sample; evaluated once, with gradients.
+            closure: Returns the loss of one sample; evaluated once, with gradients. Where lr was left out, the first
+                step also tries how long it may be: each trial is one more evaluation, without gradients.
             loss: In the place of a closure: the loss whose gradient is in ``.grad`` already.
             step_closure: The 2-sample form: loss and gradient of this closure give the step size, the gradient of
                 `closure` the direction.
@@ -106,20 +142,22 @@ class PolyakOptimizer(AdaptiveOptimizer):
         params = self._parameters()
         with torch.no_grad(), Guard(params, self._workspace) as guard:
             grads: list[Tensor | None]
-            evaluated = None
+            evaluated, sample = None, None
             if loss is None:
                 evaluated = require_closure(owner, closure)
                 loss, grads = self._evaluate(guard, evaluated, params)
+                sample = guard, evaluated, guard.entry
             else:
                 loss, grads = _given(owner, closure, loss, [p.grad for p in params])
             active, gradient, factors = self._with_gradient(params, grads)
             rule_loss, rule_gradient = loss, gradient
             if step_closure is not None:
-                rule_loss, rule_grads = guard.gradient(require_closure(owner, step_closure), params)
+                sample = guard, require_closure(owner, step_closure), guard.random_state()
+                rule_loss, rule_grads = guard.gradient(step_closure, params)
                 self.evaluations.upper.gradients += 1
                 rule_gradient = gradients_of(active, params, rule_grads)
                 rule_loss = tainted(rule_loss, loss, gradient)
-            record, state = self._polyak_step(active, gradient, factors, rule_gradient, rule_loss, lower_bound)
+            record, state = self._polyak_step(active, gradient, factors, rule_gradient, rule_loss, lower_bound, sample)
             if isinstance(record.outcome, Tensor):
                 guard.keep_buffers_if(record.outcome != int(Outcome.non_finite))
                 self._drop_offer()
@@ -163,8 +201,9 @@ class SPSMax(PolyakOptimizer):
 
     Args:
         params: Parameters or groups.
-        lr: gamma_b > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each step
-            (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
+        lr: gamma_b > 0, the bound. Left out, it is found: at the first step, the longest one that does not raise the
+            sample's loss; under "inverse_sqrt" estimated anew at each step after that
+            (`adaptive_bilevel.policies.distance`).
         c: c > 0; 1 in the experiments, 1/2 in the theorems.
         lower_bound: l, any lower bound of the loss, e.g. 0 for cross-entropy; None: to be given at each step.
         decay: Schedule of the bound, "constant", "inverse_sqrt", "inverse" or a callable k -> factor.

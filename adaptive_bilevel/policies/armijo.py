@@ -11,7 +11,7 @@ from ..errors import OptionError
 from . import _options
 from ._scalars import Scalar, resolution
 from .distance import estimate, take
-from .envelope import armijo_ceiling
+from .envelope import armijo_ceiling, without_increase
 from .record import Outcome, Record, Trial
 from .reset import RESETS, reset
 from .schedule import DECAYS, Decay, decay_factor
@@ -98,9 +98,11 @@ class _Search:
         # With slack, a step above the bare ceiling may still pass.
         return float(armijo_ceiling(loss + self.slack, slope, low, self.c))
 
-    def _find(self, state: SearchState, loss: float, slope: float, ceiling: float) -> tuple[SearchState, bool]:
-        """Return the state with a bound or first trial that was found, and whether it is an estimate."""
-        return state._replace(found=state.found or (ceiling if math.isfinite(ceiling) else 0.0)), False
+    def _find(
+        self, state: SearchState, loss: float, slope: float, ceiling: float, trial: Trial
+    ) -> tuple[SearchState, bool, int]:
+        """Return the state with a bound or first trial that was found, whether it is an estimate, and trials made."""
+        return state._replace(found=state.found or (ceiling if math.isfinite(ceiling) else 0.0)), False, 0
 
     def _search(
         self,
@@ -127,15 +129,16 @@ class _Search:
             outcome = Outcome.zero_gradient if slope == 0.0 else Outcome.no_descent
             return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
         ceiling = self._ceiling(loss, slope, lower_bound)
-        seen, estimated = state, False
+        seen, estimated, before = state, False, 0
         if given is None:
-            seen, estimated = self._find(state, loss, slope, ceiling)
+            seen, estimated, before = self._find(state, loss, slope, ceiling, trial)
             if seen.found == 0.0:
                 low = self.lower_bound if lower_bound is None else float(lower_bound)
                 # At a solution, a slope made of rounding errors gives no scale either.
                 above = low is not None and loss > low
                 outcome = Outcome.zero_gradient if above else Outcome.below_lower_bound
-                return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
+                outcome = Outcome.search_failed if before else outcome
+                return Record(0.0, 0.0, math.inf, outcome, before, slope=slope), state
             given = seen.found * scale
         high = given if factor is None else given * factor
         if not high > 0.0:
@@ -153,9 +156,9 @@ class _Search:
             accepted = math.isfinite(value) and value <= threshold - self.c * candidate * slope
             accepted = accepted and (certify is None or certify(candidate))
         if not accepted:
-            return Record(0.0, candidate, cap, Outcome.search_failed, trials, value, slope), state
+            return Record(0.0, candidate, cap, Outcome.search_failed, before + trials, value, slope), state
         outcome = Outcome.at_bound if candidate == cap else Outcome.accepted
-        record = Record(candidate, candidate, cap, outcome, trials, value, slope)
+        record = Record(candidate, candidate, cap, outcome, before + trials, value, slope)
         # A decrease below the rounding of the loss passes only by the allowance above. After rejections such a step
         # says nothing about which length is right, so the next search does not start from it.
         telling = trials == 1 or state.previous == 0.0 or self.c * candidate * slope > rounding * abs(loss)
@@ -266,11 +269,13 @@ class SLSB(_Search):
                 "give one of the two"
             )
 
-    def _find(self, state: SearchState, loss: float, slope: float, ceiling: float) -> tuple[SearchState, bool]:
+    def _find(
+        self, state: SearchState, loss: float, slope: float, ceiling: float, trial: Trial
+    ) -> tuple[SearchState, bool, int]:
         if self.decay != "inverse_sqrt" or (state.seen == 0 and not math.isfinite(ceiling)):
-            return super()._find(state, loss, slope, ceiling)
-        ratio = ceiling * self.c if math.isfinite(ceiling) else 0.0
-        return estimate(state, loss, slope, ratio * slope, ratio), True
+            return super()._find(state, loss, slope, ceiling, trial)
+        first, trials = without_increase(trial, loss, ceiling) if state.seen == 0 else (0.0, 0)
+        return estimate(state, loss, slope, first), True, trials
 
     def step(
         self,

@@ -7,8 +7,10 @@ expectation
 
     D^2  >=  sum_j 2 gamma_j (f_j - F*) - sum_j gamma_j^2 n_j,        n_j = ||g_j||^2 (or the slope <g, d>)
 
-and any recent mean loss F >= F* in the place of F* keeps a lower bound of D^2. D^2 starts with Polyak's distance
-(f_0 - l)^2 / n_0 and never decreases; two standard errors of F keep noise out of it. G is a mean of the n_j. Both means
+and any recent mean loss F >= F* in the place of F* keeps a lower bound of D^2. D^2 starts with the longest
+step that does not raise the first sample's loss (for a quadratic, twice the distance to its minimizer along the
+gradient), or with Polyak's distance (f_0 - l)^2 / n_0 where that cannot be tried, and never decreases; two standard
+errors of F keep noise out of it. G is a mean of the n_j. Both means
 decay polynomially, so they forget the start at any time scale. No evaluation and no copy of x is needed.
 
 Where F is not convex, this is a heuristic. ``examples/benchmarks/suite.py --task w8a a9a ...`` measures it:
@@ -30,15 +32,14 @@ SLOPE_MEMORY = 15.0
 STANDARD_ERRORS = 2.0
 
 
-def estimate(state: Any, loss: Scalar, slope: Scalar, gap: Scalar, ratio: Scalar) -> Any:
+def estimate(state: Any, loss: Scalar, slope: Scalar, first: Scalar) -> Any:
     """Return the state that has seen this sample; its `found` is gamma_b,0 = D / sqrt(G) as known before the step.
 
     Args:
         state: A NamedTuple with the fields of `adaptive_bilevel.policies.BoundState`.
         loss: f_k.
         slope: n_k, positive (what is returned for another slope is to be thrown away).
-        gap: f_k - l, at least 0; only used at the first step.
-        ratio: gap / slope, finite; only used at the first step.
+        first: The bound of the first step, whose length gives the first distance; not used later.
     """
     k = clock(state.seen, loss)
     weight = (LOSS_MEMORY + 1.0) / (k + LOSS_MEMORY + 1.0)
@@ -49,7 +50,7 @@ def estimate(state: Any, loss: Scalar, slope: Scalar, gap: Scalar, ratio: Scalar
     spread = (LOSS_MEMORY + 1.0) ** 2 / (2.0 * LOSS_MEMORY + 1.0) / (k + 1.0)
     error = root(variance * spread)
     progress = 2.0 * (state.weighted_loss - state.path * (mean_loss + STANDARD_ERRORS * error)) - state.squares
-    distance = where(k > 0, larger(progress, state.distance), gap * ratio)
+    distance = where(k > 0, larger(progress, state.distance), first * slope * first)
     divisible = mean_slope > distance * 2.0**-100
     found = root(where(divisible, distance / where(divisible, mean_slope, 1.0), state.found * state.found))
     return state._replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,6 +63,28 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
     )
     step = where(valid & (slope > 0), like(step, slope), 0.0)
     return closed_form(step, raw, high, outcome, slope)
+
+
+def without_increase(trial: Trial, loss: float, step: float) -> tuple[float, int]:
+    """Return the first of step, step/2, ... (40 at most) where the loss is no larger, or 0, and the trials made.
+
+    >>> without_increase(lambda a: (1.0 - a) ** 2, 1.0, 6.0)
+    (1.5, 3)
+    """
+    most = 40 if step > 0.0 else 0
+    for trials in range(1, most + 1):
+        value = float(trial(step))
+        if math.isfinite(value) and value <= loss:
+            return step, trials
+        step /= 2.0
+    return 0.0, most
+
+
+def tried(record: Record, trials: int, found: Scalar) -> Record:
+    """Return the record of a step whose first bound was tried so often, and found or not."""
+    if not trials:
+        return record
+    return record._replace(trials=trials, outcome=record.outcome if found > 0 else int(Outcome.search_failed))
 
 
 class BoundState(NamedTuple):
@@ -144,20 +167,34 @@ class _Bounded:
         return low
 
     def _bound(
-        self, state: Any, override: Scalar | None, scale: Scalar, loss: Scalar, slope: Scalar, low: Scalar
-    ) -> tuple[Scalar, Any]:
-        """Return (the initial bound in force, the state that has seen this sample)."""
-        given = self.bound if override is None else override
+        self,
+        state: Any,
+        override: Scalar | None,
+        scale: Scalar,
+        loss: Scalar,
+        slope: Scalar,
+        low: Scalar,
+        trial: Trial | None,
+    ) -> tuple[Scalar, Any, int]:
+        """Return (the initial bound in force, the state that has seen this sample, trials made)."""
+        given, trials = self.bound if override is None else override, 0
         if given is not None:
-            return given, state
-        if self.decay == "inverse_sqrt":
-            gap = where(loss > low, loss - low, 0.0)
-            ratio = polyak_ratio(loss, slope, low, 1.0)
-            seen = estimate(state, loss, slope, gap, where(isfinite(ratio), ratio, 0.0))
+            return given, state, trials
+        estimated = self.decay == "inverse_sqrt"
+        if trial is not None and state.found == 0.0:
+            longest = self.first_bound(loss=loss, slope=slope, lower_bound=low)
+            first, trials = without_increase(trial, float(loss), float(longest))
+            first = like(first, slope)
+        elif estimated:
+            first = polyak_ratio(loss, slope, low, 1.0)
+            first = where(isfinite(first), first, 0.0)
         else:
             first = self.first_bound(loss=loss, slope=slope, lower_bound=low)
+        if estimated:
+            seen = estimate(state, loss, slope, first)
+        else:
             seen = state._replace(found=where(state.found > 0, state.found, first))
-        return seen.found * scale, seen
+        return seen.found * scale, seen, trials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +246,9 @@ class Envelope(_Bounded):
     """Any raw step between a floor and a bound: min{max{min(low_k, high_k), raw_k}, high_k}, eqs. (9) and (10).
 
     Args:
-        bound: high_0 = gamma_b,0 > 0. None: found from the problem; under the schedule "inverse_sqrt" estimated anew at
-            each step (`adaptive_bilevel.policies.distance`), under others once (`armijo_ceiling`).
+        bound: high_0 = gamma_b,0 > 0. None: found from the problem, at first from `armijo_ceiling` down to where
+            `trial` shows no increase; under the schedule "inverse_sqrt" estimated anew at each step after that
+            (`adaptive_bilevel.policies.distance`).
         decay: Schedule of the bound.
         c: Constant of the default raw step (loss - lower_bound) / (c slope), a number or a callable k -> number.
         lower_bound: l, any lower bound of the loss. None: to be given at each step.
@@ -257,7 +295,8 @@ class Envelope(_Bounded):
             state: The state before the step.
             loss: f_i(x_k), the sampled loss.
             slope: <g, d>; the squared norm for plain gradients.
-            trial: Unused.
+            trial: step -> f_i(x_k - step d). Only used where a bound is to be found and there is none yet; without it
+                the first bound is Polyak's ratio ("inverse_sqrt") or `armijo_ceiling`.
             lower_bound: Overrides the option for this sample.
             shared: Unused.
             bound: Overrides the initial bound for this step.
@@ -270,7 +309,7 @@ class Envelope(_Bounded):
         low = -float("inf")
         if raw is None or (bound is None and self.bound is None):
             low = self._lower_bound(lower_bound)
-        initial, seen = self._bound(state, bound, scale, loss, slope, low)
+        initial, seen, trials = self._bound(state, bound, scale, loss, slope, low, trial)
         k = clock(state.count, loss)
         if raw is None:
             raw = polyak_ratio(loss, slope, low, self.c(k) if callable(self.c) else self.c)
@@ -278,4 +317,5 @@ class Envelope(_Bounded):
         floor = self.floor * decay_factor(self.floor_decay, k)
         record = clip(raw, floor, high, loss=loss, slope=slope, lower_bound=low)
         estimated = seen is not state and self.decay == "inverse_sqrt"
+        record = tried(record, trials, seen.found)
         return record, advance(state, seen, record, loss, slope, estimated=estimated)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from . import _options
 from ._scalars import Scalar, clock, smaller, where
-from .envelope import Envelope, _Bounded, advance, clip, polyak_ratio
+from .envelope import Envelope, _Bounded, advance, clip, polyak_ratio, tried
 from .record import Record, Trial
 from .schedule import Decay
 
@@ -93,10 +93,11 @@ class DecSPS(_Bounded):
         Once there was a step, the bound only shows where it is overridden by a smaller one, as by a schedule.
         """
         low = self._lower_bound(lower_bound)
-        initial, seen = self._bound(state, bound, scale, loss, slope, low)
+        initial, seen, trials = self._bound(state, bound, scale, loss, slope, low, trial)
         c = self.c * (clock(state.count, loss) + 1) ** 0.5
         high = where(state.product > 0, smaller(state.product / c, initial), initial)
         raw = polyak_ratio(loss, slope, low, c)
         record = clip(raw, 0.0, high, loss=loss, slope=slope, lower_bound=low)
+        record = tried(record, trials, seen.found)
         after = advance(state, seen, record, loss, slope)
         return record, after._replace(product=where(record.step_size > 0, c * record.step_size, state.product))

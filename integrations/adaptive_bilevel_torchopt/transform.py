@@ -1,9 +1,10 @@
 """Step sizes as GradientTransformations, in TorchOpt's style and with optax's extra arguments.
 
 ``update(updates, state, *, params=None, inplace=True, value=, grad=, value_fn=)``: `value` is the loss, `grad` its
-gradients, `value_fn` a function of the parameters that returns the loss on the same sample (searches only). The
-incoming updates u are a descent direction, as ``torchopt.sgd(lr=1.0)`` or ``torchopt.adam(lr=1.0)`` make them, and
-leave multiplied by the step size; the slope is the true one, -<grad, u>. Where it is not positive, or the loss is not
+gradients, `value_fn` a function of the parameters that returns the loss on the same sample (for searches; Polyak rules
+without a bound try their first one with it where it is given, so leave it out under ``vmap``). The incoming updates u
+are a descent direction, as ``torchopt.sgd(lr=1.0)`` or ``torchopt.adam(lr=1.0)`` make them, and leave multiplied by the
+step size; the slope is the true one, -<grad, u>. Where it is not positive, or the loss is not
 finite, or a search fails, the updates leave as zeros, and `state.record` says why. After a loss or gradients that are
 not finite, a `chain` also keeps the memories of its other parts, whatever the number of such steps: a transformation
 does not count them, so look at ``record.outcome`` where training may have gone bad for good.
@@ -116,7 +117,10 @@ def scale_by_policy(policy: Any, *, differentiable: bool = False) -> Any:
                 rounding=resolution(loss),
             )
         else:
-            record, after = policy.step(state.policy, loss=loss, slope=slope)
+            trial = None
+            if value_fn is not None and params is not None and not differentiable and _is_first(state.policy):
+                trial = _trial(updates, params, value_fn)
+            record, after = policy.step(state.policy, loss=loss, slope=slope, trial=trial)
         return _scaled(updates, record.step_size, inplace), ScaleByPolicyState(after, without_graphs(record))
 
     return GradientTransformationExtraArgs(init_fn, update_fn)
@@ -306,6 +310,12 @@ def slope_along(owner: str, grads: Any, directions: Any) -> Tensor:
 def tree_leaves(tree: Any) -> list[Any]:
     """Return the leaves of a tree, None included."""
     return list(torchopt.pytree.tree_leaves(tree, none_is_leaf=True))
+
+
+def _is_first(state: Any) -> bool:
+    """Return whether a bound is to be found and no step was seen yet, without a look at a tensor."""
+    found = getattr(state, "found", None)
+    return isinstance(found, float) and found == 0.0
 
 
 def _trial(updates: Any, params: Any, value_fn: Any) -> Callable[[float], float]:
