@@ -1,0 +1,222 @@
+"""Cost and peak memory of an upper iteration against parameters, lower steps, solver steps and batch.
+
+    python examples/benchmarks/scaling.py [--quick] [--output scaling.json]
+
+The problem: softmax regression on random data, y its weights, x one log-penalty per weight; f is the validation loss.
+Every figure comes from a process of its own. "plain" is a loop with constant steps at both levels (SGD below, SGD or
+Adam above) and the same hypergradient by CG; "bisls" has `SLS` below and `BiSLS` above, with no number. Seconds are of
+processor time (medians), cost is in gradients. "peak" is the largest resident memory beyond data and parameters, in
+copies of y (x is as large): gradients, graphs, solver vectors and optimizer state included. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, SPSMax
+from adaptive_bilevel.hypergradient import CG, assign, implicit_with_info
+from adaptive_bilevel.optim.evaluations import Counts
+
+BASE = {"parameters": 100_000, "lower_steps": 5, "solver_steps": 10, "batch": 64}
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "parameters": (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 30_000_000),
+    "lower_steps": (1, 5, 20),
+    "solver_steps": (1, 3, 10, 30),
+    "batch": (16, 64, 256, 1024),
+}
+METHODS = ("plain-sgd", "bisls-sgd", "plain-adam", "bisls-adam")
+SINGLE: dict[str, Callable[[list[Tensor]], Any]] = {
+    "torch SGD": lambda y: torch.optim.SGD(y, lr=1e-2),
+    "torch Adam": lambda y: torch.optim.Adam(y, lr=1e-3),
+    "SPSMax": SPSMax,
+    "SPSB": SPSB,
+    "SLS": SLS,
+    "SLSB": SLSB,
+    "SLS, Adam": lambda y: SLS(y, direction="adam"),
+}
+CLASSES = 10
+
+
+class Problem:
+    """Softmax regression with a penalty exp(x) y^2 per weight."""
+
+    def __init__(self, parameters: int, batch: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        features = parameters // CLASSES
+        self.y = [torch.zeros(features, CLASSES, requires_grad=True)]
+        self.x = [torch.full((features, CLASSES), -5.0, requires_grad=True)]
+        self.parts = [
+            (torch.randn(batch, features, generator=generator) / features**0.5,
+             torch.randint(CLASSES, (batch,), generator=generator))
+            for _ in range(2)
+        ]  # fmt: skip
+
+    def _loss(self, part: int) -> Tensor:
+        inputs, labels = self.parts[part]
+        return torch.nn.functional.cross_entropy(inputs @ self.y[0], labels)
+
+    def upper(self) -> Tensor:
+        return self._loss(0)
+
+    def lower(self) -> Tensor:
+        return self._loss(1) + (self.x[0].exp() * self.y[0] ** 2).sum()
+
+
+def bilevel(method: str, parameters: int, lower_steps: int, solver_steps: int, batch: int) -> tuple[Any, Any]:
+    """An upper iteration, and what the last one cost in gradients."""
+    problem, (kind, direction) = Problem(parameters, batch), method.split("-")
+    solver, plain = CG(max_iterations=solver_steps, tolerance=0.0), kind == "plain"
+    counts = Counts()
+    inner: Any = torch.optim.SGD(problem.y, lr=0.1) if plain else SLS(problem.y)
+    if plain:
+        outer: Any = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[direction](problem.x, lr=1e-2)
+    else:
+        outer = BiSLS(problem.x, lower=inner, direction=direction, solver=solver)
+
+    def iterate() -> None:
+        for _ in range(lower_steps):
+            if plain:
+                inner.zero_grad()
+                problem.lower().backward(inputs=problem.y)
+                inner.step()
+            else:
+                inner.step(problem.lower)
+        h, info = implicit_with_info(problem.upper, problem.lower, problem.x, problem.y, solver=solver)
+        assign(problem.x, h)
+        counts.gradients += info.gradients + (lower_steps if plain else 0)
+        counts.hvps += info.hvps
+        counts.jvps += info.jvps
+        outer.step() if plain else outer.step(problem.upper)
+
+    def cost() -> float:
+        if plain:
+            return counts.cost
+        return (
+            counts.cost
+            + inner.evaluations.upper.cost
+            + sum(level.cost for level in (outer.evaluations.upper, outer.evaluations.lower))
+        )
+
+    return iterate, cost
+
+
+def single(method: str, parameters: int, batch: int) -> tuple[Any, Any]:
+    problem = Problem(parameters, batch)
+    optimizer: Any = SINGLE[method](problem.y)
+    stock = type(optimizer).__module__.startswith("torch.optim")
+
+    def iterate() -> None:
+        if stock:
+            optimizer.zero_grad()
+            problem.lower().backward(inputs=problem.y)
+            optimizer.step()
+        else:
+            optimizer.step(problem.lower)
+
+    return iterate, lambda: 0.0
+
+
+def memory(key: str) -> int:
+    """A figure of this process in bytes: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: seconds and cost of an iteration, and the peak."""
+    torch.set_num_threads(1)
+    method, iterations = job.pop("method"), job.pop("iterations")
+    small = {**job, "parameters": 1_000}
+    make = single if method in SINGLE else bilevel
+    make(method, **small)[0]()  # loads code and starts threads, whatever the size
+    iterate, cost = make(method, **job)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds, costs = [], [cost()]
+    for _ in range(iterations):
+        start = time.process_time()
+        iterate()
+        seconds.append(time.process_time() - start)
+        costs.append(cost())
+    unit = 4.0 * job["parameters"]
+    return {
+        "seconds": statistics.median(seconds[1:]), "cost": (costs[-1] - costs[1]) / (iterations - 1),
+        "peak": (memory("VmHWM") - before) / unit,
+    }  # fmt: skip
+
+
+def child(**job: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", json.dumps(job)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def sweeps(quick: bool) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name, values in SWEEPS.items():
+        for value in values[: 2 if quick else None]:
+            job = {**BASE, name: value}
+            large = job["parameters"] >= 1_000_000
+            iterations = 4 if quick else 6 if large else 30
+            found = {method: child(method=method, iterations=iterations, **job) for method in METHODS}
+            for kind in ("sgd", "adam"):
+                ours, plain = found[f"bisls-{kind}"], found[f"plain-{kind}"]
+                ratios = {f"{key}_ratio": ours[key] / plain[key] for key in ("seconds", "cost")}
+                rows.append({"sweep": name, "value": value, "direction": kind, "ours": ours, "plain": plain, **ratios})
+                peaks = f", peak {plain['peak']:.1f} and {ours['peak']:.1f} copies" if large else ""
+                print(
+                    f"{name} {value:,} {kind}: plain {plain['seconds']:.4f} s an iteration; ours over plain "
+                    f"{ratios['seconds_ratio']:.2f} in seconds, {ratios['cost_ratio']:.2f} in gradients{peaks}",
+                    flush=True,
+                )
+    return rows
+
+
+def single_level(size: int) -> dict[str, float]:
+    peaks = {}
+    for method in SINGLE:
+        peaks[method] = child(method=method, iterations=8, parameters=size, batch=64)["peak"]
+        print(f"single level, {size:,} parameters, {method}: peak {peaks[method]:.2f} copies", flush=True)
+    return peaks
+
+
+def growth(size: int, iterations: int) -> dict[str, list[float]]:
+    job = {**BASE, "parameters": size}
+    peaks = {m: [child(method=m, iterations=n, **job)["peak"] for n in (5, iterations)] for m in METHODS[1::2]}
+    print(f"peak after 5 and after {iterations} iterations, {size:,} parameters: {peaks}", flush=True)
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest two of each sweep: does it run?")
+    parser.add_argument("--output", type=Path, default=Path("scaling.json"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(json.loads(arguments.child))))
+        return
+    size = 10_000 if arguments.quick else 10_000_000
+    content = {
+        "command": shlex.join(["python", *sys.argv]), "torch": torch.__version__, "sweeps": sweeps(arguments.quick),
+        "single_level_peak": single_level(size), "growth": growth(size // 10, 20 if arguments.quick else 200),
+    }  # fmt: skip
+    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
