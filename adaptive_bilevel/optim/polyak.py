@@ -87,9 +87,10 @@ class PolyakOptimizer(AdaptiveOptimizer):
 
     def _seeks_bound(self) -> bool:
         """Return whether there was no step yet that could have found a bound."""
-        found, group = self._saved("found", 0.0), self.param_groups[0]
-        unknown = isinstance(found, Tensor) or found == 0.0  # what is on a device is not read
-        return unknown and group["automatic"] and self._reference_lr() != 0.0 and not self._saved("tried", False)
+        if not self.param_groups[0]["automatic"] or self._saved("tried", False) or self._reference_lr() == 0.0:
+            return False
+        found = self._saved("found", 0.0)
+        return isinstance(found, Tensor) or found == 0.0  # what is on a device is not read
 
     def _trial(
         self,
