@@ -15,7 +15,6 @@ from adaptive_bilevel import SLS, BiSLS, methods, policies
 from adaptive_bilevel.errors import AdaptiveBilevelError, OptionError
 from adaptive_bilevel.hypergradient import CG, Exact, Implicit, Neumann, Unroll, ValueFunction
 from adaptive_bilevel.methods import rows
-from adaptive_bilevel.optim.bisls import GROW
 from tests.bilevel import iterate
 from tests.problems import Problem, b2, random_qb, ridge_hpo
 from tests.test_methods_golden import Drawn
@@ -377,7 +376,7 @@ def test_bisls_is_the_optimizer_of_the_same_name(direction: str, response: str, 
         response=response,
         lower_steps=steps,
         lower_step=policies.SLS(start=10.0, lower_bound=None),
-        upper_step=policies.SLS(start=start, c=0.3, grow=GROW),
+        upper_step=policies.SLS(start=start, c=0.3),
     )
     for record in records:
         expected = iterate(inner, outer, point, steps, solver)

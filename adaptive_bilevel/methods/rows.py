@@ -22,7 +22,6 @@ from ..hypergradient import (
     UnrollForward,
     ValueFunction,
 )
-from ..optim.bisls import GROW
 from ..policies import SLS, SPSB, Constant, Envelope, GradientNorm, PowerDecay
 from .directions import Adam, Momentum, Saga, Spider, Storm
 from .fields import PenalisedLoss, SecondLower
@@ -342,7 +341,7 @@ BISLS_SGD = Row(
     assumes=f"{STRONG}; no rate proved",
     order="y,x",
     estimator=Implicit(CG()),
-    upper_step=SLS(c=0.5, grow=GROW),
+    upper_step=SLS(c=0.5),
     lower_step=SLS(),
     lower_steps=10,
 )
@@ -353,7 +352,7 @@ BISLS_ADAM = Row(
     assumes=f"{STRONG}; no rate proved",
     order="y,x",
     estimator=Implicit(CG()),
-    upper_step=SLS(c=0.1, grow=GROW),
+    upper_step=SLS(c=0.1),
     lower_step=SLS(),
     upper_direction=Adam(),
     lower_steps=10,

@@ -33,8 +33,6 @@ __all__ = ["BiSLS"]
 
 RESPONSES = ("tangent", "step")
 BASELINES = ("paper", "matched")
-GROW = 1.3
-"""With shrink = 1/2 a search halves log 1.3 / log 2 = .38 times on average: a length that most samples accept."""
 
 
 class BiSLS(UpperOptimizer):
@@ -102,7 +100,7 @@ class BiSLS(UpperOptimizer):
         project: Projection | None = None,
         c: float | None = None,
         shrink: float = 0.5,
-        grow: float = GROW,
+        grow: float = 1.2,
         reset: str = "grow",
         slack: float = 0.0,
         lower_bound: float | None = 0.0,
