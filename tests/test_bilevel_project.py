@@ -417,3 +417,44 @@ def test_a_simplex_of_numbers() -> None:
         outer.step(lambda: x.square().sum() + z)
     assert torch.equal(x, vector([0.5, 0.7]))
     assert z.item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", STAYING)
+def test_empty_tensors_among_others(kind: str, direction: str) -> None:
+    x, none = vector([0.2, 0.1]).requires_grad_(), torch.zeros(0, requires_grad=True)
+    outer: Any = BiSLS([none, x], lower=None, project=STAYING[kind], direction=direction)
+    for _ in range(10):
+        x.grad, none.grad = 2.0 * (x.detach() - 0.2), torch.zeros(0)
+        outer.step(lambda: (x - 0.2).square().sum() + none.sum())
+    assert torch.allclose(x.detach(), vector([0.5, 0.5] if kind == "simplex" else [0.2, 0.2]), atol=1e-3)
+
+
+FAR: list[tuple[Any, list[float], list[float]]] = [
+    (Box(0.0, 1e300), [-1.0, 2.0], [0.0, 2.0]),
+    (Box(-1e300, 1.0), [-1.0, 2.0], [-1.0, 1.0]),
+    (Ball(1.0), [3e4, 4e4], [0.6, 0.8]),
+    (Ball(1.0), [3e37, 4e37], [0.6, 0.8]),
+    (Ball(5e-30), [3e-29, 4e-29], [3e-30, 4e-30]),
+    (Simplex(1e-300), [1.0, 2.0], [0.0, 0.0]),
+    (Simplex(1.0), [torch.nan, 2.0], [torch.nan, torch.nan]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("project", "far", "near"), FAR, ids=str)
+def test_projections_beyond_the_dtype(project: Any, far: list[float], near: list[float], dtype: torch.dtype) -> None:
+    x, expected = torch.tensor(far, dtype=dtype), torch.tensor(near, dtype=dtype)
+    if x.isinf().any():
+        pytest.skip("no number of this dtype")
+    project([x])
+    assert torch.allclose(x, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-45, equal_nan=True)
+
+
+def test_a_ball_of_any_size_with_some_that_stay() -> None:
+    x, still = vector([0.5, 0.5]).requires_grad_(), vector([3.0])
+    outer: Any = BiSLS([x, still], 1.0, lower=None, project=Ball(1e200))
+    for _ in range(3):
+        x.grad = 2.0 * (x.detach() - 3.0)
+        outer.step(lambda: (x - 3.0).square().sum())
+    assert torch.allclose(x.detach(), vector([3.0, 3.0]))

@@ -86,9 +86,10 @@ class Move:
 
     def _representable(self) -> float:
         """Return the longest step of which entries are finite, and their squares' sum in a dtype wide enough for it."""
-        sizes = [float(size) for size in torch._foreach_norm(self.along, math.inf)] if self.along else []
-        count, most = sum(d.numel() for d in self.along), math.inf
-        for d, size in zip(self.along, sizes, strict=True):
+        along = [d for d in self.along if d.numel()]
+        sizes = [float(size) for size in torch._foreach_norm(along, math.inf)] if along else []
+        count, most = sum(d.numel() for d in along), math.inf
+        for d, size in zip(along, sizes, strict=True):
             own, wide = torch.finfo(d.dtype).max, torch.finfo(torch.promote_types(d.dtype, torch.float32)).max
             if size > 0.0 and math.isfinite(size):
                 most = min(most, own, min(own / 4.0, math.sqrt(wide / count)) / size)

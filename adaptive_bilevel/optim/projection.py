@@ -49,7 +49,8 @@ class Box:
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place."""
         for x in tensors:
-            x.clamp_(self.low, self.high)
+            most = torch.finfo(x.dtype).max
+            x.clamp_(*(end if abs(end) <= most else math.copysign(math.inf, end) for end in (self.low, self.high)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Simplex:
             ordered = x.sort(dim=-1, descending=True).values
             ranks = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
             thresholds = (ordered.cumsum(-1) - self.total) / ranks
-            kept = (ordered > thresholds).sum(-1, keepdim=True)
+            kept = (ordered > thresholds).sum(-1, keepdim=True).clamp_(min=1)  # the largest, also of NaNs
             x.sub_(thresholds.gather(-1, kept - 1)).clamp_(min=0.0)
 
 
@@ -172,7 +173,8 @@ class Section:
         elif isinstance(self.project, (Box, Simplex)):
             self.project(moving)
         elif isinstance(self.project, Ball):
-            _scale_to(moving, math.sqrt(max(0.0, self.project.radius**2 - float(inner(staying, staying)))))
+            radius, taken = self.project.radius, _norm(staying)
+            _scale_to(moving, math.sqrt(max(0.0, radius - taken)) * math.sqrt(radius + taken))
         else:
             saved = [t.detach().clone() for t in staying]
             try:
@@ -189,8 +191,17 @@ class Section:
                 guard.rebase()
 
 
+def _norm(tensors: Sequence[Tensor]) -> float:
+    """Return the norm over all tensors; of entries of which squares leave the dtype, too."""
+    largest = max((float(x.detach().abs().max()) for x in tensors if x.numel()), default=0.0)
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    scaled = [x.detach() / largest for x in tensors]
+    return largest * math.sqrt(float(inner(scaled, scaled)))
+
+
 def _scale_to(tensors: Sequence[Tensor], radius: float) -> None:
-    norm = math.sqrt(float(inner(tensors, tensors)))
+    norm = _norm(tensors)
     if norm > radius:
         for x in tensors:
             x.mul_(radius / norm)
