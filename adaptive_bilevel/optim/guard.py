@@ -131,7 +131,12 @@ class Guard:
         self._marked = None
 
     def keep_buffers_if(self, valid: Tensor) -> None:
-        """Put the buffers back to before the block unless `valid` holds, which stays on its device."""
+        """Put the buffers back to before the block unless `valid` holds, which stays on its device.
+
+        Where an evaluation was marked, they are those of that one; the mark is done with.
+        """
+        if self._marked is not None:
+            self.recall()
         with torch.no_grad():
             self._buffers.keep_if(valid)
 
