@@ -130,6 +130,29 @@ def test_updates_that_ascend_or_are_not_finite_leave_as_zeros(scale: Any, inplac
         assert (updates["a"] is made["a"]) == inplace
 
 
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+@pytest.mark.parametrize("rule", [spsmax, spsb, decsps, slsb])
+def test_the_first_step_that_can_move_tries_its_bound(rule: Any, factor: float) -> None:
+    """x^2 / (1 + x^2) is flat far out, where a bound that nothing was tried for is beyond the minimizer by far."""
+    params = {"x": torch.tensor(1e3, dtype=torch.float64, requires_grad=True)}
+    optimizer, trials = rule(), []
+    state = optimizer.init(params)
+    for times in (factor, factor, 1.0, 1.0):
+        flat = lambda at, w=times: w * at["x"].square() / (1.0 + at["x"].square())  # noqa: E731
+        value = flat(params)
+        grad = {"x": torch.autograd.grad(value, params["x"])[0]}
+        updates, state = optimizer.update(
+            grad, state, params=params, inplace=False, value=value, grad=grad, value_fn=flat
+        )
+        moved = torchopt.apply_updates(params, updates, inplace=False)
+        trials.append(int(state[1].record.trials))
+        if trials[-1] and len(trials) == 3:
+            assert float(flat(moved).detach()) <= float(value.detach())
+        params = {"x": moved["x"].detach().requires_grad_()}
+    assert trials[:2] == [0, 0] and trials[2] > 1
+    assert (trials[3] > 0) is (rule is slsb)
+
+
 # What else may stand in a chain with a step size, before it and after it.
 MEMORIES: dict[str, tuple[Any, ...]] = {
     "adam": (torchopt.adam(lr=1.0), scale_by_spsmax(0.1)),

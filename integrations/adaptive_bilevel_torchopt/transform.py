@@ -121,6 +121,8 @@ def scale_by_policy(policy: Any, *, differentiable: bool = False) -> Any:
             if value_fn is not None and params is not None and not differentiable and _is_first(state.policy):
                 trial = _trial(updates, params, value_fn)
             record, after = policy.step(state.policy, loss=loss, slope=slope, trial=trial)
+            if trial is not None and not record.moved:
+                after = state.policy  # the same, and its numbers still tell that there was no step
         return _scaled(updates, record.step_size, inplace), ScaleByPolicyState(after, without_graphs(record))
 
     return GradientTransformationExtraArgs(init_fn, update_fn)
@@ -313,7 +315,7 @@ def tree_leaves(tree: Any) -> list[Any]:
 
 
 def _is_first(state: Any) -> bool:
-    """Return whether a bound is to be found and no step was seen yet, without a look at a tensor."""
+    """Return whether a bound is to be found and no step has moved yet, without a look at a tensor."""
     found = getattr(state, "found", None)
     return isinstance(found, float) and found == 0.0
 
