@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.policies import Outcome
-from adaptive_bilevel_betty import SLS, SLSB, BiSLS, SPSMax, bind
+from adaptive_bilevel_betty import SLS, SLSB, SPSB, BiSLS, SPSMax, bind
 from tests.betty_problems import Level, Ridge, Variable, engine, sgd
 from tests.test_betty_step import ANY
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("cls", [SLS, SLSB])
-def test_trials_are_projected(cls: Any) -> None:
+@pytest.mark.parametrize(("cls", "lr"), [(SLS, 100.0), (SLSB, 100.0), (SPSMax, None), (SPSB, None)])
+def test_trials_are_projected(cls: Any, lr: float | None) -> None:
     """f is a loss outside of which there is nothing: a trial off the half line raises."""
 
     def loss(problem: Any, batch: Any) -> Tensor:
@@ -31,7 +31,7 @@ def test_trials_are_projected(cls: Any) -> None:
         value: Tensor = (y - torch.tensor([0.0, 2.0])).square().sum()
         return value
 
-    low = Level("inner", loss, Variable(torch.tensor([1.5, 1.0])), lambda p: cls(p, 100.0))
+    low = Level("inner", loss, Variable(torch.tensor([1.5, 1.0])), lambda p: cls(p, lr))
 
     def clamp(params: Any = None) -> None:
         for p in low.trainable_parameters() if params is None else params:
@@ -40,8 +40,36 @@ def test_trials_are_projected(cls: Any) -> None:
     low.param_callback = clamp
     made = bind(engine(low, steps=30))
     made.run()
+    assert low.optimizer.evaluations.upper.values > 0
     assert torch.allclose(low.value, torch.tensor([0.5, 2.0]), atol=1e-3)
     assert low.optimizer.record.outcome in (Outcome.accepted, Outcome.zero_gradient, Outcome.search_failed)
+
+
+@pytest.mark.parametrize("cls", [SPSB, SLS, SLSB])
+def test_a_callback_that_fails_in_a_trial_leaves_all_as_it_was(cls: Any) -> None:
+    start, trials = torch.tensor([1.5, 1.0]), 0
+    while True:
+        low = Level("inner", lambda p, b: (p.module() - 2.0).square().sum(), Variable(start), cls)
+        left = trials
+
+        def clamp(params: Any = None, low: Level = low) -> None:
+            nonlocal left
+            left -= low.in_trial
+            if left < 0 and low.in_trial:
+                raise KeyboardInterrupt
+            for p in low.trainable_parameters():
+                p.data.clamp_(min=0.5)
+
+        low.param_callback = clamp
+        made = bind(engine(low))
+        try:
+            made.run()
+        except KeyboardInterrupt:
+            assert torch.equal(low.value, start), trials
+            trials += 1
+            continue
+        break
+    assert trials > 6
 
 
 def test_upper_trials_are_projected() -> None:

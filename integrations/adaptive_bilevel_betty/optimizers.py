@@ -27,7 +27,8 @@ __all__ = ["SLS", "SLSB", "SPSB", "DecSPS", "Hosted", "SPSMax"]
 class Hosted(AdaptiveOptimizer):
     """A problem's optimizer: ``step()`` takes what Betty has just evaluated.
 
-    Betty has put the gradient into .grad, so the loss is evaluated again for trials only.
+    Betty has put the gradient into .grad, so the loss is evaluated again for trials only, which apply the problem's
+    param_callback.
     """
 
     _seat: Seat | None = None
@@ -82,7 +83,16 @@ class Hosted(AdaptiveOptimizer):
         return loss
 
     def _take(self, step: Any, seat: Seat) -> Any:
-        return step(self, seat.replay.closure)
+        def projected() -> Tensor:
+            if torch.is_grad_enabled() or not seat.projects:
+                return seat.replay.closure()
+            with seat.projected():
+                return seat.replay.closure()
+
+        loss = step(self, projected)
+        if self.sample is not None:
+            self.sample = self.sample._replace(closure=seat.replay.closure)
+        return loss
 
     def _gradient(
         self,
@@ -119,22 +129,7 @@ class Hosted(AdaptiveOptimizer):
 
 
 class _HostedSearch(Hosted):
-    """A line search whose trials apply the problem's param_callback."""
-
-    def _take(self, step: Any, seat: Seat) -> Any:
-        if not seat.projects:
-            return step(self, seat.replay.closure)
-
-        def projected() -> Tensor:
-            if torch.is_grad_enabled():
-                return seat.replay.closure()
-            with seat.projected():
-                return seat.replay.closure()
-
-        loss = step(self, projected)
-        if self.sample is not None:
-            self.sample = self.sample._replace(closure=seat.replay.closure)
-        return loss
+    """A line search along what the problem's param_callback leaves of a direction."""
 
     def _descent(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Descent:
         """Return the direction; where param_callback cuts it short, to the point that it projects to.

@@ -120,11 +120,13 @@ class Seat:
         params = [p for group in self.problem.optimizer.param_groups for p in group["params"]]
         saved = [p.detach().clone() for p in params]
         with torch.no_grad():
-            torch._foreach_copy_([p.detach() for p in params], [t.detach() for t in tensors])
-            self._call()
-            if any(p is not t for p, t in zip(params, tensors, strict=True)):
-                torch._foreach_copy_([t.detach() for t in tensors], [p.detach() for p in params])
+            try:
+                torch._foreach_copy_([p.detach() for p in params], [t.detach() for t in tensors])
+                self._call()
+                projected = [p.detach().clone() for p in params]
+            finally:
                 torch._foreach_copy_([p.detach() for p in params], saved)
+            torch._foreach_copy_([t.detach() for t in tensors], projected)
 
     def processed(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return gradients as Betty would step on them: after grad_callback and clipping."""
