@@ -451,6 +451,21 @@ def test_projections_beyond_the_dtype(project: Any, far: list[float], near: list
     assert torch.allclose(x, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-45, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reach", [1.0, 2e4, 2e38])
+def test_the_simplex_projection_of_many_entries(reach: float, dtype: torch.dtype) -> None:
+    """Sums over 20000 entries leave float16, and those of large ones every dtype; bfloat16 counts to 256."""
+    if reach > torch.finfo(dtype).max:
+        pytest.skip("no number of this dtype")
+    x = torch.linspace(-reach, 0.0, 20000).to(dtype)
+    x[:3] = 0.5 * torch.arange(3)
+    expected = x.double()
+    Simplex(1.0)([x])
+    Simplex(1.0)([expected])
+    assert torch.allclose(x.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert x.count_nonzero() == expected.count_nonzero()
+
+
 def test_a_ball_of_any_size_with_some_that_stay() -> None:
     x, still = vector([0.5, 0.5]).requires_grad_(), vector([3.0])
     outer: Any = BiSLS([x, still], 1.0, lower=None, project=Ball(1e200))
@@ -458,3 +473,16 @@ def test_a_ball_of_any_size_with_some_that_stay() -> None:
         x.grad = 2.0 * (x.detach() - 3.0)
         outer.step(lambda: (x - 3.0).square().sum())
     assert torch.allclose(x.detach(), vector([3.0, 3.0]))
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["box", "callable"])
+def test_many_entries_of_a_short_dtype_move(kind: str, direction: str) -> None:
+    """A sum of |h x| over them leaves float16, and is no sign that all of a move is rounding."""
+    x = torch.full((20000,), 0.25, dtype=torch.float16)
+    x[:10000] = -0.25
+    x.requires_grad_()
+    outer: Any = BiSLS([x], 1.0, lower=None, project=STAYING[kind], direction=direction)
+    x.grad = torch.full_like(x.detach(), 20.0)
+    outer.step(lambda: 20.0 * (x.float() + 1.0).sum())
+    assert outer.record.moved

@@ -101,7 +101,7 @@ class Move:
         Both points have some four roundings (of the move, a norm or a sum, a quotient and a product), of half a unit.
         """
         sums = [
-            4.0 * torch.finfo(x.dtype).eps * float((h * x.detach() * (d != 0)).abs().sum())
+            4.0 * torch.finfo(x.dtype).eps * float(inner([h.abs() * (d != 0)], [x.detach().abs()]))
             for x, h, d in zip(self.tensors, self.gradient, along, strict=True)
         ]
         return float(agree(sum(sums))[0])

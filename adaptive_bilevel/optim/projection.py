@@ -111,12 +111,14 @@ class Simplex:
         for x in tensors:
             if x.numel() == 0:
                 continue
-            x.sub_(x.amax(-1, keepdim=True))  # changes nothing but roundings: the largest entry is always kept
-            ordered = x.sort(dim=-1, descending=True).values
-            ranks = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = wide - wide.amax(-1, keepdim=True)  # changes nothing but roundings: the largest is always kept
+            Box(-self.total)([wide])  # nor does this: what is further below the largest never is, and sums stay finite
+            ordered = wide.sort(dim=-1, descending=True).values
+            ranks = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=wide.dtype)
             thresholds = (ordered.cumsum(-1) - self.total) / ranks
             kept = (ordered > thresholds).sum(-1, keepdim=True).clamp_(min=1)  # the largest, also of NaNs
-            x.sub_(thresholds.gather(-1, kept - 1)).clamp_(min=0.0)
+            x.copy_((wide - thresholds.gather(-1, kept - 1)).clamp_(min=0.0))
 
 
 @dataclass(frozen=True)
