@@ -170,8 +170,9 @@ class SLSB(_LineSearch):
 
     Args:
         params: Parameters or groups.
-        lr: gamma_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each
-            step (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
+        lr: gamma_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" from the longest first step that does
+            not raise the sample's loss, and estimated anew at each step after that
+            (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
         decay: "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
         c: Armijo constant, in (0, 1).
         shrink: w, factor between two trials, in (0, 1).

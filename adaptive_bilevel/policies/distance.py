@@ -14,7 +14,7 @@ errors of F keep noise out of it. G is a mean of the n_j. Both means
 decay polynomially, so they forget the start at any time scale. No evaluation and no copy of x is needed.
 
 Where F is not convex, this is a heuristic. ``examples/benchmarks/suite.py --task w8a a9a ...`` measures it:
-suboptimality 0.7 to 1.8 times that of the best bound of a grid; 11 (SPSB) and 51 (SLSB) where x* is at infinity.
+suboptimality 0.7 to 1.4 times that of the best bound of a grid; 9 (SPSB) and 50 (SLSB) where x* is at infinity.
 """
 
 from __future__ import annotations
