@@ -215,9 +215,12 @@ def main() -> None:
         return
     size = 10_000 if arguments.quick else 5_000_000
     content = {
-        "command": shlex.join(["python", *sys.argv]), "torch": torch.__version__, "sweeps": sweeps(arguments.quick, arguments.most or 0),
-        "single_level_peak": single_level(size), "growth": growth(size // 10, 20 if arguments.quick else 100),
-    }  # fmt: skip
+        "command": shlex.join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "sweeps": sweeps(arguments.quick, arguments.most or 0),
+        "single_level_peak": single_level(size),
+        "growth": growth(size // 10, 20 if arguments.quick else 100),
+    }
     arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
