@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,36 @@ def test_a_rejection_in_a_first_search_makes_nothing_excused() -> None:
     for step in (1.0, 0.5, 0.25):
         changes = iter([[Change(3.0 * step, PUSH, 0.0, 0.0)], [Change(0.75 * step, PUSH, 0.0, 0.0)]])
         assert not belief(step, partial(next, changes), lambda _: None, lambda: True)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("sizes", [(math.inf, 1.0), (math.nan, 1.0), (10.0, math.inf)])
+def test_a_change_that_is_not_finite_is_never_believed(sizes: tuple[float, float], resumed: bool) -> None:
+    """Its rounding is not finite either, so it is no larger than that."""
+    found = iter(sizes)
+    belief = Belief(0.5, resumed=resumed)
+
+    def measure() -> list[Change]:
+        size = next(found)
+        return [Change(size, 1.0, 0.0, math.inf if size == math.inf else 0.0)]
+
+    assert not belief(1.0, measure, lambda step: None, lambda: False)
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+def test_a_lower_loss_that_overflows_is_not_entered(direction: str) -> None:
+    """Penalties exp(x) y^2 with f(y) alone: no value of f tells that exp(x) has left the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(2, 32, 200, generator=generator) / 10.0, torch.randint(4, (2, 32), generator=generator)
+    x = torch.full((200, 4), -5.0, dtype=torch.float32, requires_grad=True)
+    y = torch.zeros(200, 4, dtype=torch.float32, requires_grad=True)
+    fit = lambda part: torch.nn.functional.cross_entropy(inputs[part].float() @ y, labels[part])  # noqa: E731
+    lower = lambda: fit(1) + (x.exp() * y**2).sum()  # noqa: E731
+    inner = SLS([y])
+    outer: Any = BiSLS([x], 1e8, lower=inner, direction=direction, solver=CG(max_iterations=10, tolerance=0.0))
+    for _ in range(10):
+        for _ in range(5):
+            inner.step(lower)
+        assign([x], implicit(lambda: fit(0), lower, [x], [y], outer.solver))
+        outer.step(lambda: fit(0))
+        assert torch.isfinite(lower())

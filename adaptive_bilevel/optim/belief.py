@@ -104,6 +104,8 @@ class Belief:
     step is believed any better, so this one passes: samples cross kinks of a ReLU network, by which its gradient
     jumps. Rejected for them, steps would shrink until not one sample crosses a kink any more.
 
+    One that is not finite never passes.
+
     A change that is as large as without any answer of y says that the model does not reach the candidate: it is never
     excused for what a correction of first order makes of it. (In iMAML, query accuracy fell from .69 to .56 by one such
     step.) A bounded gradient also stops changing far out, where it saturates; so such a change does not pass at all
@@ -137,6 +139,9 @@ class Belief:
         if math.isinf(self._tolerance):
             return True
         changes = [change for change in measure() if change.push != 0.0]
+        if not all(math.isfinite(c.size) for c in changes):
+            self._inside = True
+            return False
         limits = [(self._tolerance + c.residual) * step * c.push + c.rounding for c in changes]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
@@ -146,7 +151,7 @@ class Belief:
         place(0.5 * step)
         halves = [change for change in measure() if change.push != 0.0]
         for c, half, limit in zip(changes, halves, limits, strict=True):
-            if not (c.size <= limit or half.size >= 0.5 * c.size):
+            if not (c.size <= limit or (half.size >= 0.5 * c.size and math.isfinite(half.size))):
                 self._inside = True
                 return False
         return self._inside or followed
