@@ -205,20 +205,20 @@ def test_a_change_that_is_not_finite_is_never_believed(sizes: tuple[float, float
     assert not belief(1.0, measure, lambda step: None, lambda: False)
 
 
-@pytest.mark.parametrize("direction", ["sgd", "adam"])
-def test_a_lower_loss_that_overflows_is_not_entered(direction: str) -> None:
-    """Penalties exp(x) y^2 with f(y) alone: no value of f tells that exp(x) has left the dtype."""
+def test_a_lower_gradient_that_overflows_is_not_entered() -> None:
+    """Penalties exp(10 x) y^2 and f(y) alone: no value of f tells that the lower gradient has left the dtype."""
     generator = torch.Generator().manual_seed(0)
-    inputs, labels = torch.randn(2, 32, 200, generator=generator) / 10.0, torch.randint(4, (2, 32), generator=generator)
-    x = torch.full((200, 4), -5.0, dtype=torch.float32, requires_grad=True)
-    y = torch.zeros(200, 4, dtype=torch.float32, requires_grad=True)
-    fit = lambda part: torch.nn.functional.cross_entropy(inputs[part].float() @ y, labels[part])  # noqa: E731
-    lower = lambda: fit(1) + (x.exp() * y**2).sum()  # noqa: E731
+    inputs = (torch.randn(2, 256, 400, generator=generator, dtype=torch.float32) / 20.0).unbind()
+    labels = torch.randint(10, (2, 256), generator=generator)
+    x = torch.full((400, 10), -0.5, dtype=torch.float32, requires_grad=True)
+    y = torch.zeros(400, 10, dtype=torch.float32, requires_grad=True)
+    fit = lambda part: nn.functional.cross_entropy(inputs[part] @ y, labels[part])  # noqa: E731
+    lower = lambda: fit(1) + ((10 * x).exp() * y**2).sum()  # noqa: E731
     inner = SLS([y])
-    outer: Any = BiSLS([x], 1e8, lower=inner, direction=direction, solver=CG(max_iterations=10, tolerance=0.0))
-    for _ in range(10):
+    outer: Any = BiSLS([x], lower=inner, solver=CG(max_iterations=10, tolerance=0.0))
+    for _ in range(3):
         for _ in range(5):
             inner.step(lower)
         assign([x], implicit(lambda: fit(0), lower, [x], [y], outer.solver))
         outer.step(lambda: fit(0))
-        assert torch.isfinite(lower())
+        assert float(lower().detach()) < 10.0
