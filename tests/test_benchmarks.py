@@ -19,6 +19,7 @@ import figures
 import methods
 import report
 import runs
+import scaling
 import suite
 import tasks
 from benchmark import BENCHMARKS
@@ -224,3 +225,15 @@ def test_the_methods_of_every_figure_exist(name: str) -> None:
         table = methods.SINGLE_LEVEL if panel.task in tasks.SINGLE_LEVEL else methods.BILEVEL
         assert panel.task in known
         assert all(runs.Method.parse(text).name in {*table, *methods.ROWS} for text in panel.methods)
+
+
+LOOPS = {"lower_steps": 2, "solver_steps": 2}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads this system's memory from /proc")
+@pytest.mark.parametrize("method", ["plain-adam", "bisls-sgd", "SPSB"])
+def test_scaling_measures_in_a_process_of_its_own(method: str) -> None:
+    sizes = {"parameters": 1000, "batch": 8}
+    found = scaling.child(method=method, iterations=3, **sizes, **({} if method in scaling.SINGLE else LOOPS))
+    assert found["seconds"] > 0.0 and found["peak"] >= 0.0
+    assert (found["cost"] > LOOPS["lower_steps"]) is (method not in scaling.SINGLE)

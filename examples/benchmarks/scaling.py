@@ -31,6 +31,7 @@ from torch import Tensor
 from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, SPSMax
 from adaptive_bilevel.hypergradient import CG, assign, implicit_with_info
 from adaptive_bilevel.optim.evaluations import Counts
+from methods import plain_step
 
 BASE = {"parameters": 100_000, "lower_steps": 5, "solver_steps": 10, "batch": 64}
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -88,14 +89,11 @@ def bilevel(method: str, parameters: int, lower_steps: int, solver_steps: int, b
     else:
         outer = BiSLS(problem.x, lower=inner, direction=direction, solver=solver)
 
+    lower_step = plain_step(inner, problem.y)
+
     def iterate() -> None:
         for _ in range(lower_steps):
-            if plain:
-                inner.zero_grad()
-                problem.lower().backward(inputs=problem.y)
-                inner.step()
-            else:
-                inner.step(problem.lower)
+            lower_step(problem.lower)
         h, info = implicit_with_info(problem.upper, problem.lower, problem.x, problem.y, solver=solver)
         assign(problem.x, h)
         counts.gradients += info.gradients + (lower_steps if plain else 0)
@@ -117,18 +115,8 @@ def bilevel(method: str, parameters: int, lower_steps: int, solver_steps: int, b
 
 def single(method: str, parameters: int, batch: int) -> tuple[Any, Any]:
     problem = Problem(parameters, batch)
-    optimizer: Any = SINGLE[method](problem.y)
-    stock = type(optimizer).__module__.startswith("torch.optim")
-
-    def iterate() -> None:
-        if stock:
-            optimizer.zero_grad()
-            problem.lower().backward(inputs=problem.y)
-            optimizer.step()
-        else:
-            optimizer.step(problem.lower)
-
-    return iterate, lambda: 0.0
+    step = plain_step(SINGLE[method](problem.y), problem.y)
+    return lambda: step(problem.lower), lambda: 0.0
 
 
 def memory(key: str) -> int:
