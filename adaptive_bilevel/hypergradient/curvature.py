@@ -79,10 +79,12 @@ class LowerCurvature:
         loss: g(x, y), an attached scalar with its graph.
         upper: The tensors of x. Frozen ones, and those that g does not use, give zeros.
         lower: The tensors of y, likewise.
+        moves: Whether x will move, so that C^T d is asked for: one backward then serves both levels.
 
     Attributes:
         gradient: ``grad_y g``, detached.
-        gradients: Number of backward passes through the loss so far: 1, and 2 after the first `cross_jvp`.
+        gradients: Number of backward passes through the loss so far: 1, and 2 after a `cross_jvp` that was not
+            announced by ``moves``.
         hvps: Number of products with H so far.
         jvps: Number of products with C or C^T so far.
 
@@ -96,17 +98,19 @@ class LowerCurvature:
     ((tensor([ 4., 12.]),), (tensor([4., 4.]),), (tensor([8.]),), (tensor([2., 6.]),))
     """
 
-    def __init__(self, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
+    def __init__(self, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor], *, moves: bool = False) -> None:
         self._loss = loss
         self._upper = tuple(upper)
         self._lower = tuple(lower)
-        self._slopes = _gradients([loss], self._lower, None, create_graph=True)
+        first = len(self._upper) if moves else 0
+        slopes = _gradients([loss], (*self._upper[:first], *self._lower), None, create_graph=True)
+        self._slopes = slopes[first:]
         if all(slope is None for slope in self._slopes):
             raise ClosureError(
                 "lower_closure returned a loss that depends on no tensor of lower: "
                 "compute it from the very tensors that are passed, not from copies of them."
             )
-        self._upper_slopes: tuple[Tensor | None, ...] | None = None
+        self._upper_slopes: tuple[Tensor | None, ...] | None = slopes[:first] if moves else None
         self.gradient: Vector = tuple(slope.detach() for slope in _fill(self._slopes, self._lower))
         self.gradients = 1
         self.hvps = 0
@@ -141,7 +145,7 @@ class LowerCurvature:
         return _pull_back((*self._slopes_in_upper(), *self._slopes), self._lower, (*direction, *vector))
 
     def _slopes_in_upper(self) -> tuple[Tensor | None, ...]:
-        if self._upper_slopes is None:  # only the response needs it, so only the response pays for it
+        if self._upper_slopes is None:
             self._upper_slopes = _gradients([self._loss], self._upper, None, create_graph=True)
             self.gradients += 1
         return self._upper_slopes

@@ -103,21 +103,19 @@ class AdaptiveOptimizer(PolicyOptimizer):
             return self._gradient(guard, closure, params)
         guard.copy()
         here = guard.value(closure)
+        self.evaluations.upper.values += 1
         torch._foreach_copy_(params, stay)
-        here, there = on_host(here, guard.value(closure, guard.entry))
-        self.evaluations.upper.values += 2
-        if there <= here or here != here:
-            guard.rebase()
-            return self._gradient(guard, closure, params, guard.entry, moved=True)
-        if there == there:
-            loss, grads = self._gradient(guard, closure, params, guard.entry, moved=True)
+        loss, grads = self._gradient(guard, closure, params, guard.entry, moved=True)
+        here, there = on_host(here, loss)
+        preferred = there <= here or here != here
+        if there == there and not preferred:
             guard.mark()
-            stepped = self._after_another_step(guard, closure, params, grads)
+            preferred = self._after_another_step(guard, closure, params, grads) <= here
             guard.recall()
-            if stepped <= here:
-                torch._foreach_copy_(params, stay)
-                guard.rebase()
-                return loss, grads
+            torch._foreach_copy_(params, stay)
+        if preferred:
+            guard.rebase()
+            return loss, grads
         guard.put_back()
         return self._gradient(guard, closure, params, guard.entry)
 

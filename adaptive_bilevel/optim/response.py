@@ -104,7 +104,8 @@ class TangentResponse:
         self._partials, self._solver, self._belief = partials, solver, belief
         with torch.enable_grad():
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
-            self._curvature = LowerCurvature(torch.stack([loss.reshape(()) for loss in losses]).sum(), upper, lower)
+            total = torch.stack([loss.reshape(()) for loss in losses]).sum()
+            self._curvature = LowerCurvature(total, upper, lower, moves=True)
         self.slope = 0.0
         self._adjoint = Adjoint(partials[1]) if isinstance(solver, CG) else None
         self._refinements = 0

@@ -73,7 +73,7 @@ class ChainResponse(TangentResponse):
                 moving += blocks[i].tensors
             with torch.enable_grad():
                 loss = guard.attached(block.closure, guard.entry).reshape(())
-                self._curvatures.append(LowerCurvature(loss, moving, block.tensors))
+                self._curvatures.append(LowerCurvature(loss, moving, block.tensors, moves=True))
         self.slope = 0.0
         self._refinements = 0
         self.offsets: Sequence[Tensor] | None = None
