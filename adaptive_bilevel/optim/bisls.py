@@ -18,6 +18,7 @@ from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
 from .belief import Belief
 from .closures import require_closure
+from .coverage import Coverage, coverage
 from .direction import Descent, Direction
 from .groups import options_of
 from .guard import Closure, Guard
@@ -40,7 +41,9 @@ class BiSLS(UpperOptimizer):
 
     `.grad` of the upper parameters holds the hypergradient h when ``step(upper_closure)`` is called. The step searches
     the largest tried a with phi(a) <= f(x, y) - c a s (+ slack), along d = h or Adam's A^{-1} h, where phi(a) =
-    f(x - a d, y + a w) follows the lower solution along its tangent: w = P C^T d, s = <f_x, d> - <f_y, w>.
+    f(x - a d, y + a w) follows the lower solution along its tangent: w = P C^T d, s = <f_x, d> - <f_y, w>. Where h
+    is zero in entries of x in which others were not (weights of the samples outside of a minibatch), y answers by less
+    than w, see `adaptive_bilevel.optim.coverage`.
 
     Args:
         params: Upper parameters or groups.
@@ -187,6 +190,7 @@ class BiSLS(UpperOptimizer):
         hypergradient = self._hypergradient(params)
         with Guard([*params, *lower], self._workspace) as guard:
             active, h, factors = self._with_gradient(params, hypergradient)
+            covered = coverage(active, h, self.state)
             section = None if self.project is None else Section.of(self.project, params, active, factors)
             if section is not None:
                 section.enter(guard, params)
@@ -206,8 +210,12 @@ class BiSLS(UpperOptimizer):
                 going, limits = self._feasible(params, section, going, value)
                 record = self._refuse_cut(value, loss, going)
             if record is None:
-                response = self._respond(guard, lower_closure, lower, (f_x, f_y), going)
-                ratio = response.slope / going.promised if going.promised else math.nan
+                response = self._respond(guard, lower_closure, lower, (f_x, f_y), going, covered)
+                promised = going.promised
+                if response.part < 1.0:
+                    direct = float(agree(inner(f_x, going.along))[0])
+                    promised = direct + response.part * (promised - direct)
+                ratio = response.slope / promised if promised else math.nan
                 if isinstance(response, TangentResponse):
                     while response.slope <= 0.0 and response.refine():
                         # The hypergradient does not descend on phi: take the one of the response's solver.
@@ -226,6 +234,7 @@ class BiSLS(UpperOptimizer):
                     going.go(record.step_size, finally_=True)
                     self._save_rule_state(state)
                 descent.commit()
+                covered.commit()
                 answer = self._answer(response, going, descent)
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
@@ -297,6 +306,7 @@ class BiSLS(UpperOptimizer):
         lower: list[Tensor],
         partials: tuple[list[Tensor], list[Tensor]],
         going: Move,
+        covered: Coverage,
     ) -> Response:
         """Return the lower level's response to the move."""
         options, counts = self._options, self.evaluations.lower
@@ -314,7 +324,9 @@ class BiSLS(UpperOptimizer):
         samples = self.lower.samples(lower_closure, guard)
         if options["response"] == "step":
             return StepResponse(guard, samples, lower, going.promised, options["response_steps"], counts)
-        response = TangentResponse(guard, samples, going.tensors, lower, partials, self.solver, self._belief(), counts)
+        response = TangentResponse(
+            guard, samples, going.tensors, lower, partials, self.solver, self._belief(), counts, covered.answer
+        )
         response.along(going.along)
         return response
 

@@ -34,6 +34,8 @@ class Response(Protocol):
     """The searched function's lower part."""
 
     slope: float
+    part: float
+    """How much of its tangent y is moved by, in (0, 1]."""
 
     @property
     def offsets(self) -> Sequence[Tensor] | None:
@@ -60,6 +62,7 @@ class NoResponse:
     """f does not need the lower variable: phi(a) = f(x - a d)."""
 
     offsets: Sequence[Tensor] | None = None
+    part = 1.0
 
     def __init__(self, slope: float) -> None:
         self.slope = slope
@@ -76,7 +79,7 @@ class NoResponse:
 
 
 class TangentResponse:
-    """y(a) = y + a w, w = P C^T d.
+    """y(a) = y + a w, w = P C^T d, or a part of it: see `adaptive_bilevel.optim.coverage`.
 
     Args:
         guard: The step's guard.
@@ -87,7 +90,10 @@ class TangentResponse:
         solver: P.
         belief: In the tangent.
         counts: Where lower oracle calls are counted.
+        part: How much of its tangent y is moved by, in (0, 1].
     """
+
+    part = 1.0
 
     def __init__(
         self,
@@ -99,9 +105,11 @@ class TangentResponse:
         solver: LinearSolver,
         belief: Belief,
         counts: Counts,
+        part: float = 1.0,
     ) -> None:
         self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
         self._partials, self._solver, self._belief = partials, solver, belief
+        self.part = part
         with torch.enable_grad():
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
             total = torch.stack([loss.reshape(()) for loss in losses]).sum()
@@ -119,16 +127,17 @@ class TangentResponse:
             finer = refined(self._solver)
             if self.slope <= 0.0 and finer is not None:
                 # The solver's error may have the last word on the sign: solve further once, then decide.
-                self._solve(direction, finer, self.offsets)
+                self._solve(direction, finer, self._tangent)
 
     def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, initial: Sequence[Tensor] | None) -> None:
         f_x, f_y = self._partials
         product = self._curvature.hvp if self._adjoint is None else self._adjoint.observing(self._curvature.hvp)
         solution = solver.solve(product, self._push, initial)
-        self.offsets = solution.tensors
+        self._tangent = solution.tensors
         # A solver that does not know how far it is from the inverse (identity, a random draw) gets no allowance for it.
         self._residual = 0.0 if math.isnan(solution.residual) else solution.residual
-        self.slope = float(agree(inner(f_x, direction) - inner(f_y, solution.tensors))[0])
+        direct, answered = inner(f_x, direction), inner(f_y, self._tangent)
+        self.slope = float(agree(direct - self.part * answered)[0])
 
     def refine(self) -> bool:
         """Solve further from now on; False where that is not possible, or was asked for twice already."""
@@ -152,6 +161,7 @@ class TangentResponse:
         self._counts.gradients += curvature.gradients
         self._counts.hvps += curvature.hvps
         self._counts.jvps += curvature.jvps
+        self.offsets = self._tangent if self.part == 1.0 else torch._foreach_mul(list(self._tangent), self.part)
         del self._curvature
 
     def answer(self, step: float) -> None:
@@ -168,8 +178,11 @@ class TangentResponse:
             step, self._change, place, lambda: adjoint.correction(self._moved, self._gradient) <= surplus
         )
 
-    def _change(self) -> list[Change]:
-        """Return how far the lower gradient is from where it was."""
+    def _change(self, step: float) -> list[Change]:
+        """Return how far the lower gradient is from where it was, at the candidate of a step.
+
+        What y is not moved by leaves a change of -(1 - part) step C^T d, which is no error of the tangent.
+        """
         moved: list[Tensor] | None = None
         for sample in self._samples:
             _, grads = self._guard.gradient(sample.closure, self._lower, sample.random)
@@ -177,6 +190,8 @@ class TangentResponse:
             moved = filled if moved is None else list(torch._foreach_add(moved, filled))
         self._counts.gradients += 1
         assert moved is not None
+        if self.part < 1.0:
+            moved = list(torch._foreach_add(moved, list(self._push), alpha=(1.0 - self.part) * step))
         self._moved = moved
         return [Change.between(self._gradient, moved, self._push, self._residual)]
 
@@ -205,6 +220,7 @@ class StepResponse:
     """
 
     offsets: Sequence[Tensor] | None = None
+    part = 1.0
 
     def __init__(
         self,

@@ -78,10 +78,11 @@ def bilevel(
 ) -> Benchmark:
     """Ours with no number at either level; grids of Adam, SGD and decaying SGD; the peers by their own defaults.
 
-    Without `lowers` the lower rule belongs to the task, and everybody has that one.
+    The first of `lowers` is the rule that ours and the peers have at the lower level, without a number: "search", or
+    "slsb" where minibatches disagree. Without `lowers` the lower rule belongs to the task, and everybody has that one.
     """
     kinds = ("bisls-adam", "bisls-sgd")
-    search, also = (":lower=search", ":lower=search,") if lowers else ("", ":")
+    search, also = (f":lower={lowers[0]}", f":lower={lowers[0]},") if lowers else ("", ":")
     return Benchmark(
         title=title,
         task=task,
@@ -119,9 +120,10 @@ def single(title: str, task: str, **settings: Any) -> Benchmark:
 
 
 def _cleaning(title: str, **settings: Any) -> Benchmark:
+    rule = "slsb" if "lower_batch" in settings else "search"
     return bilevel(
         f"Data hyper-cleaning, 14x14, T=5, CG 10, {title}", "hyper-cleaning",
-        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1.0, 10.0, 1e2, 1e3, 1e4), lowers=("search", 0.1, 1.0, 10.0), **settings,
+        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1.0, 10.0, 1e2, 1e3, 1e4), lowers=(rule, 0.1, 1.0, 10.0), **settings,
     )  # fmt: skip
 
 
