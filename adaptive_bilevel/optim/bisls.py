@@ -150,6 +150,12 @@ class BiSLS(UpperOptimizer):
         if "tangents" in known and [t.shape for t in known["tangents"]["mean"]] != shapes:
             del known["tangents"]
 
+    def _restored(self) -> None:
+        super()._restored()
+        for saved in self.state.values():
+            if "covered" in saved:
+                saved["covered"] = saved["covered"].bool()  # torch loads every tensor in its parameter's dtype
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
         return {**super().__getstate__(), "solver": self.solver, "project": self.project}

@@ -52,7 +52,7 @@ def coverage(parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) 
             not zero.
     """
     now = [g != 0 for g in grads]
-    known = {p: saved["covered"].bool() for p, saved in state.items() if "covered" in saved}
+    known = {p: saved["covered"] for p, saved in state.items() if "covered" in saved}
     ever = [mask | known.pop(p) if p in known else mask for p, mask in zip(parameters, now, strict=True)]
     absent = [mask for p, mask in known.items() if p.requires_grad]
     here, there = on_host(_entries(now), _entries([*ever, *absent]))
