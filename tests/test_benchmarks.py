@@ -41,7 +41,6 @@ def job(task: str, method: str, **settings: Any) -> runs.Job:
     return runs.Job(task, {**SHORT, **settings}, runs.Method.parse(method), 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*this solver does not come near")
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))
 def test_every_benchmark_starts(name: str) -> None:
     benchmark = BENCHMARKS[name]

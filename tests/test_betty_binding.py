@@ -106,7 +106,6 @@ def test_every_option_survives_being_built_anew(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("solver", [CG(), Neumann(5, 0.2), Identity(0.3)])
-@pytest.mark.filterwarnings("ignore:.*does not come near the inverse")
 def test_solvers_are_plain_text(solver: Any) -> None:
     first = BiSLS([torch.ones(2, requires_grad=True)], solver=solver)
     assert first.solver == solver

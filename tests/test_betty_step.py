@@ -81,7 +81,6 @@ def nets(outer: Any, inner: Any, gas: int = 1, T: int = 1, scheduled: bool = Fal
         ("SLSB", "BiSLS", {"gas": 4, "kind": "adaptive_cg", "dtype": torch.float32}),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*does not come near the inverse")
 def test_a_constant_policy_is_sgd_to_the_bit(low: str, high: str, options: dict[str, Any]) -> None:
     """100 steps with batch norm and dropout, although trials were made."""
     options = dict(options)

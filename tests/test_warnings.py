@@ -13,8 +13,8 @@ from torch import Tensor
 import adaptive_bilevel_betty as betty
 from adaptive_bilevel import SLS, BiSLS, methods
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
-from adaptive_bilevel.hypergradient import Identity, Neumann, implicit
-from adaptive_bilevel_torchopt import FunctionalLowerStep, UpperStep
+from adaptive_bilevel.hypergradient import Neumann, implicit
+from adaptive_bilevel_torchopt import FunctionalLowerStep
 from tests.betty_problems import Level, Variable, engine
 from tests.problems import ridge_hpo
 from tests.torchopt_modules import pair
@@ -45,10 +45,6 @@ def upper() -> None:
     outer.step(lambda: (x**2 + y**2).sum(), lambda: ((x - y) ** 2).sum())  # here
 
 
-def constructor() -> None:
-    BiSLS([torch.ones(1, requires_grad=True)], solver=Identity(0.1))  # here
-
-
 def torchopt_lower() -> None:
     inner, _, _ = pair(ridge_hpo(), lower=TOO_LONG)
     step = inner.lower.attach()
@@ -65,11 +61,6 @@ def torchopt_upper() -> None:
     inner, meta, _ = pair(ridge_hpo(), **TOO_LONG)
     inner.solve()
     meta.step(inner.val)  # here
-
-
-def torchopt_constructor() -> None:
-    inner, _, x = pair(ridge_hpo())
-    UpperStep([x], lower=inner.lower, solver=Identity(0.1))  # here
 
 
 def betty_lower() -> None:
@@ -107,8 +98,8 @@ def driver() -> None:
 
 
 CASES = [
-    *(plain, scheduled_and_hooked, upper, constructor, hypergradient, driver),
-    *(torchopt_lower, torchopt_functional, torchopt_upper, torchopt_constructor, betty_lower, betty_upper),
+    *(plain, scheduled_and_hooked, upper, hypergradient, driver),
+    *(torchopt_lower, torchopt_functional, torchopt_upper, betty_lower, betty_upper),
 ]
 
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import policies
 from ..errors import LowerLevelError, OptionError, warn
-from ..hypergradient import CG, Identity, LinearSolver
+from ..hypergradient import CG, LinearSolver
 from ..policies import Outcome, Record, _options
 from ..policies._scalars import resolution
 from .belief import Belief
@@ -25,7 +25,7 @@ from .guard import Closure, Guard
 from .momentum import blended
 from .moves import Move
 from .projection import Projection, Section, as_projection
-from .response import NoResponse, Response, StepResponse, TangentResponse
+from .response import NoResponse, Response, StepResponse, TangentResponse, is_blind
 from .scalars import agree, inner
 from .tensors import gradients_of
 from .upper import UpperOptimizer
@@ -57,7 +57,8 @@ class BiSLS(UpperOptimizer):
             is one that the search has certified, so that F cannot rise where y and the hypergradient are exact. Left
             out: "auto"; with response="step" as in the paper, True for "adam" and False for "sgd".
         response: "tangent", or "step": one more lower step per trial, as in Fan et al. (2023), eq. (14).
-        solver: P of the tangent; give the one that the hypergradient uses.
+        solver: P of the tangent; give the one that the hypergradient uses. For `Identity` and a random draw, which do
+            not know how far they are from the inverse, P is `CG` instead where d descends along its tangent.
         carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that if the loss of its
             first sample is smaller there than at y, and than after a lower step from y; else it goes back to y (lower
             optimizers of this package; for others False).
@@ -131,13 +132,6 @@ class BiSLS(UpperOptimizer):
         self.project = as_projection("BiSLS", project)
         super().__init__(params, lr, options)
         self.bind(lower)
-        if response == "tangent" and (isinstance(self.solver, Identity) or getattr(self.solver, "random", False)):
-            warn(
-                f"BiSLS(solver={self.solver}, response='tangent'): this solver does not come near the inverse of the "
-                "lower Hessian, so the predicted response is poor and steps will be very short. Prefer "
-                "CG() or Neumann(...), or "
-                "response='step', baseline='matched', response_steps= the lower steps per upper iteration"
-            )
 
     def _check_lr(self, lr: Any) -> None:
         _options.positive("BiSLS", "lr", lr, optional=True, below_infinity=True)
@@ -454,7 +448,7 @@ class BiSLS(UpperOptimizer):
 
     def _compare_slopes(self, record: Record) -> None:
         """Say once when the slope has been far from what the hypergradient promised for 20 steps in a row."""
-        if not math.isfinite(record.slope_ratio) or self._options["response"] == "step":
+        if not math.isfinite(record.slope_ratio) or self._options["response"] == "step" or is_blind(self.solver):
             return
         self._far = self._far + 1 if not 0.5 <= record.slope_ratio <= 2.0 else 0
         if self._far == 20:

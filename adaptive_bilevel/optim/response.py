@@ -4,6 +4,8 @@ An upper search needs phi(a) = f(x - a d, y(a)). The two ways to model y(a):
 
 * `TangentResponse`: y + a w with w = P C^T d, along the tangent of y*(x - a d). The slope of phi at 0 is exactly -s,
   s = <f_x, d> - <f_y, w>, whatever the quality of P, so small steps always pass, and a trial costs one value of f.
+  A solver that does not know how far it is from the inverse (identity, a random draw) serves a hypergradient, where
+  the direction counts, but says nothing of how far y goes: then P is `CG`, as long as d descends along that.
 * `StepResponse`: one more lower step at x - a d, as in Fan et al. (2023), eq. (14). Its slope is not that of the
   hypergradient, so every step may fail, and an accepted one may raise F; kept for comparison.
 """
@@ -18,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..hypergradient import CG, LinearSolver, Neumann
+from ..hypergradient import CG, Identity, LinearSolver, Neumann
 from ..hypergradient.curvature import LowerCurvature
 from ..hypergradient.solution import Refinable
 from .base import Sample
@@ -27,7 +29,7 @@ from .evaluations import Counts
 from .guard import Guard
 from .scalars import agree, inner
 
-__all__ = ["NoResponse", "Response", "StepResponse", "TangentResponse", "refined"]
+__all__ = ["NoResponse", "Response", "StepResponse", "TangentResponse", "is_blind", "refined"]
 
 
 class Response(Protocol):
@@ -87,7 +89,7 @@ class TangentResponse:
         upper: The upper tensors that move.
         lower: The lower tensors.
         partials: f_x (of those upper tensors) and f_y.
-        solver: P.
+        solver: P, if it knows how near it is.
         belief: In the tangent.
         counts: Where lower oracle calls are counted.
         part: How much of its tangent y is moved by, in (0, 1].
@@ -108,50 +110,63 @@ class TangentResponse:
         part: float = 1.0,
     ) -> None:
         self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
-        self._partials, self._solver, self._belief = partials, solver, belief
+        self._partials, self._belief = partials, belief
         self.part = part
         with torch.enable_grad():
             losses = [guard.attached(sample.closure, sample.random) for sample in samples]
             total = torch.stack([loss.reshape(()) for loss in losses]).sum()
             self._curvature = LowerCurvature(total, upper, lower, moves=True)
-        self.slope = 0.0
-        self._adjoint = Adjoint(partials[1]) if isinstance(solver, CG) else None
-        self._refinements = 0
         self.offsets: Sequence[Tensor] | None = None
+        self._tangent: Sequence[Tensor] | None = None
+        self._take(solver)
+
+    def _take(self, solver: LinearSolver) -> None:
+        """Prepare to solve."""
+        self.slope = 0.0
+        self._solvers: list[LinearSolver] = [CG(), solver] if is_blind(solver) else [solver]
+        self._adjoint = Adjoint(self._partials[1]) if isinstance(self._solvers[0], CG) else None
+        self._refinements = 0
 
     def along(self, direction: Sequence[Tensor]) -> None:
         """Set w and the slope s for a direction d."""
         with torch.enable_grad():
-            self._push = self._curvature.cross_jvp(direction)
-            self._solve(direction, self._solver, None)
-            finer = refined(self._solver)
+            self._push_forward(direction)
+            self._solve(direction, self._solvers[0])
+            finer = refined(self._solvers[0])
             if self.slope <= 0.0 and finer is not None:
                 # The solver's error may have the last word on the sign: solve further once, then decide.
-                self._solve(direction, finer, self._tangent)
+                self._solve(direction, finer, again=True)
+            if self.slope <= 0.0 and len(self._solvers) > 1:
+                self._solvers, self._adjoint = self._solvers[1:], None
+                self._solve(direction, self._solvers[0])
 
-    def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, initial: Sequence[Tensor] | None) -> None:
+    def _push_forward(self, direction: Sequence[Tensor]) -> None:
+        self._push = self._curvature.cross_jvp(direction)
+
+    def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, *, again: bool = False) -> None:
+        """Set w and s; `again`: starting from the last w."""
         f_x, f_y = self._partials
         product = self._curvature.hvp if self._adjoint is None else self._adjoint.observing(self._curvature.hvp)
-        solution = solver.solve(product, self._push, initial)
-        self._tangent = solution.tensors
-        # A solver that does not know how far it is from the inverse (identity, a random draw) gets no allowance for it.
+        solution = solver.solve(product, self._push, self._tangent if again else None)
+        self._tangent = tangent = solution.tensors
+        # A solver that does not know how far it is from the inverse gets no allowance for it.
         self._residual = 0.0 if math.isnan(solution.residual) else solution.residual
-        direct, answered = inner(f_x, direction), inner(f_y, self._tangent)
+        direct, answered = inner(f_x, direction), inner(f_y, tangent)
         self.slope = float(agree(direct - self.part * answered)[0])
 
     def refine(self) -> bool:
         """Solve further from now on; False where that is not possible, or was asked for twice already."""
-        finer = refined(self._solver)
+        finer = refined(self._solvers[0])
         if finer is None or self._refinements == 2:
             return False
-        self._solver, self._refinements = finer, self._refinements + 1
+        self._solvers[0], self._refinements = finer, self._refinements + 1
         return True
 
     def hypergradient(self) -> list[Tensor]:
         """Return f_x - C P f_y."""
         f_x, f_y = self._partials
         with torch.enable_grad():
-            solution = self._solver.solve(self._curvature.hvp, f_y)
+            solution = self._solvers[0].solve(self._curvature.hvp, f_y)
             return list(torch._foreach_sub(list(f_x), list(self._curvature.cross_vjp(solution.tensors))))
 
     def close(self) -> None:
@@ -161,6 +176,7 @@ class TangentResponse:
         self._counts.gradients += curvature.gradients
         self._counts.hvps += curvature.hvps
         self._counts.jvps += curvature.jvps
+        assert self._tangent is not None
         self.offsets = self._tangent if self.part == 1.0 else torch._foreach_mul(list(self._tangent), self.part)
         del self._curvature
 
@@ -194,6 +210,11 @@ class TangentResponse:
             moved = list(torch._foreach_add(moved, list(self._push), alpha=(1.0 - self.part) * step))
         self._moved = moved
         return [Change.between(self._gradient, moved, self._push, self._residual)]
+
+
+def is_blind(solver: LinearSolver) -> bool:
+    """Return whether the solver does not know how far it is from the inverse."""
+    return isinstance(solver, Identity) or bool(getattr(solver, "random", False))
 
 
 def refined(solver: LinearSolver) -> LinearSolver | None:

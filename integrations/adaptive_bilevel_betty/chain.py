@@ -14,7 +14,7 @@ from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 from adaptive_bilevel.optim.belief import Belief, Change
 from adaptive_bilevel.optim.evaluations import Counts
 from adaptive_bilevel.optim.guard import Closure, Guard
-from adaptive_bilevel.optim.response import TangentResponse, refined
+from adaptive_bilevel.optim.response import TangentResponse
 from adaptive_bilevel.optim.scalars import agree, inner
 
 __all__ = ["Block", "ChainResponse"]
@@ -64,7 +64,7 @@ class ChainResponse(TangentResponse):
         counts: Counts,
     ) -> None:
         self._guard, self._blocks, self._lower, self._counts = guard, list(blocks), lower, counts
-        self._partials, self._solver, self._belief = partials, solver, belief
+        self._partials, self._belief = partials, belief
         self._positions = _positions(blocks, lower)
         self._curvatures: list[LowerCurvature] = []
         for block in blocks:
@@ -74,35 +74,28 @@ class ChainResponse(TangentResponse):
             with torch.enable_grad():
                 loss = guard.attached(block.closure, guard.entry).reshape(())
                 self._curvatures.append(LowerCurvature(loss, moving, block.tensors, moves=True))
-        self.slope = 0.0
-        self._refinements = 0
         self.offsets: Sequence[Tensor] | None = None
+        self._take(solver)
 
-    def along(self, direction: Sequence[Tensor]) -> None:
-        """Set the w_j and the slope s for a direction d."""
-        self._answer_to(direction, self._solver, [None] * len(self._blocks))
-        finer = refined(self._solver)
-        if self.slope <= 0.0 and finer is not None:
-            self._answer_to(direction, finer, list(self._offsets))
+    def _push_forward(self, direction: Sequence[Tensor]) -> None:
+        """Do nothing: what moves a problem is known when those before it have answered."""
 
-    def _answer_to(
-        self, direction: Sequence[Tensor], solver: LinearSolver, initial: Sequence[Sequence[Tensor] | None]
-    ) -> None:
-        self._offsets: list[Sequence[Tensor]] = []
+    def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, *, again: bool = False) -> None:
+        initial = self._answers if again else [None] * len(self._blocks)
+        self._answers: list[Sequence[Tensor]] = []
         self._pushes: list[Sequence[Tensor]] = []
         self._residuals: list[float] = []
-        with torch.enable_grad():
-            for block, curvature, start in zip(self._blocks, self._curvatures, initial, strict=True):
-                moves = [*direction] if -1 in block.answers else []
-                for i in (i for i in block.answers if i >= 0):
-                    moves += torch._foreach_neg(list(self._offsets[i]))
-                push = curvature.cross_jvp(moves)
-                solution = solver.solve(curvature.hvp, push, start)
-                self._pushes.append(push)
-                self._offsets.append(solution.tensors)
-                self._residuals.append(0.0 if math.isnan(solution.residual) else solution.residual)
+        for block, curvature, start in zip(self._blocks, self._curvatures, initial, strict=True):
+            moves = [*direction] if -1 in block.answers else []
+            for i in (i for i in block.answers if i >= 0):
+                moves += torch._foreach_neg(list(self._answers[i]))
+            push = curvature.cross_jvp(moves)
+            solution = solver.solve(curvature.hvp, push, start)
+            self._pushes.append(push)
+            self._answers.append(solution.tensors)
+            self._residuals.append(0.0 if math.isnan(solution.residual) else solution.residual)
         f_x, f_y = self._partials
-        self.offsets = self._flat(self._offsets)
+        self.offsets = self._flat(self._answers)
         self.slope = float(agree(inner(f_x, direction) - inner(f_y, self.offsets))[0])
 
     def hypergradient(self) -> list[Tensor]:
@@ -113,7 +106,7 @@ class ChainResponse(TangentResponse):
         with torch.enable_grad():
             for j in reversed(range(len(self._blocks))):
                 answers, curvature = self._blocks[j].answers, self._curvatures[j]
-                solution = self._solver.solve(curvature.hvp, adjoints[j])
+                solution = self._solvers[0].solve(curvature.hvp, adjoints[j])
                 back = list(curvature.cross_vjp(solution.tensors))
                 if -1 in answers:
                     total = list(torch._foreach_sub(total, back[: len(total)]))
