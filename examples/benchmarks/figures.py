@@ -5,7 +5,7 @@
 Each figure is a list of panels, each panel a task, the methods on it, and what is drawn. Runs are kept in RUNS and not
 repeated. A figure NAME becomes NAME.png and NAME.json, which has the final value of every curve. The paper trains LeNet
 on 28x28 MNIST; "hyper-representation" here is the MLP on 14x14, which a CPU can repeat (``--set`` in suite.py for
-LeNet). What holds and what does not is in NOTES.md.
+LeNet). What holds and what does not is in EVIDENCE.md.
 """
 
 from __future__ import annotations
