@@ -11,7 +11,6 @@ all tensors together is compared with that of TorchOpt's loop with fixed steps a
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -29,12 +28,12 @@ import torch
 import torchopt
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
 from adaptive_bilevel import SLS, SPSB, BiSPS
 from adaptive_bilevel_torchopt import LowerStep, UpperStep
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from live import live_bytes
 from overhead import Clock, lenet
 
 BATCH, LOWER_STEPS, CG_STEPS = 128, 5, 3
@@ -105,20 +104,14 @@ class Loop:
 
 def peak(name: str, iterations: int) -> int:
     """Return the largest number of bytes that all tensors of a case had together."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def run() -> None:
         loop = Loop(name)
         for _ in range(iterations):
             loop.inner.solve()
             loop.upper()
-    events, allocations = list(profiler.profiler.kineto_results.experimental_event_tree()), []
-    while events:
-        event = events.pop()
-        events.extend(event.children)
-        if event.tag.name == "Allocation":
-            allocations.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
-    _, total, size = min(allocations)
-    return max(total for _, total, _ in allocations) - (total - size)  # the count goes on from profile to profile
+
+    return max(live_bytes(run))
 
 
 def measure(name: str, repeats: int, clock: Clock) -> dict[str, Any]:

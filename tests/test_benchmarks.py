@@ -229,10 +229,9 @@ def test_the_methods_of_every_figure_exist(name: str) -> None:
 LOOPS = {"lower_steps": 2, "solver_steps": 2}
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads this system's memory from /proc")
 @pytest.mark.parametrize("method", ["plain-adam", "bisls-sgd", "SPSB"])
 def test_scaling_measures_in_a_process_of_its_own(method: str) -> None:
     sizes = {"parameters": 1000, "batch": 8}
     found = scaling.child(method=method, iterations=3, **sizes, **({} if method in scaling.SINGLE else LOOPS))
-    assert found["seconds"] > 0.0 and found["peak"] >= 0.0
+    assert found["seconds"] > 0.0 and found["peak"] >= 1.0
     assert (found["cost"] > LOOPS["lower_steps"]) is (method not in scaling.SINGLE)

@@ -5,8 +5,8 @@
 The problem: softmax regression on random data, y its weights, x one log-penalty per weight; f is the validation loss.
 Every figure comes from a process of its own. "plain" is a loop with constant steps at both levels (SGD below, SGD or
 Adam above) and the same hypergradient by CG; "bisls" has `SLS` below and `BiSLS` above, with no number. Seconds are of
-processor time (medians), cost is in gradients. "peak" is the largest resident memory beyond data and parameters, in
-copies of y (x is as large): gradients, graphs, solver vectors and optimizer state included. Linux only.
+processor time (medians), cost is in gradients. "peak" is the most that all tensors beyond data and parameters held, in
+copies of y (x is as large): gradients, graphs, solver vectors and optimizer state included. See `live`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, SPSMax
 from adaptive_bilevel.hypergradient import CG, assign, implicit_with_info
 from adaptive_bilevel.optim.evaluations import Counts
+from live import live_bytes
 from methods import plain_step
 
 BASE = {"parameters": 100_000, "lower_steps": 5, "solver_steps": 10, "batch": 64}
@@ -99,6 +100,7 @@ def bilevel(method: str, parameters: int, lower_steps: int, solver_steps: int, b
         counts.gradients += info.gradients + (lower_steps if plain else 0)
         counts.hvps += info.hvps
         counts.jvps += info.jvps
+        del h, info  # a loop that calls implicit holds neither
         outer.step() if plain else outer.step(problem.upper)
 
     def cost() -> float:
@@ -119,32 +121,25 @@ def single(method: str, parameters: int, batch: int) -> tuple[Any, Any]:
     return lambda: step(problem.lower), lambda: 0.0
 
 
-def memory(key: str) -> int:
-    """A figure of this process in bytes: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: seconds and cost of an iteration, and the peak."""
+    """In a process of its own: seconds and cost of an iteration, and the peak of another run."""
     torch.set_num_threads(1)
     method, iterations = job.pop("method"), job.pop("iterations")
     small = {**job, "parameters": 1_000}
     make = single if method in SINGLE else bilevel
     make(method, **small)[0]()  # loads code and starts threads, whatever the size
     iterate, cost = make(method, **job)
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
     seconds, costs = [], [cost()]
     for _ in range(iterations):
         start = time.process_time()
         iterate()
         seconds.append(time.process_time() - start)
         costs.append(cost())
-    unit = 4.0 * job["parameters"]
+    iterate, _ = make(method, **job)
+    peak = max(live_bytes(lambda: [iterate() for _ in range(iterations)]))
     return {
         "seconds": statistics.median(seconds[1:]), "cost": (costs[-1] - costs[1]) / (iterations - 1),
-        "peak": (memory("VmHWM") - before) / unit,
+        "peak": peak / (4.0 * job["parameters"]),
     }  # fmt: skip
 
 
