@@ -99,7 +99,7 @@ class LowerCurvature:
     """
 
     def __init__(self, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor], *, moves: bool = False) -> None:
-        self._loss = loss
+        self._loss: Tensor | None = loss
         self._upper = tuple(upper)
         self._lower = tuple(lower)
         first = len(self._upper) if moves else 0
@@ -131,6 +131,13 @@ class LowerCurvature:
         self.jvps += 1
         return _pull_back(self._slopes_in_upper(), self._lower, direction)
 
+    def forget_loss(self) -> None:
+        """Drop the loss and ``grad_x g``, so that memory holds only what products with H and C need.
+
+        `cross_jvp` and `push_forward`, which need more, are not possible any more.
+        """
+        self._loss, self._upper_slopes = None, None
+
     def pull_back(self, vector: Sequence[Tensor]) -> tuple[Vector, Vector]:
         """Return ``(C v, H v)`` with one backward: an adjoint step through ``grad_y g``."""
         self.hvps += 1
@@ -146,6 +153,7 @@ class LowerCurvature:
 
     def _slopes_in_upper(self) -> tuple[Tensor | None, ...]:
         if self._upper_slopes is None:
+            assert self._loss is not None, "forget_loss was called"
             self._upper_slopes = _gradients([self._loss], self._upper, None, create_graph=True)
             self.gradients += 1
         return self._upper_slopes

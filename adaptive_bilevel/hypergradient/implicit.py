@@ -159,7 +159,9 @@ def _differentiate(
             nonlocal gradients
             loss = evaluate(guard, lower_closure, "lower_closure")
             gradients += 1
-            return loss, LowerCurvature(loss, x, y)
+            curvature = LowerCurvature(loss, x, y)
+            curvature.forget_loss()
+            return loss.detach(), curvature
 
         if solver.resamples:
             solution = solver.solve(lambda v: sample()[1].hvp(v), rhs, start)
@@ -175,7 +177,7 @@ def _differentiate(
     info = ImplicitInfo(
         solution=solution,
         upper_loss=upper_loss.detach(),
-        lower_loss=lower_loss.detach(),
+        lower_loss=lower_loss,
         direct=direct,
         lower_gradient=curvature.gradient,
         gradients=1 + gradients,

@@ -26,7 +26,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies._options import count, finite, non_negative, positive
 
-from ._vectors import add, cast_like, inner, rounding, scale, widen, zeros_like
+from ._vectors import Vector, add, cast_like, inner, rounding, scale, widen, zeros_like
 from .solution import MatVec, Solution, SolverStatus
 
 __all__ = ["CG", "Identity", "Neumann"]
@@ -93,8 +93,9 @@ class CG:
         if (ended := _trivial(rhs, size)) is not None:
             return ended
         v, residual, taken = zeros_like(b), b, 0
+        start: Vector | None = None
         if initial is not None:
-            start, taken = tuple(tensor.clone() for tensor in widen(initial)), 1
+            start, taken = widen(initial), 1
             image = widen(matvec(cast_like(start, rhs)))
             # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
             # The residual would be the wrong judge: it may grow while the iterate improves.
@@ -131,6 +132,8 @@ class CG:
             v, residual = add(v, p, step), shorter
             ratio = following / square
             p, length, square = add(residual, p, ratio), following + ratio**2 * length, following
+        if v is start:
+            v = tuple(tensor.clone() for tensor in v)
         return Solution(cast_like(v, rhs), taken, math.sqrt(square / size), status)
 
 
