@@ -54,9 +54,9 @@ def run(hypergradients: list[Tensor], scale: Tensor) -> tuple[list[float], list[
     x, state, reference = torch.zeros_like(scale), defaultdict[Any, Any](dict), Reference(scale.numpy())
     thetas, restarts = [], []
     for h in hypergradients:
-        descent = blended(metric_of(scale), [x], [h], [1.0], state, BETA)
+        descent, step = blended(metric_of(scale), [x], [h], [1.0], state, BETA)
         expected, theta = reference.step(h.numpy())
-        stepped = descent.precondition([h]) if descent.step is None else descent.step
+        stepped = descent.precondition([h]) if step is None else step()
         np.testing.assert_allclose(stepped[0].numpy(), expected, rtol=1e-9, atol=1e-12)
         assert descent.weight == pytest.approx(theta, abs=1e-9)
         descent.commit()

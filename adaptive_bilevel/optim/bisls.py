@@ -194,28 +194,29 @@ class BiSLS(UpperOptimizer):
             section = None if self.project is None else Section.of(self.project, params, active, factors)
             if section is not None:
                 section.enter(guard, params)
-            loss, partials = self._partials(guard, upper_closure, [*params, *lower])
+            loss, found = self._partials(guard, upper_closure, [*params, *lower])
             guard.mark()
             going, descent = self._move_along(active, h, factors)
             value = float(agree(loss)[0])
-            record, state, response = self._refuse(value, going.promised), self._rule_state(), None
+            record, state, tangent = self._refuse(value, going.promised), self._rule_state(), None
             if record is None and self._unresolved(loss, value, going.promised):
                 going, _ = self._feasible(params, section, going, value)
                 step = min(state.previous, going.longest, self._options["max_step"] or math.inf)
                 record = Record(step, step, going.longest, Outcome.accepted, slope=going.promised)
             elif record is None:
-                guard.copy()
-                f_x = gradients_of(active, params, partials[: len(params)])
-                f_y = gradients_of(lower, lower, partials[len(params) :])
+                f_x = gradients_of(active, params, found[: len(params)])
+                partials = f_x, gradients_of(lower, lower, found[len(params) :])
+                del found, f_x
                 going, limits = self._feasible(params, section, going, value)
                 record = self._refuse_cut(value, loss, going)
             if record is None:
-                response = self._respond(guard, lower_closure, lower, (f_x, f_y), going, covered)
+                response = self._respond(guard, lower_closure, lower, partials, going, covered)
                 promised = going.promised
                 if response.part < 1.0:
-                    direct = float(agree(inner(f_x, going.along))[0])
+                    direct = float(agree(inner(partials[0], going.along))[0])
                     promised = direct + response.part * (promised - direct)
                 ratio = response.slope / promised if promised else math.nan
+                del partials
                 if isinstance(response, TangentResponse):
                     while response.slope <= 0.0 and response.refine():
                         # The hypergradient does not descend on phi: take the one of the response's solver.
@@ -226,16 +227,19 @@ class BiSLS(UpperOptimizer):
                     response.close()
                 record, state = self._search(guard, upper_closure, going, response, value, loss, limits)
                 record = record._replace(slope=response.slope, slope_ratio=ratio)
+                tangent = response.offsets
+                del response
             guard.put_back()
             if record.outcome == Outcome.non_finite:
                 guard.undo()
             elif record.outcome != Outcome.zero_gradient:
                 if record.moved:
-                    going.go(record.step_size, finally_=True)
+                    going.take(record.step_size)
                     self._save_rule_state(state)
-                descent.commit()
                 covered.commit()
-                answer = self._answer(response, going, descent)
+                answer, commit = self._answer(tangent, going, descent), descent.commit
+                del covered, tangent, going, descent  # what is committed takes their place
+                commit()
                 if record.moved:
                     self._carry(lower, answer, record.step_size)
         if record.trials > 1 and not self._saved("rejected", False):
@@ -255,14 +259,16 @@ class BiSLS(UpperOptimizer):
 
     def _move_along(self, active: list[Tensor], h: Sequence[Tensor], factors: Sequence[float]) -> tuple[Move, Descent]:
         """Return the move along the preconditioned h; a group's lr counts as a part of its direction."""
-        descent = self._descent(active, h)
+        descent, step = self._descent(active, h), None
         momentum = _momentum(self._options)
         if momentum is not False:
             weight = 1.0 if momentum is True else None
             beta = self.param_groups[0]["betas"][0]
-            descent = blended(descent, active, h, factors, self.state, beta, weight=weight)
+            descent, step = blended(descent, active, h, factors, self.state, beta, weight=weight)
+        elif descent.step is not None:
+            step = descent.step.copy
         along = _scaled(descent.precondition(h), factors)
-        stepped = None if descent.step is None else _scaled(descent.step, factors)
+        stepped = None if step is None else lambda: _scaled(step(), factors)
         return Move(active, list(h), along, stepped, mover=descent.move, factors=factors), descent
 
     def _processed(self, active: Sequence[Tensor], hypergradient: list[Tensor]) -> list[Tensor]:
@@ -381,6 +387,7 @@ class BiSLS(UpperOptimizer):
             asked = value + policy.slack + rounding * abs(value) - policy.c * step * response.slope
             return response.certify(step, asked - there, place)
 
+        guard.copy()
         state, bound = limits
         policy, rounding = self._searching(state), resolution(loss)
         extra: dict[str, Any]
@@ -415,7 +422,7 @@ class BiSLS(UpperOptimizer):
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         return policy
 
-    def _answer(self, response: Response | None, going: Move, descent: Descent) -> list[Tensor] | None:
+    def _answer(self, tangent: Sequence[Tensor] | None, going: Move, descent: Descent) -> list[Tensor] | None:
         """Return how y answers to one unit of the step that is taken; None: not known.
 
         Along the mean of the hypergradients that is the mean of the tangents, averaged likewise. A solve for the mean
@@ -423,9 +430,9 @@ class BiSLS(UpperOptimizer):
         changed meanwhile. Measured on random quadratics (Adam, T = 1, mu = .01, momentum=True): median gap 2.7e-3,
         against 4.9e-2 with the tangent of the searched direction.
         """
-        if response is None or response.offsets is None:
+        if tangent is None:
             return None
-        tangent = list(response.offsets)
+        tangent = list(tangent)
         if _momentum(self._options) is False:
             return tangent
         beta = self.param_groups[0]["betas"][0]

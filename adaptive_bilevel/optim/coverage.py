@@ -51,14 +51,17 @@ def coverage(parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) 
         state: An optimizer's state; per parameter it holds "covered", the entries in which a hypergradient was
             not zero.
     """
-    now = [g != 0 for g in grads]
     known = {p: saved["covered"] for p, saved in state.items() if "covered" in saved}
-    ever = [mask | known.pop(p) if p in known else mask for p, mask in zip(parameters, now, strict=True)]
-    absent = [mask for p, mask in known.items() if p.requires_grad]
-    here, there = on_host(_entries(now), _entries([*ever, *absent]))
+
+    def ever() -> list[Tensor]:
+        return [(g != 0) | known[p] if p in known else g != 0 for p, g in zip(parameters, grads, strict=True)]
+
+    taking_part = set(parameters)
+    absent = [mask for p, mask in known.items() if p not in taking_part and p.requires_grad]
+    here, there = on_host(_entries([g != 0 for g in grads]), _entries([*ever(), *absent]))
 
     def commit() -> None:
-        for p, entries in zip(parameters, ever, strict=True):
+        for p, entries in zip(parameters, ever(), strict=True):
             state[p] = {**state[p], "covered": entries}
 
     return Coverage(math.sqrt(here / there) if here else 1.0, commit)

@@ -91,37 +91,45 @@ def metric(parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, be
     """
     if not parameters:
         return sgd()
+    root, commit = _metric(parameters, grads, state, beta, eps)
+    return Descent(lambda g: list(torch._foreach_div(list(g), root)), None, commit)
+
+
+def _metric(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, beta: float, eps: float
+) -> tuple[list[Tensor], Callable[..., None]]:
+    """Return A, and what takes its second moment into the state."""
     known = [state.get(p, {}) for p in parameters]
-    counts = _counts(known, "step", grads)
-    old = [
-        saved["exp_avg_sq"] if "exp_avg_sq" in saved else torch.zeros_like(g)
-        for saved, g in zip(known, grads, strict=True)
-    ]
-    second = list(torch._foreach_mul(old, beta))
-    torch._foreach_addcmul_(second, list(grads), list(grads), 1.0 - beta)
-    root = list(torch._foreach_sqrt(second))
+    counts, old = _counts(known, "step", grads), [saved.get("exp_avg_sq") for saved in known]
+
+    def advanced() -> list[Tensor]:
+        second = list(torch._foreach_mul(_so_far(old, grads), beta))
+        torch._foreach_addcmul_(second, list(grads), list(grads), 1.0 - beta)
+        return second
+
+    root = advanced()
+    torch._foreach_sqrt_(root)
     torch._foreach_div_(root, [(1.0 - beta**n) ** 0.5 for n in counts])
     torch._foreach_add_(root, eps)
 
-    def precondition(g: Sequence[Tensor]) -> list[Tensor]:
-        return list(torch._foreach_div(list(g), root))
-
     def commit(moved: Tensor | bool = True) -> None:
-        _keep(parameters, state, moved, step=(counts, [n - 1 for n in counts]), exp_avg_sq=(second, old))
+        # Computed anew, since until here it would be one more copy.
+        moments = advanced(), _so_far(old, grads)
+        _keep(parameters, state, moved, step=(counts, [n - 1 for n in counts]), exp_avg_sq=moments)
 
-    return Descent(precondition, None, commit)
+    return root, commit
 
 
 class Mean(NamedTuple):
     """The moving mean of the gradients, Adam's first moment.
 
     Attributes:
-        moment: m.
+        moment: Computes m.
         mass: 1 - beta^n of each parameter, by which m is to be divided.
         commit: As in `Descent`.
     """
 
-    moment: list[Tensor]
+    moment: Callable[[], list[Tensor]]
     mass: list[Any]
     commit: Callable[..., None]
 
@@ -139,16 +147,16 @@ def mean(
         restart: Forget all gradients before.
     """
     known = [{} if restart else state.get(p, {}) for p in parameters]
-    counts = _counts(known, "averaged", grads)
-    old = [
-        saved["exp_avg"] if "exp_avg" in saved else torch.zeros_like(g) for saved, g in zip(known, grads, strict=True)
-    ]
-    first = list(torch._foreach_lerp(old, list(grads), 1.0 - beta))
+    counts, old = _counts(known, "averaged", grads), [saved.get("exp_avg") for saved in known]
+
+    def moment() -> list[Tensor]:
+        return list(torch._foreach_lerp(_so_far(old, grads), list(grads), 1.0 - beta))
 
     def commit(moved: Tensor | bool = True) -> None:
-        _keep(parameters, state, moved, averaged=(counts, [n - 1 for n in counts]), exp_avg=(first, old))
+        moments = moment(), _so_far(old, grads)
+        _keep(parameters, state, moved, averaged=(counts, [n - 1 for n in counts]), exp_avg=moments)
 
-    return Mean(first, [1.0 - beta**n for n in counts], commit)
+    return Mean(moment, [1.0 - beta**n for n in counts], commit)
 
 
 def adam(
@@ -165,16 +173,17 @@ def adam(
     """
     if not parameters:
         return sgd()
-    scaled, first = metric(parameters, grads, state, betas[1], eps), mean(parameters, grads, state, betas[0])
-
-    step = scaled.precondition(first.moment)
+    root, commit_metric = _metric(parameters, grads, state, betas[1], eps)
+    first = mean(parameters, grads, state, betas[0])
+    step = first.moment()
+    torch._foreach_div_(step, root)
     torch._foreach_div_(step, first.mass)
 
     def commit(moved: Tensor | bool = True) -> None:
-        scaled.commit(moved)
+        commit_metric(moved)
         first.commit(moved)
 
-    return Descent(scaled.precondition, step, commit, weight=1.0)
+    return Descent(lambda g: list(torch._foreach_div(list(g), root)), step, commit, weight=1.0)
 
 
 def _counts(known: Sequence[dict[str, Any]], name: str, grads: Sequence[Tensor]) -> list[Any]:
@@ -183,6 +192,11 @@ def _counts(known: Sequence[dict[str, Any]], name: str, grads: Sequence[Tensor])
     if any(isinstance(n, Tensor) for n in counts):  # counted on the device, and perhaps a parameter that came later
         counts = [torch.as_tensor(n, device=g.device) for n, g in zip(counts, grads, strict=True)]
     return counts
+
+
+def _so_far(moments: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return the moments before these gradients, zeros where there are none."""
+    return [torch.zeros_like(g) if m is None else m for m, g in zip(moments, grads, strict=True)]
 
 
 def _keep(

@@ -46,14 +46,21 @@ class RandomState:
 
 
 class Workspace:
-    """What a guard keeps between steps: memory for the copies, and what it learned about the closures."""
+    """What a guard keeps between steps: memory for the copies, and what it learned about the closures.
 
-    def __init__(self) -> None:
+    Args:
+        lasting: Whether the memory is kept too.
+    """
+
+    def __init__(self, lasting: bool = True) -> None:
+        self._lasting = lasting
         self.copies: list[Tensor] = []
         self.trials_need_grad = False
 
     def fit(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return memory of the tensors' shapes, allocating only when they have changed."""
+        """Return memory of the tensors' shapes; if it is kept, it is allocated only when they have changed."""
+        if not self._lasting:
+            return [torch.empty_like(p, requires_grad=False) for p in tensors]
         same = len(self.copies) == len(tensors) and all(
             c.shape == p.shape and c.dtype == p.dtype and c.device == p.device
             for c, p in zip(self.copies, tensors, strict=True)

@@ -25,7 +25,7 @@ minibatches of hyper-representation as good as m alone and far better than h alo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,11 @@ def blended(
     beta: float,
     *,
     weight: float | None = None,
-) -> Descent:
-    """Return the direction whose step is a mixture of the searched direction and of the mean.
+) -> tuple[Descent, Callable[[], list[Tensor]] | None]:
+    """Return the direction, and what computes its step, a mixture of the searched direction and of the mean.
+
+    That is None where the step is the searched direction. It is computed when the step is taken, and not before, so
+    that the search need not hold it.
 
     Args:
         descent: The direction to search along.
@@ -60,33 +63,34 @@ def blended(
         weight: theta, if it is not to be found.
     """
     if not parameters:
-        return descent
+        return descent, None
     average = mean(parameters, grads, state, beta)
-    sums: dict[str, Any] = {}
-    theta = weight
-    if theta is None:
-        sums = _sums(descent, parameters, grads, state, beta)
-        theta = _ratio(sums)
-    restarted = False
-    step = None
-    if theta > 0.0:
-        mixture = list(torch._foreach_div(average.moment, average.mass))
+    sums = _sums(descent, parameters, grads, state, beta) if weight is None else {}
+    theta = _ratio(sums) if weight is None else weight
+
+    def step() -> list[Tensor]:
+        mixture = average.moment()
+        torch._foreach_div_(mixture, average.mass)
         if theta < 1.0:
             mixture = list(torch._foreach_lerp(list(grads), mixture, theta))
-        step = descent.precondition(mixture)
-        if weight is None and float(agree(inner(grads, step, factors))[0]) <= 0.0:
-            restarted, step, theta = True, None, 0.0
-            average = mean(parameters, grads, state, beta, restart=True)
+        return descent.precondition(mixture)
+
+    restarted = False
+    if theta > 0.0 and weight is None and float(agree(inner(grads, step(), factors))[0]) <= 0.0:
+        restarted, theta = True, 0.0
+        average = mean(parameters, grads, state, beta, restart=True)
+
+    searched = descent.commit  # not the descent itself, whose metric is not needed any more then
 
     def commit(moved: Tensor | bool = True) -> None:
-        descent.commit(moved)
+        searched(moved)
         average.commit(moved)
         if weight is None:
             for p, h in zip(parameters, grads, strict=True):
                 state[p] = {**state[p], "last": h.clone()}
             state["momentum"] = sums
 
-    return descent._replace(step=step, commit=commit, weight=theta, restarted=restarted)
+    return descent._replace(commit=commit, weight=theta, restarted=restarted), step if theta > 0.0 else None
 
 
 def _sums(
@@ -98,17 +102,17 @@ def _sums(
     if not all("last" in saved for saved in known):  # the first step, or a parameter that has just begun to take part
         return sums
     last = [saved["last"] for saved in known]
-    means = torch._foreach_div(
-        [saved["exp_avg"] for saved in known], [1.0 - beta ** saved["averaged"] for saved in known]
+    lag = list(
+        torch._foreach_div([saved["exp_avg"] for saved in known], [1.0 - beta ** saved["averaged"] for saved in known])
     )
-    lag = list(torch._foreach_sub(list(means), last))
+    torch._foreach_sub_(lag, last)
     scaled = descent.precondition(lag)
-    agreement, spread, new, old = on_host(
-        inner(torch._foreach_sub(list(grads), last), scaled),
-        inner(lag, scaled),
-        inner(grads, descent.precondition(grads)),
-        inner(last, descent.precondition(last)),
-    )
+    products = [inner(lag, scaled)]
+    del lag
+    products.append(inner(torch._foreach_sub(list(grads), last), scaled))
+    del scaled
+    products += [inner(tensors, descent.precondition(tensors)) for tensors in (grads, last)]
+    spread, agreement, new, old = on_host(*products)
     size = new + old
     if size > 0.0 and math.isfinite(agreement / size) and math.isfinite(spread / size):
         sums["agreement"] += (1.0 - beta) * (agreement / size - sums["agreement"])

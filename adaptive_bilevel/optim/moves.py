@@ -24,7 +24,7 @@ class Move:
         tensors: The upper tensors that have a hypergradient.
         gradient: h, the hypergradient.
         along: d, the direction searched along.
-        stepped: e, the direction stepped along; None: d.
+        stepped: Computes e, the direction stepped along; None: d.
         constrained: The upper tensors, if there is a convex set for them, and the projection to it.
         longest: No step above it stays in that set.
         mover: Moves tensors along directions, see `Descent`.
@@ -37,7 +37,7 @@ class Move:
     tensors: list[Tensor]
     gradient: list[Tensor]
     along: list[Tensor]
-    stepped: list[Tensor] | None
+    stepped: Callable[[], list[Tensor]] | None
     constrained: tuple[Sequence[Tensor], Section] | None = None
     longest: float = math.inf
     mover: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
@@ -50,10 +50,16 @@ class Move:
         """Compute the slope."""
         self.promised = float(agree(inner(self.gradient, self.along))[0])
 
-    def go(self, step: float, *, finally_: bool = False) -> None:
-        """Move the tensors, which are at x."""
-        along = self.stepped if finally_ and self.stepped is not None else self.along
-        self.mover(self.tensors, along, step, [1.0] * len(along))
+    def take(self, step: float) -> None:
+        """Move the tensors, which are at x, along e; d is given up first, so that there is memory for one of them."""
+        if self.stepped is not None:
+            self.along = []
+            self.along = self.stepped()
+        self.go(step)
+
+    def go(self, step: float) -> None:
+        """Move the tensors, which are at x, along d."""
+        self.mover(self.tensors, self.along, step, [1.0] * len(self.along))
         if self.constrained is not None:
             # For d this changes rounding errors only.
             params, project = self.constrained

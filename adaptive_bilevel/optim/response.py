@@ -111,11 +111,8 @@ class TangentResponse:
     ) -> None:
         self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
         self._partials, self._belief = partials, belief
-        self.part = part
-        with torch.enable_grad():
-            losses = [guard.attached(sample.closure, sample.random) for sample in samples]
-            total = torch.stack([loss.reshape(()) for loss in losses]).sum()
-            self._curvature = LowerCurvature(total, upper, lower, moves=True)
+        self._upper, self.part = upper, part
+        self._curvature = self._differentiated()
         self.offsets: Sequence[Tensor] | None = None
         self._tangent: Sequence[Tensor] | None = None
         self._take(solver)
@@ -140,8 +137,18 @@ class TangentResponse:
                 self._solvers, self._adjoint = self._solvers[1:], None
                 self._solve(direction, self._solvers[0])
 
+    def _differentiated(self) -> LowerCurvature:
+        with torch.enable_grad():
+            losses = [self._guard.attached(sample.closure, sample.random) for sample in self._samples]
+            total = torch.stack([loss.reshape(()) for loss in losses]).sum()
+            return LowerCurvature(total, self._upper, self._lower, moves=True)
+
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
+        if self._refinements > 0:
+            self._drop_graph()  # it has forgotten the loss, and a projection may have written to x meanwhile
+            self._tangent, self._curvature = None, self._differentiated()
         self._push = self._curvature.cross_jvp(direction)
+        self._curvature.forget_loss()
 
     def _solve(self, direction: Sequence[Tensor], solver: LinearSolver, *, again: bool = False) -> None:
         """Set w and s; `again`: starting from the last w."""
@@ -170,14 +177,17 @@ class TangentResponse:
             return list(torch._foreach_sub(list(f_x), list(self._curvature.cross_vjp(solution.tensors))))
 
     def close(self) -> None:
-        """Drop the graph: parameters are about to move."""
-        curvature = self._curvature
-        self._gradient = curvature.gradient
-        self._counts.gradients += curvature.gradients
-        self._counts.hvps += curvature.hvps
-        self._counts.jvps += curvature.jvps
+        """Drop the graph and what only solves need: parameters are about to move."""
+        self._gradient = self._curvature.gradient
+        self._drop_graph()
         assert self._tangent is not None
         self.offsets = self._tangent if self.part == 1.0 else torch._foreach_mul(list(self._tangent), self.part)
+        del self._partials, self._tangent
+
+    def _drop_graph(self) -> None:
+        self._counts.gradients += self._curvature.gradients
+        self._counts.hvps += self._curvature.hvps
+        self._counts.jvps += self._curvature.jvps
         del self._curvature
 
     def answer(self, step: float) -> None:

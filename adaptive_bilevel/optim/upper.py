@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import HypergradientError, TensorError
 from .base import AdaptiveOptimizer
 from .evaluations import Evaluations
+from .guard import Workspace
 from .lower import LowerLevel
 
 __all__ = ["UpperOptimizer"]
@@ -49,6 +50,7 @@ class UpperOptimizer(AdaptiveOptimizer):
     def _prepare(self) -> None:
         super()._prepare()
         self.evaluations = Evaluations()
+        self._workspace = Workspace(lasting=False)  # a step has larger things to allocate than the copies
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
