@@ -79,6 +79,7 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
         ("sgd", {"momentum": False}, 0, 2, 2),
         # Also the means of hypergradients and tangents, and the last hypergradient.
         ("sgd", {}, 2, 3, 5),
+        ("sgd", {"carry": False}, 2, 2, 4),  # no mean of the tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
         ("adam", {"momentum": False}, 0, 2, 3),
         ("adam", {}, 2, 3, 6),

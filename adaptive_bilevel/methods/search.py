@@ -143,6 +143,11 @@ class _Level(LowerLevel):
         """Return the sample of the driver's lower closure."""
         return [ReplayedSample(closures, guard.random_state(), self.step_size)]
 
+    @property
+    def takes_offers(self) -> bool:
+        """The driver decides about predictions."""
+        return True
+
     def predict(self, offsets: Sequence[Tensor]) -> None:
         """Take note of the predicted response."""
         self.offset = list(offsets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -90,17 +90,26 @@ class LowerLevel:
             raise LowerLevelError(f"the lower optimizer {type(optimizer).__name__} has no sample to evaluate: {remedy}")
         return remembered
 
+    @property
+    def takes_offers(self) -> bool:
+        """Whether a prediction would reach anyone."""
+        return any(map(_takes_offers, self.optimizers))
+
     def predict(self, offsets: Sequence[Tensor]) -> None:
         """Move y by the predicted response where the lower optimizer can take it back, and offer it to do so."""
         by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
         for optimizer in self.optimizers:
-            if not (isinstance(optimizer, AdaptiveOptimizer) and optimizer.takes_offers):
+            if not _takes_offers(optimizer):
                 continue  # in three levels, the middle one's optimizer may be an upper one, too
             params = [p for group in optimizer.param_groups for p in group["params"]]
             before = [p.detach().clone() for p in params]
             moved = [p for p in params if id(p) in by_id]
             torch._foreach_add_(moved, [by_id[id(p)] for p in moved])
             optimizer.offer(before)
+
+
+def _takes_offers(optimizer: torch.optim.Optimizer) -> TypeGuard[AdaptiveOptimizer]:
+    return isinstance(optimizer, AdaptiveOptimizer) and optimizer.takes_offers
 
 
 def _step_size(optimizer: torch.optim.Optimizer) -> float:
