@@ -21,12 +21,11 @@ PUSH = 2.0
 def believed(belief: Belief, step: float, size: float, half: float, residual: float = 0.0) -> bool:
     """Ask about a step where the gradient changed by `size`, and by `half` at half of the step."""
     at = [step]
-
-    def measure(asked: float) -> list[Change]:
-        assert asked == at[0]
-        return [Change(size if asked == step else half, PUSH, residual, 0.0)]
-
-    return belief(step, measure, lambda a: at.append(at.pop() and a))
+    return belief(
+        step,
+        lambda: [Change(size if at[0] == step else half, PUSH, residual, 0.0)],
+        lambda a: at.append(at.pop() and a),
+    )
 
 
 @pytest.mark.parametrize("resumed", [True, False])
@@ -173,7 +172,7 @@ def test_change_that_does_no_harm_to_f_is_excused_but_for_a_first_search(resumed
     for size, answer, expected in ((0.9, False, True), (1.9, True, True), (1.9, False, False)):
         changes = iter([[Change(size, PUSH, 0.0, 0.0)], [Change(0.25 * size, PUSH, 0.0, 0.0)]])
         belief = Belief(0.5, resumed)
-        passed = belief(1.0, lambda _: next(changes), places.append, partial(excused, answer))
+        passed = belief(1.0, partial(next, changes), places.append, partial(excused, answer))
         assert passed is (expected and (resumed or size < 1.0))
     assert asked == ([True, False] if resumed else [])
     assert places == ([0.5] if resumed else [0.5, 0.5])
@@ -182,14 +181,14 @@ def test_change_that_does_no_harm_to_f_is_excused_but_for_a_first_search(resumed
 @pytest.mark.parametrize(("size", "residual", "expected"), [(1.9, 0.0, True), (2.1, 0.0, False), (2.1, 0.1, True)])
 def test_change_as_large_as_without_an_answer_is_never_excused(size: float, residual: float, expected: bool) -> None:
     changes = iter([[Change(size, PUSH, residual, 0.0)], [Change(0.25 * size, PUSH, residual, 0.0)]])
-    assert Belief(0.5, True)(1.0, lambda _: next(changes), lambda _: None, lambda: True) is expected
+    assert Belief(0.5, True)(1.0, partial(next, changes), lambda _: None, lambda: True) is expected
 
 
 def test_a_rejection_in_a_first_search_makes_nothing_excused() -> None:
     belief = Belief(0.5, False)
     for step in (1.0, 0.5, 0.25):
         changes = iter([[Change(3.0 * step, PUSH, 0.0, 0.0)], [Change(0.75 * step, PUSH, 0.0, 0.0)]])
-        assert not belief(step, lambda _, c=changes: next(c), lambda _: None, lambda: True)  # type: ignore[misc]
+        assert not belief(step, partial(next, changes), lambda _: None, lambda: True)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -199,7 +198,7 @@ def test_a_change_that_is_not_finite_is_never_believed(sizes: tuple[float, float
     found = iter(sizes)
     belief = Belief(0.5, resumed=resumed)
 
-    def measure(step: float) -> list[Change]:
+    def measure() -> list[Change]:
         size = next(found)
         return [Change(size, 1.0, 0.0, math.inf if size == math.inf else 0.0)]
 

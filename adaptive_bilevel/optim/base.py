@@ -70,7 +70,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self.sample: Sample | None = None
 
     def _restored(self) -> None:
-        self._offered = any("offered" in saved for saved in self.state.values())
+        self._offered = any("offered" in self.state.get(p, {}) for p in self._parameters())
 
     def _sample_bound(self, lower_bound: Any) -> Any:
         """Return a lower bound that was given to a step, or raise."""

@@ -124,7 +124,7 @@ class Belief:
     def __call__(
         self,
         step: float,
-        measure: Callable[[float], Sequence[Change]],
+        measure: Callable[[], Sequence[Change]],
         place: Callable[[float], None],
         excused: Callable[[], bool] | None = None,
     ) -> bool:
@@ -132,13 +132,13 @@ class Belief:
 
         Args:
             step: The step of the candidate.
-            measure: Returns the changes of the lower gradients at what is in place, the candidate of the given step.
+            measure: Returns the changes of the lower gradients at what is in place.
             place: Puts the candidate of another step there.
             excused: Returns whether a change that is too large does no harm to f, see `Adjoint`; None: not known.
         """
         if math.isinf(self._tolerance):
             return True
-        changes = [change for change in measure(step) if change.push != 0.0]
+        changes = [change for change in measure() if change.push != 0.0]
         if not all(math.isfinite(c.size) for c in changes):
             self._inside = True
             return False
@@ -149,7 +149,7 @@ class Belief:
         if self._resumed and followed and excused is not None and excused():
             return True
         place(0.5 * step)
-        halves = [change for change in measure(0.5 * step) if change.push != 0.0]
+        halves = [change for change in measure() if change.push != 0.0]
         for c, half, limit in zip(changes, halves, limits, strict=True):
             if not (c.size <= limit or (half.size >= 0.5 * c.size and math.isfinite(half.size))):
                 self._inside = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ class BiSLS(UpperOptimizer):
 
     `.grad` of the upper parameters holds the hypergradient h when ``step(upper_closure)`` is called. The step searches
     the largest tried a with phi(a) <= f(x, y) - c a s (+ slack), along d = h or Adam's A^{-1} h, where phi(a) =
-    f(x - a d, y + a w) follows the lower solution along its tangent: w = P C^T d, s = <f_x, d> - <f_y, w>. Where h
-    is zero in entries of x in which others were not (weights of the samples outside of a minibatch), y answers by less
-    than w, see `adaptive_bilevel.optim.coverage`.
+    f(x - a d, y + a w) follows the lower solution along its tangent: w = P C^T d, s = <f_x, d> - <f_y, w>.
 
     Args:
         params: Upper parameters or groups.
@@ -64,7 +63,8 @@ class BiSLS(UpperOptimizer):
             optimizers of this package; for others False).
         curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
             curvature * a ||C^T d||, which it does where the tangent cannot be believed; with `CG`, unless f corrected
-            for that change passes the test of decrease too. inf: no such test. See `adaptive_bilevel.optim.belief`.
+            for that change passes the test of decrease too. Where a sample knows a part of x only, it counts for less
+            (`adaptive_bilevel.optim.coverage`). inf: no such test. See `adaptive_bilevel.optim.belief`.
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of it is projected first, the
             search stays in it, and parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
         c: Armijo constant, in (0, 1). Left out: .1; .5 for "sgd" with momentum=False and response="tangent".
@@ -144,12 +144,6 @@ class BiSLS(UpperOptimizer):
         if "tangents" in known and [t.shape for t in known["tangents"]["mean"]] != shapes:
             del known["tangents"]
 
-    def _restored(self) -> None:
-        super()._restored()
-        for saved in self.state.values():
-            if "covered" in saved:
-                saved["covered"] = saved["covered"].bool()  # torch loads every tensor in its parameter's dtype
-
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
         return {**super().__getstate__(), "solver": self.solver, "project": self.project}
@@ -190,7 +184,6 @@ class BiSLS(UpperOptimizer):
         hypergradient = self._hypergradient(params)
         with Guard([*params, *lower], self._workspace) as guard:
             active, h, factors = self._with_gradient(params, hypergradient)
-            covered = coverage(active, h, self.state)
             section = None if self.project is None else Section.of(self.project, params, active, factors)
             if section is not None:
                 section.enter(guard, params)
@@ -198,6 +191,7 @@ class BiSLS(UpperOptimizer):
             guard.mark()
             going, descent = self._move_along(active, h, factors)
             value = float(agree(loss)[0])
+            covered = self._coverage(params, hypergradient)
             record, state, tangent = self._refuse(value, going.promised), self._rule_state(), None
             if record is None and self._unresolved(loss, value, going.promised):
                 going, _ = self._feasible(params, section, going, value)
@@ -210,12 +204,8 @@ class BiSLS(UpperOptimizer):
                 going, limits = self._feasible(params, section, going, value)
                 record = self._refuse_cut(value, loss, going)
             if record is None:
-                response = self._respond(guard, lower_closure, lower, partials, going, covered)
-                promised = going.promised
-                if response.part < 1.0:
-                    direct = float(agree(inner(partials[0], going.along))[0])
-                    promised = direct + response.part * (promised - direct)
-                ratio = response.slope / promised if promised else math.nan
+                response = self._respond(guard, lower_closure, lower, partials, going, self._belief(covered))
+                ratio = response.slope / going.promised if going.promised else math.nan
                 del partials
                 if isinstance(response, TangentResponse):
                     while response.slope <= 0.0 and response.refine():
@@ -312,7 +302,7 @@ class BiSLS(UpperOptimizer):
         lower: list[Tensor],
         partials: tuple[list[Tensor], list[Tensor]],
         going: Move,
-        covered: Coverage,
+        belief: Belief,
     ) -> Response:
         """Return the lower level's response to the move."""
         options, counts = self._options, self.evaluations.lower
@@ -330,14 +320,20 @@ class BiSLS(UpperOptimizer):
         samples = self.lower.samples(lower_closure, guard)
         if options["response"] == "step":
             return StepResponse(guard, samples, lower, going.promised, options["response_steps"], counts)
-        response = TangentResponse(
-            guard, samples, going.tensors, lower, partials, self.solver, self._belief(), counts, covered.answer
-        )
+        response = TangentResponse(guard, samples, going.tensors, lower, partials, self.solver, belief, counts)
         response.along(going.along)
         return response
 
-    def _belief(self) -> Belief:
-        return Belief(self._options["curvature"], resumed=self._rule_state().previous > 0.0)
+    def _coverage(self, params: Sequence[Tensor], hypergradient: Sequence[Tensor | None]) -> Coverage:
+        """Return what the hypergradient covers of what may move."""
+        if self._options["response"] != "tangent" or not self.lower or math.isinf(self._options["curvature"]):
+            return Coverage(1.0, lambda: None)
+        lrs = [float(group["lr"]) for group in self.param_groups for _ in group["params"]]
+        moves = [lr != 0.0 and p.requires_grad for lr, p in zip(lrs, params, strict=True)]
+        return coverage(list(compress(params, moves)), list(compress(hypergradient, moves)), self.state)
+
+    def _belief(self, covered: Coverage) -> Belief:
+        return Belief(self._options["curvature"] / covered.share, resumed=self._rule_state().previous > 0.0)
 
     def _limits(self, value: float, slope: float) -> tuple[Any, dict[str, Any]]:
         """Return the rule's state, and what it is told of its first trial."""

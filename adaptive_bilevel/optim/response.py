@@ -36,8 +36,6 @@ class Response(Protocol):
     """The searched function's lower part."""
 
     slope: float
-    part: float
-    """How much of its tangent y is moved by, in (0, 1]."""
 
     @property
     def offsets(self) -> Sequence[Tensor] | None:
@@ -64,7 +62,6 @@ class NoResponse:
     """f does not need the lower variable: phi(a) = f(x - a d)."""
 
     offsets: Sequence[Tensor] | None = None
-    part = 1.0
 
     def __init__(self, slope: float) -> None:
         self.slope = slope
@@ -81,7 +78,7 @@ class NoResponse:
 
 
 class TangentResponse:
-    """y(a) = y + a w, w = P C^T d, or a part of it: see `adaptive_bilevel.optim.coverage`.
+    """y(a) = y + a w, w = P C^T d.
 
     Args:
         guard: The step's guard.
@@ -92,10 +89,7 @@ class TangentResponse:
         solver: P, if it knows how near it is.
         belief: In the tangent.
         counts: Where lower oracle calls are counted.
-        part: How much of its tangent y is moved by, in (0, 1].
     """
-
-    part = 1.0
 
     def __init__(
         self,
@@ -107,14 +101,12 @@ class TangentResponse:
         solver: LinearSolver,
         belief: Belief,
         counts: Counts,
-        part: float = 1.0,
     ) -> None:
         self._guard, self._samples, self._lower, self._counts = guard, samples, lower, counts
         self._partials, self._belief = partials, belief
-        self._upper, self.part = upper, part
+        self._upper = upper
         self._curvature = self._differentiated()
         self.offsets: Sequence[Tensor] | None = None
-        self._tangent: Sequence[Tensor] | None = None
         self._take(solver)
 
     def _take(self, solver: LinearSolver) -> None:
@@ -146,7 +138,7 @@ class TangentResponse:
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
         if self._refinements > 0:
             self._drop_graph()  # it has forgotten the loss, and a projection may have written to x meanwhile
-            self._tangent, self._curvature = None, self._differentiated()
+            self.offsets, self._curvature = None, self._differentiated()
         self._push = self._curvature.cross_jvp(direction)
         self._curvature.forget_loss()
 
@@ -154,12 +146,11 @@ class TangentResponse:
         """Set w and s; `again`: starting from the last w."""
         f_x, f_y = self._partials
         product = self._curvature.hvp if self._adjoint is None else self._adjoint.observing(self._curvature.hvp)
-        solution = solver.solve(product, self._push, self._tangent if again else None)
-        self._tangent = tangent = solution.tensors
+        solution = solver.solve(product, self._push, self.offsets if again else None)
+        self.offsets = solution.tensors
         # A solver that does not know how far it is from the inverse gets no allowance for it.
         self._residual = 0.0 if math.isnan(solution.residual) else solution.residual
-        direct, answered = inner(f_x, direction), inner(f_y, tangent)
-        self.slope = float(agree(direct - self.part * answered)[0])
+        self.slope = float(agree(inner(f_x, direction) - inner(f_y, solution.tensors))[0])
 
     def refine(self) -> bool:
         """Solve further from now on; False where that is not possible, or was asked for twice already."""
@@ -180,9 +171,7 @@ class TangentResponse:
         """Drop the graph and what only solves need: parameters are about to move."""
         self._gradient = self._curvature.gradient
         self._drop_graph()
-        assert self._tangent is not None
-        self.offsets = self._tangent if self.part == 1.0 else torch._foreach_mul(list(self._tangent), self.part)
-        del self._partials, self._tangent
+        del self._partials
 
     def _drop_graph(self) -> None:
         self._counts.gradients += self._curvature.gradients
@@ -204,11 +193,8 @@ class TangentResponse:
             step, self._change, place, lambda: adjoint.correction(self._moved, self._gradient) <= surplus
         )
 
-    def _change(self, step: float) -> list[Change]:
-        """Return how far the lower gradient is from where it was, at the candidate of a step.
-
-        What y is not moved by leaves a change of -(1 - part) step C^T d, which is no error of the tangent.
-        """
+    def _change(self) -> list[Change]:
+        """Return how far the lower gradient is from where it was."""
         moved: list[Tensor] | None = None
         for sample in self._samples:
             _, grads = self._guard.gradient(sample.closure, self._lower, sample.random)
@@ -216,8 +202,6 @@ class TangentResponse:
             moved = filled if moved is None else list(torch._foreach_add(moved, filled))
         self._counts.gradients += 1
         assert moved is not None
-        if self.part < 1.0:
-            moved = list(torch._foreach_add(moved, list(self._push), alpha=(1.0 - self.part) * step))
         self._moved = moved
         return [Change.between(self._gradient, moved, self._push, self._residual)]
 
@@ -251,7 +235,6 @@ class StepResponse:
     """
 
     offsets: Sequence[Tensor] | None = None
-    part = 1.0
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from adaptive_bilevel import optim as core
 from adaptive_bilevel.errors import LowerLevelError, OptionError
 from adaptive_bilevel.hypergradient import LinearSolver
-from adaptive_bilevel.optim.coverage import Coverage
+from adaptive_bilevel.optim.belief import Belief
 from adaptive_bilevel.optim.guard import Guard
 from adaptive_bilevel.optim.moves import Move
 from adaptive_bilevel.optim.polyak import PolyakOptimizer
@@ -99,12 +99,12 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
         lower: list[Tensor],
         partials: tuple[list[Tensor], list[Tensor]],
         going: Move,
-        covered: Coverage,
+        belief: Belief,
     ) -> Response:
         """Return the response of one problem, or of several, of which some may answer to others."""
         seat, options = self._seat, self._options
         if not self._hosted or seat is None or options["response"] == "step" or len(self.lower.optimizers) < 2:
-            return super()._respond(guard, lower_closure, lower, partials, going, covered)
+            return super()._respond(guard, lower_closure, lower, partials, going, belief)
         response = ChainResponse(
             guard,
             _blocks(seat),
@@ -112,7 +112,7 @@ class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty 
             lower,
             partials,
             self.solver,
-            self._belief(),
+            belief,
             self.evaluations.lower,
         )
         response.along(going.along)

@@ -133,7 +133,7 @@ class ChainResponse(TangentResponse):
         """
         return self._belief(step, self._changes, place)
 
-    def _changes(self, step: float) -> list[Change]:
+    def _changes(self) -> list[Change]:
         """Return how far every lower gradient is from where it was."""
         changes = []
         for block, before, push, residual in zip(
