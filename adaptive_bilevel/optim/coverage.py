@@ -13,7 +13,7 @@ until the new one exceeds it. So what was not zero once only, or is not any more
 forgotten. Where every sample depends on all of x, share is 1.
 
 Measured (``examples/benchmarks/NOTES.md``): hyper-cleaning on batches of 128 out of 1,000, validation loss, BiSLS-SGD
-.695 -> .596, BiSLS-Adam .629 -> .547.
+.695 -> .598, BiSLS-Adam .629 -> .550.
 """
 
 from __future__ import annotations
