@@ -328,8 +328,7 @@ class BiSLS(UpperOptimizer):
         """Return what the hypergradient covers of what may move."""
         if self._options["response"] != "tangent" or not self.lower or math.isinf(self._options["curvature"]):
             return Coverage(1.0, lambda: None)
-        lrs = [float(group["lr"]) for group in self.param_groups for _ in group["params"]]
-        moves = [lr != 0.0 and p.requires_grad for lr, p in zip(lrs, params, strict=True)]
+        moves = [factor != 0.0 and p.requires_grad for factor, p in zip(self._each_factor(), params, strict=True)]
         return coverage(list(compress(params, moves)), list(compress(hypergradient, moves)), self.state)
 
     def _belief(self, covered: Coverage) -> Belief:

@@ -231,13 +231,18 @@ class PolicyOptimizer(torch.optim.Optimizer):
         reference = next((lr for lr in lrs if lr != 0.0), 0.0)
         return [1.0 if lr == reference else lr / reference for lr in lrs]
 
+    def _each_factor(self) -> list[float]:
+        """Return lr_i / lr_0 of each parameter's group."""
+        factors: list[float] = []
+        for group, factor in zip(self.param_groups, self._factors(), strict=True):
+            factors += [factor] * len(group["params"])
+        return factors
+
     def _with_gradient(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """Return the parameters that have a gradient, their gradients, and their groups' lr_i / lr_0."""
-        factors: list[float] = []
-        for group, factor in zip(self.param_groups, self._factors(), strict=True):
-            factors += [factor] * len(group["params"])
+        factors = self._each_factor()
         active, kept = list(params), [g for g in grads if g is not None]
         if len(kept) < len(grads):
             active = [p for p, g in zip(params, grads, strict=True) if g is not None]

@@ -139,12 +139,8 @@ class _HostedSearch(Hosted):
         descent, seat = super()._descent(params, grads), self._seat
         if not self._hosted or seat is None or not seat.projects:
             return descent
-        group = {
-            p: factor
-            for listed, factor in zip(self.param_groups, self._factors(), strict=True)
-            for p in listed["params"]
-        }
-        factors = [group[p] for p in params]
+        by_parameter = dict(zip(self._parameters(), self._each_factor(), strict=True))
+        factors = [by_parameter[p] for p in params]
 
         def precondition(g: Sequence[Tensor]) -> list[Tensor]:
             directions = [d if w == 1.0 else d * w for d, w in zip(descent.precondition(g), factors, strict=True)]
