@@ -61,7 +61,8 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         features = parameters // CLASSES
         self.y = [torch.zeros(features, CLASSES, requires_grad=True)]
-        self.x = [torch.full((features, CLASSES), -5.0, requires_grad=True)]
+        # A wide spectrum: with a narrow one CG would end early for whoever is near the start, and costs not compare.
+        self.x = [(8.0 * torch.rand(features, CLASSES, generator=generator) - 9.0).requires_grad_()]
         self.parts = [
             (torch.randn(batch, features, generator=generator) / features**0.5,
              torch.randint(CLASSES, (batch,), generator=generator))
