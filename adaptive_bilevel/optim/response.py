@@ -208,7 +208,7 @@ class TangentResponse:
 
 def is_blind(solver: LinearSolver) -> bool:
     """Return whether the solver does not know how far it is from the inverse."""
-    return isinstance(solver, Identity) or bool(getattr(solver, "random", False))
+    return isinstance(solver, Identity) or bool(getattr(solver, "resamples", False))
 
 
 def refined(solver: LinearSolver) -> LinearSolver | None:
