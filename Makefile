@@ -64,7 +64,7 @@ test-policies: ## the policies and their tests where torch is not installed; PYT
 	$(PYTHON) -m venv --clear $(BARE)
 	$(BARE)/bin/python -m $(PIP) array-api-compat numpy jax pytest hypothesis hatchling editables
 	$(BARE)/bin/python -m $(PIP) --no-build-isolation --no-deps --editable .
-	$(BARE)/bin/python -m pytest adaptive_bilevel/policies $(wildcard tests/policies tests/test_polic*.py) $(ARGS)
+	$(BARE)/bin/python -m pytest adaptive_bilevel/policies tests/policies $(ARGS)
 
 # Betty 0.1.1 beside the environment; only a pip before 24.1 reads its metadata. Another Python: PYTHON=python3.10.
 OLD_BETTY := $(VENV)/betty-0.1.1-$(KEY)
@@ -75,8 +75,8 @@ $(OLD_BETTY): $(INSTALLED)
 		--no-deps --ignore-requires-python --target $@ betty-ml==0.1.1
 
 test-betty-matrix: $(INSTALLED) $(OLD_BETTY) ## the integration with Betty on both of its releases; PYTHON=python3.10
-	$(PY) -m pytest $(wildcard tests/test_betty_*.py) $(ARGS)
-	PYTHONPATH=$(OLD_BETTY) $(PY) -m pytest $(wildcard tests/test_betty_*.py) $(ARGS)
+	$(PY) -m pytest tests/betty $(ARGS)
+	PYTHONPATH=$(OLD_BETTY) $(PY) -m pytest tests/betty $(ARGS)
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) .venv-policies-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

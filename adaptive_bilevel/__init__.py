@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import hypergradient, methods, policies
-    from .optim import SLS, SLSB, SPSB, Ball, BiSLS, BiSPS, Box, DecSPS, Simplex, SPSMax
+    from .bilevel import BiSLS, BiSPS
+    from .optim import SLS, SLSB, SPSB, Ball, Box, DecSPS, Simplex, SPSMax
 
 __version__ = "0.1.0"
 
-_OPTIMIZERS = ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "BiSPS", "BiSLS", "Ball", "Box", "Simplex")
+_HOMES = {
+    "bilevel": ("BiSPS", "BiSLS"),
+    "optim": ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "Ball", "Box", "Simplex"),
+}
+_SUBPACKAGES = ("bilevel", "errors", "evaluation", "hypergradient", "methods", "optim", "policies")
 
 __all__ = [
     "SLS",
@@ -37,9 +42,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OPTIMIZERS:
-        return getattr(importlib.import_module(".optim", __name__), name)
-    if name in ("policies", "hypergradient", "methods", "optim", "errors"):
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{home}", __name__), name)
+    if name in _SUBPACKAGES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

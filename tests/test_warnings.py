@@ -15,9 +15,9 @@ from adaptive_bilevel import SLS, BiSLS, methods
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
 from adaptive_bilevel.hypergradient import Neumann, implicit
 from adaptive_bilevel_torchopt import FunctionalLowerStep
-from tests.betty_problems import Level, Variable, engine
+from tests.betty.problems import Level, Variable, engine
 from tests.problems import ridge_hpo
-from tests.torchopt_modules import pair
+from tests.torchopt.modules import pair
 
 TOO_LONG: dict[str, Any] = {"lr": 1e9, "max_trials": 1, "lower_bound": None}  # no trial step gives enough decrease
 

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
-from adaptive_bilevel.policies._options import count, fraction, positive
+from adaptive_bilevel.policies.validation import count, fraction, positive
 
-from ._diagnosis import CheckReport, DirectionCheck, Measurements, Verdict, diagnose
-from ._resolve import resolve
-from ._tensors import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded
-from ._vectors import Vector, rounding
+from ..evaluation.vectors import Vector, rounding
 from .curvature import LowerCurvature, partial_gradients
+from .lower_solve import resolve
 from .solvers import CG
+from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded
+from .verdict import CheckReport, DirectionCheck, Measurements, Verdict, diagnose
 
 if TYPE_CHECKING:
-    from adaptive_bilevel.optim.guard import Guard
+    from adaptive_bilevel.evaluation.guard import Guard
 
 __all__ = ["CheckReport", "DirectionCheck", "Verdict", "check"]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError
 
-from ._vectors import Vector
+from ..evaluation.vectors import Vector
 
 __all__ = ["LowerCurvature", "PartialGradients", "partial_gradients"]
 

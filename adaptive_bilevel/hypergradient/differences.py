@@ -9,9 +9,9 @@ from typing import ClassVar, final
 
 import torch
 
-from adaptive_bilevel.policies._options import choice, count, positive
+from adaptive_bilevel.policies.validation import choice, count, positive
 
-from ._vectors import Vector, add, inner, scale, zeros_like
+from ..evaluation.vectors import Vector, add, dot, scale, zeros_like
 from .estimate import Estimate, Point
 from .estimators import _flat, _shaped
 from .oracle import Oracle, Sample
@@ -51,7 +51,7 @@ class DARTS:
         """Return the estimate (its loss and partials are those at y')."""
         ahead = add(point.y, oracle.lower_gradients(point.x, point.y, sample).lower, -self.step)
         loss, partials = oracle.upper_gradients(point.x, ahead, sample)
-        length = math.sqrt(inner(partials.lower, partials.lower))
+        length = math.sqrt(dot(partials.lower, partials.lower))
         if not length > 0.0:
             return Estimate(partials.upper, None, loss)
         e = self.radius / length
@@ -126,7 +126,7 @@ class PZOBO(_Probing):
         total, drawn = zeros_like(point.x), 0
         for u in self._draw(point, sample, unit=False):
             _, y = self._again(oracle, point, u)
-            total, drawn = add(total, u, inner(add(y, point.y, -1.0), partials.lower) / self.radius), drawn + 1
+            total, drawn = add(total, u, dot(add(y, point.y, -1.0), partials.lower) / self.radius), drawn + 1
         return Estimate(add(partials.upper, total, 1.0 / drawn), None, loss, partials)
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ._vectors import Vector, add
+from ..evaluation.vectors import Vector, add
 from .curvature import PartialGradients
 from .oracle import Oracle, Sample
 

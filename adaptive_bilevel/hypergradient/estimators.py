@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError, SolverError, warn
-from adaptive_bilevel.policies._options import fraction
+from adaptive_bilevel.policies.validation import fraction
 
-from ._vectors import Vector, add, negate, widen, zeros_like
+from ..evaluation.vectors import Vector, add, negate, widen, zeros_like
 from .estimate import Estimate, Point
 from .oracle import Oracle, Sample
 from .solution import LinearSolver, MatVec, Solution, SolverStatus

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError, warn
 
-from ._tensors import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
-from ._vectors import Vector, add
-from ._warm_start import recall, remember
+from ..evaluation.vectors import Vector, add
 from .curvature import LowerCurvature, partial_gradients
+from .last_solution import recall, remember
 from .solution import LinearSolver, Solution, SolverStatus
 from .solvers import CG
+from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
 __all__ = ["ImplicitInfo", "assign", "implicit", "implicit_with_info"]
 

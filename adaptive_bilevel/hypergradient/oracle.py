@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError
+from adaptive_bilevel.evaluation.counts import Evaluations
+from adaptive_bilevel.evaluation.guard import RandomState
 
-from ._vectors import Vector
+from ..evaluation.vectors import Vector
 from .curvature import LowerCurvature, PartialGradients, _fill, _gradients, partial_gradients
-
-if TYPE_CHECKING:
-    from adaptive_bilevel.optim.evaluations import Evaluations
 
 __all__ = ["Loss", "LowerGradients", "Oracle", "Sample"]
 
@@ -86,11 +85,6 @@ class Oracle:
     """
 
     def __init__(self, upper_loss: Loss, lower_loss: Loss) -> None:
-        # Imported late: the bilevel optimizers import this folder, and the counts live beside them.
-        from adaptive_bilevel.optim.evaluations import Evaluations
-        from adaptive_bilevel.optim.guard import RandomState
-
-        self._random_state = RandomState
         self._losses = {"upper_loss": upper_loss, "lower_loss": lower_loss}
         self.evaluations: Evaluations = Evaluations()
         self._known: dict[str, tuple[Vector, Vector, Sample, Any]] = {}
@@ -224,7 +218,7 @@ class Oracle:
     def _seeded(self, devices: set[torch.device], seed: int) -> Iterator[None]:
         # torch.random.fork_rng with torch.manual_seed does the same and takes .4 ms, longer than a small loss.
         others = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
-        state = self._random_state(others)
+        state = RandomState(others)
         try:
             torch.default_generator.manual_seed(seed)
             for device in others:

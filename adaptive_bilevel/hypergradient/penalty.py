@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ._vectors import add, scale
+from ..evaluation.vectors import add, scale
 from .estimate import Estimate, Point
 from .oracle import Oracle, Sample
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-from ._vectors import Vector
+from ..evaluation.vectors import Vector
 
 __all__ = ["LinearSolver", "MatVec", "Refinable", "Solution", "SolverStatus"]
 

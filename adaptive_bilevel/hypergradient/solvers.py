@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.policies._options import count, finite, non_negative, positive
+from adaptive_bilevel.policies.validation import count, finite, non_negative, positive
 
-from ._vectors import Vector, add, cast_like, inner, rounding, scale, widen, zeros_like
+from ..evaluation.vectors import Vector, add, cast_like, dot, rounding, scale, widen, zeros_like
 from .solution import MatVec, Solution, SolverStatus
 
 __all__ = ["CG", "Identity", "Neumann"]
@@ -89,7 +89,7 @@ class CG:
             initial: Where to start, zero by default. It is dropped when it is worse than zero in the norm of H.
         """
         b = widen(rhs)
-        size = inner(b, b)
+        size = dot(b, b)
         if (ended := _trivial(rhs, size)) is not None:
             return ended
         v, residual, taken = zeros_like(b), b, 0
@@ -99,11 +99,11 @@ class CG:
             image = widen(matvec(cast_like(start, rhs)))
             # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
             # The residual would be the wrong judge: it may grow while the iterate improves.
-            if 0.5 * inner(start, image) - inner(b, start) < 0:
+            if 0.5 * dot(start, image) - dot(b, start) < 0:
                 v, residual = start, add(b, image, -1.0)
         unit = rounding(b)
         target = max(self.tolerance, unit) ** 2 * size
-        p, square, norm = residual, inner(residual, residual), 0.0
+        p, square, norm = residual, dot(residual, residual), 0.0
         length = square  # ||p||^2, by recurrence: the residual is orthogonal to the last p
         status = SolverStatus.converged
         iteration = 0
@@ -113,8 +113,8 @@ class CG:
                 break
             image = widen(matvec(cast_like(p, rhs)))
             iteration, taken = iteration + 1, taken + 1
-            curvature = inner(p, image)
-            norm = max(norm, math.sqrt(inner(image, image) / length))
+            curvature = dot(p, image)
+            norm = max(norm, math.sqrt(dot(image, image) / length))
             if not math.isfinite(curvature) or not math.isfinite(norm):
                 status = SolverStatus.non_finite
                 break
@@ -125,7 +125,7 @@ class CG:
                 break
             step = square / curvature
             shorter = add(residual, image, -step)
-            following = inner(shorter, shorter)
+            following = dot(shorter, shorter)
             if not math.isfinite(following):
                 status = SolverStatus.non_finite
                 break
@@ -203,7 +203,7 @@ class Neumann:
             initial: Where to start, zero by default; without effect under ``random``.
         """
         b = widen(rhs)
-        size = inner(b, b)
+        size = dot(b, b)
         if (ended := _trivial(rhs, size)) is not None:
             return ended
         offset, taken = None, 0
@@ -211,7 +211,7 @@ class Neumann:
             offset, taken = widen(initial), 1
             b = add(b, widen(matvec(cast_like(offset, rhs))), -1.0)
         draws = self._draw() if self.random else self.steps
-        term, total, square = b, b, inner(b, b)
+        term, total, square = b, b, dot(b, b)
         status = SolverStatus.complete
         # A term at the rounding level of b may grow by rounding alone.
         slack, floor = 1.0 + 16 * rounding(b), rounding(b) ** 2 * size
@@ -219,7 +219,7 @@ class Neumann:
             image = widen(matvec(cast_like(term, rhs)))
             taken += 1
             following = add(term, image, -self.scale)
-            previous, square = square, inner(following, following)
+            previous, square = square, dot(following, following)
             if not math.isfinite(square):
                 status, square = SolverStatus.non_finite, previous
                 break
@@ -277,7 +277,7 @@ class Identity:
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Return ``scale * rhs``; ``matvec`` and ``initial`` are not used."""
         b = widen(rhs)
-        size = inner(b, b)
+        size = dot(b, b)
         if (ended := _trivial(rhs, size)) is not None:
             return ended
         return Solution(cast_like(scale(b, self.scale), rhs), 0, math.nan, SolverStatus.complete)

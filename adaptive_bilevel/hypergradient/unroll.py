@@ -11,9 +11,9 @@ from typing import ClassVar, final
 
 import torch
 
-from adaptive_bilevel.policies._options import count
+from adaptive_bilevel.policies.validation import count
 
-from ._vectors import Vector, add, inner, zeros_like
+from ..evaluation.vectors import Vector, add, dot, zeros_like
 from .estimate import Estimate, Point
 from .estimators import _flat, _shaped
 from .oracle import Oracle, Sample
@@ -82,5 +82,5 @@ class UnrollForward:
                 add(z, oracle.push_forward(point.x, visit.y, visit.sample, e, z), -visit.step)
                 for z, e in zip(Z, basis, strict=True)
             ]
-        through = torch.tensor([inner(z, partials.lower) for z in Z], dtype=flat.dtype, device=flat.device)
+        through = torch.tensor([dot(z, partials.lower) for z in Z], dtype=flat.dtype, device=flat.device)
         return Estimate(add(partials.upper, _shaped(through, point.x)), None, loss, partials)

@@ -58,7 +58,7 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from ..hypergradient._tensors import Tree
+from ..hypergradient.trees import Tree
 from ..optim.projection import Ball, Box, Simplex
 from .batches import Loaders, Minibatches, Pair
 from .directions import Adam, Momentum, Plain, Saga, Spider, Storm

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..hypergradient._tensors import Tree, flatten, same_structure
-from ..policies import _options
+from ..hypergradient.trees import Tree, flatten, same_structure
+from ..policies import validation
 
 __all__ = ["Loaders", "Minibatches", "Pair", "Source"]
 
@@ -63,7 +63,7 @@ class Minibatches:
         if len(sizes) != 2:
             raise OptionError(f"Minibatches(size={size!r}): size must be a number, or (upper, lower)")
         for one in sizes:
-            _options.count("Minibatches", "size", one)
+            validation.count("Minibatches", "size", one)
         self._levels = [
             _Level(data, name, int(n)) for data, name, n in zip((upper, lower), ("upper", "lower"), sizes, strict=True)
         ]

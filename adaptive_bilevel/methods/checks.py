@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..bilevel.bisls import BASELINES, RESPONSES
 from ..errors import OptionError
 from ..hypergradient import Amortised, Implicit, ValueFunction
-from ..optim.bisls import BASELINES, RESPONSES
 from ..optim.projection import as_projection
-from ..policies import SLS, SLSB, DecSPS, Envelope, _options
+from ..policies import SLS, SLSB, DecSPS, Envelope, validation
 from .directions import Adam, Plain, Saga
 from .row import CORRECTIONS, NAMES, Row
 
@@ -47,12 +47,12 @@ def check(row: Row) -> None:
 def _check_values(row: Row) -> None:
     owner = "methods.run"
     for name, value in (("lower_steps", row.lower_steps), ("auxiliary_steps", row.auxiliary_steps)):
-        _options.count(owner, name, value)
-    _options.choice(owner, "correction", row.correction, CORRECTIONS)
-    _options.choice(owner, "response", row.response, RESPONSES)
-    _options.choice(owner, "baseline", row.baseline, BASELINES)
-    _options.choice(owner, "clock", row.clock, ("iterations", "steps"))
-    _options.positive(owner, "tolerance", row.tolerance, optional=True)
+        validation.count(owner, name, value)
+    validation.choice(owner, "correction", row.correction, CORRECTIONS)
+    validation.choice(owner, "response", row.response, RESPONSES)
+    validation.choice(owner, "baseline", row.baseline, BASELINES)
+    validation.choice(owner, "clock", row.clock, ("iterations", "steps"))
+    validation.positive(owner, "tolerance", row.tolerance, optional=True)
     as_projection(owner, row.project)
     _check_parts(row)
     if (

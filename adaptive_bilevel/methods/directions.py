@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from ..errors import OptionError
-from ..hypergradient._vectors import Vector, add, scale
+from ..evaluation.vectors import Vector, add, scale
 from ..hypergradient.estimate import Point
 from ..hypergradient.oracle import Sample
 from ..optim.direction import adam
-from ..policies import _options
+from ..policies import validation
 from .fields import Gradient
 
 __all__ = ["Adam", "Directed", "Direction", "Momentum", "Plain", "Saga", "Sampled", "Spider", "Storm"]
@@ -140,7 +140,7 @@ class Adam:
         """Validate the options."""
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise OptionError(f"Adam(betas={self.betas!r}): betas must be two numbers in [0, 1)")
-        _options.non_negative("Adam", "eps", self.eps)
+        validation.non_negative("Adam", "eps", self.eps)
 
     def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
         """Return A^{-1} m to step along, A^{-1} g to search along."""
@@ -192,7 +192,7 @@ class Spider:
 
     def __post_init__(self) -> None:
         """Validate the period."""
-        _options.count("Spider", "period", self.period)
+        validation.count("Spider", "period", self.period)
 
     def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
         """Return the recursive estimate."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ..errors import OptionError, warn
-from ..hypergradient._vectors import Vector, add, inner
+from ..evaluation.vectors import Vector, add, dot
 from ..hypergradient.estimate import Estimate, Point, Visit
 from ..hypergradient.oracle import Oracle, Sample
 from ..optim.projection import as_projection
 from ..policies import GradientNormState, Outcome, Record
-from ..policies._scalars import resolution
+from ..policies.scalars import resolution
 from .batches import Pair, Source
 from .checks import SEARCHES
 from .directions import Directed, Sampled
@@ -117,7 +117,7 @@ class Driver:
             # x first: its graph then also gives the gradient of y.
             found = {v: self._fields[v](self._oracle, self.point, sample) for v in reversed(group)}
             self.seen.update(found)
-            if ends and all(inner(g.total, g.total) <= self._tolerance for g in found.values()):
+            if ends and all(dot(g.total, g.total) <= self._tolerance for g in found.values()):
                 break
             if t == repeats:
                 self._warn_cap(group)
@@ -181,7 +181,7 @@ class Driver:
             extra["rounding"] = resolution(value[0])
         if variable == "y" and row.lower_bound is not None:
             extra["lower_bound"] = float(row.lower_bound(self._upper.arrange(old.x), sample.lower))
-        slope = inner(directed.gradient, directed.along)
+        slope = dot(directed.gradient, directed.along)
         states = [shared[other] for other in row.couplings.get(variable, "") if other in shared]
         coupled = [s for s in states if isinstance(s, GradientNormState)] or None
         record, after = policy.step(state, loss=gradient.loss, slope=slope, shared=coupled, **extra)
@@ -211,7 +211,7 @@ class Driver:
         move = add(old.x, self.point.x, -1.0)
         answer = estimator.respond(self._oracle, old, sample, move, estimate.memory)
         factor = self.last_step("y") if self._row.correction == "bracketed" else 1.0
-        if math.isfinite(inner(answer, answer)):
+        if math.isfinite(dot(answer, answer)):
             self.point = self.point._replace(y=add(self.point.y, answer, factor))
 
     def advance(self, sample: Sample) -> None:

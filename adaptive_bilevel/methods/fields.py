@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
+from ..evaluation.vectors import Vector, add, dot, scale
 from ..hypergradient import ValueFunction
-from ..hypergradient._vectors import Vector, add, inner, scale
 from ..hypergradient.estimate import Estimate, Estimator, Point
 from ..hypergradient.estimators import residual
 from ..hypergradient.oracle import Oracle, Sample
-from ..policies import _options
+from ..policies import validation
 
 __all__ = ["Field", "Gradient", "Hypergradient", "LinearSystem", "LowerLoss", "PenalisedLoss", "SecondLower"]
 
@@ -114,10 +114,10 @@ class LinearSystem:
 
         def objective(v: Vector) -> float:
             curved = oracle.hvp(point.x, point.y, sample, v)
-            return 0.5 * inner(v, curved) + inner(v, upper)
+            return 0.5 * dot(v, curved) + dot(v, upper)
 
         v = point.v
-        return Gradient(upper, lower, 0.5 * inner(v, lower) + inner(v, upper), objective)
+        return Gradient(upper, lower, 0.5 * dot(v, lower) + dot(v, upper), objective)
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ class SecondLower:
 
     def __post_init__(self) -> None:
         """Validate the ridge."""
-        _options.non_negative("SecondLower", "ridge", self.ridge)
+        validation.non_negative("SecondLower", "ridge", self.ridge)
 
     def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
         """Return the gradient."""
         found = oracle.lower_gradients(point.x, point.z, sample)
 
         def regularised(z: Vector, g: float) -> float:
-            return g + 0.5 * self.ridge * inner(z, z)
+            return g + 0.5 * self.ridge * dot(z, z)
 
         lower = add(found.lower, point.z, self.ridge) if self.ridge else found.lower
         return Gradient(

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..hypergradient._vectors import add, inner
+from ..evaluation.vectors import add, dot
 from ..hypergradient.estimate import Point
 from ..hypergradient.oracle import Oracle, Sample
-from ..policies import _options
+from ..policies import validation
 
 __all__ = ["Ascent", "Balance", "Growth", "Multiplier"]
 
@@ -54,8 +54,8 @@ class Growth:
     def __post_init__(self) -> None:
         """Validate the options."""
         for name in ("initial", "increment", "exponent"):
-            _options.non_negative("Growth", name, getattr(self, name))
-        _options.positive("Growth", "largest", self.largest)
+            validation.non_negative("Growth", name, getattr(self, name))
+        validation.positive("Growth", "largest", self.largest)
 
     def before(self, oracle: Oracle, point: Point, sample: Sample) -> float:
         """Return lambda_k."""
@@ -81,7 +81,7 @@ class Balance:
 
     def __post_init__(self) -> None:
         """Validate eta."""
-        _options.non_negative("Balance", "eta", self.eta)
+        validation.non_negative("Balance", "eta", self.eta)
 
     def before(self, oracle: Oracle, point: Point, sample: Sample) -> float:
         """Return lambda at this point."""
@@ -89,8 +89,8 @@ class Balance:
         here = oracle.lower_gradients(point.x, point.y, sample, of="xy")
         there = oracle.lower_gradients(point.x, point.z, sample, of="x").upper
         q_x = add(here.upper, there, -1.0)
-        squares = inner(q_x, q_x) + inner(here.lower, here.lower)
-        aligned = inner(partials.upper, q_x) + inner(partials.lower, here.lower)
+        squares = dot(q_x, q_x) + dot(here.lower, here.lower)
+        aligned = dot(partials.upper, q_x) + dot(partials.lower, here.lower)
         return max(self.eta * squares - aligned, 0.0) / squares if squares > 0.0 else 0.0
 
     def after(self, k: int, oracle: Oracle, point: Point, sample: Sample) -> float:
@@ -116,9 +116,9 @@ class Ascent:
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        _options.positive("Ascent", "step", self.step, below_infinity=True)
+        validation.positive("Ascent", "step", self.step, below_infinity=True)
         for name in ("ridge", "slack", "initial"):
-            _options.non_negative("Ascent", name, getattr(self, name))
+            validation.non_negative("Ascent", name, getattr(self, name))
 
     def before(self, oracle: Oracle, point: Point, sample: Sample) -> float:
         """Return lambda_k."""
@@ -128,6 +128,6 @@ class Ascent:
         """Return lambda_{k+1}; the two values of g are by-products of the gradients."""
         here = oracle.lower_gradients(point.x, point.y, sample, of="xy").loss
         there = oracle.lower_gradients(point.x, point.z, sample, of="x").loss
-        value = float(there) + 0.5 * self.ridge * inner(point.z, point.z) + self.slack
+        value = float(there) + 0.5 * self.ridge * dot(point.z, point.z) + self.slack
         following = point.multiplier + self.step * (float(here) - value)
         return max(following, 0.0) if math.isfinite(following) else point.multiplier

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ClosureError, TensorError
-from ..hypergradient._tensors import Tree, flatten, same_structure
-from ..hypergradient._vectors import Vector
+from ..evaluation.vectors import Vector
 from ..hypergradient.oracle import Loss, Oracle
+from ..hypergradient.trees import Tree, flatten, same_structure
 
 __all__ = ["BilevelProblem", "BoundModule", "Variable"]
 

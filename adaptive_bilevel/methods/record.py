@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..optim.evaluations import Counts, Evaluations
+from ..evaluation.counts import Counts, Evaluations
 from ..policies import Record
 
 __all__ = ["IterationRecord", "Losses", "Steps", "copied", "spent"]

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hypergradient._vectors import Vector
+from ..bilevel import BiSLS
+from ..bilevel.lower import LowerLevel
+from ..evaluation.guard import Closure, Guard
+from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Estimate, Point
 from ..hypergradient.oracle import Oracle, Sample
-from ..optim import BiSLS
 from ..optim.base import Sample as ReplayedSample
-from ..optim.guard import Closure, Guard
-from ..optim.lower import LowerLevel
 from ..policies import SLS, SLSB, Record
 from .directions import Adam
 from .row import Row

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import NonFiniteError, OptionError
-from ..hypergradient._tensors import Tree, flatten
-from ..hypergradient._vectors import Vector, zeros_like
+from ..evaluation.vectors import Vector, zeros_like
 from ..hypergradient.estimate import Point
-from ..policies import Outcome, _options
+from ..hypergradient.trees import Tree, flatten
+from ..policies import Outcome, validation
 from .batches import Source
 from .checks import check
 from .driver import Driver
@@ -78,10 +78,10 @@ class Run(Iterator[IterationRecord]):
             raise OptionError(
                 f"methods.run(problem={type(problem).__name__}): pass a BilevelProblem(upper_loss, lower_loss)"
             )
-        _options.count("methods.run", "iterations", iterations)
-        _options.count("methods.run", "max_skips", max_skips)
-        _options.count("methods.run", "seed", seed, least=0)
-        _options.positive("methods.run", "budget", budget, optional=True)
+        validation.count("methods.run", "iterations", iterations)
+        validation.count("methods.run", "max_skips", max_skips)
+        validation.count("methods.run", "seed", seed, least=0)
+        validation.positive("methods.run", "budget", budget, optional=True)
         self.row, self._iterations = row, iterations
         self._stop, self._budget, self._max_skips = stop, budget, max_skips
         self._show = (lambda record: _line(record, iterations)) if progress is True else progress or None

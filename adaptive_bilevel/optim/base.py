@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, warn
-from ..policies import Outcome, Record, _options
+from ..evaluation.counts import Evaluations
+from ..evaluation.guard import Closure, Guard, RandomState
+from ..evaluation.reductions import on_host
+from ..evaluation.vectors import inner
+from ..policies import Outcome, Record, validation
 from .direction import Descent, adam, metric, sgd
-from .evaluations import Evaluations
 from .groups import PolicyOptimizer
-from .guard import Closure, Guard, RandomState
-from .scalars import inner, on_host
 
 __all__ = ["AdaptiveOptimizer", "Sample"]
 
@@ -55,7 +56,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
     """
 
     mixes_momentum: ClassVar[bool] = False
-    """Whether the step's momentum is not the direction's affair, see `adaptive_bilevel.optim.momentum`."""
+    """Whether the step's momentum is not the direction's affair, see `adaptive_bilevel.bilevel.momentum`."""
     takes_offers: ClassVar[bool] = True
     """Whether the next step decides between two starting points, see `offer`."""
 
@@ -75,8 +76,8 @@ class AdaptiveOptimizer(PolicyOptimizer):
     def _sample_bound(self, lower_bound: Any) -> Any:
         """Return a lower bound that was given to a step, or raise."""
         if not isinstance(lower_bound, Tensor):
-            _options.finite(f"{type(self).__name__}.step", "lower_bound", lower_bound, optional=True)
-        return _options.plain(lower_bound)
+            validation.finite(f"{type(self).__name__}.step", "lower_bound", lower_bound, optional=True)
+        return validation.plain(lower_bound)
 
     def _descent(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Descent:
         direction = self._options["direction"]

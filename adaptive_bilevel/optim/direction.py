@@ -2,7 +2,7 @@
 
 Plain gradients search and step along g. Adam searches along A^{-1} g, which the sufficient-decrease test certifies,
 and steps along A^{-1} m (Fan et al., 2023, Algorithm 2), A = sqrt(v / (1 - beta2^n)) + eps, both moments
-bias-corrected. How much of m a step should take is a question of its own: `adaptive_bilevel.optim.momentum`.
+bias-corrected. How much of m a step should take is a question of its own: `adaptive_bilevel.bilevel.momentum`.
 """
 
 from __future__ import annotations

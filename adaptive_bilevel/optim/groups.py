@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..errors import OptionError, TensorError
-from ..policies import _options
+from ..evaluation.guard import Workspace
+from ..evaluation.tensors import refuse_unsupported
+from ..policies import validation
 from .direction import DIRECTIONS
-from .guard import Workspace
-from .tensors import refuse_unsupported
 
 __all__ = ["PolicyOptimizer", "options_of"]
 
@@ -39,23 +39,23 @@ class PolicyOptimizer(torch.optim.Optimizer):
             )
         self._set_options(options)
         defaults = {name: "callable" if callable(value) else value for name, value in self._options.items()}
-        super().__init__(params, {"lr": _options.plain(lr), **defaults})
+        super().__init__(params, {"lr": validation.plain(lr), **defaults})
         self._prepare()
 
     def _check_lr(self, lr: Any) -> None:
-        _options.positive(type(self).__name__, "lr", lr, optional=True)
+        validation.positive(type(self).__name__, "lr", lr, optional=True)
 
     def _set_options(self, options: dict[str, Any]) -> None:
         owner = type(self).__name__
-        _options.choice(owner, "direction", options["direction"], DIRECTIONS, or_callable=True)
+        validation.choice(owner, "direction", options["direction"], DIRECTIONS, or_callable=True)
         betas = options["betas"]
         if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_decay, betas))):
             raise OptionError(f"{owner}(betas={betas!r}): betas must be two numbers in [0, 1)")
-        _options.non_negative(owner, "eps", options["eps"])
-        _options.count(owner, "max_skips", options["max_skips"])
+        validation.non_negative(owner, "eps", options["eps"])
+        validation.count(owner, "max_skips", options["max_skips"])
         schedules = {n: _Numbers(owner, n, v) for n, v in options.items() if callable(v) and n != "direction"}
         self._policy = self._make_policy({**options, **schedules})
-        self._options = {name: _options.plain(value) for name, value in options.items()}
+        self._options = {name: validation.plain(value) for name, value in options.items()}
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,7 +156,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
         if not (isinstance(lr, Real) and float(lr) >= 0.0):
             raise OptionError(f"{owner}: a parameter group has lr={lr!r}; lr must be a number at or above 0")
         super().add_param_group(
-            {"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": _options.plain(lr)}
+            {"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": validation.plain(lr)}
         )
         try:
             for p in self.param_groups[-1]["params"]:
@@ -195,7 +195,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
         """Return what is saved: plain numbers, words and tensors, whatever a scheduler has written into the groups."""
         saved: dict[str, Any] = super().state_dict()
         for group in saved["param_groups"]:
-            group.update({name: _options.plain(value) for name, value in group.items() if name != "params"})
+            group.update({name: validation.plain(value) for name, value in group.items() if name != "params"})
         return saved
 
     @property

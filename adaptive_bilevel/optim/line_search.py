@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
-from ..policies import Outcome, Record, _options
-from ..policies._scalars import resolution
+from ..evaluation.closures import require_closure
+from ..evaluation.guard import Closure, Guard
+from ..evaluation.reductions import on_host, on_host_with_inner
+from ..evaluation.tensors import gradients_of, tainted
+from ..policies import Outcome, Record, validation
+from ..policies.scalars import resolution
 from ..policies.schedule import Decay
 from .base import AdaptiveOptimizer, Sample
-from .closures import require_closure
 from .direction import Direction
 from .groups import options_of
-from .guard import Closure, Guard
-from .scalars import on_host, on_host_with_inner
-from .tensors import gradients_of, tainted
 
 __all__ = ["SLS", "SLSB"]
 
@@ -26,7 +26,7 @@ __all__ = ["SLS", "SLSB"]
 class _LineSearch(AdaptiveOptimizer):
     def _check_lr(self, lr: Any) -> None:
         super()._check_lr(lr)
-        _options.finite(type(self).__name__, "lr", lr, optional=True)
+        validation.finite(type(self).__name__, "lr", lr, optional=True)
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, step_closure: Closure | None = None, lower_bound: float | None = None

@@ -11,15 +11,16 @@ from torch.optim.optimizer import ParamsT
 
 from .. import policies
 from ..errors import ClosureError, OptionError
+from ..evaluation.closures import require_closure, value_of
+from ..evaluation.guard import Closure, Guard, RandomState
+from ..evaluation.reductions import agree, on_host, on_host_with_inner
+from ..evaluation.tensors import gradients_of, slope_of, tainted
+from ..evaluation.vectors import on_cpu
 from ..policies import Outcome, Record, Trial
 from ..policies.schedule import Decay
 from .base import AdaptiveOptimizer, Sample
-from .closures import require_closure, value_of
 from .direction import Descent, Direction
 from .groups import options_of
-from .guard import Closure, Guard, RandomState
-from .scalars import agree, on_cpu, on_host, on_host_with_inner
-from .tensors import gradients_of, slope_of, tainted
 
 __all__ = ["SPSB", "DecSPS", "SPSMax"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, TensorError
-from ..policies import _options
-from .guard import Guard
-from .scalars import inner
+from ..evaluation.guard import Guard
+from ..evaluation.vectors import inner
+from ..policies import validation
 
 __all__ = ["Ball", "Box", "Projection", "Section", "Simplex", "as_projection"]
 
@@ -72,7 +72,7 @@ class Ball:
 
     def __post_init__(self) -> None:
         """Validate the radius."""
-        _options.positive("Ball", "radius", self.radius, below_infinity=True)
+        validation.positive("Ball", "radius", self.radius, below_infinity=True)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place."""
@@ -99,7 +99,7 @@ class Simplex:
 
     def __post_init__(self) -> None:
         """Validate the sum."""
-        _options.positive("Simplex", "total", self.total, below_infinity=True)
+        validation.positive("Simplex", "total", self.total, below_infinity=True)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Project in place: x <- max(x - t, 0) with the t that gives the sum (by sorting)."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import OptionError
-from . import _options
-from ._scalars import Scalar, resolution
+from . import validation
 from .distance import estimate, take
 from .envelope import armijo_ceiling, without_increase
 from .record import Outcome, Record, Trial
 from .reset import RESETS, reset
+from .scalars import Scalar, resolution
 from .schedule import DECAYS, Decay, decay_factor
 
 __all__ = ["SLS", "SLSB", "SearchState"]
@@ -63,15 +63,15 @@ class _Search:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        _options.fraction(owner, "c", self.c)
-        _options.fraction(owner, "shrink", self.shrink)
-        _options.at_least_one(owner, "grow", self.grow)
-        _options.choice(owner, "reset", self.reset, RESETS)
-        _options.non_negative(owner, "slack", self.slack)
-        _options.finite(owner, "lower_bound", self.lower_bound, optional=True)
+        validation.fraction(owner, "c", self.c)
+        validation.fraction(owner, "shrink", self.shrink)
+        validation.at_least_one(owner, "grow", self.grow)
+        validation.choice(owner, "reset", self.reset, RESETS)
+        validation.non_negative(owner, "slack", self.slack)
+        validation.finite(owner, "lower_bound", self.lower_bound, optional=True)
         if self.max_trials is not None:
-            _options.count(owner, "max_trials", self.max_trials)
-        _options.make_plain(self)
+            validation.count(owner, "max_trials", self.max_trials)
+        validation.make_plain(self)
 
     def init(self) -> SearchState:
         """Return the state before the first step."""
@@ -200,8 +200,8 @@ class SLS(_Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _options.positive("SLS", "start", self.start, optional=True, below_infinity=True)
-        _options.positive("SLS", "max_step", self.max_step, optional=True)
+        validation.positive("SLS", "start", self.start, optional=True, below_infinity=True)
+        validation.positive("SLS", "max_step", self.max_step, optional=True)
         if self.start is None and self.lower_bound is None:
             raise OptionError(
                 "SLS(start=None, lower_bound=None): without a lower bound of the loss the first trial cannot be found; "
@@ -261,8 +261,8 @@ class SLSB(_Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _options.positive("SLSB", "bound", self.bound, optional=True, below_infinity=True)
-        _options.choice("SLSB", "decay", self.decay, DECAYS, or_callable=True)
+        validation.positive("SLSB", "bound", self.bound, optional=True, below_infinity=True)
+        validation.choice("SLSB", "decay", self.decay, DECAYS, or_callable=True)
         if self.bound is None and self.lower_bound is None:
             raise OptionError(
                 "SLSB(bound=None, lower_bound=None): without a lower bound of the loss the bound cannot be found; "

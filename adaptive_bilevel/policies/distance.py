@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._scalars import Scalar, clock, larger, like, root, where
+from .scalars import Scalar, clock, larger, like, root, where
 
 __all__ = ["estimate", "take"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import OptionError
-from . import _options
-from ._scalars import Scalar, clock, first, isfinite, larger, like, smaller, where
+from . import validation
 from .distance import estimate, take
 from .record import Outcome, Record, Trial, closed_form
+from .scalars import Scalar, clock, first, isfinite, larger, like, smaller, where
 from .schedule import DECAYS, Decay, decay_factor
 
 __all__ = ["BoundState", "Constant", "Envelope", "armijo_ceiling", "clip", "polyak_ratio"]
@@ -144,10 +144,10 @@ class _Bounded:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        _options.positive(owner, "bound", self.bound, optional=True)
-        _options.choice(owner, "decay", self.decay, DECAYS, or_callable=True)
-        _options.finite(owner, "lower_bound", self.lower_bound, optional=True)
-        _options.make_plain(self)
+        validation.positive(owner, "bound", self.bound, optional=True)
+        validation.choice(owner, "decay", self.decay, DECAYS, or_callable=True)
+        validation.finite(owner, "lower_bound", self.lower_bound, optional=True)
+        validation.make_plain(self)
 
     def first_bound(self, *, loss: Scalar, slope: Scalar, lower_bound: Scalar | None = None) -> Scalar:
         """Return the initial bound that the rule takes where none is given; 0 if this point does not show one."""
@@ -268,9 +268,9 @@ class Envelope(_Bounded):
         super().__post_init__()
         owner = type(self).__name__
         if not callable(self.c):
-            _options.positive(owner, "c", self.c, below_infinity=True)
-        _options.non_negative(owner, "floor", self.floor)
-        _options.choice(owner, "floor_decay", self.floor_decay, DECAYS, or_callable=True)
+            validation.positive(owner, "c", self.c, below_infinity=True)
+        validation.non_negative(owner, "floor", self.floor)
+        validation.choice(owner, "floor_decay", self.floor_decay, DECAYS, or_callable=True)
 
     def init(self) -> BoundState:
         """Return the state before the first step."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import _options
-from ._scalars import Scalar, isfinite, larger, where
+from . import validation
 from .record import Outcome, Record, Trial, closed_form
+from .scalars import Scalar, isfinite, larger, where
 
 __all__ = ["COUPLINGS", "GradientNorm", "GradientNormState"]
 
@@ -43,9 +43,9 @@ class GradientNorm:
     coupling: str = "none"
 
     def __post_init__(self) -> None:
-        _options.positive("GradientNorm", "initial", self.initial, below_infinity=True)
-        _options.choice("GradientNorm", "coupling", self.coupling, COUPLINGS)
-        _options.make_plain(self)
+        validation.positive("GradientNorm", "initial", self.initial, below_infinity=True)
+        validation.choice("GradientNorm", "coupling", self.coupling, COUPLINGS)
+        validation.make_plain(self)
 
     def init(self) -> GradientNormState:
         """Return the state before the first step."""

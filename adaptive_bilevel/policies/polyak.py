@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import _options
-from ._scalars import Scalar, clock, smaller, where
+from . import validation
 from .envelope import Envelope, _Bounded, advance, clip, polyak_ratio, tried
 from .record import Record, Trial
+from .scalars import Scalar, clock, smaller, where
 from .schedule import Decay
 
 __all__ = ["SPSB", "DecSPS", "DecSPSState", "SPSMax"]
@@ -69,8 +69,8 @@ class DecSPS(_Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _options.positive("DecSPS", "c", self.c, below_infinity=True)
-        _options.choice("DecSPS", "decay", self.decay, ("constant",))
+        validation.positive("DecSPS", "c", self.c, below_infinity=True)
+        validation.choice("DecSPS", "decay", self.decay, ("constant",))
 
     def init(self) -> DecSPSState:
         """Return the state before the first step."""

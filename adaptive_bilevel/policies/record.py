@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from ._scalars import Scalar, like
+from .scalars import Scalar, like
 
 __all__ = ["Outcome", "Policy", "Record", "Trial"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import _options
-from ._scalars import Scalar
+from . import validation
+from .scalars import Scalar
 
 __all__ = ["DECAYS", "Decay", "PowerDecay", "decay_factor"]
 
@@ -44,7 +44,7 @@ class PowerDecay:
 
     def __post_init__(self) -> None:
         """Validate the exponent."""
-        _options.non_negative("PowerDecay", "exponent", self.exponent)
+        validation.non_negative("PowerDecay", "exponent", self.exponent)
 
     def __call__(self, k: Scalar) -> Scalar:
         """Return the factor of step k."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import NonFiniteError
+from adaptive_bilevel.evaluation.counts import Counts
 from adaptive_bilevel.hypergradient import assign, implicit_with_info
 from adaptive_bilevel.methods import BilevelProblem
 from adaptive_bilevel.methods import run as methods_run
-from adaptive_bilevel.optim.evaluations import Counts
 from methods import Hooks, SingleStep
 from tasks import SingleLevelTask, Task
 from tasks.base import Evaluation

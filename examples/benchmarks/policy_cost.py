@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import torch
 
-from adaptive_bilevel.policies import SLS, SLSB, SPSB, Constant, DecSPS, Envelope, GradientNorm, SPSMax, _scalars
+from adaptive_bilevel.policies import SLS, SLSB, SPSB, Constant, DecSPS, Envelope, GradientNorm, SPSMax, scalars
 
 LOSS, SLOPE = 6.0, 20.0
 
@@ -122,11 +122,11 @@ def stepper(policy: Any, kind: Callable[[float], Any]) -> Callable[[], Any]:
 @contextmanager
 def namespace(found: Callable[[Any], Any]) -> Iterator[None]:
     """Look array namespaces up in another way for a while."""
-    kept, _scalars._namespace = _scalars._namespace, found
+    kept, scalars._namespace = scalars._namespace, found
     try:
         yield
     finally:
-        _scalars._namespace = kept
+        scalars._namespace = kept
 
 
 def measure(seconds: float) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def measure(seconds: float) -> dict[str, Any]:
         if kind == "float":
             continue
         step = stepper(POLICIES["SPSB"], convert)
-        known = _scalars._namespace(convert(LOSS))
+        known = scalars._namespace(convert(LOSS))
         with namespace(lambda array: known):
             none = cost(step, seconds)
         with namespace(array_api_compat.array_namespace):

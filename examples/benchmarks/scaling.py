@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, SPSMax
+from adaptive_bilevel.evaluation.counts import Counts
 from adaptive_bilevel.hypergradient import CG, assign, implicit_with_info
-from adaptive_bilevel.optim.evaluations import Counts
 from live import live_bytes
 from methods import plain_step
 

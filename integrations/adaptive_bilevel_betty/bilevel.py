@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adaptive_bilevel import optim as core
+from adaptive_bilevel import bilevel
+from adaptive_bilevel.bilevel.model_check import Belief
+from adaptive_bilevel.bilevel.response import Response
 from adaptive_bilevel.errors import LowerLevelError, OptionError
+from adaptive_bilevel.evaluation.guard import Guard
 from adaptive_bilevel.hypergradient import LinearSolver
-from adaptive_bilevel.optim.belief import Belief
-from adaptive_bilevel.optim.guard import Guard
-from adaptive_bilevel.optim.moves import Move
 from adaptive_bilevel.optim.polyak import PolyakOptimizer
-from adaptive_bilevel.optim.response import Response
+from adaptive_bilevel.optim.search_path import Move
 from adaptive_bilevel.policies import Record
 
 from ._options import solver_from, solver_text
@@ -29,7 +29,7 @@ from .seat import Seat, edges, seat_of
 __all__ = ["BiSLS", "BiSPS"]
 
 
-class BiSPS(Hosted, core.BiSPS):  # type: ignore[misc]  # step takes what Betty knows
+class BiSPS(Hosted, bilevel.BiSPS):  # type: ignore[misc]  # step takes what Betty knows
     """`adaptive_bilevel.BiSPS` as a problem's optimizer: the same options but `lower`, which `bind` sets."""
 
     def __init__(self, params: ParamsT, lr: float | None = None, **options: Any) -> None:
@@ -45,7 +45,7 @@ class BiSPS(Hosted, core.BiSPS):  # type: ignore[misc]  # step takes what Betty 
         return step(self, loss=seat.replay.loss)
 
 
-class BiSLS(Hosted, core.BiSLS):  # type: ignore[misc]  # step takes what Betty knows
+class BiSLS(Hosted, bilevel.BiSLS):  # type: ignore[misc]  # step takes what Betty knows
     """`adaptive_bilevel.BiSLS` as a problem's optimizer: the same options but `lower`, `project` and `solver`.
 
     The lower level is what the problem's paths say, and is set by `bind`. A ``param_callback`` of the problem takes the

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adaptive_bilevel.bilevel.model_check import Belief, Change
+from adaptive_bilevel.bilevel.response import TangentResponse
+from adaptive_bilevel.evaluation.counts import Counts
+from adaptive_bilevel.evaluation.guard import Closure, Guard
+from adaptive_bilevel.evaluation.reductions import agree
+from adaptive_bilevel.evaluation.vectors import inner
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
-from adaptive_bilevel.optim.belief import Belief, Change
-from adaptive_bilevel.optim.evaluations import Counts
-from adaptive_bilevel.optim.guard import Closure, Guard
-from adaptive_bilevel.optim.response import TangentResponse
-from adaptive_bilevel.optim.scalars import agree, inner
 
 __all__ = ["Block", "ChainResponse"]
 

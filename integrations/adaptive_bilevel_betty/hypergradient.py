@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
-from adaptive_bilevel.optim.guard import Guard, Workspace
 
 from ._host import Problem, answering, jvp_fn_mapping
 from .nested import total_loss

@@ -13,11 +13,11 @@ from torch.optim.optimizer import ParamsT
 
 from adaptive_bilevel import optim as core
 from adaptive_bilevel.errors import ClosureError, OptionError
+from adaptive_bilevel.evaluation.guard import Closure, Guard, RandomState
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
 from adaptive_bilevel.optim.direction import Descent
-from adaptive_bilevel.optim.guard import Closure, Guard, RandomState
-from adaptive_bilevel.optim.moves import Move
 from adaptive_bilevel.optim.projection import Section
+from adaptive_bilevel.optim.search_path import Move
 
 from .seat import Seat
 

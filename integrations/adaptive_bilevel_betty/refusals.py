@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from adaptive_bilevel.bilevel.upper import UpperOptimizer
 from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
 from adaptive_bilevel.optim.polyak import PolyakOptimizer
-from adaptive_bilevel.optim.upper import UpperOptimizer
 
 from ._host import OLD, RELEASE, BaseProblem, ImplicitProblem, Problem, distribution, rolls_back
 from .bilevel import BiSLS

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_bilevel.errors import ClosureError
-from adaptive_bilevel.optim.buffers import Buffers
-from adaptive_bilevel.optim.guard import RandomState
+from adaptive_bilevel.evaluation.buffers import Buffers
+from adaptive_bilevel.evaluation.guard import RandomState
 
 from ._host import Problem
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_bilevel.errors import ClosureError, HypergradientError
-from adaptive_bilevel.optim.guard import RandomState
+from adaptive_bilevel.evaluation.guard import RandomState
 
 __all__ = ["as_differentiated", "differentiate", "fresh", "gradients"]
 

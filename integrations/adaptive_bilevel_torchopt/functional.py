@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, OptionError, TensorError
-from adaptive_bilevel.optim.tensors import refuse_unsupported
+from adaptive_bilevel.evaluation.tensors import refuse_unsupported
 
 from ._host import torchopt
 from .backward import gradients

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, TensorError
+from adaptive_bilevel.evaluation.guard import RandomState
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
-from adaptive_bilevel.optim.guard import RandomState
 
 from .refusals import attached, check_lower, check_module, refuse_solution
 from .task import ModuleLower, Rule, Task, scalar

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError
-from adaptive_bilevel.optim.scalars import inner
+from adaptive_bilevel.evaluation.vectors import inner
 
 __all__ = ["Marks"]
 

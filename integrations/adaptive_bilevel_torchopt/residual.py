@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError, SolverError
-from adaptive_bilevel.optim.scalars import inner
+from adaptive_bilevel.evaluation.vectors import inner
 
 __all__ = ["local_objective", "refuse_asymmetric"]
 

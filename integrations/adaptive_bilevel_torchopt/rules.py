@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, SPSMax, policies
+from adaptive_bilevel.bilevel.upper import UpperOptimizer
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
-from adaptive_bilevel.optim.upper import UpperOptimizer
 
 from .direction import as_direction, as_stepped
 

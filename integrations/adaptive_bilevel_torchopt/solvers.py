@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive_bilevel.bilevel.response import refined
 from adaptive_bilevel.errors import SolverError
+from adaptive_bilevel.evaluation.vectors import inner
 from adaptive_bilevel.hypergradient import CG, LinearSolver, Neumann
 from adaptive_bilevel.hypergradient.solution import MatVec, Solution, SolverStatus
-from adaptive_bilevel.optim.response import refined
-from adaptive_bilevel.optim.scalars import inner
 
 __all__ = ["Called", "Dense", "NormalCG", "Ridge", "SafeNeumann", "declared_solver"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError, LowerLevelError
+from adaptive_bilevel.evaluation.guard import RandomState
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
-from adaptive_bilevel.optim.guard import RandomState
 from adaptive_bilevel.optim.polyak import PolyakOptimizer
 
 from .backward import as_differentiated

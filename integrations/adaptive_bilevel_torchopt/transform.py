@@ -27,9 +27,9 @@ from torch import Tensor
 
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
-from adaptive_bilevel.optim.scalars import inner
+from adaptive_bilevel.evaluation.vectors import inner
 from adaptive_bilevel.policies import Outcome, Record
-from adaptive_bilevel.policies._scalars import resolution
+from adaptive_bilevel.policies.scalars import resolution
 
 from ._host import torchopt
 from .direction import either

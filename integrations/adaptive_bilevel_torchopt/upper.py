@@ -11,9 +11,9 @@ from torch import Tensor
 
 from adaptive_bilevel import BiSLS, BiSPS
 from adaptive_bilevel.errors import ClosureError, HypergradientError, LowerLevelError, OptionError
+from adaptive_bilevel.evaluation.counts import Evaluations
+from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
-from adaptive_bilevel.optim.evaluations import Evaluations
-from adaptive_bilevel.optim.guard import Guard, Workspace
 from adaptive_bilevel.policies import Record
 
 from .backward import differentiate, fresh

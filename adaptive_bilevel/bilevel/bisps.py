@@ -1,0 +1,136 @@
+"""BiSPS: Polyak steps at the upper level of a bilevel problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import policies
+from ..errors import ClosureError
+from ..evaluation.closures import require_closure, value_of
+from ..evaluation.guard import Closure, Guard
+from ..optim.direction import Direction
+from ..optim.groups import options_of
+from ..optim.polyak import PolyakOptimizer
+from ..policies import Outcome, validation
+from ..policies.schedule import Decay
+from .upper import UpperOptimizer
+
+__all__ = ["BiSPS"]
+
+
+class BiSPS(UpperOptimizer, PolyakOptimizer):
+    """BiSPS: alpha_k = min{max{alpha_l,k, (f - lower_bound) / (c ||h||^2)}, alpha_b,k}, x <- x - alpha_k h, eq. (12).
+
+    `.grad` of the upper parameters holds the hypergradient h when `step` is called.
+
+    Args:
+        params: Upper parameters or groups.
+        lr: alpha_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each
+            step (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
+        lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
+        lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
+            the upper iterations and is constant within one.
+        c: c > 0.
+        lower_bound: A lower bound of f over both variables, e.g. 0. (A bound for the present y makes every step 0.)
+        decay: Schedule of bound and floor.
+        direction: "sgd" or "adam".
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range (also a ValueError).
+        TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        lr_min: float = 0.0,
+        lower: Any = None,
+        c: float = 1.0,
+        lower_bound: float | None = 0.0,
+        decay: Decay = "inverse_sqrt",
+        direction: str | Direction = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        super().__init__(params, lr, {name: v for name, v in options_of(locals()).items() if name != "lower"})
+        self.bind(lower)
+
+    def bind(self, lower: Any) -> None:
+        """Set the lower optimizers."""
+        super().bind(lower)
+        for optimizer in self._clocked():
+            optimizer.set_clock(max(optimizer.clock, 0))
+
+    def _clocked(self) -> list[PolyakOptimizer]:
+        return [o for o in self.lower.optimizers if isinstance(o, PolyakOptimizer)]
+
+    def _make_policy(self, options: dict[str, Any]) -> policies.Envelope:
+        validation.non_negative("BiSPS", "lr_min", options["lr_min"])
+        return policies.Envelope(
+            c=options["c"],
+            lower_bound=options["lower_bound"],
+            decay=options["decay"],
+            floor=options["lr_min"],
+            floor_decay=options["decay"],
+        )
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        upper_closure: Closure | None = None,
+        lower_closure: Any = None,
+        *,
+        loss: Tensor | float | None = None,
+        lower_bound: float | None = None,
+    ) -> Tensor | float:
+        """Take one upper step along .grad, and return the upper loss before it.
+
+        Args:
+            upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, without
+                gradients.
+            lower_closure: Unused: the rule needs no response. Taken so that a call is the same as for `BiSLS`.
+            loss: In the place of a closure: that loss.
+            lower_bound: Overrides the option for this sample.
+
+        Raises:
+            HypergradientError: No upper parameter has a .grad.
+            ClosureError: Neither closure nor loss.
+            NonFiniteError: max_skips steps in a row were not finite.
+        """
+        params, lower_bound = self._parameters(), self._sample_bound(lower_bound)
+        grads = self._hypergradient(params)
+        with Guard(params, self._workspace) as guard:
+            if loss is not None:
+                value = _given(upper_closure, loss)
+            else:
+                value = guard.value(require_closure("BiSPS", upper_closure))
+            self.evaluations.upper.values += loss is None
+            active, gradient, factors = self._with_gradient(params, grads)
+            record, state = self._polyak_step(active, gradient, factors, gradient, value, lower_bound)
+            if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
+                guard.undo()
+        if isinstance(record.outcome, Tensor) or record.moved:
+            for optimizer in self._clocked():
+                optimizer.set_clock(optimizer.clock + 1)
+        self._conclude(record, state)
+        return value
+
+
+def _given(closure: Any, loss: Any) -> Tensor | float:
+    """Return the loss that the user computed."""
+    if closure is not None:
+        raise ClosureError("BiSPS.step(closure=..., loss=...): give one of the two")
+    try:
+        return value_of(loss)
+    except ClosureError:
+        raise ClosureError(f"BiSPS.step(loss={loss!r}): loss must be one real number") from None

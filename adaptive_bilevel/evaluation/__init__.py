@@ -1,0 +1,13 @@
+"""Evaluating the user's losses without leaving a trace, and the arithmetic on what they return.
+
+* `guard`: one step's evaluations; parameters, buffers, random state and ``.grad`` come back exactly.
+* `closures`: what a closure does while it runs, and how it may be written.
+* `buffers`: the buffers of the modules that a closure runs.
+* `counts`: the number of oracle calls.
+* `reductions`: from tensors to scalars, over all tensors of a level and over all processes.
+* `tensors`, `vectors`: lists of tensors as one vector.
+"""
+
+from .counts import Counts, Evaluations
+
+__all__ = ["Counts", "Evaluations"]

@@ -1,0 +1,242 @@
+"""A trial leaves no trace: parameters, buffers, gradients and random state come back exactly as they were.
+
+One `Guard` spans one optimizer step. It evaluates the user's closures, on the current point or elsewhere, and puts
+everything back by copy (never by adding and subtracting), whatever happens, exceptions and KeyboardInterrupt included:
+
+* parameters: copied into a workspace that is allocated once;
+* buffers: of every module that runs inside a closure (found by hooks), BatchNorm's counters included;
+* random state: of the CPU and of the parameters' devices; every trial replays the same dropout mask;
+* gradients: backward and zero_grad inside a closure reach no ``.grad`` but through this module.
+
+What it cannot see: random generators other than torch's default ones, modules that run only inside a compiled function
+(compile the module, not a function around it), and what the closure does to Python objects.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .buffers import Buffers
+from .closures import Closure, Recorder, Watched, installed
+from .vectors import on_cpu
+
+__all__ = ["Closure", "Guard", "RandomState", "Workspace"]
+
+T = TypeVar("T")
+
+
+class RandomState:
+    """The default random generators of the CPU and of some devices, at the time of construction."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+
+    def restore(self) -> None:
+        """Put the generators back to that time."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+class Workspace:
+    """What a guard keeps between steps: memory for the copies, and what it learned about the closures.
+
+    Args:
+        lasting: Whether the memory is kept too.
+    """
+
+    def __init__(self, lasting: bool = True) -> None:
+        self._lasting = lasting
+        self.copies: list[Tensor] = []
+        self.trials_need_grad = False
+
+    def fit(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return memory of the tensors' shapes; if it is kept, it is allocated only when they have changed."""
+        if not self._lasting:
+            return [torch.empty_like(p, requires_grad=False) for p in tensors]
+        same = len(self.copies) == len(tensors) and all(
+            c.shape == p.shape and c.dtype == p.dtype and c.device == p.device
+            for c, p in zip(self.copies, tensors, strict=True)
+        )
+        if not same:
+            self.copies = [torch.empty_like(p, requires_grad=False) for p in tensors]
+        return self.copies
+
+
+class Guard:
+    """Spans one step: evaluates closures here and elsewhere, and puts everything back.
+
+    Args:
+        tensors: The parameters that may move.
+        workspace: Kept by the caller from step to step.
+
+    Leaving the block by an exception puts everything back to before the block. Otherwise parameters stay where they
+    were last put, and buffers and random state are as after the one evaluation that `mark` named.
+
+    An evaluation with ``random=`` is a replay: buffers and random state are first put back to where they were before
+    that sample was drawn. Closures are evaluated inside the block only.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], workspace: Workspace) -> None:
+        self._tensors = list(tensors)
+        self._workspace = workspace
+        self._copies: list[Tensor] = []
+        self._origin: list[Tensor] = []
+        self._devices: list[torch.device] = []
+        if not on_cpu(tensors):
+            self._devices = sorted((d for d in {p.device for p in tensors} if d.type not in ("cpu", "meta")), key=str)
+        self._buffers = Buffers()
+        self._marked: RandomState | None = None
+
+    def __enter__(self) -> Guard:
+        installed.__enter__()
+        self.entry = RandomState(self._devices)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is not None:
+                self.undo()
+            elif self._marked is not None:
+                self.recall()
+        finally:
+            installed.__exit__()
+            torch.clear_autocast_cache()
+
+    def random_state(self) -> RandomState:
+        """Return the present random state, to replay the next evaluation later."""
+        return RandomState(self._devices)
+
+    def mark(self) -> None:
+        """Take the present buffers and random state as those to leave behind."""
+        self._marked = RandomState(self._devices)
+        self._buffers.mark()
+
+    def recall(self) -> None:
+        """Put buffers and random state back to where they were when `mark` was called, and forget that mark."""
+        assert self._marked is not None
+        self._marked.restore()
+        self._marked = None
+        with torch.no_grad():
+            self._buffers.to_after()
+
+    def undo(self) -> None:
+        """Put everything back to before the block."""
+        origin = self._origin or self._copies
+        with torch.no_grad():
+            if origin:
+                torch._foreach_copy_(self._tensors, origin)
+            self._buffers.to_before()
+        self.entry.restore()
+        self._marked = None
+
+    def keep_buffers_if(self, valid: Tensor) -> None:
+        """Put the buffers back to before the block unless `valid` holds, which stays on its device.
+
+        Where an evaluation was marked, they are those of that one; the mark is done with.
+        """
+        if self._marked is not None:
+            self.recall()
+        with torch.no_grad():
+            self._buffers.keep_if(valid)
+
+    def copy(self) -> list[Tensor]:
+        """Copy the parameters, once, and return the copies."""
+        if not self._copies and self._tensors:
+            copies = self._workspace.fit(self._tensors)
+            with torch.no_grad():
+                torch._foreach_copy_(copies, self._tensors)
+            self._copies = copies
+        return self._copies
+
+    def rebase(self) -> None:
+        """Make the present parameters those that `put_back` returns to; `undo` still returns to the first ones."""
+        self._origin = self._origin or [c.clone() for c in self.copy()]
+        with torch.no_grad():
+            torch._foreach_copy_(self._copies, self._tensors)
+
+    def put_back(self) -> None:
+        """Copy the parameters back."""
+        if self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(self._tensors, self._copies)
+
+    def gradient(
+        self, closure: Closure, inputs: Sequence[Tensor], random: RandomState | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss at the present point and its gradients (None for frozen tensors); no ``.grad`` changes.
+
+        The backward is a true one restricted to `inputs`, so hooks (DistributedDataParallel's among them) run.
+        """
+        recorder = Recorder([p for p in inputs if p.requires_grad])
+        with self._gradients_aside(inputs):
+            loss = self._call(closure, recorder, recorder.differentiated, True, random)
+            return loss, [p.grad for p in inputs]
+
+    def attached(self, closure: Closure, random: RandomState | None = None) -> Tensor:
+        """Return the loss at the present point with its graph."""
+        recorder = Recorder(None)
+        with self._gradients_aside():
+            return self._call(closure, recorder, recorder.attached, True, random)
+
+    def value(self, closure: Closure, random: RandomState | None = None) -> Tensor | float:
+        """Return the loss at the present point (one forward)."""
+        with self._gradients_aside():
+            if not self._workspace.trials_need_grad:
+                recorder, random = Recorder(None), random or RandomState(self._devices)
+                try:
+                    return self._call(closure, recorder, recorder.value, False, random)
+                except RuntimeError as error:
+                    # A closure that differentiates inside (an unrolled loop) cannot run without gradients.
+                    if "require grad" not in str(error):
+                        raise
+                    self._workspace.trials_need_grad = True
+            recorder = Recorder(None)
+            return self._call(closure, recorder, recorder.value, True, random)
+
+    def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> _Aside:
+        """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""
+        if len(inputs) == len(self._tensors) and all(map(operator.is_, inputs, self._tensors)):
+            return _Aside(self._tensors)
+        known = {id(p) for p in self._tensors}
+        return _Aside([*self._tensors, *(p for p in inputs if id(p) not in known)])
+
+    def _call(
+        self,
+        closure: Closure,
+        recorder: Recorder,
+        conclude: Callable[[Any], T],
+        with_grad: bool,
+        random: RandomState | None,
+    ) -> T:
+        if random is not None:
+            with torch.no_grad():
+                self._buffers.to_before()
+            random.restore()
+        # Autocast caches casts of the parameters for as long as its outermost block lasts; ours have moved since.
+        torch.clear_autocast_cache()
+        with Watched(recorder, self._buffers, with_grad):
+            return conclude(closure())
+
+
+class _Aside:
+    """Takes gradients away for a while."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._held = tensors, [p.grad for p in tensors]
+
+    def __enter__(self) -> None:
+        for p, grad in zip(self._tensors, self._held, strict=True):
+            if grad is not None:
+                p.grad = None
+
+    def __exit__(self, *error: object) -> None:
+        for p, grad in zip(self._tensors, self._held, strict=True):
+            p.grad = grad

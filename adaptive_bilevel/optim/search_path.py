@@ -1,0 +1,132 @@
+"""A move of the upper variable, and its shortening by a projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..evaluation.reductions import agree
+from ..evaluation.vectors import inner
+from .direction import move
+from .projection import Box, Section
+
+__all__ = ["Move"]
+
+
+@dataclass
+class Move:
+    """A move of the upper variable: x - a d in trials, x - a e in the end.
+
+    Attributes:
+        tensors: The upper tensors that have a hypergradient.
+        gradient: h, the hypergradient.
+        along: d, the direction searched along.
+        stepped: Computes e, the direction stepped along; None: d.
+        constrained: The upper tensors, if there is a convex set for them, and the projection to it.
+        longest: No step above it stays in that set.
+        mover: Moves tensors along directions, see `Descent`.
+        factors: How much of a step each tensor takes, which d and e have in them; None: 1.
+        cut: Whether the set has shortened d.
+        rounding: Of a move that was cut: how much of <h, x - P(x - a d)> may be rounding.
+        promised: <h, d>, the slope that the hypergradient promises.
+    """
+
+    tensors: list[Tensor]
+    gradient: list[Tensor]
+    along: list[Tensor]
+    stepped: Callable[[], list[Tensor]] | None
+    constrained: tuple[Sequence[Tensor], Section] | None = None
+    longest: float = math.inf
+    mover: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
+    factors: Sequence[float] | None = None
+    cut: bool = False
+    rounding: float = 0.0
+    promised: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute the slope."""
+        self.promised = float(agree(inner(self.gradient, self.along))[0])
+
+    def take(self, step: float) -> None:
+        """Move the tensors, which are at x, along e; d is given up first, so that there is memory for one of them."""
+        if self.stepped is not None:
+            self.along = []
+            self.along = self.stepped()
+        self.go(step)
+
+    def go(self, step: float) -> None:
+        """Move the tensors, which are at x, along d."""
+        self.mover(self.tensors, self.along, step, [1.0] * len(self.along))
+        if self.constrained is not None:
+            # For d this changes rounding errors only.
+            params, project = self.constrained
+            project(params)
+
+    def within(self, params: Sequence[Tensor], project: Section, longest: float) -> Move:
+        """Return the move along (x - P(x - a d)) / a for the longest step a to be tried.
+
+        Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
+        sufficient decrease is that of the projected displacement. The parameters are not touched.
+
+        If that of d is shorter than it need be, -h (times the factors), scaled to the same <h, d>, is projected
+        instead: a projection is the nearest point in the norm it was made for, so along d = A^{-1} h it may not
+        descend at all, or stop at points that are no minimizers. A box is nearest in every diagonal metric.
+        """
+        constrained, longest = (params, project), min(longest, self._representable())
+        along = self._cut(self.along, constrained, longest)
+        if along is None:
+            # Nothing was cut: the steps up to here are those without a set, in their roundings too.
+            return replace(self, constrained=constrained, longest=longest)
+        rounding = self._rounding(along)
+        move = replace(self, along=along, constrained=constrained, longest=longest, cut=True, rounding=rounding)
+        if isinstance(project.project, Box) or all(d is g for d, g in zip(self.along, self.gradient, strict=True)):
+            return move
+        factors = self.factors or [1.0] * len(self.gradient)
+        scaled = [g * w for g, w in zip(self.gradient, factors, strict=True)]
+        square = float(agree(inner(self.gradient, scaled))[0])
+        plain = self._cut(torch._foreach_mul(scaled, self.promised / square), constrained, longest) if square else None
+        return move if plain is None else max(move, replace(move, along=plain, stepped=None), key=_promised)
+
+    def _representable(self) -> float:
+        """Return the longest step of which entries are finite, and their squares' sum in a dtype wide enough for it."""
+        along = [d for d in self.along if d.numel()]
+        sizes = [float(size) for size in torch._foreach_norm(along, math.inf)] if along else []
+        count, most = sum(d.numel() for d in along), math.inf
+        for d, size in zip(along, sizes, strict=True):
+            own, wide = torch.finfo(d.dtype).max, torch.finfo(torch.promote_types(d.dtype, torch.float32)).max
+            if size > 0.0 and math.isfinite(size):
+                most = min(most, own, min(own / 4.0, math.sqrt(wide / count)) / size)
+        return most
+
+    def _rounding(self, along: Sequence[Tensor]) -> float:
+        """Return how much of <h, x - P(x - a d)> may be rounding.
+
+        Both points have some four roundings (of the move, a norm or a sum, a quotient and a product), of half a unit.
+        """
+        sums = [
+            4.0 * torch.finfo(x.dtype).eps * float(inner([h.abs() * (d != 0)], [x.detach().abs()]))
+            for x, h, d in zip(self.tensors, self.gradient, along, strict=True)
+        ]
+        return float(agree(sum(sums))[0])
+
+    def _cut(
+        self, along: Sequence[Tensor], constrained: tuple[Sequence[Tensor], Section], longest: float
+    ) -> list[Tensor] | None:
+        """Return (x - P(x - a d)) / a; None if x - a d is in the set."""
+        params, project = constrained
+        copies = {id(p): p.detach().clone() for p in params}
+        moved = [copies[id(p)] for p in self.tensors]
+        self.mover(moved, along, longest, [1.0] * len(moved))
+        outside = {name: t.clone() for name, t in copies.items()}
+        project(list(copies.values()))
+        if all(torch.equal(t, outside[name]) for name, t in copies.items()):
+            return None
+        return [(p - q) / longest for p, q in zip(self.tensors, moved, strict=True)]
+
+
+def _promised(move: Move) -> float:
+    return move.promised

@@ -1,0 +1,409 @@
+"""What Betty's engine does with our optimizers: the same as with torch's, but for the step size."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from betty.engine import Engine
+from torch import Tensor, nn
+
+from adaptive_bilevel.errors import NonFiniteError
+from adaptive_bilevel.hypergradient import Identity
+from adaptive_bilevel.policies import Outcome
+from adaptive_bilevel_betty import SLS, SLSB, SPSB, BiSLS, BiSPS, SPSMax, bind
+from tests.betty.problems import Level, Ridge, Variable, engine, only_new, only_old, sgd, state
+from tests.optim.helpers import Net, plain
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave", "ignore:BiSLS. for 20 steps")
+
+# Rules that always take one step: whatever is tried is taken, or the bound is.
+ANY: dict[str, Any] = {"slack": 1e12, "reset": "initial"}
+SYMMETRIC = Identity(0.1)  # the slope is then <h, d>, also where the lower loss is not convex
+LOW: dict[str, Any] = {
+    "SLS": lambda lr: lambda p: SLS(p, lr, **ANY),
+    "SLSB": lambda lr: lambda p: SLSB(p, lr, decay="constant", **ANY),
+    "SPSB": lambda lr: lambda p: SPSB(p, lr, decay="constant", lower_bound=-1e30),
+    "SPSMax": lambda lr: lambda p: SPSMax(p, lr, lower_bound=-1e30),
+}
+HIGH: dict[str, Any] = {
+    "BiSLS": lambda lr: (
+        lambda p: BiSLS(
+            p, lr, lower_bound=None, momentum=False, solver=SYMMETRIC, curvature=math.inf, carry=False, **ANY
+        )
+    ),
+    "paper": lambda lr: lambda p: BiSLS(p, lr, lower_bound=None, response="step", carry=False, **ANY),
+    "BiSPS": lambda lr: lambda p: BiSPS(p, lr, decay="constant", lower_bound=-1e30),
+}
+
+
+# ------------------------------------------------------------------------------------------ a trial leaves no trace
+
+
+def nets(outer: Any, inner: Any, gas: int = 1, T: int = 1, scheduled: bool = False, kind: str = "darts") -> Any:
+    """A classifier with batch norm and dropout below, the weights of its classes above."""
+    draws = torch.Generator().manual_seed(3)
+    data = [
+        [(torch.randn(16, 6, generator=draws), torch.randint(3, (16,), generator=draws)) for _ in range(7)]
+        for _ in range(2)
+    ]
+    torch.manual_seed(0)
+
+    def lower(problem: Any, batch: Any) -> Tensor:
+        x, target = batch
+        losses = nn.functional.cross_entropy(problem.module(x), target, reduction="none")
+        return (problem.outer().sigmoid()[target] * losses).mean()
+
+    def upper(problem: Any, batch: Any) -> Tensor:
+        x, target = batch
+        loss = nn.functional.cross_entropy(problem.inner(x), target)
+        return loss + 0.01 * problem.module().square().sum()
+
+    top = Level("outer", upper, Variable(torch.zeros(3)), outer, data[1], retain_graph=True)
+    low = Level("inner", lower, Net(), inner, data[0], type=kind, unroll_steps=T, gradient_accumulation=gas)
+    if scheduled:
+        low.configure_scheduler = lambda: torch.optim.lr_scheduler.StepLR(low.optimizer, 30, 0.5)
+    return engine(low, top, steps=100 * gas)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "options"),
+    [
+        ("SLS", "BiSLS", {"gas": 4, "kind": "adaptive_cg"}),
+        ("SLSB", "BiSPS", {"gas": 4}),
+        ("SLS", "paper", {"gas": 4}),
+        ("SPSB", "BiSLS", {"T": 5, "kind": "adaptive_cg"}),
+        ("SPSMax", "BiSPS", {"T": 2}),
+        ("SLS", "paper", {"T": 5, "scheduled": True, "kind": "neumann"}),
+        ("SLSB", "BiSLS", {"gas": 4, "kind": "adaptive_cg", "dtype": torch.float32}),
+    ],
+)
+def test_a_constant_policy_is_sgd_to_the_bit(low: str, high: str, options: dict[str, Any]) -> None:
+    """100 steps with batch norm and dropout, although trials were made."""
+    options = dict(options)
+    torch.set_default_dtype(options.pop("dtype", torch.float64))
+    stock = nets(sgd(0.1), sgd(0.05), **options)
+    if options.get("kind") == "adaptive_cg":
+        bind(stock, solver=SYMMETRIC)
+    stock.run()
+    expected = state(stock)
+    made = bind(nets(HIGH[high](0.1), LOW[low](0.05), **options))
+    made.run()
+    assert state(made) == expected
+    inner, outer = made.inner.optimizer, made.outer.optimizer
+    assert inner.record.outcome in (Outcome.accepted, Outcome.at_bound)
+    if low.startswith("SLS"):
+        assert inner.evaluations.upper.values == 100
+    if high != "BiSPS":
+        assert outer.evaluations.upper.values == 100 // options.get("T", 1)
+        assert (outer.evaluations.lower.jvps if high == "BiSLS" else outer.evaluations.lower.gradients) > 0
+    assert made.inner.evaluations > stock.inner.evaluations or low.startswith("SPS")
+
+
+def test_stock_optimizers_in_a_bound_engine_are_undisturbed() -> None:
+    ends = []
+    for bound in (bind, lambda stock: stock):
+        made = bound(nets(sgd(0.1), sgd(0.05), gas=2))
+        made.run()
+        ends.append(state(made))
+    assert ends[0] == ends[1]
+
+
+def test_a_module_whose_output_depends_on_its_buffers_is_replayed_from_the_same_ones() -> None:
+    """Spectral norm turns its vector in every forward; a trial of length nearly 0 must see the same loss."""
+    module = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4, bias=False))
+    x = torch.randn(8, 4)
+    low = Level("inner", lambda p, b: (p.module(x) - 1.0).square().mean(), module, lambda p: SLS(p, 1e-200, **ANY))
+    made = bind(engine(low, steps=3))
+    made.run()
+    record = low.optimizer.record
+    assert float(record.value) == low.losses[-1]
+
+
+def validated(problem: Any, batch: Any) -> None:
+    with torch.no_grad():
+        problem.get_loss(batch)
+
+
+@pytest.mark.parametrize("who", ["engine", "upper loss", "grad_callback"])
+def test_only_what_betty_differentiates_is_replayed(who: str) -> None:
+    """A get_loss of the user, between or within steps, is no part of the step, nor of the lower level's next one."""
+    toy, ends = Ridge(), []
+    other = (toy.Av, toy.bv)
+    for asked in (False, True):
+        top, low = toy.levels(BiSLS, SLS, T=2, type="adaptive_cg", gradient_accumulation=4)
+
+        class Validating(Engine):
+            def validation(self, low: Level = low) -> None:
+                validated(low, other)
+
+        if asked and who == "upper loss":
+
+            def loss(problem: Any, batch: Any) -> Tensor:
+                validated(problem.inner, other)
+                return toy.upper_loss(problem, batch)
+
+            top._loss = loss
+        if asked and who == "grad_callback":
+            low.grad_callback = lambda low=low: validated(low, other)
+        kind = Validating if asked and who == "engine" else Engine
+        bind(engine(low, top, steps=80, kind=kind, valid_step=3)).run()
+        ends.append((top.value, low.value))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_the_last_evaluation_is_what_a_callback_sees() -> None:
+    seen: list[bool] = []
+
+    def loss(problem: Any, batch: Any) -> Tensor:
+        seen.append(problem.in_trial)
+        value: Tensor = problem.module().square().sum()
+        return value
+
+    low = Level("inner", loss, Variable(torch.ones(2)), lambda p: SLS(p, 100.0))
+    made = bind(engine(low, steps=1))
+    assert low.in_trial is False
+    made.run()
+    assert seen[0] is False
+    assert len(seen) > 2
+    assert all(seen[1:])
+    assert low.in_trial is False
+
+
+# ------------------------------------------------------------------------------------------ the graph's services
+
+
+def test_counts_go_through_the_logger() -> None:
+    logged: list[tuple[str, int, dict[str, Any]]] = []
+    top, low = Ridge().levels(BiSLS, SLS, log_step=1)
+    top.log_step = 1
+    made = bind(engine(low, top, steps=20))
+
+    class Logger:
+        def log(self, stats: Any, tag: str, step: int) -> None:
+            logged.append((tag, step, dict(stats)))
+
+        def info(self, text: str) -> None:
+            pass
+
+    low.logger = top.logger = made.logger = Logger()
+    made.run()
+    assert [tag for tag, _, _ in logged].count("outer") == 2
+    for tag, _, stats in logged:
+        assert set(stats) == {"loss", "step_size", "trials", "outcome"}, tag
+        assert all(isinstance(value, (int, float)) for value in stats.values())
+        assert stats["trials"] >= 1
+    assert logged[-1][2]["step_size"] == top.optimizer.param_groups[0]["step_size"]
+
+
+def test_metrics_of_the_user_are_kept() -> None:
+    low = Level("inner", lambda p, b: {"loss": p.module().square().sum(), "trials": -5}, Variable(torch.ones(1)), SLS)
+    bind(engine(low, steps=1))
+    low._count = 1
+    report = low.one_step_descent()
+    assert report["trials"] == -5
+    assert report["step_size"] > 0
+
+
+def test_schedulers_scale_the_bound() -> None:
+    low = Level(
+        "inner",
+        lambda p, b: p.module().square().sum(),
+        Variable(torch.ones(1)),
+        lambda p: SPSMax(p, lower_bound=-1e9, lr=1e-3),
+    )
+    low.configure_scheduler = lambda: torch.optim.lr_scheduler.LambdaLR(low.optimizer, lambda k: 0.5**k)
+    made = bind(engine(low, steps=3))
+    made.run()
+    assert low.optimizer.param_groups[0]["step_size"] == pytest.approx(0.25e-3)
+
+
+@only_new
+def test_parameter_groups_of_the_problem() -> None:
+    low = Level(
+        "inner", lambda p, b: (p.module(torch.ones(1, 3)) - 1).square().sum(), nn.Linear(3, 2), lambda p: SLS(p, 0.5)
+    )
+    low.param_groups = lambda: [
+        {"params": [low.module.weight], "lr": 0.4},
+        {"params": [low.module.bias], "lr": 0.1},
+    ]
+    made = bind(engine(low, steps=3))
+    made.run()
+    first, second = low.optimizer.param_groups
+    assert first["step_size"] == pytest.approx(4 * second["step_size"])
+    assert low.losses[-1] < low.losses[0]
+
+
+def test_frozen_parameters_stay() -> None:
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    low = Level("inner", lambda p, b: (p.module(torch.ones(1, 3)) - 1).square().sum(), module, SLS)
+    before = module.bias.detach().clone()
+    # Betty's backward takes gradients of the trainable parameters, frozen ones included, so the user leaves them out.
+    low.trainable_parameters = lambda: [module.weight]
+    bind(engine(low, steps=10)).run()
+    assert torch.equal(module.bias, before)
+    assert low.losses[-1] < 0.1 * low.losses[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_losses_move_nothing(value: float) -> None:
+    poison = {"at": 3}
+
+    def loss(problem: Any, batch: Any) -> Tensor:
+        scale = value if len(problem.losses) == poison["at"] else 1.0
+        y: Tensor = problem.module()
+        return scale * y.square().sum()
+
+    low = Level("inner", loss, Variable(torch.ones(2)), lambda p: SLS(p, 0.01))
+    made = bind(engine(low, steps=3))
+    made.run()
+    before = low.value.clone()
+    saved = plain(low.optimizer.state_dict())
+    low.step()
+    assert torch.equal(low.value, before)
+    assert plain(low.optimizer.state_dict()) == saved
+    assert low.optimizer.record.outcome == Outcome.non_finite
+    low.step()
+    assert low.optimizer.record.moved
+
+
+def test_an_exception_in_a_trial_leaves_no_trace() -> None:
+    def loss(problem: Any, batch: Any) -> Tensor:
+        if problem.in_trial:
+            raise KeyboardInterrupt
+        value: Tensor = nn.functional.dropout(problem.module(), 0.5).square().sum()
+        return value
+
+    low = Level("inner", loss, Variable(torch.ones(4)), SLS)
+    made = bind(engine(low, steps=1))
+    torch.manual_seed(0)
+    nn.functional.dropout(torch.ones(4), 0.5)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert torch.equal(low.value, torch.ones(4))
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert low.in_trial is False
+
+
+def test_a_cold_start_voids_the_prediction() -> None:
+    """on_inner_loop_start zeroes y: the offer of the upper step is dropped, and costs no evaluation."""
+    ends = []
+    for carry in ("auto", False):
+        top, low = Ridge().levels(lambda p, carry=carry: BiSLS(p, carry=carry), SLS)
+        low.on_inner_loop_start = lambda low=low: low.module.value.data.zero_()
+        made = bind(engine(low, top, steps=100))
+        made.run()
+        ends.append((top.value.clone(), low.optimizer.evaluations.upper, low.losses))
+        assert carry is False or "offered" in low.optimizer.state[low.module.value]  # the last one, not looked at yet
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_a_warm_start_decides_about_the_prediction() -> None:
+    top, low = Ridge().levels(BiSLS, SLS, type="adaptive_cg")
+    made = bind(engine(low, top, steps=10))
+    made.run()
+    moved = low.value.clone()
+    before = low.optimizer.state[low.module.value]["offered"]
+    assert not torch.equal(moved, before)
+    values = low.optimizer.evaluations.upper.values
+    low.step()
+    # at the prediction, at the point before, and perhaps after a step from there
+    assert low.optimizer.evaluations.upper.values - values - low.optimizer.record.trials in (2, 3)
+    assert "offered" not in low.optimizer.state[low.module.value]
+
+
+@only_new
+@pytest.mark.parametrize("how", ["grad_callback", "gradient_clipping"])
+def test_gradients_are_processed_after_a_prediction_too(how: str) -> None:
+    """Whichever starting point a lower step takes, it moves from there along what Betty makes of the gradient."""
+    torch.manual_seed(0)
+    A, target = torch.randn(6, 4), torch.arange(1.0, 5.0)
+    top = Level("outer", lambda p, b: (p.inner() - target).square().sum(), Variable(torch.zeros(4)), BiSLS)
+    low = Level(
+        "inner",
+        lambda p, b: (A @ (p.module() - p.outer())).square().mean() + 0.01 * p.module().square().sum(),
+        Variable(torch.ones(4)),
+        lambda params: SLS(params, 0.1, max_step=0.1, reset="initial", grow=1.0),
+        unroll_steps=3,
+        gradient_clipping=0.5 if how == "gradient_clipping" else 0.0,
+    )
+    if how == "grad_callback":
+        low.grad_callback = lambda: low.module.value.grad[:1].zero_()
+    made = bind(engine(low, top, steps=30))
+    moves: list[Tensor] = []
+    step = low.optimizer.step
+
+    def spy() -> Any:
+        starts = [low.value.clone()]
+        offered = low.optimizer.state.get(low.module.value, {}).get("offered")
+        starts += [] if offered is None else [offered.clone()]
+        step()
+        length = low.optimizer.record.step_size
+        moves.append(min(((low.value - y) / length for y in starts), key=lambda d: float(d.norm())))
+
+    low.optimizer.step = spy
+    made.run()
+    assert len(moves) == 30
+    if how == "grad_callback":
+        assert all(float(d[0]) == 0.0 for d in moves)
+    else:
+        assert all(float(d.norm()) <= 0.5 * (1.0 + 1e-6) for d in moves)
+
+
+def test_a_loss_that_chooses_the_batch_is_no_part_of_the_step() -> None:
+    class Choosing(Level):
+        def get_batch(self) -> Any:
+            batches = [(torch.full((1,), aim),) for aim in (5.0, 1.0)]
+            with torch.no_grad():
+                values = [float(self.get_loss(batch)[0]) for batch in batches]
+            return batches[values.index(min(values))]
+
+    low = Choosing("one", lambda p, b: (p.module() - b[0]).square().sum(), Variable(torch.zeros(1)), SLS)
+    bind(engine(low, steps=30)).run()
+    assert float(low.value) == pytest.approx(1.0)
+
+
+def test_a_first_trial_that_is_too_short_is_outgrown_at_once() -> None:
+    """By doubling until something was rejected; by 1.2 from then on, also after a resume."""
+    top, low = Ridge().levels(lambda p: BiSLS(p, 1e-4), SLS, type="adaptive_cg", T=5)
+    made = bind(engine(low, top, steps=5))
+    steps, trials = [], []
+    for _ in range(40):
+        made.run()
+        steps.append(top.optimizer.record.step_size)
+        trials.append(top.optimizer.record.trials)
+        top.optimizer.load_state_dict(top.optimizer.state_dict())
+    first = next(i for i, n in enumerate(trials) if n > 1)
+    assert first > 5
+    assert steps[:first] == pytest.approx([1e-4 * 2**i for i in range(first)])
+    assert all(b <= 1.2 * a * (1 + 1e-12) for a, b in itertools.pairwise(steps[first:]) if a > 0)
+
+
+def test_too_many_skips_raise() -> None:
+    low = Level(
+        "inner", lambda p, b: p.module().sum() * math.nan, Variable(torch.ones(1)), lambda p: SPSB(p, max_skips=3)
+    )
+    with pytest.raises(NonFiniteError, match="3 steps"):
+        bind(engine(low, steps=10)).run()
+
+
+@only_old
+def test_the_old_release_configures_twice() -> None:
+    made = []
+
+    def optimizer(params: Any) -> Any:
+        made.append(SLS(params))
+        return made[-1]
+
+    low = Level("inner", lambda p, b: p.module().square().sum(), Variable(torch.ones(1)), optimizer)
+    bind(engine(low, steps=2)).run()
+    assert len(made) == 2
+    assert low.optimizer is made[1]

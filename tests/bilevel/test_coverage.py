@@ -1,0 +1,188 @@
+"""Samples that know a part of x only: how large that part is, and what it says of the test of the tangent."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptive_bilevel import SLS, BiSLS
+from adaptive_bilevel.bilevel import bisls
+from adaptive_bilevel.bilevel.model_check import Belief
+from adaptive_bilevel.bilevel.sample_support import coverage
+from adaptive_bilevel.hypergradient import CG, assign, implicit
+from adaptive_bilevel.optim.direction import Descent
+
+EXACT = CG(max_iterations=10, tolerance=0.0)
+
+
+def shares(supports: list[list[int]], size: int) -> list[float]:
+    """The shares of hypergradients that are not zero in these entries, one after the other."""
+    x, state, found = torch.zeros(size), defaultdict(dict), []  # type: ignore[var-annotated]
+    for support in supports:
+        h = torch.zeros(size)
+        h[support] = -2.0
+        covered = coverage([x], [h], state)
+        assert coverage([x], [h], state).share == covered.share  # nothing is kept before
+        covered.commit()
+        found.append(covered.share)
+    return found
+
+
+def test_an_epoch_of_disjoint_samples() -> None:
+    """The first epoch counts up; whether later ones come in the same order does not matter."""
+    epochs = [[[0], [1], [2], [3]], [[3], [1], [0], [2]]] * 5
+    found = shares([s for epoch in epochs for s in epoch], 4)
+    assert found == [1.0, 1 / 2, 1 / 3, *[1 / 4] * 37]
+
+
+def test_samples_drawn_with_replacement() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = shares([torch.randint(100, (10,), generator=generator).tolist() for _ in range(400)], 100)
+    assert all(0.07 <= share <= 0.1 for share in found[100:])
+
+
+@pytest.mark.parametrize("wide", [1, 8])
+def test_what_is_zero_from_now_on_is_forgotten(wide: int) -> None:
+    """Entries that were not zero once only, or for a while; full batches, and samples of an eighth."""
+    alive = [list(range(i, 8, wide)) for i in range(wide)]
+    found = shares([list(range(64)) if k < 20 else alive[k % wide] for k in range(200)], 64)
+    assert found[19] == 1.0 and found[20] == len(alive[0]) / 64
+    assert found[100:] == [1 / wide] * 100
+
+
+def test_parameters_out_of_the_sample_and_others_than_before() -> None:
+    x, z, state = torch.zeros(4), torch.zeros(2), defaultdict(dict)  # type: ignore[var-annotated]
+    coverage([x, z], [torch.ones(4), torch.ones(2)], state).commit()
+    assert coverage([x, z], [torch.ones(4), None], state).share == pytest.approx(4 / 6)
+    assert coverage([x], [torch.ones(4)], state).share == 1.0  # the other one was frozen: counting starts anew
+    assert coverage([x, z], [torch.zeros(4), torch.zeros(2)], state).share == 1.0
+    assert coverage([], [], {}).share == 1.0
+
+
+class Samples:
+    """g_i = (y - x_i)^2 / 2 on one sample a time, f = (y - target)^2 / 2; the target drifts."""
+
+    def __init__(self, count: int, drift: float = 0.0, **options: Any) -> None:
+        self.x = torch.zeros(count, requires_grad=True)
+        self.y = torch.zeros((), requires_grad=True)
+        self.target, self.drift = 1.0, drift
+        self.inner = SLS([self.y])
+        self.outer = BiSLS([self.x], lower=self.inner, solver=EXACT, **options)
+
+    def upper(self) -> Tensor:
+        return (self.y - self.target) ** 2 / 2
+
+    def step(self, i: int) -> None:
+        def lower() -> Tensor:
+            return (self.y - self.x[i]) ** 2 / 2
+
+        self.inner.step(lower)
+        assign([self.x], implicit(self.upper, lower, [self.x], [self.y], EXACT))
+        self.outer.step(self.upper)
+        self.target += self.drift
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+@pytest.mark.parametrize("momentum", ["auto", False])
+def test_consistent_samples_are_solved(direction: str, momentum: Any) -> None:
+    """Nothing is nonlinear, so nothing is allowed: steps are as short as without a share, and x_i = 1 is found."""
+    problem, whole = (
+        Samples(64, direction=direction, momentum=momentum),
+        Samples(64, direction=direction, momentum=momentum),
+    )
+    whole.outer._coverage = lambda *_: coverage([], [], {})  # type: ignore[method-assign]
+    for k in range(12 * 64):
+        problem.step(k % 64)
+        whole.step(k % 64)
+    assert torch.equal(problem.x, whole.x)
+    assert float((problem.x.detach() - 1.0).square().mean().sqrt()) < 0.2
+
+
+def test_a_part_of_x_is_allowed_a_larger_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    tolerances = []
+
+    def belief(tolerance: float, resumed: bool) -> Belief:
+        tolerances.append(tolerance)
+        return Belief(tolerance, resumed)
+
+    monkeypatch.setattr(bisls, "Belief", belief)
+    problem = Samples(4, drift=1.0, curvature=0.3)
+    for k in range(9):
+        problem.step(k % 4)
+    assert tolerances == pytest.approx([0.3, 0.6, 0.9, *[1.2] * 6])
+
+
+def test_a_step_that_is_not_finite_covers_nothing_and_a_copy_goes_on_alike() -> None:
+    problem = Samples(5, drift=0.3)
+    for k in range(6):
+        problem.step(k % 3)
+    before = copy.deepcopy(problem.outer.state["coverage"])  # type: ignore[index]
+    problem.x.grad = torch.full((5,), math.nan)
+    problem.outer.step(problem.upper)
+    after: Any = problem.outer.state["coverage"]  # type: ignore[index]
+    assert repr(after) == repr(before)
+    assert after["mask"].tolist() == [True, True, True, False, False]
+
+    twin = Samples(5, drift=0.3)
+    twin.target = problem.target
+    with torch.no_grad():
+        twin.x.copy_(problem.x)
+        twin.y.copy_(problem.y)
+    twin.inner.load_state_dict(copy.deepcopy(problem.inner.state_dict()))
+    twin.outer.load_state_dict(copy.deepcopy(problem.outer.state_dict()))
+    for k in range(3, 9):
+        problem.step(k % 5)
+        twin.step(k % 5)
+    assert torch.equal(problem.x, twin.x) and torch.equal(problem.y, twin.y)
+    kept: Any = twin.outer.state["coverage"]  # type: ignore[index]
+    assert kept["mask"].dtype == torch.bool
+
+
+class Counting:
+    """A direction with a memory of its own, under a word."""
+
+    kind = "sgd"
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+    def __call__(self, parameters: Any, grads: Any, state: Any) -> Descent:
+        return Descent(list, None, lambda moved=True: state.update(own=self.kept))
+
+
+@pytest.mark.parametrize("kept", [3, torch.zeros(2)], ids=["number", "tensor"])
+def test_a_direction_may_keep_numbers_and_tensors(kept: Any) -> None:
+    problem = Samples(3, drift=0.3, direction=Counting(kept))
+    for k in range(4):
+        problem.step(k % 3)
+    problem.outer.load_state_dict(copy.deepcopy(problem.outer.state_dict()))
+    problem.step(1)
+    assert problem.outer.record is not None and problem.outer.record.moved
+    copy.deepcopy(problem.outer)
+
+
+@pytest.mark.parametrize("how", ["frozen", "lr"])
+def test_what_does_not_move_is_no_part_of_x(how: str) -> None:
+    problem = Samples(4, drift=0.3, momentum=False)
+    weight = torch.ones(20, requires_grad=how == "lr")
+    problem.outer.add_param_group({"params": [weight], "lr": 0.0 if how == "lr" else 1.0})
+    for k in range(8):
+        weight.grad = torch.ones(20) if how == "lr" else None
+        problem.step(k % 4)
+    kept: Any = problem.outer.state["coverage"]  # type: ignore[index]
+    assert kept["mask"].numel() == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*no trial step gave")
+@pytest.mark.parametrize("options", [{"curvature": math.inf}, {"response": "step"}], ids=str)
+def test_nothing_is_counted_where_nothing_is_tested(options: dict[str, Any]) -> None:
+    problem = Samples(3, drift=0.3, **options)
+    for k in range(4):
+        problem.step(k % 3)
+    assert "coverage" not in problem.outer.state

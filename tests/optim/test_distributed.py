@@ -1,0 +1,85 @@
+"""Two processes with different data take the same steps, and their parameters stay bit-equal."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+from adaptive_bilevel import SLS, SLSB, SPSB
+from tests.optim.helpers import INFOS, batches, closure_of, net, plain
+
+WORLD = 2
+CHOSEN = [info for info in INFOS if info.cls in (SPSB, SLS, SLSB)]
+LIMIT = timedelta(seconds=30)  # processes that disagree wait for each other
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def work(rank: int, port: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=LIMIT
+    )
+    found = {}
+    for info in CHOSEN:
+        for form in ("closure", "backward", "two samples", "offer", "poison"):
+            torch.manual_seed(rank)
+            module = net(dropout=0.3)
+            model = nn.parallel.DistributedDataParallel(module)
+            optimizer = info.make(module.parameters(), None if form == "closure" else 10.0)
+            steps = []
+            data = batches(3, seed=10 + rank)
+            for k, batch in enumerate(data):
+                evaluate = closure_of(model, batch)
+
+                def closure(evaluate: Any = evaluate, k: int = k) -> Any:
+                    loss = evaluate()
+                    if form == "backward":
+                        loss.backward()
+                        return loss.item()
+                    return loss * float("nan") if form == "poison" and k == 1 and rank == 1 else loss
+
+                if form == "offer":
+                    # On each rank's own sample, another start may be the better one.
+                    optimizer.offer(
+                        [
+                            p.detach() + 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+                            for p in module.parameters()
+                        ]
+                    )
+                if form == "two samples":
+                    optimizer.step(closure, step_closure=closure_of(model, data[k - 1]))
+                else:
+                    optimizer.step(closure)
+                steps.append((optimizer.record.step_size, int(optimizer.record.outcome), optimizer.record.trials))
+            found[info.name, form] = (
+                steps,
+                plain(dict(module.named_parameters())),
+                plain(optimizer.state_dict()["state"]),
+            )
+    results[rank] = found
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_processes_agree() -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(work, (free_port(), results), nprocs=WORLD)
+        one, two = (dict(results[rank]) for rank in range(WORLD))
+    assert len(one) == 5 * len(CHOSEN)
+    for key, value in one.items():
+        assert value == two[key], key
+        steps = value[0]
+        assert sum(step > 0 for step, _, _ in steps) >= 2, (key, steps)
