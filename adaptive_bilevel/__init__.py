@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import hypergradient, methods, policies
-    from .bilevel import BiSLS, BiSPS
+    from .bilevel import BiSLS, BiSPS, OneStepBiSLS
     from .optim import SLS, SLSB, SPSB, Ball, Box, DecSPS, Simplex, SPSMax
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bilevel": ("BiSPS", "BiSLS"),
+    "bilevel": ("BiSPS", "BiSLS", "OneStepBiSLS"),
     "optim": ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "Ball", "Box", "Simplex"),
 }
 _SUBPACKAGES = ("bilevel", "errors", "evaluation", "hypergradient", "methods", "optim", "policies")
@@ -33,6 +33,7 @@ __all__ = [
     "BiSPS",
     "Box",
     "DecSPS",
+    "OneStepBiSLS",
     "SPSMax",
     "Simplex",
     "hypergradient",

@@ -1,6 +1,109 @@
-"""The upper level of a bilevel problem: `BiSLS` and `BiSPS`."""
+"""The upper level of a bilevel problem: `BiSLS`, `BiSPS` and the paper's own search, `OneStepBiSLS`.
 
+An upper search is a composition of roles. Each answers one question of the step, in this order:
+
+```python
+point = evaluate(upper)                       # f, f_x, f_y, and h from .grad
+path  = direction(point.h)                    # x - a d, cut by the convex set if there is one
+model = response(path, point)                 # y + a w, slope s
+found = search(policy, path, model, check)    # or none is due: the pace decides
+taken = momentum(path, found)
+prediction(lower, model, taken)               # what the next lower loop is offered
+```
+
+| role | question | option | implementations |
+|---|---|---|---|
+| Direction | along what? | ``direction`` | `Plain`, `AdamMetric` |
+| Response | how does y answer? | ``response`` | `Tangent`; `OneMoreStep` in `OneStepBiSLS` |
+| ModelCheck | how far does the model hold? | ``curvature`` | `CurvatureCheck`, `NoCheck` |
+| Pace | is a search due? | ``pace`` | `EveryStep` |
+| Momentum | what is stepped along? | ``momentum`` | `Predictive`, `Full`, `Certified` |
+| Prediction | does y move along? | ``carry`` | `Offered`, `Always`, `Never` |
+| Diagnosis | what limits this run? | attribute ``diagnosis`` | `SlopeDiagnosis` |
+
+**A role of your own** is a class with ``init()``, which returns the state before the first step, ``propose(context,
+state)``, which returns the answer, and ``commit(context, answer, state)``, which returns the state after the step. Pass
+an object of it where the option takes a name. The protocols, and what each is given, are in `roles`; the state is a
+`RoleState` of plain numbers and tensors, which ``state_dict`` saves. A heavy ball with a fixed weight in the place of
+the mean of hypergradients:
+
+>>> import torch
+>>> from adaptive_bilevel import BiSLS
+>>> from adaptive_bilevel.bilevel import Mix, RoleState
+>>> class HeavyBall:
+...     def __init__(self, weight):
+...         self.weight = weight
+...     def init(self):
+...         return RoleState()
+...     def propose(self, context, state):
+...         balls = [
+...             h if "ball" not in own else h + self.weight * own["ball"]
+...             for h, own in zip(context.gradient.values, state.each)
+...         ]
+...         return Mix(lambda: context.descent.precondition(balls), memory=balls)
+...     def commit(self, context, mix, state):
+...         return RoleState(each=[{"ball": ball.clone()} for ball in mix.memory])
+>>> x = torch.tensor([3.0], requires_grad=True)
+>>> outer = BiSLS([x], momentum=HeavyBall(0.5))
+>>> for _ in range(20):
+...     x.grad = 2 * x.detach()
+...     _ = outer.step(lambda: (x**2).sum())
+>>> bool(abs(x) < 1e-3)
+True
+
+Hosts that hold the lower variables elsewhere than in torch optimizers pass a `Lower` as ``lower=``; hosts that evaluate
+the upper loss themselves pass an `adaptive_bilevel.evaluation.Objective` as the closure.
+"""
+
+from ..optim.direction import Descent, Direction, Gradient
+from ..optim.state import RoleState
 from .bisls import BiSLS
 from .bisps import BiSPS
+from .lower import Lower, LowerLevel, LowerProblem
+from .one_step import OneStepBiSLS
+from .response import Tangent, Unanswered
+from .roles import (
+    Change,
+    Diagnosis,
+    Mix,
+    ModelCheck,
+    Momentum,
+    MomentumContext,
+    Pace,
+    Point,
+    Prediction,
+    PredictionContext,
+    Response,
+    ResponseModel,
+    StepCheck,
+    Taken,
+)
 
-__all__ = ["BiSLS", "BiSPS"]
+__all__ = [
+    "BiSLS",
+    "BiSPS",
+    "Change",
+    "Descent",
+    "Diagnosis",
+    "Direction",
+    "Gradient",
+    "Lower",
+    "LowerLevel",
+    "LowerProblem",
+    "Mix",
+    "ModelCheck",
+    "Momentum",
+    "MomentumContext",
+    "OneStepBiSLS",
+    "Pace",
+    "Point",
+    "Prediction",
+    "PredictionContext",
+    "Response",
+    "ResponseModel",
+    "RoleState",
+    "StepCheck",
+    "Taken",
+    "Tangent",
+    "Unanswered",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +15,25 @@ from ..errors import ClosureError
 from ..evaluation.closures import require_closure, value_of
 from ..evaluation.guard import Closure, Guard
 from ..optim.direction import Direction
-from ..optim.groups import options_of
-from ..optim.polyak import PolyakOptimizer
+from ..optim.options import Conduct
+from ..optim.polyak_step import PolyakOptimizer
 from ..policies import Outcome, validation
 from ..policies.schedule import Decay
+from .lower import LowerLevel
 from .upper import UpperOptimizer
 
 __all__ = ["BiSPS"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Floor:
+    """The floor: lr_min is alpha_l,0."""
+
+    lr_min: float
+
+    def __post_init__(self) -> None:
+        validation.non_negative("BiSPS", "lr_min", self.lr_min)
+        validation.make_plain(self)
 
 
 class BiSPS(UpperOptimizer, PolyakOptimizer):
@@ -47,6 +61,9 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
     """
 
+    _absent = (*PolyakOptimizer._absent, "floor", "floor_decay")
+    floor: _Floor
+
     def __init__(
         self,
         params: ParamsT,
@@ -62,29 +79,25 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, {name: v for name, v in options_of(locals()).items() if name != "lower"})
+        floor = _Floor(lr_min=lr_min)
+        rule = policies.Envelope(c=c, lower_bound=lower_bound, decay=decay)
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct, floor=floor)
         self.bind(lower)
 
     def bind(self, lower: Any) -> None:
-        """Set the lower optimizers."""
+        """Set the lower level, whose Polyak rules count the iterations of this one from now on."""
         super().bind(lower)
         for optimizer in self._clocked():
             optimizer.set_clock(max(optimizer.clock, 0))
 
     def _clocked(self) -> list[PolyakOptimizer]:
-        return [o for o in self.lower.optimizers if isinstance(o, PolyakOptimizer)]
+        optimizers = self.lower.optimizers if isinstance(self.lower, LowerLevel) else []
+        return [o for o in optimizers if isinstance(o, PolyakOptimizer)]
 
-    def _make_policy(self, options: dict[str, Any]) -> policies.Envelope:
-        validation.non_negative("BiSPS", "lr_min", options["lr_min"])
-        return policies.Envelope(
-            c=options["c"],
-            lower_bound=options["lower_bound"],
-            decay=options["decay"],
-            floor=options["lr_min"],
-            floor_decay=options["decay"],
-        )
+    def _make_policy(self, rule: policies.Envelope) -> policies.Envelope:
+        return dataclasses.replace(rule, floor=self.floor.lr_min, floor_decay=rule.decay)
 
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self,
         upper_closure: Closure | None = None,
@@ -107,6 +120,21 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
             ClosureError: Neither closure nor loss.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        if upper_closure is None and loss is None and self.host is not None:
+            taken: Tensor | float = self.host.step(self)
+            return taken
+        return self.advance(upper_closure, lower_closure, loss=loss, lower_bound=lower_bound)
+
+    @torch.no_grad()
+    def advance(
+        self,
+        upper_closure: Closure | None = None,
+        lower_closure: Any = None,
+        *,
+        loss: Tensor | float | None = None,
+        lower_bound: float | None = None,
+    ) -> Tensor | float:
+        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         params, lower_bound = self._parameters(), self._sample_bound(lower_bound)
         grads = self._hypergradient(params)
         with Guard(params, self._workspace) as guard:
@@ -115,8 +143,8 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
             else:
                 value = guard.value(require_closure("BiSPS", upper_closure))
             self.evaluations.upper.values += loss is None
-            active, gradient, factors = self._with_gradient(params, grads)
-            record, state = self._polyak_step(active, gradient, factors, gradient, value, lower_bound)
+            gradient = self._with_gradient(params, grads)
+            record, state = self._polyak_step(gradient, gradient.values, value, lower_bound)
             if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
                 guard.undo()
         if isinstance(record.outcome, Tensor) or record.moved:

@@ -1,64 +1,110 @@
-"""The lower level as an upper step sees it: its tensors, and the sample that its optimizer stepped on last."""
+"""The lower level as an upper step sees it: its problems, and where a predicted response goes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..errors import ClosureError, LowerLevelError, OptionError, TensorError
-from ..evaluation.guard import Closure, Guard
+from ..evaluation.guard import Closure, Guard, RandomState
+from ..evaluation.objective import Replay
 from ..evaluation.tensors import refuse_unsupported
-from ..optim.base import AdaptiveOptimizer, Sample
+from ..optim.base import AdaptiveOptimizer
 
-__all__ = ["LowerLevel"]
+__all__ = ["Lower", "LowerLevel", "LowerProblem", "as_lower", "refuse_shared"]
+
+
+class LowerProblem(NamedTuple):
+    """One lower problem: a variable, and the loss that it minimizes.
+
+    Attributes:
+        tensors: The variable y_j.
+        closure: Returns its loss g_j.
+        random: Random state before the evaluation of that loss that is repeated; None: as it is.
+        step_size: The last step that y_j took on it.
+        answers: Which variables y_j answers to, in a level of several problems: indices of problems before it in the
+            list, and -1 for x. None: the losses of all problems add up to one, of all variables and x.
+    """
+
+    tensors: Sequence[Tensor]
+    closure: Closure
+    random: RandomState | None = None
+    step_size: float = 0.0
+    answers: Sequence[int] | None = None
+
+
+class Lower(Protocol):
+    """A lower level, the extension point for hosts that hold its variables elsewhere than in torch optimizers.
+
+    An upper optimizer takes such an object wherever it takes a lower optimizer.
+
+    Attributes:
+        follows: Whether `follow` reaches an optimizer that can go back to y.
+    """
+
+    @property
+    def follows(self) -> bool:
+        """Whether `follow` reaches an optimizer that can go back to y."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Return the lower variable: every trainable tensor, once."""
+        ...
+
+    def problems(self, closures: Any, guard: Guard) -> list[LowerProblem]:
+        """Return the lower problems at the sample that the upper step follows.
+
+        Args:
+            closures: What the upper step was given as ``lower_closure``.
+            guard: The step's guard.
+        """
+        ...
+
+    def carry(self, response: Sequence[Tensor], step: float) -> None:
+        """Move the lower variable by step * response."""
+        ...
+
+    def follow(self, response: Sequence[Tensor], step: float) -> None:
+        """Move the lower variable by step * response, and let the next lower step choose between there and y."""
+        ...
 
 
 class LowerLevel:
-    """One or several lower optimizers, whose losses add up to one lower loss.
+    """One or several torch optimizers, whose losses add up to one lower loss.
 
     Args:
-        lower: Any torch optimizer, a list of them, or None.
-        upper: The upper parameters, none of which may be a lower one.
+        optimizers: The lower optimizers.
+
+    Raises:
+        OptionError: One is no torch optimizer.
+        TensorError: A tensor is of a kind that cannot be stepped.
     """
 
-    def __init__(self, lower: Any, upper: Sequence[Tensor]) -> None:
-        listed = [] if lower is None else list(lower) if isinstance(lower, (list, tuple)) else [lower]
-        for optimizer in listed:
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        for optimizer in optimizers:
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise OptionError(
                     f"lower={type(optimizer).__name__}: lower must be the optimizer of the lower level (any "
                     "torch.optim.Optimizer), a list of them, or None"
                 )
-        self.optimizers: list[torch.optim.Optimizer] = listed
+        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
         for p in self.tensors():
             refuse_unsupported("the lower level", p)
-        self.refuse_shared(upper)
-
-    def refuse_shared(self, upper: Sequence[Tensor]) -> None:
-        """Raise if an upper parameter is a lower one, too."""
-        own = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        shapes = [tuple(p.shape) for p in upper if id(p) in own]
-        if shapes:
-            raise TensorError(
-                f"the upper and the lower level share tensors of shapes {shapes}: each tensor belongs to one level; "
-                "give the lower optimizer its own parameters only"
-            )
 
     def __bool__(self) -> bool:
+        """Return whether there is a lower level."""
         return bool(self.optimizers)
 
     def tensors(self) -> list[Tensor]:
         """Return the lower variable: every trainable parameter of the lower optimizers, once."""
-        found = {
-            id(p): p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad
-        }
+        found = {id(p): p for optimizer in self.optimizers for p in _parameters(optimizer) if p.requires_grad}
         return list(found.values())
 
-    def samples(self, closures: Any, guard: Guard) -> list[Sample]:
-        """Return the last sample of each lower optimizer, or those of the closures that were passed."""
+    def problems(self, closures: Any, guard: Guard) -> list[LowerProblem]:
+        """Return a problem for each optimizer, on its last sample or that of the closure that was passed."""
         given = [None] * len(self.optimizers)
         if closures is not None:
             given = list(closures) if isinstance(closures, (list, tuple)) else [closures]
@@ -73,45 +119,77 @@ class LowerLevel:
                         f"step(lower_closure={closure!r}): pass a function that returns the lower loss, e.g. "
                         "lower_closure=lambda: lower_loss(x, y), or a list of them"
                     )
-        return [self._sample(o, c, guard) for o, c in zip(self.optimizers, given, strict=True)]
-
-    @staticmethod
-    def _sample(optimizer: torch.optim.Optimizer, closure: Closure | None, guard: Guard) -> Sample:
-        remembered = optimizer.sample if isinstance(optimizer, AdaptiveOptimizer) else None
-        if closure is not None:
-            step = remembered.step_size if remembered is not None else _step_size(optimizer)
-            return Sample(closure, guard.random_state(), step)
-        if remembered is None:
-            remedy = (
-                "take lower steps with a closure first, or pass step(..., lower_closure=...)"
-                if isinstance(optimizer, AdaptiveOptimizer)
-                else "it remembers no closure, so pass step(..., lower_closure=lambda: lower_loss)"
-            )
-            raise LowerLevelError(f"the lower optimizer {type(optimizer).__name__} has no sample to evaluate: {remedy}")
-        return remembered
+        found = []
+        for optimizer, closure in zip(self.optimizers, given, strict=True):
+            sample = _sample(optimizer, closure, guard)
+            tensors = [p for p in _parameters(optimizer) if p.requires_grad]
+            found.append(LowerProblem(tensors, sample.closure, sample.random, sample.step_size))
+        return found
 
     @property
-    def takes_offers(self) -> bool:
-        """Whether a prediction would reach anyone."""
-        return any(map(_takes_offers, self.optimizers))
+    def follows(self) -> bool:
+        """Whether an optimizer can go back to y; a stock optimizer cannot."""
+        return any(map(_goes_back, self.optimizers))
 
-    def predict(self, offsets: Sequence[Tensor]) -> None:
-        """Move y by the predicted response where the lower optimizer can take it back, and offer it to do so."""
+    def carry(self, response: Sequence[Tensor], step: float) -> None:
+        """Move the lower variable by step * response."""
+        torch._foreach_add_(self.tensors(), list(response), alpha=step)
+
+    def follow(self, response: Sequence[Tensor], step: float) -> None:
+        """Move what belongs to optimizers that can go back, and offer them the point before."""
+        offsets = torch._foreach_mul(list(response), step)
         by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
         for optimizer in self.optimizers:
-            if not _takes_offers(optimizer):
+            if not _goes_back(optimizer):
                 continue  # in three levels, the middle one's optimizer may be an upper one, too
-            params = [p for group in optimizer.param_groups for p in group["params"]]
+            params = _parameters(optimizer)
             before = [p.detach().clone() for p in params]
             moved = [p for p in params if id(p) in by_id]
             torch._foreach_add_(moved, [by_id[id(p)] for p in moved])
             optimizer.offer(before)
 
 
-def _takes_offers(optimizer: torch.optim.Optimizer) -> TypeGuard[AdaptiveOptimizer]:
+def as_lower(lower: Any) -> Lower:
+    """Return the option ``lower`` of an upper optimizer as a lower level; None gives an empty one."""
+    if not isinstance(lower, type) and callable(getattr(lower, "problems", None)):
+        level: Lower = lower
+        return level
+    if lower is None:
+        return LowerLevel([])
+    return LowerLevel(lower if isinstance(lower, (list, tuple)) else [lower])
+
+
+def refuse_shared(lower: Lower, upper: Sequence[Tensor]) -> None:
+    """Raise if an upper parameter is a lower one, too."""
+    # Of optimizers, the frozen parameters too: they may be trained later.
+    listed = [p for o in lower.optimizers for p in _parameters(o)] if isinstance(lower, LowerLevel) else lower.tensors()
+    own = {id(p) for p in listed}
+    shapes = [tuple(p.shape) for p in upper if id(p) in own]
+    if shapes:
+        raise TensorError(
+            f"the upper and the lower level share tensors of shapes {shapes}: each tensor belongs to one level; "
+            "give the lower optimizer its own parameters only"
+        )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _sample(optimizer: torch.optim.Optimizer, closure: Closure | None, guard: Guard) -> Replay:
+    remembered = optimizer.sample if isinstance(optimizer, AdaptiveOptimizer) else None
+    if closure is not None:
+        step = remembered.step_size if remembered is not None else float(optimizer.param_groups[0]["lr"])
+        return Replay(closure, guard.random_state(), step)
+    if remembered is None:
+        remedy = (
+            "take lower steps with a closure first, or pass step(..., lower_closure=...)"
+            if isinstance(optimizer, AdaptiveOptimizer)
+            else "it remembers no closure, so pass step(..., lower_closure=lambda: lower_loss)"
+        )
+        raise LowerLevelError(f"the lower optimizer {type(optimizer).__name__} has no sample to evaluate: {remedy}")
+    return remembered
+
+
+def _goes_back(optimizer: torch.optim.Optimizer) -> TypeGuard[AdaptiveOptimizer]:
     return isinstance(optimizer, AdaptiveOptimizer) and optimizer.takes_offers
-
-
-def _step_size(optimizer: torch.optim.Optimizer) -> float:
-    """Return the step of a stock optimizer: its lr."""
-    return float(optimizer.param_groups[0]["lr"])

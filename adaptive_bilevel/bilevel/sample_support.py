@@ -1,11 +1,11 @@
-"""How much of x a sample knows, and what that says of a tangent.
+"""Sample support: how much of x a sample depends on, and what that says of a tangent.
 
 In data cleaning x has an entry for each training sample, and a minibatch's hypergradient is zero in all others. The
 batch's lower problem consists of its own samples only, so its y answers to their entries as if there were no others:
 1/share times as far as the solution of the whole problem does, share being the batch's part of the entries. What the
 tangent ignores grows with the square of how far y goes, so relative to the answer it is share times as large for the
-whole problem as it looks on the batch. The test of the tangent (`adaptive_bilevel.bilevel.model_check`) allows that
-much more; the test of decrease stays as it is.
+whole problem as it looks on the batch. The check of the model (`adaptive_bilevel.bilevel.model_check`) allows that much
+more; the test of decrease stays as it is.
 
 share = entries in which h is not zero / entries in which it was not zero lately. "Lately" is at least as long as it
 took to see all of them: once nothing new has come for as long as that, counting starts anew, and the last count stands
@@ -18,7 +18,7 @@ Measured (``examples/benchmarks/NOTES.md``): hyper-cleaning on batches of 128 ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,53 +26,64 @@ from torch import Tensor
 
 from ..evaluation.reductions import on_host
 
-__all__ = ["Coverage", "coverage"]
+__all__ = ["Support", "support"]
+
+Entries = Sequence[tuple[Tensor, Tensor | None]]
+"""The parameters that a step may move, each with its hypergradient (None: not in the sample)."""
 
 
-class Coverage(NamedTuple):
-    """What of x a hypergradient covers.
+class Support(NamedTuple):
+    """What of x a hypergradient supports.
 
     Attributes:
-        share: Its part of the entries that hypergradients cover, in (0, 1].
-        commit: Takes the entries into the state; not called for a step that must leave no trace.
+        share: Its part of the entries that hypergradients support, in (0, 1].
+        age: Steps since counting began, with this one.
+        grown: The age when the last new entry came.
+        total: Entries that hypergradients since then support.
     """
 
     share: float
-    commit: Callable[[], None]
+    age: int
+    grown: int
+    total: float
+
+    def after(self, entries: Entries, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is kept after the step, see `support`."""
+        here = _support_of(entries)
+        if self.age > 2 * self.grown:
+            return {"mask": here, "age": 1, "grown": 1, "before": self.total}
+        known = _known(saved, here)
+        return {"mask": here | known["mask"], "age": self.age, "grown": self.grown, "before": known["before"]}
 
 
-def coverage(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], state: Any) -> Coverage:
-    """Return what the hypergradient covers.
+def support(entries: Entries, saved: Mapping[str, Any]) -> Support:
+    """Return what the hypergradient supports.
 
     Args:
-        parameters: The parameters that a step may move.
-        grads: Their hypergradients; None: not in the sample.
-        state: An optimizer's state. Under "coverage" it holds "mask" (the entries covered since counting began, all
-            parameters in a row), "age" (steps since then), "grown" (its age when the last new entry came), and
-            "before" (the number of entries covered before).
+        entries: Parameters and hypergradients.
+        saved: What is kept: "mask" (the entries supported since counting began, all parameters in a row), "age" (steps
+            since then), "grown" (its age when the last new entry came), and "before" (the number of entries supported
+            before). Empty before the first step; of other parameters than these, it is not used.
     """
-    device = parameters[0].device if parameters else torch.device("cpu")
+    here = _support_of(entries)
+    known = _known(saved, here)
+    size, before, both = on_host(
+        here.count_nonzero(), known["mask"].count_nonzero(), (here | known["mask"]).count_nonzero()
+    )
+    age = known["age"] + 1
+    share = min(size / max(both, known["before"]), 1.0) if size > 0.0 else 1.0
+    return Support(share, age, age if both > before else known["grown"], both)
 
-    def now() -> Tensor:  # made twice, rather than kept while the step is searched
-        rows = [
-            (torch.zeros_like(p, dtype=torch.bool) if g is None else g != 0).reshape(-1).to(device)
-            for p, g in zip(parameters, grads, strict=True)
-        ]
-        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.bool)
 
-    saved: dict[str, Any] = state.get("coverage") or {}
-    if "mask" not in saved or saved["mask"].numel() != sum(p.numel() for p in parameters):
-        # The first step, or other parameters move than before.
-        saved = {"mask": torch.zeros_like(now()), "age": 0, "grown": 0, "before": 0.0}
-    mask = saved["mask"].to(device)
-    here, known, covered = on_host(now().count_nonzero(), mask.count_nonzero(), (now() | mask).count_nonzero())
-    age = saved["age"] + 1
-    grown = age if covered > known else saved["grown"]
+def _support_of(entries: Entries) -> Tensor:
+    """Return which entries are not zero; computed again after the search, rather than kept during it."""
+    device = entries[0][0].device if entries else torch.device("cpu")
+    rows = [(torch.zeros_like(p, dtype=torch.bool) if g is None else g != 0).reshape(-1).to(device) for p, g in entries]
+    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.bool)
 
-    def commit() -> None:
-        if age > 2 * grown:
-            state["coverage"] = {"mask": now(), "age": 1, "grown": 1, "before": covered}
-        else:
-            state["coverage"] = {"mask": now() | mask, "age": age, "grown": grown, "before": saved["before"]}
 
-    return Coverage(min(here / max(covered, saved["before"]), 1.0) if here > 0.0 else 1.0, commit)
+def _known(saved: Mapping[str, Any], here: Tensor) -> Mapping[str, Any]:
+    """Return what is kept, on the device of the parameters; of a first step, where it is of other parameters."""
+    if "mask" not in saved or saved["mask"].numel() != here.numel():
+        return {"mask": torch.zeros_like(here), "age": 0, "grown": 0, "before": 0.0}
+    return {**saved, "mask": saved["mask"].to(here.device)}

@@ -1,4 +1,4 @@
-"""What the upper optimizers share: the lower level bound to them, and the hypergradient that they find in .grad."""
+"""What the upper optimizers share: their lower level, and the hypergradient that they find in .grad."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..errors import HypergradientError, TensorError
 from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Workspace
 from ..optim.base import AdaptiveOptimizer
-from .lower import LowerLevel
+from .lower import Lower, as_lower, refuse_shared
 
 __all__ = ["UpperOptimizer"]
 
 
 class UpperOptimizer(AdaptiveOptimizer):
-    """An upper optimizer.
+    """An upper optimizer; `BiSLS`, `BiSPS` and `OneStepBiSLS` derive from it.
 
     Copying and pickling keep the lower optimizers (copy or pickle both levels and the model together, and they stay
     one problem) but no closures, so both need a lower step, or lower_closure, before the next upper step.
@@ -27,11 +27,21 @@ class UpperOptimizer(AdaptiveOptimizer):
     """
 
     takes_offers = False
-    lower: LowerLevel
+    lower: Lower
 
     def bind(self, lower: Any) -> None:
-        """Set the lower optimizers."""
-        self.lower = LowerLevel(lower, self._parameters())
+        """Set the lower level.
+
+        Args:
+            lower: A lower optimizer, a list of them, None, or a `Lower`.
+
+        Raises:
+            OptionError: It is something else.
+            TensorError: The levels share a tensor, or one is of a kind that cannot be stepped.
+        """
+        level = as_lower(lower)
+        refuse_shared(level, self._parameters())
+        self.lower = level
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `AdaptiveOptimizer.add_param_group` does.
@@ -42,7 +52,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         super().add_param_group(param_group)
         if "lower" in self.__dict__:
             try:
-                self.lower.refuse_shared(self.param_groups[-1]["params"])
+                refuse_shared(self.lower, self.param_groups[-1]["params"])
             except TensorError:
                 del self.param_groups[-1]
                 raise
@@ -58,7 +68,7 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     def _hypergradient(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """Return .grad of the upper parameters, which must have been set."""
-        self.lower.refuse_shared(params)  # again: its optimizers may have new groups
+        refuse_shared(self.lower, params)  # again: its optimizers may have new groups
         grads = [p.grad for p in params]
         if all(g is None for g in grads):
             raise HypergradientError(

@@ -9,5 +9,6 @@
 """
 
 from .counts import Counts, Evaluations
+from .objective import Evaluated, Objective, Replay
 
-__all__ = ["Counts", "Evaluations"]
+__all__ = ["Counts", "Evaluated", "Evaluations", "Objective", "Replay"]

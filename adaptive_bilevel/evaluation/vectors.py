@@ -82,7 +82,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     if a.dim() != 1:
         # Often both are the same gradient, and a view costs as much as a small product.
         a, b = (a.reshape(-1),) * 2 if a is b else (a.reshape(-1), b.reshape(-1))
-    return torch.dot(a.float(), b.float()) if a.dtype in _SHORT else torch.dot(a, b)
+    return torch.dot(a.float(), b.float()) if a.dtype in _SHORT or b.dtype in _SHORT else torch.dot(a, b)
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor], factor: float = 1.0) -> Vector:

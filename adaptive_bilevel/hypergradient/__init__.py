@@ -14,6 +14,7 @@ The estimators of the literature (`Implicit`, `Amortised`, `Averaged`, `Unroll`,
 `adaptive_bilevel.methods` runs them.
 """
 
+from .cg import CG
 from .check import CheckReport, DirectionCheck, Verdict, check
 from .curvature import LowerCurvature, PartialGradients, partial_gradients
 from .differences import DARTS, HOZOG, PZOBO
@@ -23,7 +24,7 @@ from .implicit import ImplicitInfo, assign, implicit, implicit_with_info
 from .oracle import LowerGradients, Oracle, Sample
 from .penalty import ValueFunction
 from .solution import LinearSolver, Solution, SolverStatus
-from .solvers import CG, Identity, Neumann
+from .solvers import Identity, Neumann
 from .unroll import Unroll, UnrollForward
 
 __all__ = [

@@ -17,9 +17,9 @@ from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 from adaptive_bilevel.policies.validation import count, fraction, positive
 
 from ..evaluation.vectors import Vector, rounding
+from .cg import CG
 from .curvature import LowerCurvature, partial_gradients
 from .lower_solve import resolve
-from .solvers import CG
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded
 from .verdict import CheckReport, DirectionCheck, Measurements, Verdict, diagnose
 

@@ -20,10 +20,10 @@ from adaptive_bilevel.errors import OptionError, SolverError, warn
 from adaptive_bilevel.policies.validation import fraction
 
 from ..evaluation.vectors import Vector, add, negate, widen, zeros_like
+from .cg import CG
 from .estimate import Estimate, Point
 from .oracle import Oracle, Sample
 from .solution import LinearSolver, MatVec, Solution, SolverStatus
-from .solvers import CG
 
 __all__ = ["Amortised", "Averaged", "Exact", "Implicit", "residual"]
 

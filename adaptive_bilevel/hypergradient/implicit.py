@@ -10,10 +10,10 @@ from torch import Tensor
 from adaptive_bilevel.errors import HypergradientError, warn
 
 from ..evaluation.vectors import Vector, add
+from .cg import CG
 from .curvature import LowerCurvature, partial_gradients
 from .last_solution import recall, remember
 from .solution import LinearSolver, Solution, SolverStatus
-from .solvers import CG
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
 __all__ = ["ImplicitInfo", "assign", "implicit", "implicit_with_info"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..evaluation.vectors import Vector, add, dot, negate, rounding
+from .cg import CG
 from .curvature import LowerCurvature
-from .solvers import CG
 
 __all__ = ["Resolved", "resolve"]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-from ..evaluation.vectors import Vector
+from ..evaluation.vectors import Vector, zeros_like
 
-__all__ = ["LinearSolver", "MatVec", "Refinable", "Solution", "SolverStatus"]
+__all__ = ["LinearSolver", "MatVec", "Refinable", "Solution", "SolverStatus", "trivial_solution"]
 
 MatVec: TypeAlias = Callable[[Vector], Sequence[Tensor]]
 
@@ -95,3 +96,12 @@ class Refinable(Protocol):
     def refined(self) -> LinearSolver | None:
         """Return the solver solving further, or None if that is not possible."""
         ...
+
+
+def trivial_solution(rhs: Sequence[Tensor], size: float) -> Solution | None:
+    """Return the solution for a right side that is zero or not finite, which passes through for the caller to see."""
+    if size == 0.0:
+        return Solution(zeros_like(rhs), 0, 0.0, SolverStatus.zero_rhs)
+    if not math.isfinite(size):
+        return Solution(tuple(tensor.detach().clone() for tensor in rhs), 0, math.nan, SolverStatus.non_finite)
+    return None

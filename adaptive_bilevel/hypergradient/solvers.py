@@ -24,117 +24,12 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.policies.validation import count, finite, non_negative, positive
+from adaptive_bilevel.policies.validation import count, finite, positive
 
-from ..evaluation.vectors import Vector, add, cast_like, dot, rounding, scale, widen, zeros_like
-from .solution import MatVec, Solution, SolverStatus
+from ..evaluation.vectors import add, cast_like, dot, rounding, scale, widen
+from .solution import MatVec, Solution, SolverStatus, trivial_solution
 
-__all__ = ["CG", "Identity", "Neumann"]
-
-
-@final
-@dataclass(frozen=True)
-class CG:
-    """Conjugate gradients, the solver of AID-BiO and one of those in Fan et al. (2023), arXiv 2305.18666.
-
-    Iterates until ``||b - H v|| <= tolerance ||b||``. The error in the norm of H is at most
-    ``2 ((sqrt(k) - 1) / (sqrt(k) + 1))^Q`` times the first one after Q iterations, k being the condition number of H.
-    The returned iterate is the one after the last update.
-
-    A direction p with ``<p, H p> <= 0`` up to rounding ends the solve with the iterate so far, which is zero in the
-    first iteration of a cold start: then the hypergradient is its direct part alone, and the response is none. Adding
-    ``(damping / 2) ||y||^2`` to the lower loss, `Neumann` or `Identity` are the ways out for a lower loss that is not
-    convex.
-
-    Solving further from a solution is ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with that
-    solution's ``tensors`` as ``initial``.
-
-    Args:
-        max_iterations: Most iterations, at least 1. Each takes one product; a start from ``initial`` takes one more.
-        tolerance: Relative residual to reach, in [0, 1). Below the rounding unit of the dtype it counts as that.
-        warm_start: Ask the caller to pass the previous solution as ``initial``. `implicit` does.
-
-    Raises:
-        OptionError: An option is outside its range.
-
-    >>> import torch
-    >>> H = torch.diag(torch.tensor([1.0, 4.0]))
-    >>> solution = CG(tolerance=1e-6).solve(lambda v: (H @ v[0],), (torch.tensor([1.0, 1.0]),))
-    >>> solution.tensors[0], solution.iterations, solution.status.name
-    (tensor([1.0000, 0.2500]), 2, 'converged')
-    """
-
-    max_iterations: int = 20
-    tolerance: float = 0.1
-    warm_start: bool = False
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        count("CG", "max_iterations", self.max_iterations)
-        non_negative("CG", "tolerance", self.tolerance)
-        if self.tolerance >= 1:
-            raise OptionError(f"CG(tolerance={self.tolerance!r}): tolerance is a relative residual, pass less than 1")
-
-    @property
-    def resamples(self) -> bool:
-        """CG needs the same matrix in every product."""
-        return False
-
-    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
-        """Return v with ``||rhs - H v|| <= tolerance ||rhs||``, or the best that could be had.
-
-        Args:
-            matvec: The product with H, symmetric and positive definite.
-            rhs: The right side b. If it is not finite, it is returned unchanged with the status ``non_finite``.
-            initial: Where to start, zero by default. It is dropped when it is worse than zero in the norm of H.
-        """
-        b = widen(rhs)
-        size = dot(b, b)
-        if (ended := _trivial(rhs, size)) is not None:
-            return ended
-        v, residual, taken = zeros_like(b), b, 0
-        start: Vector | None = None
-        if initial is not None:
-            start, taken = widen(initial), 1
-            image = widen(matvec(cast_like(start, rhs)))
-            # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
-            # The residual would be the wrong judge: it may grow while the iterate improves.
-            if 0.5 * dot(start, image) - dot(b, start) < 0:
-                v, residual = start, add(b, image, -1.0)
-        unit = rounding(b)
-        target = max(self.tolerance, unit) ** 2 * size
-        p, square, norm = residual, dot(residual, residual), 0.0
-        length = square  # ||p||^2, by recurrence: the residual is orthogonal to the last p
-        status = SolverStatus.converged
-        iteration = 0
-        while square > target:
-            if iteration == self.max_iterations:
-                status = SolverStatus.iteration_limit
-                break
-            image = widen(matvec(cast_like(p, rhs)))
-            iteration, taken = iteration + 1, taken + 1
-            curvature = dot(p, image)
-            norm = max(norm, math.sqrt(dot(image, image) / length))
-            if not math.isfinite(curvature) or not math.isfinite(norm):
-                status = SolverStatus.non_finite
-                break
-            # Below unit * ||H|| ||p||^2 the sign of the curvature is rounding, and dividing by it would throw v far
-            # away.
-            if curvature <= unit * norm * length:
-                status = SolverStatus.negative_curvature
-                break
-            step = square / curvature
-            shorter = add(residual, image, -step)
-            following = dot(shorter, shorter)
-            if not math.isfinite(following):
-                status = SolverStatus.non_finite
-                break
-            v, residual = add(v, p, step), shorter
-            ratio = following / square
-            p, length, square = add(residual, p, ratio), following + ratio**2 * length, following
-        if v is start:
-            v = tuple(tensor.clone() for tensor in v)
-        return Solution(cast_like(v, rhs), taken, math.sqrt(square / size), status)
+__all__ = ["Identity", "Neumann"]
 
 
 @final
@@ -204,7 +99,7 @@ class Neumann:
         """
         b = widen(rhs)
         size = dot(b, b)
-        if (ended := _trivial(rhs, size)) is not None:
+        if (ended := trivial_solution(rhs, size)) is not None:
             return ended
         offset, taken = None, 0
         if initial is not None and not self.random:
@@ -278,15 +173,6 @@ class Identity:
         """Return ``scale * rhs``; ``matvec`` and ``initial`` are not used."""
         b = widen(rhs)
         size = dot(b, b)
-        if (ended := _trivial(rhs, size)) is not None:
+        if (ended := trivial_solution(rhs, size)) is not None:
             return ended
         return Solution(cast_like(scale(b, self.scale), rhs), 0, math.nan, SolverStatus.complete)
-
-
-def _trivial(rhs: Sequence[Tensor], size: float) -> Solution | None:
-    """Return the solution for a right side that is zero or not finite, which passes through for the caller to see."""
-    if size == 0.0:
-        return Solution(zeros_like(rhs), 0, 0.0, SolverStatus.zero_rhs)
-    if not math.isfinite(size):
-        return Solution(tuple(tensor.detach().clone() for tensor in rhs), 0, math.nan, SolverStatus.non_finite)
-    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bilevel.bisls import BASELINES, RESPONSES
+from ..bilevel.options import BASELINES
 from ..errors import OptionError
 from ..hypergradient import Amortised, Implicit, ValueFunction
 from ..optim.projection import as_projection
@@ -49,7 +49,7 @@ def _check_values(row: Row) -> None:
     for name, value in (("lower_steps", row.lower_steps), ("auxiliary_steps", row.auxiliary_steps)):
         validation.count(owner, name, value)
     validation.choice(owner, "correction", row.correction, CORRECTIONS)
-    validation.choice(owner, "response", row.response, RESPONSES)
+    validation.choice(owner, "response", row.response, ("tangent", "step"))
     validation.choice(owner, "baseline", row.baseline, BASELINES)
     validation.choice(owner, "clock", row.clock, ("iterations", "steps"))
     validation.positive(owner, "tolerance", row.tolerance, optional=True)

@@ -22,7 +22,8 @@ from ..errors import OptionError
 from ..evaluation.vectors import Vector, add, scale
 from ..hypergradient.estimate import Point
 from ..hypergradient.oracle import Sample
-from ..optim.direction import adam
+from ..optim import direction as core
+from ..optim.state import RoleState
 from ..policies import validation
 from .fields import Gradient
 
@@ -145,11 +146,11 @@ class Adam:
     def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
         """Return A^{-1} m to step along, A^{-1} g to search along."""
         g = sampled.gradient.total
-        keys: Any = range(len(g))  # tensors would only be keys
-        after: dict[Any, Any] = {key: state.get(key, {}) for key in keys}
-        descent = adam(keys, g, after, self.betas, self.eps)
+        role, before = core.Adam(self.betas, self.eps), RoleState(each=state.get("each") or [{} for _ in g])
+        gradient = core.Gradient(list(g), list(g), [1.0] * len(g))
+        descent = role.propose(gradient, before)
         assert descent.step is not None
-        descent.commit()
+        after = {"each": role.commit(gradient, descent, before).each}
         return Directed(g, tuple(descent.precondition(g)), tuple(descent.step), after)
 
 

@@ -1,22 +1,21 @@
-"""The upper search of a row: `BiSLS`, stepping on copies of the driver's variables."""
+"""The upper search of a row: `BiSLS` or `OneStepBiSLS`, stepping on copies of the driver's variables."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..bilevel import BiSLS
-from ..bilevel.lower import LowerLevel
-from ..evaluation.guard import Closure, Guard
+from ..bilevel import BiSLS, OneStepBiSLS
+from ..bilevel.lower import LowerProblem
+from ..evaluation.guard import Guard
+from ..evaluation.objective import Evaluated, Objective
 from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Estimate, Point
 from ..hypergradient.oracle import Oracle, Sample
-from ..optim.base import Sample as ReplayedSample
-from ..policies import SLS, SLSB, Record
+from ..policies import SLS, Record
 from .directions import Adam
 from .row import Row
 
@@ -39,8 +38,8 @@ class Searched(NamedTuple):
     record: Record
 
 
-class UpperSearch(BiSLS):
-    """`BiSLS` with the policy of a row, on a hypergradient whose parts are known already.
+class UpperSearch:
+    """The search of a row, on a hypergradient whose parts have been computed.
 
     Args:
         row: The row; its `upper_step` is a search.
@@ -50,47 +49,11 @@ class UpperSearch(BiSLS):
     """
 
     def __init__(self, row: Row, oracle: Oracle, point: Point, *, carry: str | bool) -> None:
-        policy = row.upper_step
-        self._given_policy = policy
         self._oracle = oracle
+        self._x = [t.detach().clone().requires_grad_() for t in point.x]
         self._level = _Level(point.y)
-        self._partial_gradients: tuple[Tensor, list[Tensor | None]] | None = None
-        names = ("c", "shrink", "grow", "reset", "slack", "lower_bound", "max_trials", "max_step")
-        direction: dict[str, Any] = {}
-        if isinstance(row.upper_direction, Adam):
-            direction = {"direction": "adam", "betas": row.upper_direction.betas, "eps": row.upper_direction.eps}
-        super().__init__(
-            [t.detach().clone().requires_grad_() for t in point.x],
-            policy.start if isinstance(policy, SLS) else policy.bound,
-            response=row.response,
-            response_steps=row.response_steps,
-            baseline=row.baseline,
-            solver=row.response_solver(),
-            carry=carry,
-            curvature=row.curvature,
-            momentum=row.momentum,
-            project=row.project,
-            **{name: getattr(policy, name) for name in names if hasattr(policy, name)},
-            **direction,
-        )
-        self.evaluations = oracle.evaluations
-
-    def bind(self, lower: Any) -> None:
-        """Set the lower level: the driver's."""
-        super().bind(None)
-        self.lower = self._level
-
-    def _make_policy(self, options: dict[str, Any]) -> Any:
-        if isinstance(self._given_policy, SLSB):  # BiSLS itself knows no decaying bound
-            bound = 1.0 if options["lower_bound"] is None or options["response"] == "step" else None
-            low = None if options["response"] == "step" else options["lower_bound"]
-            return dataclasses.replace(self._given_policy, bound=bound, lower_bound=low)
-        return super()._make_policy(options)
-
-    def _partials(
-        self, guard: Guard, upper_closure: Closure, tensors: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        return self._partial_gradients or super()._partials(guard, upper_closure, tensors)
+        self._optimizer = _optimizer(row, self._x, self._level, carry)
+        self._optimizer.evaluations = oracle.evaluations
 
     def go(self, point: Point, estimate: Estimate, sample: Sample, lower_step: float) -> Searched:
         """Search from this point along the estimate.
@@ -101,53 +64,102 @@ class UpperSearch(BiSLS):
             sample: Its sample.
             lower_step: Step size of the last lower step, for response="step".
         """
-        x, y = self._parameters(), self._level.leaves
+        x, y = self._x, self._level.leaves
         self._level.step_size, self._level.offset = lower_step, None
         with torch.no_grad():
             torch._foreach_copy_([*x, *y], [*point.x, *point.y])
         for p, h in zip(x, estimate.hypergradient, strict=True):
             p.grad = h
-        partials = estimate.partials
-        self._partial_gradients = None
-        if partials is not None:
-            self._partial_gradients = estimate.loss, [*partials.upper, *partials.lower]
-        self.step(
-            lambda: self._oracle.upper_loss(tuple(x), tuple(y), sample),
+        self._optimizer.step(
+            _Estimated(self._oracle, x, y, sample, estimate),
             lambda: self._oracle.lower_loss(tuple(x), tuple(y), sample),
         )
-        assert self.record is not None
-        after = tuple(t.detach().clone() for t in y)
-        offered = None
+        record = self._optimizer.record
+        assert record is not None
+        after, offered = tuple(t.detach().clone() for t in y), None
         if self._level.offset is not None:
             offered, after = point.y, tuple(torch._foreach_add(list(point.y), list(self._level.offset)))
-        return Searched(tuple(t.detach().clone() for t in x), after, offered, self.record)
+        return Searched(tuple(t.detach().clone() for t in x), after, offered, record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it."""
+        self._optimizer.load_state_dict(state)
 
 
-class _Level(LowerLevel):
+def _optimizer(row: Row, x: Sequence[Tensor], level: _Level, carry: str | bool) -> BiSLS | OneStepBiSLS:
+    """Return the optimizer that a row describes."""
+    policy = row.upper_step
+    lr = policy.start if isinstance(policy, SLS) else policy.bound
+    shared: dict[str, Any] = {"lower": level, "project": row.project}
+    if isinstance(row.upper_direction, Adam):
+        shared |= {"direction": "adam", "betas": row.upper_direction.betas, "eps": row.upper_direction.eps}
+    if row.response == "step":
+        names = ("c", "shrink", "grow", "reset", "slack", "lower_bound", "max_trials", "decay")
+        options = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
+        return OneStepBiSLS(
+            x,
+            lr,
+            momentum=None if isinstance(row.momentum, str) else row.momentum,
+            baseline=row.baseline,
+            response_steps=row.response_steps,
+            **shared,
+            **options,
+        )
+    return BiSLS(
+        x,
+        lr,
+        momentum="auto" if row.momentum is None else row.momentum,
+        solver=row.response_solver(),
+        carry=carry,
+        curvature=row.curvature,
+        search=policy,
+        **shared,
+    )
+
+
+class _Estimated(Objective):
+    """The upper loss of a row on a sample, with the partial gradients that the estimate took."""
+
+    def __init__(
+        self, oracle: Oracle, x: Sequence[Tensor], y: Sequence[Tensor], sample: Sample, estimate: Estimate
+    ) -> None:
+        self._oracle, self._x, self._y, self._sample, self._estimate = oracle, x, y, sample, estimate
+
+    def __call__(self) -> Tensor:
+        return self._oracle.upper_loss(tuple(self._x), tuple(self._y), self._sample)
+
+    def evaluated(self, tensors: Sequence[Tensor]) -> Evaluated | None:
+        """Return the estimate's."""
+        partials = self._estimate.partials
+        return None if partials is None else Evaluated(self._estimate.loss, [*partials.upper, *partials.lower])
+
+
+class _Level:
     """The driver's lower variable in the place of lower optimizers."""
+
+    follows = True  # the driver decides about predictions
 
     def __init__(self, y: Vector) -> None:
         self.leaves = [t.detach().clone().requires_grad_() for t in y]
-        super().__init__(None, [])
         self.step_size = 0.0
         self.offset: Sequence[Tensor] | None = None
-
-    def __bool__(self) -> bool:
-        return True
 
     def tensors(self) -> list[Tensor]:
         """Return the lower variable."""
         return self.leaves
 
-    def samples(self, closures: Any, guard: Guard) -> list[ReplayedSample]:
-        """Return the sample of the driver's lower closure."""
-        return [ReplayedSample(closures, guard.random_state(), self.step_size)]
+    def problems(self, closures: Any, guard: Guard) -> list[LowerProblem]:
+        """Return the problem of the driver's lower closure."""
+        return [LowerProblem(self.leaves, closures, guard.random_state(), self.step_size)]
 
-    @property
-    def takes_offers(self) -> bool:
-        """The driver decides about predictions."""
-        return True
+    def carry(self, response: Sequence[Tensor], step: float) -> None:
+        """Move the lower variable along."""
+        torch._foreach_add_(self.leaves, list(response), alpha=step)
 
-    def predict(self, offsets: Sequence[Tensor]) -> None:
-        """Take note of the predicted response."""
-        self.offset = list(offsets)
+    def follow(self, response: Sequence[Tensor], step: float) -> None:
+        """Keep the predicted response for the driver."""
+        self.offset = torch._foreach_mul(list(response), step)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,13 +11,18 @@ from torch import Tensor
 from ..errors import NonFiniteError, warn
 from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
+from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
-from ..evaluation.vectors import inner
 from ..policies import Outcome, Record, validation
-from .direction import Descent, adam, metric, sgd
+from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
 from .groups import PolicyOptimizer
+from .state import RoleState, read_state, write_states
+from .warm_start import WarmStart
 
-__all__ = ["AdaptiveOptimizer", "Sample"]
+__all__ = ["AdaptiveOptimizer", "Host"]
+
+_PLAIN = Plain()
+_NO_STATE = RoleState()
 
 _WARNED = {
     Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
@@ -28,18 +32,12 @@ _WARNED = {
 }
 
 
-class Sample(NamedTuple):
-    """The last sample that an optimizer stepped on, to be evaluated again by the level above.
+class Host(Protocol):
+    """Who steps an optimizer without a closure: a framework that has evaluated the loss itself."""
 
-    Attributes:
-        closure: The closure.
-        random: Random state before it was evaluated.
-        step_size: The step that was taken on it.
-    """
-
-    closure: Closure
-    random: RandomState
-    step_size: float
+    def step(self, optimizer: Any) -> Any:
+        """Call ``optimizer.advance(...)`` with what was evaluated, mostly an `Objective`, and return the loss."""
+        ...
 
 
 class AdaptiveOptimizer(PolicyOptimizer):
@@ -53,6 +51,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         record: The last step's `Record`; None before.
         evaluations: Every oracle call so far.
         sample: The last sample stepped on; None before.
+        host: Who takes a ``step()`` without a closure; None: a closure is required.
     """
 
     mixes_momentum: ClassVar[bool] = False
@@ -65,13 +64,14 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self._warned: dict[int, int] = {}
         self._skips: Any = 0
         self._looks = 0
-        self._offered = False
+        self._warm_start = WarmStart()
         self.record: Record | None = None
         self.evaluations = Evaluations.single()
-        self.sample: Sample | None = None
+        self.sample: Replay | None = None
+        self.host: Host | None = None  # a copy is the optimizer of no host yet
 
     def _restored(self) -> None:
-        self._offered = any("offered" in self.state.get(p, {}) for p in self._parameters())
+        self._warm_start.restored(self.state, self._parameters())
 
     def _sample_bound(self, lower_bound: Any) -> Any:
         """Return a lower bound that was given to a step, or raise."""
@@ -79,17 +79,39 @@ class AdaptiveOptimizer(PolicyOptimizer):
             validation.finite(f"{type(self).__name__}.step", "lower_bound", lower_bound, optional=True)
         return validation.plain(lower_bound)
 
-    def _descent(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Descent:
-        direction = self._options["direction"]
-        if callable(direction):
-            made: Descent = direction(params, grads, self.state)
-            return made
+    def _direction(self) -> Direction:
+        """Return the Direction role, with Adam's constants as they are now: schedulers may write them."""
+        direction = self.conduct.direction
+        if not isinstance(direction, str):
+            return direction
         if direction == "sgd":
-            return sgd()
-        group = self.param_groups[0]  # read at each step: schedulers that cycle momentum write to it
+            return _PLAIN
+        group = self.param_groups[0]
         if self.mixes_momentum:
-            return metric(params, grads, self.state, group["betas"][1], group["eps"])
-        return adam(params, grads, self.state, group["betas"], group["eps"])
+            return AdamMetric(group["betas"][1], group["eps"])
+        return Adam(group["betas"], group["eps"])
+
+    def _descent(self, gradient: Gradient) -> Descent:
+        """Return the directions at a gradient."""
+        role = self._direction()
+        return role.propose(gradient, self._direction_state(role, gradient))
+
+    def _direction_state(self, role: Direction, gradient: Gradient) -> RoleState:
+        return _NO_STATE if role is _PLAIN else read_state(self.state, "direction", gradient.tensors, role.init())
+
+    def _direction_entry(
+        self, gradient: Gradient, descent: Descent, moved: Tensor | bool = True
+    ) -> tuple[str, Sequence[Tensor], RoleState]:
+        """Return the direction's entry of the state after a step."""
+        role = self._direction()
+        return (
+            "direction",
+            gradient.tensors,
+            role.commit(gradient, descent, self._direction_state(role, gradient), moved),
+        )
+
+    def _commit_direction(self, gradient: Gradient, descent: Descent, moved: Tensor | bool = True) -> None:
+        write_states(self.state, [self._direction_entry(gradient, descent, moved)])
 
     # ------------------------------------------------------------------------------------------ evaluation
 
@@ -99,51 +121,56 @@ class AdaptiveOptimizer(PolicyOptimizer):
         The prediction has to be worth more than a step of the usual length from there, of which there will be some
         anyway: what a loop of steps finds by itself it finds without the errors of the prediction.
         """
-        stay = self._take_offer(params)
-        if stay is None:
-            return self._gradient(guard, closure, params)
+        before = self._warm_start.point(self.state, params)
+        if before is None:
+            known = closure.evaluated(params) if isinstance(closure, Objective) else None
+            return self._gradient(guard, closure, params) if known is None else known
         guard.copy()
         here = guard.value(closure)
         self.evaluations.upper.values += 1
-        torch._foreach_copy_(params, stay)
-        loss, grads = self._gradient(guard, closure, params, guard.entry, moved=True)
+        torch._foreach_copy_(params, before)
+        loss, grads = self._gradient(guard, closure, params, guard.entry)
         here, there = on_host(here, loss)
         preferred = there <= here or here != here
         if there == there and not preferred:
             guard.mark()
             preferred = self._after_another_step(guard, closure, params, grads) <= here
             guard.recall()
-            torch._foreach_copy_(params, stay)
+            torch._foreach_copy_(params, before)
         if preferred:
             guard.rebase()
             return loss, grads
         guard.put_back()
-        return self._gradient(guard, closure, params, guard.entry)
+        known = closure.evaluated(params) if isinstance(closure, Objective) else None
+        return self._gradient(guard, closure, params, guard.entry) if known is None else known
 
     def _after_another_step(
         self, guard: Guard, closure: Closure, params: list[Tensor], grads: Sequence[Tensor | None]
     ) -> float:
         """Return the loss after a step from here that is as long as the last one was."""
-        active, gradient, factors = self._with_gradient(params, grads)
-        descent = self._descent(active, gradient)
-        stepped = descent.precondition(gradient) if descent.step is None else descent.step
+        gradient = self._with_gradient(params, grads)
+        descent = self._descent(gradient)
+        stepped = descent.precondition(gradient.values) if descent.step is None else descent.step
         length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
-        descent.move(active, stepped, length, factors)
+        descent.move(gradient.tensors, stepped, length, gradient.factors)
         self.evaluations.upper.values += 1
         return float(on_host(guard.value(closure, guard.entry))[0])
 
     def _gradient(
-        self,
-        guard: Guard,
-        closure: Closure,
-        params: list[Tensor],
-        random: RandomState | None = None,
-        *,
-        moved: bool = False,
+        self, guard: Guard, closure: Closure, params: list[Tensor], random: RandomState | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return loss and gradients here; `moved`: the parameters are not where the step found them."""
+        """Return loss and gradients here, as a host would step along them."""
         self.evaluations.upper.gradients += 1
-        return guard.gradient(closure, params, random)
+        loss, grads = guard.gradient(closure, params, random)
+        return loss, closure.processed(params, grads) if isinstance(closure, Objective) else grads
+
+    @property
+    def offered(self) -> list[Tensor] | None:
+        """The point before a prediction, which the next step may go back to; None if there is none.
+
+        A change of the parameters since then (a cold start) voids it.
+        """
+        return self._warm_start.point(self.state, self._parameters())
 
     def offer(self, points: Sequence[Tensor]) -> None:
         """Offer another starting point for the next step, copies of all parameters in order.
@@ -153,40 +180,17 @@ class AdaptiveOptimizer(PolicyOptimizer):
         a step from there that is as long as the last one was. Parameters that somebody has changed in the meantime (a
         cold start) void the offer.
         """
-        params = self._parameters()
-        for p, point in zip(params, points, strict=True):
-            self.state[p] = {**self.state[p], "offered": point}
-        self._save_rule_state(self._rule_state(), offered_at=self._fingerprint(params))
-        self._offered = True
-
-    def _fingerprint(self, params: Sequence[Tensor]) -> float:
-        """Return ||params||^2: it tells whether somebody moved them, in whichever way (versions do not count .data)."""
-        return float(inner([p.detach() for p in params], [p.detach() for p in params]))
-
-    def _take_offer(self, params: Sequence[Tensor]) -> list[Tensor] | None:
-        if not self._offered:
-            return None
-        if self._saved("offered_at", math.nan) != self._fingerprint(params):
-            self._drop_offer()
-            return None
-        saved = [self.state.get(p, {}) for p in params]
-        return [s["offered"] if "offered" in s else p.detach().clone() for p, s in zip(params, saved, strict=True)]
+        self._warm_start.offer(self.state, self._parameters(), points)
 
     def _drop_offer(self) -> None:
-        if not self._offered:
-            return
-        for p in self._parameters():
-            if "offered" in self.state.get(p, {}):
-                self.state[p] = {k: v for k, v in self.state[p].items() if k != "offered"}
-        keys: dict[Any, Any] = self.state
-        keys["policy"] = {k: v for k, v in self._rule_saved.items() if k != "offered_at"}
-        self._offered = False
+        self._warm_start.drop(self.state, self._parameters())
 
     # ------------------------------------------------------------------------------------------ conclusion
 
-    def _bound(self) -> dict[str, Any]:
-        """Return what the policy is told: lr is its bound (or first trial), or scales one that it finds by itself."""
-        return {"scale" if self.param_groups[0]["automatic"] else "bound": self._reference_lr()}
+    def _bound(self) -> tuple[float | None, float]:
+        """Return bound and scale of a step's `Context`: lr is one of them, None and 1 the other."""
+        lr = self._reference_lr()
+        return (None, lr) if self.param_groups[0]["automatic"] else (lr, 1.0)
 
     def _conclude(self, record: Record, state: Any) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""
@@ -205,7 +209,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
             # Looked at rarely, since looking waits for the device.
             self._skips = torch.where(record.outcome == int(Outcome.non_finite), self._skips + 1, 0)
             self._looks += 1
-            if self._looks % self._options["max_skips"] == 0:
+            if self._looks % self.conduct.max_skips == 0:
                 self._refuse_skips(int(self._skips))
             return
         outcome = record.outcome
@@ -215,10 +219,10 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self._refuse_skips(self._skips)
 
     def _refuse_skips(self, skips: int) -> None:
-        if skips >= self._options["max_skips"]:
+        if skips >= self.conduct.max_skips:
             raise NonFiniteError(
                 f"{type(self).__name__}: {skips} steps in a row met a loss or gradient that is not finite; nothing "
-                f"has moved since. Look at the data and the loss, or raise max_skips={self._options['max_skips']}"
+                f"has moved since. Look at the data and the loss, or raise max_skips={self.conduct.max_skips}"
             )
 
     def _warn(self, key: int, message: str) -> None:
@@ -229,7 +233,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def __repr__(self) -> str:
         """Return the options and the last step."""
-        options = {"lr": self.param_groups[0]["lr"], **self._options}
+        options = {"lr": self.param_groups[0]["lr"], **self._options()}
         listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
         last = "" if self.record is None else f"; {self.record.describe()}"
         return f"{type(self).__name__}({listed}{last})"

@@ -1,20 +1,22 @@
-"""Directions: what a step size multiplies. A direction is searched along, and a (possibly other) one is stepped.
+"""The Direction role: what a step size multiplies. One direction is searched along, and one is stepped along.
 
 Plain gradients search and step along g. Adam searches along A^{-1} g, which the sufficient-decrease test certifies,
 and steps along A^{-1} m (Fan et al., 2023, Algorithm 2), A = sqrt(v / (1 - beta2^n)) + eps, both moments
-bias-corrected. How much of m a step should take is a question of its own: `adaptive_bilevel.bilevel.momentum`.
+bias-corrected. How much of m an upper step takes is the Momentum role's question: `adaptive_bilevel.bilevel.momentum`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
-__all__ = ["DIRECTIONS", "Descent", "Direction", "adam", "mean", "metric", "move", "sgd"]
+from .state import RoleState
+
+__all__ = ["DIRECTIONS", "Adam", "AdamMetric", "Descent", "Direction", "Gradient", "Mean", "Plain", "mean", "move"]
 
 DIRECTIONS = ("sgd", "adam")
 
@@ -39,29 +41,38 @@ def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, fa
         torch._foreach_add_([params[i] for i in chosen], [directions[i] for i in chosen], alpha=-step * factor)
 
 
+class Gradient(NamedTuple):
+    """The parameters that have a gradient, with what belongs to each of them.
+
+    Attributes:
+        tensors: The parameters.
+        values: Their gradients g, or hypergradients h.
+        factors: The part of a step that each takes, lr_i / lr_0 of its group.
+    """
+
+    tensors: list[Tensor]
+    values: list[Tensor]
+    factors: list[float]
+
+
 class Descent(NamedTuple):
     """A pair of directions.
 
     Attributes:
         precondition: g -> A^{-1} g, the direction to search along, for any gradients g.
         step: The direction to step along; None: the searched one.
-        commit: Takes the step's moments into the state; not called for a step that must leave no trace. Where whether
-            it must is only known on the device, it takes them if the given tensor is true.
+        memory: What the direction's ``commit`` needs.
         move: Moves parameters by -step * factor * direction, in the roundings of whoever made the direction.
-        weight: How much of `step` is along the mean of the gradients, in [0, 1]; the rest is along the searched one.
-        restarted: Whether that mean was started anew.
     """
 
     precondition: Callable[[Sequence[Tensor]], list[Tensor]]
-    step: list[Tensor] | None
-    commit: Callable[..., None]
+    step: list[Tensor] | None = None
+    memory: Any = None
     move: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
-    weight: float = 0.0
-    restarted: bool = False
 
 
 class Direction(Protocol):
-    """A direction of somebody else's making, for an optimizer's option ``direction``.
+    """The Direction role, for an optimizer's option ``direction``.
 
     Attributes:
         kind: "sgd" if it is the gradient itself, so that defaults measured for plain gradients apply.
@@ -69,55 +80,130 @@ class Direction(Protocol):
 
     kind: str
 
-    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
-        """Return the directions at these gradients; `state` is the optimizer's, for numbers and tensors to keep."""
+    def init(self) -> RoleState:
+        """Return the state before the first step."""
+        ...
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        """Return the directions at this gradient."""
+        ...
+
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
+        """Return the state after the step.
+
+        Args:
+            gradient: As it was proposed for.
+            descent: What was proposed.
+            state: As it was proposed from.
+            moved: Where only the device knows whether the step moved anything, that as a tensor; false: the state
+                stays.
+        """
         ...
 
 
-def sgd() -> Descent:
-    """Return the plain direction."""
-    return Descent(list, None, lambda moved=True: None)
+@final
+class Plain:
+    """The gradient itself; nothing is kept."""
+
+    kind = "sgd"
+
+    def init(self) -> RoleState:
+        """Return an empty state."""
+        return RoleState()
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        """Return g to search and to step along."""
+        return Descent(list)
+
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
+        """Return the state as it is."""
+        return state
 
 
-def metric(parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, beta: float, eps: float) -> Descent:
-    """Return Adam's metric alone: searched and stepped is A^{-1} g, A = sqrt(v / (1 - beta^n)) + eps.
+@final
+class AdamMetric:
+    """Adam's metric alone: searched and stepped is A^{-1} g, A = sqrt(v / (1 - beta^n)) + eps.
+
+    Per parameter it keeps "step" (n) and "exp_avg_sq" (v).
 
     Args:
-        parameters: The parameters, keys of `state`.
-        grads: Their gradients.
-        state: An optimizer's state; per parameter it holds "step" (n) and "exp_avg_sq" (v).
         beta: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment.
     """
-    if not parameters:
-        return sgd()
-    root, commit = _metric(parameters, grads, state, beta, eps)
-    return Descent(lambda g: list(torch._foreach_div(list(g), root)), None, commit)
 
+    kind = "adam"
 
-def _metric(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, beta: float, eps: float
-) -> tuple[list[Tensor], Callable[..., None]]:
-    """Return A, and what takes its second moment into the state."""
-    known = [state.get(p, {}) for p in parameters]
-    counts, old = _counts(known, "step", grads), [saved.get("exp_avg_sq") for saved in known]
+    def __init__(self, beta: float, eps: float) -> None:
+        self._beta, self._eps = beta, eps
 
-    def advanced() -> list[Tensor]:
-        second = list(torch._foreach_mul(_so_far(old, grads), beta))
-        torch._foreach_addcmul_(second, list(grads), list(grads), 1.0 - beta)
+    def init(self) -> RoleState:
+        """Return an empty state."""
+        return RoleState()
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        """Return A^{-1} g to search and to step along."""
+        if not gradient.tensors:
+            return Descent(list)
+        root = self.root(gradient, state)
+        return Descent(lambda g: list(torch._foreach_div(list(g), root)))
+
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
+        """Return the state with this gradient in the second moment; computed anew, since kept it would be a copy."""
+        counts = _counts(state.each, "step", gradient.values)
+        moments = self._second(gradient, state), _so_far(state.each, "exp_avg_sq", gradient.values)
+        each = _kept(state.each, moved, step=(counts, [n - 1 for n in counts]), exp_avg_sq=moments)
+        return RoleState(state.shared, each)
+
+    def root(self, gradient: Gradient, state: RoleState) -> list[Tensor]:
+        """Return A."""
+        root = self._second(gradient, state)
+        torch._foreach_sqrt_(root)
+        counts = _counts(state.each, "step", gradient.values)
+        torch._foreach_div_(root, [(1.0 - self._beta**n) ** 0.5 for n in counts])
+        torch._foreach_add_(root, self._eps)
+        return root
+
+    def _second(self, gradient: Gradient, state: RoleState) -> list[Tensor]:
+        second = list(torch._foreach_mul(_so_far(state.each, "exp_avg_sq", gradient.values), self._beta))
+        torch._foreach_addcmul_(second, gradient.values, gradient.values, 1.0 - self._beta)
         return second
 
-    root = advanced()
-    torch._foreach_sqrt_(root)
-    torch._foreach_div_(root, [(1.0 - beta**n) ** 0.5 for n in counts])
-    torch._foreach_add_(root, eps)
 
-    def commit(moved: Tensor | bool = True) -> None:
-        # Computed anew, since until here it would be one more copy.
-        moments = advanced(), _so_far(old, grads)
-        _keep(parameters, state, moved, step=(counts, [n - 1 for n in counts]), exp_avg_sq=moments)
+@final
+class Adam:
+    """Adam's directions as `torch.optim.Adam` computes them: A^{-1} g to search, A^{-1} m to step.
 
-    return root, commit
+    Per parameter it keeps what `AdamMetric` and `mean` keep.
+
+    Args:
+        betas: Decay of the first and of the second moment, in [0, 1).
+        eps: Added to the root of the second moment.
+    """
+
+    kind = "adam"
+
+    def __init__(self, betas: tuple[float, float], eps: float) -> None:
+        self._beta, self._metric = betas[0], AdamMetric(betas[1], eps)
+
+    def init(self) -> RoleState:
+        """Return an empty state."""
+        return RoleState()
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        """Return A^{-1} g to search along, and A^{-1} m to step along."""
+        if not gradient.tensors:
+            return Descent(list)
+        root = self._metric.root(gradient, state)
+        first = mean(gradient.values, state.each, self._beta)
+        step = first.moment()
+        torch._foreach_div_(step, root)
+        torch._foreach_div_(step, first.mass)
+        return Descent(lambda g: list(torch._foreach_div(list(g), root)), step)
+
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
+        """Return the state with this gradient in both moments."""
+        after = self._metric.commit(gradient, descent, state, moved)
+        return after._replace(each=mean(gradient.values, after.each, self._beta).commit(moved))
 
 
 class Mean(NamedTuple):
@@ -126,84 +212,57 @@ class Mean(NamedTuple):
     Attributes:
         moment: Computes m.
         mass: 1 - beta^n of each parameter, by which m is to be divided.
-        commit: As in `Descent`.
+        commit: Returns the state of each parameter with these gradients in the mean; see `Direction.commit`.
     """
 
     moment: Callable[[], list[Tensor]]
     mass: list[Any]
-    commit: Callable[..., None]
+    commit: Callable[..., list[dict[str, Any]]]
 
 
-def mean(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, beta: float, *, restart: bool = False
-) -> Mean:
+def mean(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], beta: float, *, restart: bool = False) -> Mean:
     """Return the moving mean with these gradients in it, or of these alone.
 
     Args:
-        parameters: The parameters, keys of `state`.
-        grads: Their gradients.
-        state: An optimizer's state; per parameter it holds "averaged" (n) and "exp_avg" (m).
+        gradients: The gradients.
+        each: State of each parameter; it holds "averaged" (n) and "exp_avg" (m).
         beta: Decay, in [0, 1).
         restart: Forget all gradients before.
     """
-    known = [{} if restart else state.get(p, {}) for p in parameters]
-    counts, old = _counts(known, "averaged", grads), [saved.get("exp_avg") for saved in known]
+    known: Sequence[Mapping[str, Any]] = [{} for _ in each] if restart else each
+    counts = _counts(known, "averaged", gradients)
 
     def moment() -> list[Tensor]:
-        return list(torch._foreach_lerp(_so_far(old, grads), list(grads), 1.0 - beta))
+        return list(torch._foreach_lerp(_so_far(known, "exp_avg", gradients), list(gradients), 1.0 - beta))
 
-    def commit(moved: Tensor | bool = True) -> None:
-        moments = moment(), _so_far(old, grads)
-        _keep(parameters, state, moved, averaged=(counts, [n - 1 for n in counts]), exp_avg=moments)
+    def commit(moved: Tensor | bool = True) -> list[dict[str, Any]]:
+        moments = moment(), _so_far(known, "exp_avg", gradients)
+        return _kept(each, moved, averaged=(counts, [n - 1 for n in counts]), exp_avg=moments)
 
     return Mean(moment, [1.0 - beta**n for n in counts], commit)
 
 
-def adam(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any, betas: tuple[float, float], eps: float
-) -> Descent:
-    """Return Adam's directions as `torch.optim.Adam` computes them: A^{-1} g to search, A^{-1} m to step.
-
-    Args:
-        parameters: The parameters, keys of `state`.
-        grads: Their gradients.
-        state: An optimizer's state, see `metric` and `mean`.
-        betas: Decay of the first and of the second moment, in [0, 1).
-        eps: Added to the root of the second moment.
-    """
-    if not parameters:
-        return sgd()
-    root, commit_metric = _metric(parameters, grads, state, betas[1], eps)
-    first = mean(parameters, grads, state, betas[0])
-    step = first.moment()
-    torch._foreach_div_(step, root)
-    torch._foreach_div_(step, first.mass)
-
-    def commit(moved: Tensor | bool = True) -> None:
-        commit_metric(moved)
-        first.commit(moved)
-
-    return Descent(lambda g: list(torch._foreach_div(list(g), root)), step, commit, weight=1.0)
-
-
-def _counts(known: Sequence[dict[str, Any]], name: str, grads: Sequence[Tensor]) -> list[Any]:
+def _counts(each: Sequence[Mapping[str, Any]], name: str, gradients: Sequence[Tensor]) -> list[Any]:
     """Return how many gradients each parameter has seen, these included."""
-    counts = [saved.get(name, 0) + 1 for saved in known]
+    counts = [saved.get(name, 0) + 1 for saved in each]
     if any(isinstance(n, Tensor) for n in counts):  # counted on the device, and perhaps a parameter that came later
-        counts = [torch.as_tensor(n, device=g.device) for n, g in zip(counts, grads, strict=True)]
+        counts = [torch.as_tensor(n, device=g.device) for n, g in zip(counts, gradients, strict=True)]
     return counts
 
 
-def _so_far(moments: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
+def _so_far(each: Sequence[Mapping[str, Any]], name: str, gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return the moments before these gradients, zeros where there are none."""
-    return [torch.zeros_like(g) if m is None else m for m, g in zip(moments, grads, strict=True)]
+    return [
+        torch.zeros_like(g) if (m := saved.get(name)) is None else m for saved, g in zip(each, gradients, strict=True)
+    ]
 
 
-def _keep(
-    parameters: Sequence[Tensor], state: Any, moved: Tensor | bool, **values: tuple[Sequence[Any], Sequence[Any]]
-) -> None:
-    """Write new values (or, where a step on the device did not move, old ones) into the state."""
+def _kept(
+    each: Sequence[Mapping[str, Any]], moved: Tensor | bool, **values: tuple[Sequence[Any], Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """Return the states with new values (or, where a step on the device did not move, old ones)."""
+    after = [dict(saved) for saved in each]
     for name, (new, old) in values.items():
-        for p, after, before in zip(parameters, new, old, strict=True):
-            kept = torch.where(moved, after, before) if isinstance(moved, Tensor) else after
-            state[p] = {**state[p], name: kept}
+        for saved, ahead, before in zip(after, new, old, strict=True):
+            saved[name] = torch.where(moved, ahead, before) if isinstance(moved, Tensor) else ahead
+    return after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,20 +12,25 @@ from torch.optim.optimizer import ParamsT
 from .. import policies
 from ..evaluation.closures import require_closure
 from ..evaluation.guard import Closure, Guard
+from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host, on_host_with_inner
 from ..evaluation.tensors import gradients_of, tainted
-from ..policies import Outcome, Record, validation
+from ..policies import Context, Outcome, Record, validation
 from ..policies.scalars import resolution
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample
-from .direction import Direction
-from .groups import options_of
+from .base import AdaptiveOptimizer
+from .direction import Descent, Direction, Gradient
+from .options import Conduct, placeholder
+from .projection import Section
+from .search_path import SearchPath, scaled
 
-__all__ = ["SLS", "SLSB"]
+__all__ = ["SLS", "SLSB", "LineSearch"]
 
 
-class _LineSearch(AdaptiveOptimizer):
-    def _check_lr(self, lr: Any) -> None:
+class LineSearch(AdaptiveOptimizer):
+    """The step that the searches share. Abstract: `SLS`, `SLSB`, and a host's optimizers derive from it."""
+
+    def _check_lr(self, lr: float | None) -> None:
         super()._check_lr(lr)
         validation.finite(type(self).__name__, "lr", lr, optional=True)
 
@@ -44,24 +50,36 @@ class _LineSearch(AdaptiveOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        if closure is None and self.host is not None:
+            loss: Tensor = self.host.step(self)
+            return loss
+        return self.advance(closure, step_closure=step_closure, lower_bound=lower_bound)
+
+    def advance(
+        self, closure: Closure | None, *, step_closure: Closure | None = None, lower_bound: float | None = None
+    ) -> Tensor:
+        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         owner = type(self).__name__
         closure = require_closure(owner, closure)
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
         with torch.no_grad(), Guard(params, self._workspace) as guard:
             loss, grads = self._evaluate(guard, closure, params)
-            active, gradient, factors = self._with_gradient(params, grads)
-            searched, random, searched_loss, searched_gradient = closure, guard.entry, loss, gradient
+            gradient = self._with_gradient(params, grads)
+            searched, random, searched_loss, searched_gradient = closure, guard.entry, loss, gradient.values
             if step_closure is not None:
                 searched, random = require_closure(owner, step_closure), guard.random_state()
                 searched_loss, searched_grads = guard.gradient(searched, params)
                 self.evaluations.upper.gradients += 1
-                searched_gradient = gradients_of(active, params, searched_grads)
-                searched_loss = tainted(searched_loss, loss, gradient)
+                searched_gradient = gradients_of(gradient.tensors, params, searched_grads)
+                searched_loss = tainted(searched_loss, loss, gradient.values)
             guard.mark()
-            descent = self._descent(active, gradient)
-            directions = descent.precondition(searched_gradient)
-            value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, factors)
+            descent = self._descent(gradient)
+            if isinstance(closure, Objective) and closure.project is not None:
+                directions = self._within(gradient, descent, closure, searched_loss)
+            else:
+                directions = descent.precondition(searched_gradient)
+            value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, gradient.factors)
 
             away = False
 
@@ -70,7 +88,7 @@ class _LineSearch(AdaptiveOptimizer):
                 if away:
                     guard.put_back()
                 away = True
-                descent.move(active, directions, step, factors)
+                descent.move(gradient.tensors, directions, step, gradient.factors)
                 self.evaluations.upper.values += 1
                 return on_host(guard.value(searched, random))[0]
 
@@ -78,35 +96,50 @@ class _LineSearch(AdaptiveOptimizer):
                 record, state = Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=slope), self._rule_state()
             else:
                 guard.copy()
-                record, state = self._policy.step(
-                    self._rule_state(),
-                    loss=value,
-                    slope=slope,
-                    trial=trial,
-                    lower_bound=lower_bound,
-                    rounding=resolution(searched_loss),
-                    **self._bound(),
-                )
+                bound, scale = self._bound()
+                rounding = resolution(searched_loss)
+                sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
+                record, state = self.policy.propose(self._rule_state(), sample)
             if not record.moved:
                 guard.put_back()
                 if record.outcome == Outcome.non_finite:
                     guard.undo()
                 elif record.outcome == Outcome.no_descent:
-                    descent.commit()  # its memory has to turn, or nothing ever moves again
+                    self._commit_direction(gradient, descent)  # its memory has to turn, or nothing ever moves again
             else:
                 if descent.step is not None or step_closure is not None:
                     guard.put_back()
-                    descent.move(active, gradient if descent.step is None else descent.step, record.step_size, factors)
-                descent.commit()
+                    stepped = gradient.values if descent.step is None else descent.step
+                    descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
+                self._commit_direction(gradient, descent)
                 self._save_rule_state(state)
             if record.outcome != Outcome.non_finite:
                 self._drop_offer()
-        self.sample = Sample(searched, random, record.step_size)
+        self.sample = Replay(searched, random, record.step_size)
         self._conclude(record, state)
         return loss
 
+    def _within(self, gradient: Gradient, descent: Descent, closure: Objective, loss: Tensor) -> list[Tensor]:
+        """Return the direction to the point that the host's projection leaves of the longest step.
 
-class SLS(_LineSearch):
+        Sufficient decrease along -g cannot be had where the projection takes a part of g away.
+        """
+        directions = descent.precondition(gradient.values)
+        path = SearchPath(gradient, scaled(directions, gradient.factors), descent)
+        bound, scale = self._bound()
+        policy: Any = self.policy
+        longest = policy.first_trial(
+            self._rule_state(), loss=float(loss), slope=path.promised, bound=bound, scale=scale
+        )
+        if not (math.isfinite(longest) and longest > 0.0 and math.isfinite(path.promised)):
+            return directions
+        listed = self._parameters()
+        section = Section.of(closure.project, listed, gradient.tensors, gradient.factors)
+        along = path.within(listed, section, longest).along
+        return [d if w in (0.0, 1.0) else d / w for d, w in zip(along, gradient.factors, strict=True)]
+
+
+class SLS(LineSearch):
     """Stochastic line search: the largest tried step with sufficient decrease on the sample, eq. (8).
 
     Takes the first of start, start w, start w^2, ... with f_i(x - step d) <= f_i(x) - c step <grad f_i, d> + slack.
@@ -140,8 +173,6 @@ class SLS(_LineSearch):
     True
     """
 
-    _rule = policies.SLS
-
     def __init__(
         self,
         params: ParamsT,
@@ -160,10 +191,22 @@ class SLS(_LineSearch):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, options_of(locals()))
+        rule = policies.SLS(
+            start=placeholder(lower_bound),
+            c=c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=lower_bound,
+            max_step=max_step,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)
 
 
-class SLSB(_LineSearch):
+class SLSB(LineSearch):
     """Stochastic line search under a decaying bound: step_k <= lr decay(k), eq. (8) with gamma_b,k.
 
     Options as in `SLS`, with:
@@ -190,8 +233,6 @@ class SLSB(_LineSearch):
         OptionError: An option is out of range (also a ValueError).
     """
 
-    _rule = policies.SLSB
-
     def __init__(
         self,
         params: ParamsT,
@@ -210,4 +251,16 @@ class SLSB(_LineSearch):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, options_of(locals()))
+        rule = policies.SLSB(
+            bound=placeholder(lower_bound),
+            decay=decay,
+            c=c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=lower_bound,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)

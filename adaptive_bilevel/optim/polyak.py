@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,111 +9,24 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
-from ..errors import ClosureError, OptionError
+from ..errors import ClosureError
 from ..evaluation.closures import require_closure, value_of
-from ..evaluation.guard import Closure, Guard, RandomState
-from ..evaluation.reductions import agree, on_host, on_host_with_inner
-from ..evaluation.tensors import gradients_of, slope_of, tainted
-from ..evaluation.vectors import on_cpu
-from ..policies import Outcome, Record, Trial
+from ..evaluation.guard import Closure, Guard
+from ..evaluation.objective import Replay
+from ..evaluation.tensors import gradients_of, tainted
+from ..policies import Outcome
+from ..policies.scalars import Scalar
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer, Sample
-from .direction import Descent, Direction
-from .groups import options_of
+from .base import AdaptiveOptimizer
+from .direction import Direction
+from .options import Conduct
+from .polyak_step import PolyakOptimizer
 
-__all__ = ["SPSB", "DecSPS", "SPSMax"]
+__all__ = ["SPSB", "DecSPS", "Polyak", "SPSMax"]
 
 
-class PolyakOptimizer(AdaptiveOptimizer):
-    """The step that the Polyak rules share: no trial, and on an accelerator no wait for the device."""
-
-    @property
-    def clock(self) -> int:
-        """The k of the bound's schedule if a level above sets it (beta_b,k of eq. (11)); -1: the own steps count."""
-        return int(self._saved("clock", -1))
-
-    def set_clock(self, k: int) -> None:
-        """Set the k of the bound's schedule."""
-        self._save_rule_state(self._rule_state(), clock=k)
-
-    def _on_host(self, params: Sequence[Tensor]) -> bool:
-        return on_cpu(params)
-
-    def _polyak_step(
-        self,
-        active: Sequence[Tensor],
-        gradient: Sequence[Tensor],
-        factors: Sequence[float],
-        rule_gradient: Sequence[Tensor],
-        loss: Tensor | float,
-        lower_bound: float | None,
-        sample: tuple[Guard, Closure, RandomState] | None = None,
-    ) -> tuple[Record, Any]:
-        """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
-        if lower_bound is None and self._options["lower_bound"] is None:
-            raise OptionError(
-                f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
-                "optimizer or to step(lower_bound=...), or use SLS for losses that are unbounded below"
-            )
-        descent = self._descent(active, gradient)
-        value: Any
-        slope: Any
-        directions = descent.precondition(rule_gradient)
-        if self._on_host(active):
-            value, slope = on_host_with_inner(loss, rule_gradient, directions, factors)
-        else:
-            value, slope = agree(loss, slope_of(rule_gradient, directions, factors))
-        state, clock = self._rule_state(), self.clock
-        if clock >= 0:
-            state = state._replace(count=clock)
-        trial = None
-        if sample is not None and self._seeks_bound():
-            trial = self._trial(*sample, active, directions, descent, factors)
-        record, state = self._policy.step(
-            state, loss=value, slope=slope, lower_bound=lower_bound, trial=trial, **self._bound()
-        )
-        stepped = list(gradient) if descent.step is None else descent.step
-        if isinstance(record.step_size, Tensor):
-            _move_by_tensor(active, stepped, record.step_size, factors)
-            self._save_rule_state(state, **({} if trial is None else {"tried": record.moved}))
-            descent.commit((record.step_size > 0) | (record.outcome == int(Outcome.no_descent)))
-        elif record.moved:
-            descent.move(active, stepped, record.step_size, factors)
-            self._save_rule_state(state)
-            descent.commit()
-        elif record.outcome == Outcome.no_descent:
-            descent.commit()  # its memory has to turn, or nothing ever moves again
-        return record, state
-
-    def _seeks_bound(self) -> bool:
-        """Return whether there was no step yet that could have found a bound."""
-        if not self.param_groups[0]["automatic"] or self._saved("tried", False) or self._reference_lr() == 0.0:
-            return False
-        found = self._saved("found", 0.0)
-        return isinstance(found, Tensor) or found == 0.0  # what is on a device is not read
-
-    def _trial(
-        self,
-        guard: Guard,
-        closure: Closure,
-        random: RandomState,
-        active: Sequence[Tensor],
-        directions: Sequence[Tensor],
-        descent: Descent,
-        factors: Sequence[float],
-    ) -> Trial:
-        guard.mark()
-        guard.copy()
-        self._workspace.copies = []  # needed once only
-
-        def trial(step: float) -> float:
-            descent.move(active, directions, step, factors)
-            self.evaluations.upper.values += 1
-            value = on_host(guard.value(closure, random))[0]
-            guard.put_back()
-            return value
-
-        return trial
+class Polyak(PolyakOptimizer):
+    """The ``step`` that the single-level rules share. Abstract: the rules, and a host's optimizers derive from it."""
 
     def step(  # type: ignore[override]
         self,
@@ -139,6 +51,20 @@ class PolyakOptimizer(AdaptiveOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        if closure is None and loss is None and self.host is not None:
+            taken: Tensor | float = self.host.step(self)
+            return taken
+        return self.advance(closure, loss=loss, step_closure=step_closure, lower_bound=lower_bound)
+
+    def advance(
+        self,
+        closure: Closure | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        step_closure: Closure | None = None,
+        lower_bound: float | None = None,
+    ) -> Tensor | float:
+        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         owner = type(self).__name__
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
@@ -151,15 +77,15 @@ class PolyakOptimizer(AdaptiveOptimizer):
                 sample = guard, evaluated, guard.entry
             else:
                 loss, grads = _given(owner, closure, loss, [p.grad for p in params])
-            active, gradient, factors = self._with_gradient(params, grads)
-            rule_loss, rule_gradient = loss, gradient
+            gradient = self._with_gradient(params, grads)
+            rule_loss, rule_gradient = loss, gradient.values
             if step_closure is not None:
                 sample = guard, require_closure(owner, step_closure), guard.random_state()
                 rule_loss, rule_grads = guard.gradient(step_closure, params)
                 self.evaluations.upper.gradients += 1
-                rule_gradient = gradients_of(active, params, rule_grads)
-                rule_loss = tainted(rule_loss, loss, gradient)
-            record, state = self._polyak_step(active, gradient, factors, rule_gradient, rule_loss, lower_bound, sample)
+                rule_gradient = gradients_of(gradient.tensors, params, rule_grads)
+                rule_loss = tainted(rule_loss, loss, gradient.values)
+            record, state = self._polyak_step(gradient, rule_gradient, rule_loss, lower_bound, sample)
             if isinstance(record.outcome, Tensor):
                 guard.keep_buffers_if(record.outcome != int(Outcome.non_finite))
                 self._drop_offer()
@@ -168,7 +94,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
             else:
                 self._drop_offer()
         if evaluated is not None:
-            self.sample = Sample(evaluated, guard.entry, record.step_size)
+            self.sample = Replay(evaluated, guard.entry, record.step_size)
         elif self.sample is not None:
             self.sample = self.sample._replace(step_size=record.step_size)
         self._conclude(record, state)
@@ -189,16 +115,7 @@ def _given(
         raise ClosureError(f"{owner}.step(loss={loss!r}): loss must be one real number") from None
 
 
-def _move_by_tensor(
-    params: Sequence[Tensor], directions: Sequence[Tensor], step: Tensor, factors: Sequence[float]
-) -> None:
-    """Move by a step that is still on the device; where it is 0, a direction that is not finite moves nothing."""
-    for p, d, w in zip(params, directions, factors, strict=True):
-        length = (step * w).to(device=p.device, dtype=p.dtype)
-        p.sub_(torch.where(length > 0, d * length, torch.zeros_like(d)))
-
-
-class SPSMax(PolyakOptimizer):
+class SPSMax(Polyak):
     """SPS_max: step_k = min{(f_i - lower_bound) / (c ||grad f_i||^2), lr}, eq. (5).
 
     Args:
@@ -227,8 +144,6 @@ class SPSMax(PolyakOptimizer):
     0.5
     """
 
-    _rule = policies.SPSMax
-
     def __init__(
         self,
         params: ParamsT,
@@ -244,16 +159,16 @@ class SPSMax(PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, options_of(locals()))
+        rule = policies.SPSMax(c=c, lower_bound=lower_bound, decay=decay, floor=floor, floor_decay=floor_decay)
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)
 
 
-class SPSB(PolyakOptimizer):
+class SPSB(Polyak):
     """SPSB: step_k = min{(f_i - lower_bound) / (c ||grad f_i||^2), lr decay(k)}, eq. (7).
 
     Options as in `SPSMax`; the bound decays as 1/sqrt(k+1) ("inverse" for strongly convex problems).
     """
-
-    _rule = policies.SPSB
 
     def __init__(
         self,
@@ -270,10 +185,12 @@ class SPSB(PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, options_of(locals()))
+        rule = policies.SPSB(c=c, lower_bound=lower_bound, decay=decay, floor=floor, floor_decay=floor_decay)
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)
 
 
-class DecSPS(PolyakOptimizer):
+class DecSPS(Polyak):
     """DecSPS: step_k = (1/c_k) min{(f_i - lower_bound) / ||grad f_i||^2, c_{k-1} step_{k-1}}, eq. (6).
 
     c_k = c sqrt(k+1), so the step never grows.
@@ -292,7 +209,7 @@ class DecSPS(PolyakOptimizer):
         OptionError: An option is out of range (also a ValueError).
     """
 
-    _rule = policies.DecSPS
+    _absent = (*AdaptiveOptimizer._absent, "decay")
 
     def __init__(
         self,
@@ -306,12 +223,14 @@ class DecSPS(PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, options_of(locals()))
+        rule = policies.DecSPS(c=c, lower_bound=lower_bound)
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)
 
     def _rule_state(self) -> Any:
         # c_{k-1} step_{k-1} bounds the next step, so it follows lr: a scheduler scales it.
         state, reference = super()._rule_state(), self._saved("lr", 0.0)
         return state._replace(product=state.product * (self._reference_lr() / reference)) if reference else state
 
-    def _save_rule_state(self, state: Any, **more: Any) -> None:
+    def _save_rule_state(self, state: Any, **more: Scalar) -> None:
         super()._save_rule_state(state, lr=self._reference_lr(), **more)

@@ -1,4 +1,4 @@
-"""A move of the upper variable, and its shortening by a projection."""
+"""The path of a step: x - a d, and its shortening by a projection."""
 
 from __future__ import annotations
 
@@ -11,63 +11,69 @@ from torch import Tensor
 
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import inner
-from .direction import move
+from .direction import Descent, Gradient
 from .projection import Box, Section
 
-__all__ = ["Move"]
+__all__ = ["SearchPath", "scaled"]
+
+
+def scaled(tensors: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:
+    """Return each tensor times its factor."""
+    return [t if w == 1.0 else t * w for t, w in zip(tensors, factors, strict=True)]
 
 
 @dataclass
-class Move:
-    """A move of the upper variable: x - a d in trials, x - a e in the end.
+class SearchPath:
+    """x - a d, along which a step size a is searched.
 
     Attributes:
-        tensors: The upper tensors that have a hypergradient.
-        gradient: h, the hypergradient.
-        along: d, the direction searched along.
-        stepped: Computes e, the direction stepped along; None: d.
-        constrained: The upper tensors, if there is a convex set for them, and the projection to it.
+        gradient: The tensors of x that have a (hyper)gradient h, with h and their factors of a step.
+        along: d, the direction searched along; the factors are in it.
+        descent: The direction that d comes from; it moves the tensors.
+        constrained: All tensors of x, if there is a convex set for them, and the projection to it.
         longest: No step above it stays in that set.
-        mover: Moves tensors along directions, see `Descent`.
-        factors: How much of a step each tensor takes, which d and e have in them; None: 1.
         cut: Whether the set has shortened d.
-        rounding: Of a move that was cut: how much of <h, x - P(x - a d)> may be rounding.
-        promised: <h, d>, the slope that the hypergradient promises.
+        replaced: Whether d is not the direction that was proposed, but that of -h, for the set's sake.
+        rounding: Of a path that was cut: how much of <h, x - P(x - a d)> may be rounding.
+        promised: <h, d>, the slope that the (hyper)gradient promises.
     """
 
-    tensors: list[Tensor]
-    gradient: list[Tensor]
+    gradient: Gradient
     along: list[Tensor]
-    stepped: Callable[[], list[Tensor]] | None
+    descent: Descent
     constrained: tuple[Sequence[Tensor], Section] | None = None
     longest: float = math.inf
-    mover: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[float]], None] = move
-    factors: Sequence[float] | None = None
     cut: bool = False
+    replaced: bool = False
     rounding: float = 0.0
     promised: float = field(init=False)
 
     def __post_init__(self) -> None:
         """Compute the slope."""
-        self.promised = float(agree(inner(self.gradient, self.along))[0])
+        self.promised = float(agree(inner(self.gradient.values, self.along))[0])
 
-    def take(self, step: float) -> None:
-        """Move the tensors, which are at x, along e; d is given up first, so that there is memory for one of them."""
-        if self.stepped is not None:
+    def take(self, step: float, along: Callable[[], list[Tensor]] | None) -> None:
+        """Move the tensors, which are at x, along another direction; d is dropped before it is computed.
+
+        Args:
+            step: The step size.
+            along: Computes that direction, without the factors; None: d.
+        """
+        if along is not None:
             self.along = []
-            self.along = self.stepped()
+            self.along = scaled(along(), self.gradient.factors)
         self.go(step)
 
     def go(self, step: float) -> None:
         """Move the tensors, which are at x, along d."""
-        self.mover(self.tensors, self.along, step, [1.0] * len(self.along))
+        self.descent.move(self.gradient.tensors, self.along, step, [1.0] * len(self.along))
         if self.constrained is not None:
             # For d this changes rounding errors only.
             params, project = self.constrained
             project(params)
 
-    def within(self, params: Sequence[Tensor], project: Section, longest: float) -> Move:
-        """Return the move along (x - P(x - a d)) / a for the longest step a to be tried.
+    def within(self, params: Sequence[Tensor], project: Section, longest: float) -> SearchPath:
+        """Return the path along (x - P(x - a d)) / a for the longest step a to be tried.
 
         Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
         sufficient decrease is that of the projected displacement. The parameters are not touched.
@@ -82,14 +88,16 @@ class Move:
             # Nothing was cut: the steps up to here are those without a set, in their roundings too.
             return replace(self, constrained=constrained, longest=longest)
         rounding = self._rounding(along)
-        move = replace(self, along=along, constrained=constrained, longest=longest, cut=True, rounding=rounding)
-        if isinstance(project.project, Box) or all(d is g for d, g in zip(self.along, self.gradient, strict=True)):
-            return move
-        factors = self.factors or [1.0] * len(self.gradient)
-        scaled = [g * w for g, w in zip(self.gradient, factors, strict=True)]
-        square = float(agree(inner(self.gradient, scaled))[0])
-        plain = self._cut(torch._foreach_mul(scaled, self.promised / square), constrained, longest) if square else None
-        return move if plain is None else max(move, replace(move, along=plain, stepped=None), key=_promised)
+        path = replace(self, along=along, constrained=constrained, longest=longest, cut=True, rounding=rounding)
+        h = self.gradient.values
+        if isinstance(project.project, Box) or all(d is g for d, g in zip(self.along, h, strict=True)):
+            return path
+        weighted = [g * w for g, w in zip(h, self.gradient.factors, strict=True)]
+        square = float(agree(inner(h, weighted))[0])
+        plain = (
+            self._cut(torch._foreach_mul(weighted, self.promised / square), constrained, longest) if square else None
+        )
+        return path if plain is None else max(path, replace(path, along=plain, replaced=True), key=_promised)
 
     def _representable(self) -> float:
         """Return the longest step of which entries are finite, and their squares' sum in a dtype wide enough for it."""
@@ -109,7 +117,7 @@ class Move:
         """
         sums = [
             4.0 * torch.finfo(x.dtype).eps * float(inner([h.abs() * (d != 0)], [x.detach().abs()]))
-            for x, h, d in zip(self.tensors, self.gradient, along, strict=True)
+            for x, h, d in zip(self.gradient.tensors, self.gradient.values, along, strict=True)
         ]
         return float(agree(sum(sums))[0])
 
@@ -119,14 +127,14 @@ class Move:
         """Return (x - P(x - a d)) / a; None if x - a d is in the set."""
         params, project = constrained
         copies = {id(p): p.detach().clone() for p in params}
-        moved = [copies[id(p)] for p in self.tensors]
-        self.mover(moved, along, longest, [1.0] * len(moved))
+        moved = [copies[id(p)] for p in self.gradient.tensors]
+        self.descent.move(moved, along, longest, [1.0] * len(moved))
         outside = {name: t.clone() for name, t in copies.items()}
         project(list(copies.values()))
         if all(torch.equal(t, outside[name]) for name, t in copies.items()):
             return None
-        return [(p - q) / longest for p, q in zip(self.tensors, moved, strict=True)]
+        return [(p - q) / longest for p, q in zip(self.gradient.tensors, moved, strict=True)]
 
 
-def _promised(move: Move) -> float:
-    return move.promised
+def _promised(path: SearchPath) -> float:
+    return path.promised

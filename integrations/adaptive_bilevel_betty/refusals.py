@@ -9,7 +9,7 @@ import torch
 
 from adaptive_bilevel.bilevel.upper import UpperOptimizer
 from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
-from adaptive_bilevel.optim.polyak import PolyakOptimizer
+from adaptive_bilevel.optim.polyak_step import PolyakOptimizer
 
 from ._host import OLD, RELEASE, BaseProblem, ImplicitProblem, Problem, distribution, rolls_back
 from .bilevel import BiSLS

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.optim.direction import DIRECTIONS, Descent
+from adaptive_bilevel.optim.direction import DIRECTIONS, Descent, Gradient
+from adaptive_bilevel.optim.state import RoleState
 
 from ._host import torchopt
 
 __all__ = ["Plain", "Transformed", "as_direction", "as_stepped", "either"]
-
-_STATE = "transformation"
 
 
 def scale_then_add(
@@ -41,9 +40,17 @@ class Plain:
 
     kind = "sgd"
 
-    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
-        """Return the directions at these gradients."""
-        return Descent(list, None, lambda moved=True: None, scale_then_add)
+    def init(self) -> RoleState:
+        """Return an empty state."""
+        return RoleState()
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        """Return g to search and to step along."""
+        return Descent(list, move=scale_then_add)
+
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
+        """Return the state as it is."""
+        return state
 
     def __repr__(self) -> str:
         return "'sgd'"
@@ -79,11 +86,16 @@ class Transformed:
         self._parts = [transformation] if search is None else [transformation, search]
         self._structures: dict[int, list[Any]] = {}
 
-    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
+    def init(self) -> RoleState:
+        """Return an empty state."""
+        return RoleState()
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
         """Return the directions at these gradients."""
-        before = self._before(parameters, state)
+        params, grads = gradient.tensors, gradient.values
+        before = self._before(params, state)
         made = [
-            part.update(list(grads), memory, params=list(parameters), inplace=False)
+            part.update(list(grads), memory, params=list(params), inplace=False)
             for part, memory in zip(self._parts, before, strict=True)
         ]
         stepped = _negated(made[0][0])
@@ -92,24 +104,24 @@ class Transformed:
         def precondition(g: Sequence[Tensor]) -> list[Tensor]:
             if len(g) == len(grads) and all(a is b for a, b in zip(g, grads, strict=True)):
                 return searched
-            updates, _ = self._parts[-1].update(list(g), before[-1], params=list(parameters), inplace=False)
+            updates, _ = self._parts[-1].update(list(g), before[-1], params=list(params), inplace=False)
             return _negated(updates)
 
-        def commit(moved: Tensor | bool = True) -> None:
-            after = [torchopt.pytree.tree_leaves(memory) for _, memory in made]
-            if isinstance(moved, Tensor):
-                old = [torchopt.pytree.tree_leaves(memory) for memory in before]
-                after = [
-                    [either(moved, n, o) for n, o in zip(*pair, strict=True)] for pair in zip(after, old, strict=True)
-                ]
-            state[_STATE] = {"shapes": [tuple(p.shape) for p in parameters], "memory": after}
+        after = [torchopt.pytree.tree_leaves(memory) for _, memory in made]
+        old = [torchopt.pytree.tree_leaves(memory) for memory in before]
+        return Descent(precondition, stepped, (after, old), scale_then_add)
 
-        return Descent(precondition, stepped, commit, scale_then_add)
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
+        """Return the state with these gradients in the memories of the transformations."""
+        after, old = descent.memory
+        if isinstance(moved, Tensor):
+            after = [[either(moved, n, o) for n, o in zip(*pair, strict=True)] for pair in zip(after, old, strict=True)]
+        return RoleState({"shapes": [tuple(p.shape) for p in gradient.tensors], "memory": after})
 
-    def _before(self, parameters: Sequence[Tensor], state: Any) -> list[Any]:
+    def _before(self, parameters: Sequence[Tensor], state: RoleState) -> list[Any]:
         """Return the memory of each part."""
-        saved = state.get(_STATE)
-        known = saved is not None and [tuple(s) for s in saved["shapes"]] == [tuple(p.shape) for p in parameters]
+        saved = state.shared
+        known = "shapes" in saved and [tuple(s) for s in saved["shapes"]] == [tuple(p.shape) for p in parameters]
         if not known or len(parameters) not in self._structures:
             fresh = [part.init(list(parameters)) for part in self._parts]
             self._structures[len(parameters)] = [torchopt.pytree.tree_structure(memory) for memory in fresh]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.bilevel.response import refined
+from adaptive_bilevel.bilevel.inverse import refined
 from adaptive_bilevel.errors import SolverError
 from adaptive_bilevel.evaluation.vectors import inner
 from adaptive_bilevel.hypergradient import CG, LinearSolver, Neumann

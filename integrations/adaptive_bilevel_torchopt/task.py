@@ -18,7 +18,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import ClosureError, LowerLevelError
 from adaptive_bilevel.evaluation.guard import RandomState
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
-from adaptive_bilevel.optim.polyak import PolyakOptimizer
+from adaptive_bilevel.optim.polyak_step import PolyakOptimizer
 
 from .backward import as_differentiated
 from .marks import Marks
@@ -54,7 +54,7 @@ class Task:
             if self.clocked and isinstance(self.optimizer, PolyakOptimizer):
                 self.optimizer.set_clock(max(self.optimizer.clock, 0))
         else:
-            self.optimizer.rebind(params)
+            self.optimizer.replace_parameters(params)
         return self.optimizer
 
     def params(self) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import BiSLS, BiSPS
+from adaptive_bilevel.bilevel import LowerLevel
 from adaptive_bilevel.errors import ClosureError, HypergradientError, LowerLevelError, OptionError
 from adaptive_bilevel.evaluation.counts import Evaluations
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
@@ -227,7 +228,8 @@ class UpperStep:
                 optimizers.append(torch.optim.SGD(list(tensors), lr=1.0))  # holds the tensors, and never steps
             else:
                 optimizers.append(task.bind(tensors))
-        if [id(o) for o in optimizers] != [id(o) for o in self.optimizer.lower.optimizers]:
+        level = self.optimizer.lower
+        if not isinstance(level, LowerLevel) or [id(o) for o in optimizers] != [id(o) for o in level.optimizers]:
             self.optimizer.bind(optimizers)
         return optimizers
 

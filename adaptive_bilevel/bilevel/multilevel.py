@@ -1,0 +1,125 @@
+"""The tangent of several lower problems, of which some may answer to others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..hypergradient.curvature import LowerCurvature
+from .inverse import Inverse, Solved
+from .lower import LowerProblem
+from .roles import Change, Point
+from .tangent import TangentModel, change_between
+
+__all__ = ["MultilevelTangent"]
+
+
+class _Block:
+    """One lower problem, with its curvature and what was solved with it.
+
+    Attributes:
+        problem: The problem g_j, with the indices of the blocks that y_j answers to, and -1 for x.
+        places: Where its tensors are among all lower tensors.
+        curvature: Products at (x, y); dropped by `close`.
+        push: The right side of its tangent.
+        solved: Its tangent w_j.
+        gradient: grad_yj g_j at (x, y).
+    """
+
+    curvature: LowerCurvature
+    push: Sequence[Tensor]
+    solved: Solved
+    gradient: Sequence[Tensor]
+
+    def __init__(self, problem: LowerProblem, places: Sequence[int]) -> None:
+        self.problem, self.places = problem, places
+        answers = problem.answers or (-1,)
+        self.follows_upper = -1 in answers
+        self.follows = [i for i in answers if i >= 0]
+
+
+@final
+class MultilevelTangent(TangentModel):
+    """y_j(a) = y_j + a w_j with w_j = P_j (C_xj^T d - sum_i C_ij^T w_i), lowest first.
+
+    C_ij is the mixed derivative of g_j by y_i and y_j, and P_j an inverse of the Hessian of g_j by y_j alone: the
+    Hessian of the sum of all g_j is that of another problem as soon as one g_j depends on a y_i. The slope of
+    phi(a) = f(x - a d, y_1 + a w_1, ...) is -s, s = <f_x, d> - sum_j <f_yj, w_j>, whatever the P_j.
+
+    Args:
+        point: Where the step begins.
+        problems: The lower problems, lowest first; together they have all lower tensors, each once.
+        inverse: P.
+    """
+
+    def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
+        super().__init__(point, problems, inverse)
+        places = {id(p): i for i, p in enumerate(point.lower)}
+        self._blocks = [_Block(problem, [places[id(p)] for p in problem.tensors]) for problem in problems]
+        for block in self._blocks:
+            moving = list(point.gradient.tensors) if block.follows_upper else []
+            for i in block.follows:
+                moving += problems[i].tensors
+            with torch.enable_grad():
+                loss = self._guard.attached(block.problem.closure, block.problem.random).reshape(())
+                block.curvature = LowerCurvature(loss, moving, block.problem.tensors, moves=True)
+
+    def _push_forward(self, direction: Sequence[Tensor]) -> None:
+        """Do nothing: what moves a problem is known when those before it have answered."""
+
+    def _solve(self, *, finer: bool = False) -> None:
+        starts = [block.solved.tensors for block in self._blocks] if finer else [None] * len(self._blocks)
+        for block, start in zip(self._blocks, starts, strict=True):
+            moves = list(self.path.along) if block.follows_upper else []
+            for i in block.follows:
+                moves += torch._foreach_neg(list(self._blocks[i].solved.tensors))
+            block.push = block.curvature.cross_jvp(moves)
+            block.solved = self._inverse.solve(block.curvature.hvp, block.push, start, finer=finer)
+        flat = {i: t for block in self._blocks for i, t in zip(block.places, block.solved.tensors, strict=True)}
+        self._set_slope([flat[i] for i in range(len(self._lower))])
+
+    def hypergradient(self) -> list[Tensor]:
+        """Return f_x - sum_j C_xj v_j, with v_j = P_j (f_yj - sum_k C_jk v_k) over the problems k that answer to j."""
+        total = list(self._f_x)
+        adjoints = [[self._f_y[i] for i in block.places] for block in self._blocks]
+        with torch.enable_grad():
+            for j in reversed(range(len(self._blocks))):
+                block = self._blocks[j]
+                v = self._inverse.solve(block.curvature.hvp, adjoints[j]).tensors
+                back = list(block.curvature.cross_vjp(v))
+                if block.follows_upper:
+                    total = list(torch._foreach_sub(total, back[: len(total)]))
+                    back = back[len(total) :]
+                for i in block.follows:
+                    adjoints[i] = list(torch._foreach_sub(adjoints[i], back[: len(adjoints[i])]))
+                    back = back[len(adjoints[i]) :]
+        return total
+
+    def close(self) -> None:
+        """Drop the graphs and what only solves need."""
+        for block in self._blocks:
+            block.gradient = block.curvature.gradient
+        super().close()
+
+    def _drop_graph(self) -> None:
+        for block in self._blocks:
+            self._count(block.curvature)
+            del block.curvature
+
+    def changes(self) -> list[Change]:
+        """Return how far every lower gradient is from where it was."""
+        changes = []
+        for block in self._blocks:
+            tensors = block.problem.tensors
+            _, grads = self._guard.gradient(block.problem.closure, list(tensors), block.problem.random)
+            self._counts.gradients += 1
+            now = [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, grads, strict=True)]
+            changes.append(change_between(block.gradient, now, block.push, block.solved.residual))
+        return changes
+
+    def correction(self) -> float | None:
+        """Return None: it would take an adjoint solve through the chain."""
+        return None

@@ -1,0 +1,218 @@
+"""The paper's upper search: one more lower step per trial (Fan et al., 2023, Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import policies
+from ..errors import LowerLevelError
+from ..optim.direction import Direction
+from ..optim.options import Conduct
+from ..optim.projection import Projection, as_projection
+from ..optim.search_path import SearchPath
+from ..optim.state import RoleState
+from ..policies import armijo_ceiling
+from ..policies.schedule import Decay
+from .lower import LowerProblem
+from .model_check import NoCheck
+from .momentum import momentum_of
+from .options import OneStepOptions
+from .pace import Always
+from .prediction import Never
+from .roles import Change, Point, Redirect, ResponseModel
+from .search import Limits
+from .searching import Roles, SearchingOptimizer
+
+__all__ = ["OneMoreStep", "OneStepBiSLS"]
+
+
+@final
+class SteppedModel:
+    """y(a) = y - beta grad_y g(x - a d, y), `steps` times.
+
+    Its slope is taken to be <h, d>, with h the user's hypergradient.
+
+    Args:
+        point: Where the step begins.
+        path: The path.
+        problems: The lower problems, with the last lower step beta of each.
+        steps: Number of lower steps.
+    """
+
+    comparable = False
+    offsets: Sequence[Tensor] | None = None
+
+    def __init__(self, point: Point, path: SearchPath, problems: Sequence[LowerProblem], steps: int) -> None:
+        self._guard, self._lower, self._counts = point.guard, point.lower, point.counts.lower
+        self._problems, self._steps = problems, steps
+        self.path, self.slope, self.slope_ratio = path, path.promised, 1.0
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def answer(self, step: float) -> None:
+        """Take the lower steps at the present x."""
+        for _ in range(self._steps):
+            gradients = [self._guard.gradient(p.closure, self._lower, p.random)[1] for p in self._problems]
+            self._counts.gradients += 1
+            for problem, grads in zip(self._problems, gradients, strict=True):
+                for p, g in zip(self._lower, grads, strict=True):
+                    if g is not None:
+                        p.add_(g, alpha=-problem.step_size)
+
+    def changes(self) -> list[Change]:
+        """Return nothing to compare."""
+        return []
+
+    def correction(self) -> float | None:
+        """Return None."""
+        return None
+
+
+@final
+class OneMoreStep:
+    """The response of `OneStepBiSLS`.
+
+    The slope of the searched function is not that of the hypergradient, so every step may fail, and an accepted one may
+    raise F; kept for comparison.
+
+    Args:
+        steps: Lower steps per trial.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def init(self) -> RoleState:
+        """Return an empty state."""
+        return RoleState()
+
+    def propose(self, point: Point, path: SearchPath, redirect: Redirect, state: RoleState) -> ResponseModel:
+        """Return the model of y along the path.
+
+        Raises:
+            LowerLevelError: There is no lower level to step.
+        """
+        problems = point.problems()
+        if not problems:
+            raise LowerLevelError(
+                "OneStepBiSLS(lower=None): the trial takes lower steps; pass lower= the lower optimizer"
+            )
+        return SteppedModel(point, path, problems, self._steps)
+
+    def commit(self, point: Point, model: ResponseModel, state: RoleState) -> RoleState:
+        """Return the state as it is."""
+        return state
+
+
+@final
+class OneStepBiSLS(SearchingOptimizer):
+    """The upper search of Fan et al. (2023), Algorithm 2: one more lower step per trial, eq. (14).
+
+    The step searches the largest tried a with f(x - a d, y(a)) <= f(x, y) - c a <h, d> (+ slack), where y(a) is y after
+    one more lower step at x - a d, with the last step size of the lower optimizer. Use `BiSLS`, unless the paper's own
+    rule is wanted for comparison: its searched function does not have the slope of the hypergradient.
+
+    Args:
+        params: Upper parameters or groups.
+        lr: The bound alpha_b,0 > 0: no trial is above it. Left out: (f - lower_bound)/(c <h, d>) at the first step.
+        lower: The optimizer of the lower level (any torch optimizer), or a list of them.
+        direction: "sgd", "adam" (search along A^{-1} h, step along A^{-1} m), or a `Direction`.
+        momentum: Whether the step is along the mean of the hypergradients. Left out, as in the paper: for "adam".
+        baseline: "paper" compares with f(x, y), "matched" with f(x, y(0)).
+        response_steps: Lower steps per trial.
+        project: Convex set for x, as in `BiSLS`.
+        decay: Schedule of the bound.
+        c: Armijo constant, in (0, 1).
+        shrink: w, factor between two trials, in (0, 1).
+        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
+        reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
+        slack: delta >= 0, an allowed increase.
+        lower_bound: Any lower bound of f; None if there is none (then give lr).
+        max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range, or does not apply (also a ValueError).
+        TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
+    """
+
+    options: OneStepOptions
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        lower: Any = None,
+        direction: str | Direction = "sgd",
+        momentum: bool | None = None,
+        baseline: str = "paper",
+        response_steps: int = 1,
+        project: Projection | None = None,
+        decay: Decay = "constant",
+        c: float = 0.1,
+        shrink: float = 0.5,
+        grow: float = 1.2,
+        reset: str = "grow",
+        slack: float = 0.0,
+        lower_bound: float | None = 0.0,
+        max_trials: int | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        owner = "OneStepBiSLS"
+        # The searched function has not the slope of the hypergradient, so no step can be excluded beforehand.
+        rule = policies.SLSB(
+            bound=1.0,
+            decay=decay,
+            c=c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=None,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=owner, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        options = OneStepOptions(
+            owner=owner,
+            momentum=momentum,
+            lower_bound=lower_bound,
+            baseline=baseline,
+            response_steps=response_steps,
+        )
+        self.project = as_projection(owner, project)
+        super().__init__(params, lr, rule, conduct, options=options)
+        self.bind(lower)
+
+    def _make_roles(self) -> None:
+        self.roles = Roles(
+            response=OneMoreStep(self.options.response_steps),
+            check=NoCheck(),
+            pace=Always(),
+            momentum=momentum_of(self._mixing()),
+            prediction=Never(),
+            diagnosis=self.diagnosis,
+        )
+
+    def _mixing(self) -> bool:
+        direction, momentum = self.conduct.direction, self.options.momentum
+        return direction == "adam" if momentum is None or not isinstance(direction, str) else momentum
+
+    def _limits(self, point: Point, path: SearchPath) -> Limits:
+        """Return the bound in force; one that was not given is found at the first step."""
+        state, lr = self._rule_state(), self._reference_lr()
+        if self.param_groups[0]["automatic"]:
+            low, c = self.options.lower_bound, self.rule.c
+            ceiling = state.found or max(0.0, float(armijo_ceiling(point.value, path.promised, low, c)))
+            state, lr = state._replace(found=ceiling), lr * ceiling
+        return Limits(self.policy, state, lr, 1.0, math.inf, 0.0, baseline=self.options.baseline == "matched")

@@ -1,0 +1,51 @@
+"""What earlier searches have shown of the right step length: whether the scale is known is decided here only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+__all__ = ["Scale"]
+
+
+class Scale(NamedTuple):
+    """What earlier searches have shown of the right step length.
+
+    Attributes:
+        previous: The last accepted step; 0 before there was one.
+        rejected: Whether a trial was ever rejected, so that it is known what is too long.
+    """
+
+    previous: float
+    rejected: bool
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the next search starts from a step that was accepted before."""
+        return self.previous > 0.0
+
+    def policy(self, policy: Any) -> Any:
+        """Return the search policy, as it is until its first steps have shown the scale.
+
+        The first search takes no step beyond the minimizer of its own quadratic model, which is Armijo's test with
+        c = 1/2 (or above): Adam's first direction has entries of size 1 all over and no scale; where x saturates
+        (weights behind a sigmoid), what one step too long did is not undone by the next. And until a trial has been
+        rejected, nothing is known of what is too long, so searches start at 1 / shrink times the last step at least.
+        """
+        if not self.resumed:
+            policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
+        if not self.rejected:
+            policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
+        return policy
+
+    def stalled(self, promised: float, value: float, rounding: float) -> bool:
+        """Return whether what the last step length promises is lost in the rounding of f: no trial could tell.
+
+        That is so at a solution. Not before a trial has been rejected: first steps may be that short by choice.
+
+        Args:
+            promised: <h, d>.
+            value: f.
+            rounding: Relative rounding unit of f.
+        """
+        return self.rejected and 0.0 < float(self.previous) * promised < rounding * abs(value)

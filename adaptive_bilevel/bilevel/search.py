@@ -1,0 +1,132 @@
+"""The upper search: a step along a path that decreases f enough, with y answering, and passes the model check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..evaluation.reductions import agree
+from ..optim.search_path import SearchPath
+from ..optim.state import RoleState
+from ..policies import Context, Outcome, Record
+from ..policies.armijo import armijo_threshold
+from .roles import Point, ResponseModel, StepCheck
+
+__all__ = ["Answer", "Found", "Limits", "nothing_to_search", "search"]
+
+
+class Limits(NamedTuple):
+    """What an upper search may try.
+
+    Attributes:
+        policy: The search policy of this step.
+        state: Its state.
+        bound: The first trial of a first search (`SLS`) or the bound (`SLSB`); None: found by the policy.
+        scale: Factor of one that the policy found by itself.
+        most: No trial is above it.
+        rounding: Relative rounding unit of f.
+        baseline: Whether values are compared with phi(0), and not with f(x, y).
+    """
+
+    policy: Any
+    state: Any
+    bound: float | None
+    scale: float
+    most: float
+    rounding: float
+    baseline: bool = False
+
+
+class Answer(NamedTuple):
+    """What is left of a response after its search.
+
+    Attributes:
+        offsets: w, see `ResponseModel`.
+        comparable: See `ResponseModel`.
+        state: The response's state after the step.
+    """
+
+    offsets: Sequence[Tensor] | None
+    comparable: bool
+    state: RoleState
+
+
+class Found(NamedTuple):
+    """What an upper step found.
+
+    Attributes:
+        record: Its record.
+        path: The path of the step.
+        state: The policy's state after it.
+        answer: Of y; None if there was no search.
+    """
+
+    record: Record
+    path: SearchPath
+    state: Any
+    answer: Answer | None = None
+
+
+def nothing_to_search(point: Point, path: SearchPath, lr: float, rounding: float) -> Record | None:
+    """Return the record of a step that is not even tried, or None. Whether there is a search is decided here only.
+
+    Args:
+        point: Where the step begins.
+        path: Along what.
+        lr: The reference lr; 0: no step is wanted.
+        rounding: Relative rounding unit of f.
+    """
+    promised = path.promised
+    if path.cut and abs(promised) * path.longest <= max(rounding * abs(point.value), path.rounding):
+        # The set leaves nothing of the path, or less than f could tell.
+        return Record(0.0, 0.0, math.inf, Outcome.zero_gradient, slope=promised)
+    if not (math.isfinite(point.value) and math.isfinite(promised)):
+        return Record(0.0, 0.0, math.inf, Outcome.non_finite, slope=promised)
+    if promised <= 0.0:
+        # Negative only for directions of others (a momentum): the next one may descend, since memory goes on.
+        outcome = Outcome.zero_gradient if promised == 0.0 else Outcome.no_descent
+        return Record(0.0, 0.0, math.inf, outcome, slope=promised)
+    if lr == 0.0:
+        return Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=promised)
+    return None
+
+
+def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits) -> tuple[Record, Any]:
+    """Return the record of a search along the model's path, and the policy's state after it."""
+    guard, path, policy = point.guard, model.path, limits.policy
+    value, there = point.value, math.nan
+
+    def place(step: float) -> None:
+        guard.put_back()
+        path.go(step)
+        model.answer(step)
+
+    def trial(step: float) -> float:
+        nonlocal there
+        place(step)
+        point.counts.upper.values += 1
+        there = float(agree(guard.value(point.objective, guard.entry))[0])
+        return there
+
+    def certify(step: float) -> bool:
+        asked = armijo_threshold(value, model.slope, step, c=policy.c, slack=policy.slack, rounding=limits.rounding)
+        return check(step, asked - there, model, place)
+
+    guard.copy()
+    if limits.baseline:
+        value = trial(0.0)
+    context = Context(
+        value,
+        model.slope,
+        trial,
+        bound=limits.bound,
+        scale=limits.scale,
+        cap=min(limits.most, path.longest),
+        rounding=limits.rounding,
+        certify=certify,
+    )
+    record, state = policy.propose(limits.state, context)
+    return record._replace(slope=model.slope, slope_ratio=model.slope_ratio), state

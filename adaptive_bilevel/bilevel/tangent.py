@@ -1,0 +1,176 @@
+"""The tangent of the lower solution along a path: y + a w, w = P C^T d."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..evaluation.reductions import agree
+from ..evaluation.vectors import Vector, dot, inner
+from ..hypergradient.curvature import LowerCurvature
+from ..optim.search_path import SearchPath
+from .inverse import Inverse
+from .lower import LowerProblem
+from .roles import Change, Point
+
+__all__ = ["JointTangent", "TangentModel", "change_between"]
+
+
+class TangentModel(abc.ABC):
+    """A tangent that is solved for.
+
+    Args:
+        point: Where the step begins.
+        problems: The lower problems.
+        inverse: P.
+    """
+
+    path: SearchPath
+    slope: float
+    slope_ratio: float
+    comparable: bool
+    offsets: Sequence[Tensor] | None = None
+
+    def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
+        self._guard, self._counts = point.guard, point.counts.lower
+        self._problems, self._inverse = problems, inverse
+        self.comparable = inverse.certified
+        self._lower, self._f_x, self._f_y = point.lower, point.f_x, point.f_y
+
+    def along(self, path: SearchPath) -> None:
+        """Solve for w and the slope s along a path."""
+        self.path = path
+        with torch.enable_grad():
+            self._push_forward(path.along)
+            self._solve()
+            if self.slope <= 0.0 and self._inverse.refinable:
+                # The solver's error may have the last word on the sign: solve further once, then decide.
+                self._solve(finer=True)
+            if self.slope <= 0.0 and self._inverse.fall_back():
+                self._solve()
+
+    def refine(self) -> bool:
+        """Solve further from now on; False where that is not possible, or was asked for twice already."""
+        return self._inverse.refine()
+
+    def answer(self, step: float) -> None:
+        """Move y by step * w (it is at y)."""
+        assert self.offsets is not None
+        torch._foreach_add_(list(self._lower), list(self.offsets), alpha=step)
+
+    @abc.abstractmethod
+    def _push_forward(self, direction: Sequence[Tensor]) -> None:
+        """Compute C^T d."""
+
+    @abc.abstractmethod
+    def _solve(self, *, finer: bool = False) -> None:
+        """Set `offsets` and `slope`; `finer`: solving further, from the last w."""
+
+    def _set_slope(self, offsets: Sequence[Tensor]) -> None:
+        self.offsets = offsets
+        self.slope = float(agree(inner(self._f_x, self.path.along) - inner(self._f_y, offsets))[0])
+
+    @abc.abstractmethod
+    def hypergradient(self) -> list[Tensor]:
+        """Return the hypergradient with the same P."""
+
+    @abc.abstractmethod
+    def changes(self) -> list[Change]:
+        """Return how the lower gradients at the candidate in place differ from those at (x, y)."""
+
+    @abc.abstractmethod
+    def correction(self) -> float | None:
+        """Return what the last changes mean for f; None if not known."""
+
+    def close(self) -> None:
+        """Drop the graph and what only solves need: parameters are about to move."""
+        self._drop_graph()
+        self._f_x, self._f_y = [], []
+
+    @abc.abstractmethod
+    def _drop_graph(self) -> None:
+        """Drop the graphs, and count what they were used for."""
+
+    def _count(self, curvature: LowerCurvature) -> None:
+        self._counts.gradients += curvature.gradients
+        self._counts.hvps += curvature.hvps
+        self._counts.jvps += curvature.jvps
+
+
+@final
+class JointTangent(TangentModel):
+    """The tangent of the minimizer of the sum of all lower losses."""
+
+    def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
+        super().__init__(point, problems, inverse)
+        self._upper = point.gradient.tensors
+        self._curvature = self._differentiated()
+        self._pushed = False
+        inverse.observe(point.f_y)
+
+    def _differentiated(self) -> LowerCurvature:
+        with torch.enable_grad():
+            losses = [self._guard.attached(p.closure, p.random).reshape(()) for p in self._problems]
+            return LowerCurvature(torch.stack(losses).sum(), self._upper, self._lower, moves=True)
+
+    def _push_forward(self, direction: Sequence[Tensor]) -> None:
+        if self._pushed:
+            self._drop_graph()  # it has forgotten the loss, and a projection may have written to x meanwhile
+            self.offsets, self._curvature = None, self._differentiated()
+        self._push = self._curvature.cross_jvp(direction)
+        self._curvature.forget_loss()
+        self._pushed = True
+
+    def _solve(self, *, finer: bool = False) -> None:
+        initial = self.offsets if finer else None
+        solved = self._inverse.solve(self._curvature.hvp, self._push, initial, finer=finer)
+        self._residual = solved.residual
+        self._set_slope(solved.tensors)
+
+    def hypergradient(self) -> list[Tensor]:
+        """Return f_x - C P f_y."""
+        with torch.enable_grad():
+            v = self._inverse.solve(self._curvature.hvp, self._f_y, observed=False).tensors
+            return list(torch._foreach_sub(list(self._f_x), list(self._curvature.cross_vjp(v))))
+
+    def close(self) -> None:
+        """Drop the graph and what only solves need."""
+        self._gradient = self._curvature.gradient
+        super().close()
+
+    def _drop_graph(self) -> None:
+        self._count(self._curvature)
+        del self._curvature
+
+    def changes(self) -> list[Change]:
+        """Return how far the gradient of the sum is from where it was."""
+        moved: Vector | None = None
+        for problem in self._problems:
+            _, grads = self._guard.gradient(problem.closure, self._lower, problem.random)
+            filled = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(self._lower, grads, strict=True))
+            moved = filled if moved is None else tuple(torch._foreach_add(list(moved), list(filled)))
+        self._counts.gradients += 1
+        assert moved is not None
+        self._moved = moved
+        return [change_between(self._gradient, moved, self._push, self._residual)]
+
+    def correction(self) -> float | None:
+        """Return -<v, delta>."""
+        v = self._inverse.adjoint
+        return None if v is None else v.correction(self._moved, self._gradient)
+
+
+def change_between(old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], residual: float) -> Change:
+    """Return the change from one lower gradient to another."""
+    rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (_norm(new) + _norm(old))
+    size, pushed = (float(v) for v in agree(_norm(torch._foreach_sub(list(new), list(old))), _norm(push)))
+    return Change(size, pushed, residual, rounding)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(max(dot(tensors, tensors), 0.0))

@@ -1,0 +1,189 @@
+"""Conjugate gradients, and the same inverse applied to a second right side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..evaluation.reductions import agree
+from ..evaluation.vectors import Vector, add, cast_like, dot, inner, rounding, widen, zeros_like
+from ..policies.validation import count, non_negative
+from .solution import MatVec, Solution, SolverStatus, trivial_solution
+
+__all__ = ["CG", "Adjoint"]
+
+
+@final
+class Adjoint:
+    """P b for a second right side b, from the products of a CG solve.
+
+    After k iterations from zero, CG's iterate is P b with P = sum_i p_i p_i^T / <p_i, H p_i> over its directions,
+    which does not depend on b once they are there. So the same P applied to another b takes no product of its own. For
+    b = f_y, v = P f_y: the slope <f_x, d> - <f_y, P C^T d> of a response is then exactly that of the hypergradient
+    f_x - C v. Galerkin orthogonality, <v, C^T d - H w> = 0, keeps what the solve has left undone out of `correction`.
+
+    Args:
+        functional: b.
+
+    Attributes:
+        tensors: v.
+    """
+
+    def __init__(self, functional: Sequence[Tensor]) -> None:
+        self._functional = list(widen(functional))
+        self.tensors = list(torch._foreach_mul(self._functional, 0.0))
+
+    def observe(self, p: Sequence[Tensor], image: Sequence[Tensor], curvature: float) -> None:
+        """Project v on a direction of the solve.
+
+        Args:
+            p: The direction.
+            image: H p.
+            curvature: <p, H p>; a direction without positive curvature is left out.
+        """
+        if curvature > 0.0 and math.isfinite(curvature):
+            rest = float(inner(p, self._functional) - inner(image, self.tensors))
+            torch._foreach_add_(self.tensors, list(p), alpha=rest / curvature)
+
+    def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
+        """Return -<v, delta>, what phi is to be corrected by.
+
+        Args:
+            moved: The lower gradient at the candidate.
+            gradient: The lower gradient at (x, y).
+        """
+        delta = torch._foreach_sub(list(moved), list(gradient))
+        return -float(agree(inner(self.tensors, delta))[0])
+
+
+@final
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients, the solver of AID-BiO and one of those in Fan et al. (2023), arXiv 2305.18666.
+
+    Iterates until ``||b - H v|| <= tolerance ||b||``. The error in the norm of H is at most
+    ``2 ((sqrt(k) - 1) / (sqrt(k) + 1))^Q`` times the first one after Q iterations, k being the condition number of H.
+    The returned iterate is the one after the last update.
+
+    A direction p with ``<p, H p> <= 0`` up to rounding ends the solve with the iterate so far, which is zero in the
+    first iteration of a cold start: then the hypergradient is its direct part alone, and the response is none. Adding
+    ``(damping / 2) ||y||^2`` to the lower loss, `Neumann` or `Identity` are the ways out for a lower loss that is not
+    convex.
+
+    Solving further from a solution is ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with that
+    solution's ``tensors`` as ``initial``.
+
+    Args:
+        max_iterations: Most iterations, at least 1. Each takes one product; a start from ``initial`` takes one more.
+        tolerance: Relative residual to reach, in [0, 1). Below the rounding unit of the dtype it counts as that.
+        warm_start: Ask the caller to pass the previous solution as ``initial``. `implicit` does.
+
+    Raises:
+        OptionError: An option is outside its range.
+
+    >>> import torch
+    >>> H = torch.diag(torch.tensor([1.0, 4.0]))
+    >>> solution = CG(tolerance=1e-6).solve(lambda v: (H @ v[0],), (torch.tensor([1.0, 1.0]),))
+    >>> solution.tensors[0], solution.iterations, solution.status.name
+    (tensor([1.0000, 0.2500]), 2, 'converged')
+    """
+
+    max_iterations: int = 20
+    tolerance: float = 0.1
+    warm_start: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        count("CG", "max_iterations", self.max_iterations)
+        non_negative("CG", "tolerance", self.tolerance)
+        if self.tolerance >= 1:
+            raise OptionError(f"CG(tolerance={self.tolerance!r}): tolerance is a relative residual, pass less than 1")
+
+    @property
+    def resamples(self) -> bool:
+        """CG needs the same matrix in every product."""
+        return False
+
+    def solve(
+        self,
+        matvec: MatVec,
+        rhs: Sequence[Tensor],
+        initial: Sequence[Tensor] | None = None,
+        *,
+        adjoint: Adjoint | None = None,
+    ) -> Solution:
+        """Return v with ``||rhs - H v|| <= tolerance ||rhs||``, or the best that could be had.
+
+        Args:
+            matvec: The product with H, symmetric and positive definite.
+            rhs: The right side b. If it is not finite, it is returned unchanged with the status ``non_finite``.
+            initial: Where to start, zero by default. It is dropped when it is worse than zero in the norm of H.
+            adjoint: What the products also serve, for a second right side.
+        """
+        product = _in_float32(matvec, rhs)
+        b = widen(rhs)
+        size = dot(b, b)
+        if (ended := trivial_solution(rhs, size)) is not None:
+            return ended
+        v, residual, taken = zeros_like(b), b, 0
+        start: Vector | None = None
+        if initial is not None:
+            start, taken = widen(initial), 1
+            image = product(start)
+            curvature = dot(start, image)
+            if adjoint is not None:
+                adjoint.observe(start, image, curvature)
+            # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
+            # The residual would be the wrong judge: it may grow while the iterate improves.
+            if 0.5 * curvature - dot(b, start) < 0:
+                v, residual = start, add(b, image, -1.0)
+        unit = rounding(b)
+        target = max(self.tolerance, unit) ** 2 * size
+        p, square, norm = residual, dot(residual, residual), 0.0
+        length = square  # ||p||^2, by recurrence: the residual is orthogonal to the last p
+        status = SolverStatus.converged
+        iteration = 0
+        while square > target:
+            if iteration == self.max_iterations:
+                status = SolverStatus.iteration_limit
+                break
+            image = product(p)
+            iteration, taken = iteration + 1, taken + 1
+            curvature = dot(p, image)
+            if adjoint is not None:
+                adjoint.observe(p, image, curvature)
+            norm = max(norm, math.sqrt(dot(image, image) / length))
+            if not math.isfinite(curvature) or not math.isfinite(norm):
+                status = SolverStatus.non_finite
+                break
+            # Below unit * ||H|| ||p||^2 the sign of the curvature is rounding, and dividing by it would throw v far
+            # away.
+            if curvature <= unit * norm * length:
+                status = SolverStatus.negative_curvature
+                break
+            step = square / curvature
+            shorter = torch._foreach_add(residual, list(image), alpha=-step)
+            following = dot(shorter, shorter)
+            if not math.isfinite(following):
+                status = SolverStatus.non_finite
+                break
+            v, residual = torch._foreach_add(v, p, alpha=step), shorter
+            ratio = following / square
+            p = add(residual, p, ratio)
+            length, square = following + ratio**2 * length, following
+        if v is start:
+            v = tuple(tensor.clone() for tensor in v)
+        return Solution(cast_like(v, rhs), taken, math.sqrt(square / size), status)
+
+
+def _in_float32(matvec: MatVec, like: Sequence[Tensor]) -> MatVec:
+    """Return the product on vectors of at least float32, where the lower variable is shorter."""
+    if all(t.dtype not in (torch.float16, torch.bfloat16) for t in like):
+        return matvec
+    return lambda v: widen(matvec(cast_like(v, like)))

@@ -1,0 +1,119 @@
+"""The step that all Polyak rules share, at either level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..evaluation.guard import Closure, Guard, RandomState
+from ..evaluation.reductions import agree, on_host, on_host_with_inner
+from ..evaluation.tensors import slope_of
+from ..evaluation.vectors import on_cpu
+from ..policies import Context, Outcome, Record, Trial
+from ..policies.scalars import Scalar
+from .base import AdaptiveOptimizer
+from .direction import Descent, Gradient
+
+__all__ = ["PolyakOptimizer"]
+
+
+class PolyakOptimizer(AdaptiveOptimizer):
+    """The step that the Polyak rules share: no trial, and on an accelerator no wait for the device."""
+
+    @property
+    def clock(self) -> int:
+        """The k of the bound's schedule if a level above sets it (beta_b,k of eq. (11)); -1: the own steps count."""
+        return int(self._saved("clock", -1))
+
+    def set_clock(self, k: int) -> None:
+        """Set the k of the bound's schedule."""
+        self._save_rule_state(self._rule_state(), clock=k)
+
+    def _on_host(self, params: Sequence[Tensor]) -> bool:
+        return on_cpu(params)
+
+    def _polyak_step(
+        self,
+        gradient: Gradient,
+        rule_gradient: Sequence[Tensor],
+        loss: Tensor | float,
+        lower_bound: float | None,
+        sample: tuple[Guard, Closure, RandomState] | None = None,
+    ) -> tuple[Record, Any]:
+        """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
+        if lower_bound is None and self.rule.lower_bound is None:
+            raise OptionError(
+                f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
+                "optimizer or to step(lower_bound=...), or use SLS for losses that are unbounded below"
+            )
+        descent = self._descent(gradient)
+        value: Scalar
+        slope: Scalar
+        directions = descent.precondition(rule_gradient)
+        if self._on_host(gradient.tensors):
+            value, slope = on_host_with_inner(loss, rule_gradient, directions, gradient.factors)
+        else:
+            value, slope = agree(loss, slope_of(rule_gradient, directions, gradient.factors))
+        state, clock = self._rule_state(), self.clock
+        if clock >= 0:
+            state = state._replace(count=clock)
+        trial = None
+        if sample is not None and self._seeks_bound():
+            trial = self._trial(*sample, gradient, directions, descent)
+        context = Context(value, slope, trial, lower_bound, None, *self._bound())
+        record, state = self.policy.propose(state, context)
+        stepped = gradient.values if descent.step is None else descent.step
+        if isinstance(record.step_size, Tensor):
+            _move_by_tensor(gradient.tensors, stepped, record.step_size, gradient.factors)
+            self._save_rule_state(state, **({} if trial is None else {"tried": record.moved}))
+            turned = record.outcome == int(Outcome.no_descent)
+            self._commit_direction(gradient, descent, (record.step_size > 0) | turned)
+        elif record.moved:
+            descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
+            self._save_rule_state(state)
+            self._commit_direction(gradient, descent)
+        elif record.outcome == Outcome.no_descent:
+            self._commit_direction(gradient, descent)  # its memory has to turn, or nothing ever moves again
+        return record, state
+
+    def _seeks_bound(self) -> bool:
+        """Return whether there was no step yet that could have found a bound."""
+        if not self.param_groups[0]["automatic"] or self._saved("tried", False) or self._reference_lr() == 0.0:
+            return False
+        found = self._saved("found", 0.0)
+        return isinstance(found, Tensor) or found == 0.0  # what is on a device is not read
+
+    def _trial(
+        self,
+        guard: Guard,
+        closure: Closure,
+        random: RandomState,
+        gradient: Gradient,
+        directions: Sequence[Tensor],
+        descent: Descent,
+    ) -> Trial:
+        guard.mark()
+        guard.copy()
+        self._workspace.copies = []  # needed once only
+
+        def trial(step: float) -> float:
+            descent.move(gradient.tensors, directions, step, gradient.factors)
+            self.evaluations.upper.values += 1
+            value = on_host(guard.value(closure, random))[0]
+            guard.put_back()
+            return value
+
+        return trial
+
+
+def _move_by_tensor(
+    params: Sequence[Tensor], directions: Sequence[Tensor], step: Tensor, factors: Sequence[float]
+) -> None:
+    """Move by a step that is still on the device; where it is 0, a direction that is not finite moves nothing."""
+    for p, d, w in zip(params, directions, factors, strict=True):
+        length = (step * w).to(device=p.device, dtype=p.dtype)
+        p.sub_(torch.where(length > 0, d * length, torch.zeros_like(d)))
