@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS
+from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.errors import LowerLevelError, OptionError
 from adaptive_bilevel.hypergradient import CG
 from adaptive_bilevel.optim.projection import Box
@@ -28,8 +28,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam automatic": (BiSLS, {"direction": "adam", "lr": None}),
     "adam carried": (BiSLS, {"direction": "adam", "carry": True}),
     "box": (BiSLS, {"project": Box(-1.0, 1.0)}),
-    "step": (BiSLS, {"response": "step"}),
-    "step automatic": (BiSLS, {"response": "step", "lr": None}),
+    "step": (OneStepBiSLS, {}),
+    "step automatic": (OneStepBiSLS, {"lr": None}),
     "bisps": (BiSPS, {}),
     "bisps automatic": (BiSPS, {"lr": None}),
     "bisps adam": (BiSPS, {"direction": "adam"}),
@@ -67,7 +67,7 @@ def test_save_load_continue(case: str, lower: str) -> None:
     file = io.BytesIO()
     torch.save([point.x.detach(), point.y.detach(), inner.state_dict(), outer.state_dict()], file)
     if case in ("sgd", "adam") and outer.record.moved:
-        assert "offered" in inner.state[point.y]
+        assert "warm_start" in inner.state[point.y]
     file.seek(0)
     x, y, *states = torch.load(file, weights_only=True)
     expected = trace(point, inner, outer, 3)
