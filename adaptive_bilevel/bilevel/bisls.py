@@ -380,7 +380,8 @@ class BiSLS(UpperOptimizer):
             return there
 
         def certify(step: float) -> bool:
-            asked = value + policy.slack + rounding * abs(value) - policy.c * step * response.slope
+            limits = {"c": policy.c, "slack": policy.slack, "rounding": rounding}
+            asked = policies.armijo_threshold(value, response.slope, step, **limits)
             return response.certify(step, asked - there, place)
 
         guard.copy()
@@ -395,7 +396,7 @@ class BiSLS(UpperOptimizer):
         else:
             most = self._options["max_step"]
             longest = going.longest if most is None else min(going.longest, most)
-            extra = {"rounding": rounding, "certify": certify, "max_step": longest}
+            extra = {"rounding": rounding, "certify": certify, "cap": longest}
         searched: tuple[Record, Any] = policy.step(
             state, loss=value, slope=response.slope, trial=trial, **bound, **extra
         )

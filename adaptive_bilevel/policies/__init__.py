@@ -1,28 +1,34 @@
 """Step-size policies: scalars in, scalars out; no framework is imported.
 
-A policy is a frozen dataclass of options. `policy.init()` gives its state, and
-``policy.step(state, loss=..., slope=...)`` returns a `Record` and the next state. Losses and slopes may be Python
-numbers, or 0-dim arrays and tensors of NumPy, PyTorch or JAX; the closed-form rules also run inside ``vmap``, ``jit``
-and ``torch.compile``. Policies never raise or warn at a step: they report (`Outcome`).
+A policy is a frozen dataclass of options. `policy.init()` gives its state, and ``policy.propose(state, context)``, or
+``policy.step(state, loss=..., slope=...)`` with the `Context` as keywords, returns a `Record` and the next state.
+Losses and slopes may be Python numbers, or 0-dim arrays and tensors of NumPy, PyTorch or JAX; the closed-form rules
+also run inside ``vmap``, ``jit`` and ``torch.compile``. Policies never raise or warn at a step: they report
+(`Outcome`).
 
 Rules, by their names in the literature: `SPSMax`, `DecSPS`, `SPSB` (Polyak), `SLS`, `SLSB` (line search), `Envelope`
 (any raw step between a floor and a bound), `GradientNorm` (tuning-free), `Constant`.
 """
 
-from .armijo import SLS, SLSB, SearchState
-from .envelope import BoundState, Constant, Envelope, armijo_ceiling
+from .armijo import armijo_ceiling, armijo_threshold, sufficient_decrease
+from .context import Certificate, Context, Policy, Trial
+from .envelope import Constant, Envelope
 from .gradient_norm import GradientNorm, GradientNormState
-from .polyak import SPSB, DecSPS, DecSPSState, SPSMax
-from .record import Outcome, Policy, Record, Trial
+from .polyak import SPSB, DecSPS, SPSMax
+from .record import Outcome, Record
 from .reset import reset
 from .schedule import PowerDecay, decay_factor
+from .sls import SLS, SLSB
+from .state import BoundState, DecSPSState, SearchState
 
 __all__ = [
     "SLS",
     "SLSB",
     "SPSB",
     "BoundState",
+    "Certificate",
     "Constant",
+    "Context",
     "DecSPS",
     "DecSPSState",
     "Envelope",
@@ -36,6 +42,8 @@ __all__ = [
     "SearchState",
     "Trial",
     "armijo_ceiling",
+    "armijo_threshold",
     "decay_factor",
     "reset",
+    "sufficient_decrease",
 ]

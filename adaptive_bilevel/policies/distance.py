@@ -2,8 +2,8 @@
 
 Theorem 1 of Fan et al. (2023) bounds the error of a rule under gamma_b,0 / sqrt(k+1) by a multiple of
 ||x_0 - x*||^2 / gamma_b,0 + gamma_b,0 G (1 + log K), G the mean squared gradient norm: up to the logarithm,
-gamma_b,0 = D / sqrt(G) is best. Neither is known, but losses tell. Expanding ||x_{k+1} - x*||^2 and using convexity, in
-expectation
+gamma_b,0 = D / sqrt(G) is best. Neither is known, but losses bound D. Expanding ||x_{k+1} - x*||^2 and using convexity,
+in expectation
 
     D^2  >=  sum_j 2 gamma_j (f_j - F*) - sum_j gamma_j^2 n_j,        n_j = ||g_j||^2 (or the slope <g, d>)
 
@@ -19,9 +19,10 @@ suboptimality 0.7 to 1.4 times that of the best bound of a grid; 9 (SPSB) and 50
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 from .scalars import Scalar, clock, larger, like, root, where
+from .state import BoundState, SearchState
 
 __all__ = ["estimate", "take"]
 
@@ -31,12 +32,14 @@ SLOPE_MEMORY = 15.0
 
 STANDARD_ERRORS = 2.0
 
+E = TypeVar("E", BoundState, SearchState)
 
-def estimate(state: Any, loss: Scalar, slope: Scalar, first: Scalar) -> Any:
-    """Return the state that has seen this sample; its `found` is gamma_b,0 = D / sqrt(G) as known before the step.
+
+def estimate(state: E, loss: Scalar, slope: Scalar, first: Scalar) -> E:
+    """Return the state with this sample in it; its `found` is gamma_b,0 = D / sqrt(G) as estimated before the step.
 
     Args:
-        state: A NamedTuple with the fields of `adaptive_bilevel.policies.BoundState`.
+        state: The state, with the estimates of `adaptive_bilevel.policies.BoundState`.
         loss: f_k.
         slope: n_k, positive (what is returned for another slope is to be thrown away).
         first: The bound of the first step, whose length gives the first distance; not used later.
@@ -63,8 +66,8 @@ def estimate(state: Any, loss: Scalar, slope: Scalar, first: Scalar) -> Any:
     )
 
 
-def take(state: Any, loss: Scalar, slope: Scalar, step: Scalar) -> Any:
-    """Return the state after the step was taken; one of length 0 tells nothing, whatever its loss was."""
+def take(state: E, loss: Scalar, slope: Scalar, step: Scalar) -> E:
+    """Return the state after the step was taken; one of length 0 changes nothing, whatever its loss was."""
     loss, slope = (where(step > 0, scalar, like(0.0, scalar)) for scalar in (loss, slope))
     return state._replace(
         weighted_loss=state.weighted_loss + step * loss,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import validation
-from .record import Outcome, Record, Trial, closed_form
+from .context import Context, Policy
+from .record import Outcome, Record, closed_form
 from .scalars import Scalar, isfinite, larger, where
 
 __all__ = ["COUPLINGS", "GradientNorm", "GradientNormState"]
@@ -23,7 +23,7 @@ class GradientNormState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientNorm:
+class GradientNorm(Policy[GradientNormState]):
     """gamma_k = 1 / a_k with a_k^2 = a_{k-1}^2 + ||g_k||^2, coupled as in S-TFBO (arXiv 2410.05140).
 
     Args:
@@ -51,32 +51,15 @@ class GradientNorm:
         """Return the state before the first step."""
         return GradientNormState(0, self.initial**2)
 
-    def step(
-        self,
-        state: GradientNormState,
-        *,
-        loss: Scalar,
-        slope: Scalar,
-        trial: Trial | None = None,
-        lower_bound: Scalar | None = None,
-        shared: Sequence[GradientNormState] | None = None,
-    ) -> tuple[Record, GradientNormState]:
-        """Return the record of one step, and the state after it.
-
-        Args:
-            state: The state before the step.
-            loss: Only looked at for being finite.
-            slope: ||g||^2.
-            trial: Unused.
-            lower_bound: Unused.
-            shared: States (after this iteration's step) of the variables that this one is coupled to.
-        """
+    def propose(self, state: GradientNormState, context: Context) -> tuple[Record, GradientNormState]:
+        """Return the record of one step, and the state after it; the loss is only looked at for being finite."""
+        loss, slope = context.loss, context.slope
         # Neither may the sum overflow: it would be inf for ever.
         valid = isfinite(loss) & isfinite(state.squares + slope)
         moved = valid & (slope > 0)
         squares = state.squares + where(moved, slope, 0.0)
-        others: Any = 0.0
-        for other in shared or ():
+        others: Scalar = 0.0
+        for other in context.shared or ():
             others = larger(other.squares, others)
         if self.coupling == "max":
             total = larger(squares, others)

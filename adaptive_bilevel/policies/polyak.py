@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from . import validation
-from .envelope import Envelope, _Bounded, advance, clip, polyak_ratio, tried
-from .record import Record, Trial
-from .scalars import Scalar, clock, smaller, where
+from .armijo import polyak_ratio
+from .bounded import Bounded, advance, clip, tried
+from .context import Context, Policy
+from .envelope import Envelope
+from .record import Record
+from .scalars import clock, smaller, where
 from .schedule import Decay
+from .state import DecSPSState
 
-__all__ = ["SPSB", "DecSPS", "DecSPSState", "SPSMax"]
+__all__ = ["SPSB", "DecSPS", "SPSMax"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class SPSMax(Envelope):
 class SPSB(Envelope):
     """SPSB: gamma_k = min{(f_i - l_i) / (c ||grad f_i||^2), gamma_b,k}, gamma_b,k non-increasing, eq. (7).
 
-    Options as in `Envelope`; the bound decays as 1/sqrt(k+1) unless told otherwise (Theorem 1; "inverse" for strongly
+    Options as in `Envelope`; the bound decays as 1/sqrt(k+1) by default (Theorem 1; "inverse" for strongly
     convex problems, Theorem 2).
 
     >>> policy = SPSB(bound=0.4)
@@ -42,16 +45,8 @@ class SPSB(Envelope):
     decay: Decay = "inverse_sqrt"
 
 
-class DecSPSState(NamedTuple):
-    """State of DecSPS: as `BoundState`, with `product` = c_{k-1} gamma_{k-1}, 0 before the first step."""
-
-    count: Scalar = 0
-    found: Scalar = 0.0
-    product: Scalar = 0.0
-
-
 @dataclass(frozen=True, kw_only=True)
-class DecSPS(_Bounded):
+class DecSPS(Bounded, Policy[DecSPSState]):
     """DecSPS: gamma_k = (1/c_k) min{(f_i - l_i) / ||grad f_i||^2, c_{k-1} gamma_{k-1}}, eq. (6), non-increasing.
 
     Args:
@@ -76,24 +71,16 @@ class DecSPS(_Bounded):
         """Return the state before the first step."""
         return DecSPSState()
 
-    def step(
-        self,
-        state: DecSPSState,
-        *,
-        loss: Scalar,
-        slope: Scalar,
-        trial: Trial | None = None,
-        lower_bound: Scalar | None = None,
-        shared: Any = None,
-        bound: Scalar | None = None,
-        scale: Scalar = 1.0,
-    ) -> tuple[Record, DecSPSState]:
-        """Return the record of one step, and the state after it (arguments as in `Envelope.step`).
+    def propose(self, state: DecSPSState, context: Context) -> tuple[Record, DecSPSState]:
+        """Return the record of one step, and the state after it.
 
         Once there was a step, the bound only shows where it is overridden by a smaller one, as by a schedule.
+
+        Raises:
+            OptionError: There is no lower bound.
         """
-        low = self._lower_bound(lower_bound)
-        initial, seen, trials = self._bound(state, bound, scale, loss, slope, low, trial)
+        loss, slope, low = context.loss, context.slope, self._lower_bound(context.lower_bound)
+        initial, seen, trials = self._bound(state, context, low)
         c = self.c * (clock(state.count, loss) + 1) ** 0.5
         high = where(state.product > 0, smaller(state.product / c, initial), initial)
         raw = polyak_ratio(loss, slope, low, c)

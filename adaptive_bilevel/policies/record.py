@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 from .scalars import Scalar, like
 
-__all__ = ["Outcome", "Policy", "Record", "Trial"]
+__all__ = ["Outcome", "Record", "closed_form"]
 
 
 class Outcome(IntEnum):
@@ -92,35 +92,3 @@ def closed_form(step_size: Scalar, proposed: Scalar, bound: Scalar, outcome: Sca
     return Record(
         step_size, like(proposed, slope), like(bound, slope), outcome, like(0, outcome), none, slope, slope_ratio=none
     )
-
-
-class Trial(Protocol):
-    """The searched function: step -> value of the objective there."""
-
-    def __call__(self, step_size: float, /) -> Scalar:
-        """Return the value after a step of that size."""
-        ...
-
-
-S = TypeVar("S")
-
-
-class Policy(Protocol[S]):
-    """A step-size rule: frozen options, a separate state, and two pure functions between them."""
-
-    def init(self) -> S:
-        """Return the state before the first step."""
-        ...
-
-    def step(
-        self,
-        state: S,
-        *,
-        loss: Scalar,
-        slope: Scalar,
-        trial: Trial | None = None,
-        lower_bound: Scalar | None = None,
-        shared: Any = None,
-    ) -> tuple[Record, S]:
-        """Return the record of one step, and the state after it."""
-        ...

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 __all__ = ["Scalar", "clock", "first", "isfinite", "larger", "like", "resolution", "root", "smaller", "where"]
@@ -21,10 +22,10 @@ Scalar = Any
 """A number, or a 0-dim array or tensor of NumPy, PyTorch or JAX (traced or not)."""
 
 
-_NAMESPACES: dict[type, Any] = {}
+_NAMESPACES: dict[type, ModuleType] = {}
 
 
-def _namespace(array: Any) -> Any:
+def _namespace(array: Scalar) -> ModuleType:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return torch
@@ -36,14 +37,14 @@ def _namespace(array: Any) -> Any:
     return found
 
 
-def where(condition: Any, left: Scalar, right: Scalar) -> Scalar:
+def where(condition: Scalar, left: Scalar, right: Scalar) -> Scalar:
     """Return `left` where the condition holds and `right` elsewhere, without branching on an array."""
     if condition is True or condition is False:
         return left if condition else right
     return _namespace(condition).where(condition, left, right)
 
 
-def first(cases: Sequence[tuple[Any, Scalar]], otherwise: Scalar) -> Scalar:
+def first(cases: Sequence[tuple[Scalar, Scalar]], otherwise: Scalar) -> Scalar:
     """Return the value of the first case whose condition holds."""
     found = otherwise
     for condition, value in reversed(cases):
@@ -52,7 +53,7 @@ def first(cases: Sequence[tuple[Any, Scalar]], otherwise: Scalar) -> Scalar:
     return found
 
 
-def isfinite(scalar: Scalar) -> Any:
+def isfinite(scalar: Scalar) -> Scalar:
     """Return whether the scalar is neither infinite nor NaN."""
     return math.isfinite(scalar) if isinstance(scalar, (int, float)) else _namespace(scalar).isfinite(scalar)
 

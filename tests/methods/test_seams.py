@@ -18,7 +18,7 @@ from adaptive_bilevel.policies import SLSB, Constant, PowerDecay
 @pytest.mark.parametrize(("cap", "step"), [(0.2, 0.2), (10.0, 0.5), (None, 0.5)])
 def test_a_cap_of_one_step_also_bounds_slsb(cap: float | None, step: float) -> None:
     policy = SLSB(bound=0.5, decay="constant", lower_bound=None)
-    record, _ = policy.step(policy.init(), loss=1.0, slope=1.0, trial=lambda a: 1.0 - a, max_step=cap)
+    record, _ = policy.step(policy.init(), loss=1.0, slope=1.0, trial=lambda a: 1.0 - a, cap=cap)
     assert record.step_size == step
     assert record.bound == step
 

@@ -386,7 +386,7 @@ def test_max_step() -> None:
     record, state = take(policy)
     record, state = take(policy, state)
     assert (record.step_size, record.bound, record.outcome) == (0.6, 0.6, Outcome.at_bound)
-    assert take(policy, state, max_step=0.1)[0].step_size == 0.1
+    assert take(policy, state, cap=0.1)[0].step_size == 0.1
 
 
 def test_certify_may_reject_what_decreases() -> None:

@@ -1,0 +1,101 @@
+"""What a policy sees of one step, as one typed record, and the protocol that all policies implement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+from .record import Record
+from .scalars import Scalar
+
+__all__ = ["Certificate", "Context", "Policy", "Trial"]
+
+
+class Trial(Protocol):
+    """The searched function: step -> value of the objective there."""
+
+    def __call__(self, step_size: float, /) -> Scalar:
+        """Return the value after a step of that size."""
+        ...
+
+
+Certificate = Callable[[float], bool]
+"""A further test of a step whose trial has passed."""
+
+
+class Accumulated(Protocol):
+    """A state that coupled variables share."""
+
+    @property
+    def squares(self) -> Scalar:
+        """The accumulated squared norms."""
+        ...
+
+
+class Context(NamedTuple):
+    """The sample of one step, and the limits of that step. Each rule reads the parts that its formula has.
+
+    Attributes:
+        loss: f_i(x_k), the sampled loss.
+        slope: <g, d>; the squared norm for plain gradients.
+        trial: step -> f_i(x_k - step d), on the same sample. A search needs it, and rejects values that are not finite;
+            a Polyak rule only uses it to find a first bound.
+        lower_bound: Overrides the option for this sample.
+        shared: States (after this iteration's step) of the variables that this one is coupled to.
+        bound: Overrides the option `bound` (or `start`) for this step.
+        scale: Factor of a bound or first trial that the rule found by itself.
+        cap: Overrides the option `max_step` of a search for this step: no trial is above it.
+        rounding: Relative rounding unit of the loss, for a search; None: that of the loss's dtype.
+        certify: A further test of a search, called with a step right after its trial passed; False rejects it.
+        raw: The raw step of an `Envelope`; None: Polyak's ratio. NaN counts as non-finite.
+    """
+
+    loss: Scalar
+    slope: Scalar
+    trial: Trial | None = None
+    lower_bound: Scalar | None = None
+    shared: Sequence[Accumulated] | None = None
+    bound: Scalar | None = None
+    scale: Scalar = 1.0
+    cap: float | None = None
+    rounding: float | None = None
+    certify: Certificate | None = None
+    raw: Scalar | None = None
+
+
+S = TypeVar("S")
+
+
+class Policy(Protocol[S]):
+    """A step-size rule: frozen options, a separate state, and two pure functions between them.
+
+    A rule of one's own derives from this class and writes `init` and `propose`; `step` comes with it.
+    """
+
+    def init(self) -> S:
+        """Return the state before the first step."""
+        ...
+
+    def propose(self, state: S, context: Context) -> tuple[Record, S]:
+        """Return the record of one step, and the state after it."""
+        ...
+
+    def step(
+        self,
+        state: S,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        trial: Trial | None = None,
+        lower_bound: Scalar | None = None,
+        shared: Sequence[Accumulated] | None = None,
+        bound: Scalar | None = None,
+        scale: Scalar = 1.0,
+        cap: float | None = None,
+        rounding: float | None = None,
+        certify: Certificate | None = None,
+        raw: Scalar | None = None,
+    ) -> tuple[Record, S]:
+        """Return the record of one step, and the state after it: `propose` with the `Context` as keywords."""
+        context = Context(loss, slope, trial, lower_bound, shared, bound, scale, cap, rounding, certify, raw)
+        return self.propose(state, context)

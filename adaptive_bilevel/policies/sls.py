@@ -1,0 +1,107 @@
+"""Stochastic line search: the largest tried step with sufficient decrease (Fan et al., 2023, eq. (8))."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import OptionError
+from . import validation
+from .bounded import without_increase
+from .context import Context, Trial
+from .distance import estimate
+from .schedule import DECAYS, Decay, decay_factor
+from .search import Found, Point, Search
+from .state import SearchState
+
+__all__ = ["SLS", "SLSB"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLS(Search):
+    """Stochastic line search: the first step of start, start w, start w^2, ... with sufficient decrease, eq. (8).
+
+    Accepts gamma as soon as f_i(x - gamma d) <= f_i(x) - c gamma <g, d> + slack, up to one rounding unit of the loss's
+    dtype (`sufficient_decrease`). No step above (f_i - l)/(c <g, d>) can pass, so none is tried.
+
+    Args:
+        start: The first trial of the first search, > 0. None: found at the first step, see `armijo_ceiling`. Later
+            searches may grow beyond it.
+        c: Armijo constant, in (0, 1).
+        shrink: w, the factor between two trials, in (0, 1).
+        grow: eta >= 1 of reset="grow".
+        reset: Start of the later searches: "initial", "keep" or "grow" (options 1, 2, 3), see `reset`.
+        slack: delta >= 0, an allowed increase.
+        lower_bound: l, any lower bound of the loss; None if there is none (then `start` is required).
+        max_step: No trial is above it; None = no cap.
+        max_trials: Trials before a search has failed; None: until the step is 1e-12 of the first trial.
+
+    >>> policy = SLS(start=1.0)
+    >>> record, state = policy.step(policy.init(), loss=1.0, slope=4.0, trial=lambda a: (1.0 - 2.0 * a) ** 2)
+    >>> record.step_size, record.trials
+    (0.5, 2)
+    """
+
+    start: float | None = None
+    max_step: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive("SLS", "start", self.start, optional=True, below_infinity=True)
+        validation.positive("SLS", "max_step", self.max_step, optional=True)
+        if self.start is None and self.lower_bound is None:
+            raise OptionError(
+                "SLS(start=None, lower_bound=None): without a lower bound of the loss the first trial cannot be found; "
+                "give one of the two"
+            )
+
+    def _given(self, context: Context) -> float | None:
+        return self.start if context.bound is None else float(context.bound)
+
+    def _factor(self, state: SearchState) -> float:
+        return 1.0
+
+    def _capped(self, high: float, context: Context) -> float:
+        largest = self.max_step if context.cap is None else context.cap
+        return math.inf if largest is None else largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLSB(Search):
+    """Stochastic line search under a non-increasing bound: start = min{reset(previous), gamma_b,k}, step <= gamma_b,k.
+
+    Options as in `SLS`, with `bound` (gamma_b,0 > 0; None: found, see `Envelope`) and its `decay` in the place of
+    `start` and `max_step`.
+
+    >>> policy = SLSB(bound=1.0)
+    >>> policy.step(policy.init(), loss=1.0, slope=4.0, trial=lambda a: (1.0 - 2.0 * a) ** 2)[0].step_size
+    0.5
+    """
+
+    bound: float | None = None
+    decay: Decay = "inverse_sqrt"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive("SLSB", "bound", self.bound, optional=True, below_infinity=True)
+        validation.choice("SLSB", "decay", self.decay, DECAYS, or_callable=True)
+        if self.bound is None and self.lower_bound is None:
+            raise OptionError(
+                "SLSB(bound=None, lower_bound=None): without a lower bound of the loss the bound cannot be found; "
+                "give one of the two"
+            )
+
+    def _given(self, context: Context) -> float | None:
+        return self.bound if context.bound is None else float(context.bound)
+
+    def _factor(self, state: SearchState) -> float:
+        return float(decay_factor(self.decay, state.count))
+
+    def _capped(self, high: float, context: Context) -> float:
+        return high if context.cap is None else min(context.cap, high)
+
+    def _find(self, state: SearchState, point: Point, ceiling: float, trial: Trial) -> Found:
+        if self.decay != "inverse_sqrt" or (state.seen == 0 and not math.isfinite(ceiling)):
+            return super()._find(state, point, ceiling, trial)
+        first, trials = without_increase(trial, point.loss, ceiling) if state.seen == 0 else (0.0, 0)
+        return Found(estimate(state, point.loss, point.slope, first), True, trials)

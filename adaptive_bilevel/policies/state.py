@@ -1,0 +1,75 @@
+"""What the rules under a bound and the searches keep from step to step: numbers, or 0-dim arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .scalars import Scalar
+
+__all__ = ["BoundState", "DecSPSState", "SearchState"]
+
+
+class BoundState(NamedTuple):
+    """State of a rule under a decaying bound.
+
+    Attributes:
+        count: Number of steps that moved; the k of the schedules.
+        found: The initial bound that the rule found by itself; 0 before the first step, and when a bound was given.
+        seen: Number of samples behind the estimates that follow; see `adaptive_bilevel.policies.distance`.
+        mean_loss: Decaying mean of the losses f_j.
+        loss_variance: Decaying variance of the losses.
+        mean_slope: Decaying mean of the slopes n_j.
+        distance: Lower estimate of ||x_0 - x*||^2.
+        weighted_loss: sum_j gamma_j f_j.
+        path: sum_j gamma_j.
+        squares: sum_j gamma_j^2 n_j.
+    """
+
+    count: Scalar = 0
+    found: Scalar = 0.0
+    seen: Scalar = 0
+    mean_loss: Scalar = 0.0
+    loss_variance: Scalar = 0.0
+    mean_slope: Scalar = 0.0
+    distance: Scalar = 0.0
+    weighted_loss: Scalar = 0.0
+    path: Scalar = 0.0
+    squares: Scalar = 0.0
+
+
+class DecSPSState(NamedTuple):
+    """State of DecSPS: as `BoundState`, with `product` = c_{k-1} gamma_{k-1}, 0 before the first step."""
+
+    count: Scalar = 0
+    found: Scalar = 0.0
+    product: Scalar = 0.0
+
+
+class SearchState(NamedTuple):
+    """State of a search.
+
+    Attributes:
+        count: Number of steps that moved; the k of the schedules.
+        found: The initial bound or first trial that the search found by itself; 0 before, and when one was given.
+        previous: The last accepted step; 0 before there was one.
+        seen: This and what follows are the estimates of `BoundState`, used by `SLSB` without a bound.
+        mean_loss: See `BoundState`.
+        loss_variance: See `BoundState`.
+        mean_slope: See `BoundState`.
+        distance: See `BoundState`.
+        weighted_loss: See `BoundState`.
+        path: See `BoundState`.
+        squares: See `BoundState`.
+    """
+
+    count: int = 0  # type: ignore[assignment]
+    found: float = 0.0
+    previous: float = 0.0
+    seen: int = 0
+    mean_loss: float = 0.0
+    loss_variance: float = 0.0
+    mean_slope: float = 0.0
+    distance: float = 0.0
+    weighted_loss: float = 0.0
+    path: float = 0.0
+    squares: float = 0.0
