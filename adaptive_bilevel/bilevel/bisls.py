@@ -21,7 +21,7 @@ from ..evaluation.tensors import gradients_of
 from ..evaluation.vectors import inner
 from ..hypergradient import CG, LinearSolver
 from ..optim.direction import Descent, Direction
-from ..optim.groups import options_of
+from ..optim.options import Conduct, placeholder
 from ..optim.projection import Projection, Section, as_projection
 from ..optim.search_path import Move
 from ..policies import Outcome, Record, validation
@@ -36,6 +36,17 @@ __all__ = ["BiSLS"]
 
 RESPONSES = ("tangent", "step")
 BASELINES = ("paper", "matched")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+    c: float | None
+    momentum: str | bool | None
+    response: str
+    carry: str | bool
+    curvature: float
+    baseline: str
+    response_steps: int
 
 
 class BiSLS(UpperOptimizer):
@@ -89,6 +100,7 @@ class BiSLS(UpperOptimizer):
     """
 
     mixes_momentum = True
+    parts: _Parts
 
     def __init__(
         self,
@@ -117,7 +129,6 @@ class BiSLS(UpperOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        options = {name: v for name, v in options_of(locals()).items() if name not in ("lower", "solver", "project")}
         validation.choice("BiSLS", "response", response, RESPONSES)
         validation.choice("BiSLS", "baseline", baseline, BASELINES)
         validation.count("BiSLS", "response_steps", response_steps)
@@ -131,8 +142,32 @@ class BiSLS(UpperOptimizer):
         if isinstance(solver, type) or not callable(getattr(self.solver, "solve", None)):
             raise OptionError(f"BiSLS(solver={solver!r}): solver must be CG(...), Neumann(...) or Identity(...)")
         self.project = as_projection("BiSLS", project)
-        super().__init__(params, lr, options)
+        parts = _Parts(
+            c=c,
+            momentum=momentum,
+            response=response,
+            carry=carry,
+            curvature=curvature,
+            baseline=baseline,
+            response_steps=response_steps,
+        )
+        rule = policies.SLS(
+            start=placeholder(lower_bound),
+            c=0.1 if c is None else c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=lower_bound,
+            max_step=max_step,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct, parts=parts)
         self.bind(lower)
+
+    def _refuse_unused(self) -> None:
+        pass
 
     def _check_lr(self, lr: Any) -> None:
         validation.positive("BiSLS", "lr", lr, optional=True, below_infinity=True)
@@ -149,18 +184,17 @@ class BiSLS(UpperOptimizer):
         """Return what copying and pickling keep."""
         return {**super().__getstate__(), "solver": self.solver, "project": self.project}
 
-    def _make_policy(self, options: dict[str, Any]) -> Any:
-        names = ("c", "shrink", "grow", "reset", "slack", "max_trials")
-        shared = {name: options[name] for name in names}
-        if shared["c"] is None:
-            kind = getattr(options["direction"], "kind", options["direction"])
-            plain = kind == "sgd" and options["response"] == "tangent" and not _momentum(options)
-            shared["c"] = 0.5 if plain else 0.1
-        if options["response"] == "step":
+    def _make_policy(self, rule: policies.SLS) -> Any:
+        c, step = self.parts.c, self.parts.response == "step"
+        if c is None:
+            kind = getattr(self.conduct.direction, "kind", self.conduct.direction)
+            c = 0.5 if kind == "sgd" and not step and not _momentum(self) else 0.1
+        if step:
             # The searched function has not the slope of the hypergradient, so no step can be excluded beforehand.
-            return policies.SLSB(bound=1.0, decay="constant", lower_bound=None, **shared)
-        start = 1.0 if options["lower_bound"] is None else None
-        return policies.SLS(start=start, lower_bound=options["lower_bound"], max_step=options["max_step"], **shared)
+            names = ("shrink", "grow", "reset", "slack", "max_trials")
+            shared = {name: getattr(rule, name) for name in names}
+            return policies.SLSB(bound=1.0, decay="constant", lower_bound=None, c=c, **shared)
+        return dataclasses.replace(rule, c=c)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -196,7 +230,7 @@ class BiSLS(UpperOptimizer):
             record, state, tangent = self._refuse(value, going.promised), self._rule_state(), None
             if record is None and self._unresolved(loss, value, going.promised):
                 going, _ = self._feasible(params, section, going, value)
-                step = min(state.previous, going.longest, self._options["max_step"] or math.inf)
+                step = min(state.previous, going.longest, self.rule.max_step or math.inf)
                 record = Record(step, step, going.longest, Outcome.accepted, slope=going.promised)
             elif record is None:
                 f_x = gradients_of(active, params, found[: len(params)])
@@ -251,7 +285,7 @@ class BiSLS(UpperOptimizer):
     def _move_along(self, active: list[Tensor], h: Sequence[Tensor], factors: Sequence[float]) -> tuple[Move, Descent]:
         """Return the move along the preconditioned h; a group's lr counts as a part of its direction."""
         descent, step = self._descent(active, h), None
-        momentum = _momentum(self._options)
+        momentum = _momentum(self)
         if momentum is not False:
             weight = 1.0 if momentum is True else None
             beta = self.param_groups[0]["betas"][0]
@@ -291,7 +325,7 @@ class BiSLS(UpperOptimizer):
         either sign, and steps would grow or shrink by chance. Not before a trial has been rejected: first steps may be
         that short by choice.
         """
-        if self._options["response"] != "tangent" or not self._saved("rejected", False):
+        if self.parts.response != "tangent" or not self._saved("rejected", False):
             return False
         gain = float(self._rule_state().previous) * promised
         return 0.0 < gain < resolution(loss) * abs(value)
@@ -306,9 +340,9 @@ class BiSLS(UpperOptimizer):
         belief: Belief,
     ) -> Response:
         """Return the lower level's response to the move."""
-        options, counts = self._options, self.evaluations.lower
+        parts, counts = self.parts, self.evaluations.lower
         if not self.lower:
-            if options["response"] == "step":
+            if parts.response == "step":
                 raise LowerLevelError(
                     "BiSLS(lower=None, response='step'): the trial takes lower steps; pass lower= the lower optimizer"
                 )
@@ -319,28 +353,29 @@ class BiSLS(UpperOptimizer):
                 )
             return NoResponse(float(agree(inner(partials[0], going.along))[0]))
         samples = self.lower.samples(lower_closure, guard)
-        if options["response"] == "step":
-            return StepResponse(guard, samples, lower, going.promised, options["response_steps"], counts)
+        if parts.response == "step":
+            return StepResponse(guard, samples, lower, going.promised, parts.response_steps, counts)
         response = TangentResponse(guard, samples, going.tensors, lower, partials, self.solver, belief, counts)
         response.along(going.along)
         return response
 
     def _coverage(self, params: Sequence[Tensor], hypergradient: Sequence[Tensor | None]) -> Coverage:
         """Return what the hypergradient covers of what may move."""
-        if self._options["response"] != "tangent" or not self.lower or math.isinf(self._options["curvature"]):
+        if self.parts.response != "tangent" or not self.lower or math.isinf(self.parts.curvature):
             return Coverage(1.0, lambda: None)
         moves = [factor != 0.0 and p.requires_grad for factor, p in zip(self._each_factor(), params, strict=True)]
         return coverage(list(compress(params, moves)), list(compress(hypergradient, moves)), self.state)
 
     def _belief(self, covered: Coverage) -> Belief:
-        return Belief(self._options["curvature"] / covered.share, resumed=self._rule_state().previous > 0.0)
+        return Belief(self.parts.curvature / covered.share, resumed=self._rule_state().previous > 0.0)
 
     def _limits(self, value: float, slope: float) -> tuple[Any, dict[str, Any]]:
         """Return the rule's state, and what it is told of its first trial."""
-        state, bound = self._rule_state(), self._bound()
-        if self._options["response"] == "step" and "scale" in bound:
-            low = self._options["lower_bound"]
-            found = state.found or max(0.0, policies.armijo_ceiling(value, slope, low, self._policy.c))
+        state, (given, scale) = self._rule_state(), self._bound()
+        bound = {"scale": scale} if given is None else {"bound": given}
+        if self.parts.response == "step" and "scale" in bound:
+            low = self.rule.lower_bound
+            found = state.found or max(0.0, policies.armijo_ceiling(value, slope, low, self._searching(state).c))
             state, bound = state._replace(found=found), {"bound": bound["scale"] * found}
         return state, bound
 
@@ -388,18 +423,17 @@ class BiSLS(UpperOptimizer):
         state, bound = limits
         policy, rounding = self._searching(state), resolution(loss)
         extra: dict[str, Any]
-        if self._options["response"] == "step":
+        if self.parts.response == "step":
             extra = {"rounding": 0.0}  # as in the paper, to the bit
             bound = {"bound": min(bound["bound"], going.longest)}
-            if self._options["baseline"] == "matched":
+            if self.parts.baseline == "matched":
                 value = trial(0.0)
         else:
-            most = self._options["max_step"]
+            most = self.rule.max_step
             longest = going.longest if most is None else min(going.longest, most)
             extra = {"rounding": rounding, "certify": certify, "cap": longest}
-        searched: tuple[Record, Any] = policy.step(
-            state, loss=value, slope=response.slope, trial=trial, **bound, **extra
-        )
+        context = policies.Context(value, response.slope, trial, **bound, **extra)
+        searched: tuple[Record, Any] = policy.propose(state, context)
         return searched
 
     def _searching(self, state: Any) -> Any:
@@ -410,8 +444,8 @@ class BiSLS(UpperOptimizer):
         (weights behind a sigmoid), what one step too long did is not undone by the next. And until a trial has been
         rejected, nothing is known of what is too long, so searches start at 1 / shrink times the last step at least.
         """
-        policy = self._policy
-        if self._options["response"] != "tangent":
+        policy: Any = self.policy
+        if self.parts.response != "tangent":
             return policy
         if state.previous == 0.0:
             policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
@@ -421,11 +455,11 @@ class BiSLS(UpperOptimizer):
 
     def _answer(self, tangent: Sequence[Tensor] | None, going: Move, descent: Descent) -> list[Tensor] | None:
         """Return how y answers to one unit of the step that is taken; None: not known, or nobody's to take."""
-        carry = self._options["carry"]
+        carry = self.parts.carry
         if tangent is None or carry is False or (carry == "auto" and not self.lower.takes_offers):
             return None
         tangent = list(tangent)
-        if _momentum(self._options) is False:
+        if _momentum(self) is False:
             return tangent
         weight = 0.0 if going.stepped is None else descent.weight
         beta = self.param_groups[0]["betas"][0]
@@ -435,14 +469,14 @@ class BiSLS(UpperOptimizer):
         """Take the predicted response into the next lower loop, or offer it to that loop."""
         if answer is None:
             return
-        if self._options["carry"] is True:
+        if self.parts.carry is True:
             torch._foreach_add_(lower, answer, alpha=step)
         else:
             self.lower.predict(torch._foreach_mul(answer, step))
 
     def _compare_slopes(self, record: Record) -> None:
         """Say once when the slope has been far from what the hypergradient promised for 20 steps in a row."""
-        if not math.isfinite(record.slope_ratio) or self._options["response"] == "step" or is_blind(self.solver):
+        if not math.isfinite(record.slope_ratio) or self.parts.response == "step" or is_blind(self.solver):
             return
         self._far = self._far + 1 if not 0.5 <= record.slope_ratio <= 2.0 else 0
         if self._far == 20:
@@ -455,14 +489,13 @@ class BiSLS(UpperOptimizer):
     _far = 0
 
 
-def _momentum(options: dict[str, Any]) -> Any:
+def _momentum(optimizer: BiSLS) -> Any:
     """Return "auto", True or False; a direction of the user's brings its own momentum."""
-    if callable(options["direction"]):
+    direction, chosen = optimizer.conduct.direction, optimizer.parts.momentum
+    if callable(direction):
         return False
-    chosen = options["momentum"]
     if chosen is None:
-        paper = options["response"] == "step"
-        chosen = options["direction"] == "adam" if paper else "auto"
+        return direction == "adam" if optimizer.parts.response == "step" else "auto"
     return chosen
 
 

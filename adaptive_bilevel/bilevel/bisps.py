@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +15,24 @@ from ..errors import ClosureError
 from ..evaluation.closures import require_closure, value_of
 from ..evaluation.guard import Closure, Guard
 from ..optim.direction import Direction
-from ..optim.groups import options_of
+from ..optim.options import Conduct
 from ..optim.polyak import PolyakOptimizer
 from ..policies import Outcome, validation
 from ..policies.schedule import Decay
 from .upper import UpperOptimizer
 
 __all__ = ["BiSPS"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Floor:
+    """The floor: lr_min is alpha_l,0."""
+
+    lr_min: float
+
+    def __post_init__(self) -> None:
+        validation.non_negative("BiSPS", "lr_min", self.lr_min)
+        validation.make_plain(self)
 
 
 class BiSPS(UpperOptimizer, PolyakOptimizer):
@@ -47,6 +60,9 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
     """
 
+    _absent = (*PolyakOptimizer._absent, "floor", "floor_decay")
+    floor: _Floor
+
     def __init__(
         self,
         params: ParamsT,
@@ -62,7 +78,10 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, {name: v for name, v in options_of(locals()).items() if name != "lower"})
+        floor = _Floor(lr_min=lr_min)
+        rule = policies.Envelope(c=c, lower_bound=lower_bound, decay=decay)
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct, floor=floor)
         self.bind(lower)
 
     def bind(self, lower: Any) -> None:
@@ -74,15 +93,8 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
     def _clocked(self) -> list[PolyakOptimizer]:
         return [o for o in self.lower.optimizers if isinstance(o, PolyakOptimizer)]
 
-    def _make_policy(self, options: dict[str, Any]) -> policies.Envelope:
-        validation.non_negative("BiSPS", "lr_min", options["lr_min"])
-        return policies.Envelope(
-            c=options["c"],
-            lower_bound=options["lower_bound"],
-            decay=options["decay"],
-            floor=options["lr_min"],
-            floor_decay=options["decay"],
-        )
+    def _make_policy(self, rule: policies.Envelope) -> policies.Envelope:
+        return dataclasses.replace(rule, floor=self.floor.lr_min, floor_decay=rule.decay)
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -12,7 +12,7 @@ from ..evaluation.vectors import Vector, add, dot
 from ..hypergradient.estimate import Estimate, Point, Visit
 from ..hypergradient.oracle import Oracle, Sample
 from ..optim.projection import as_projection
-from ..policies import GradientNormState, Outcome, Record
+from ..policies import Context, GradientNormState, Outcome, Record
 from ..policies.scalars import resolution
 from .batches import Pair, Source
 from .checks import SEARCHES
@@ -173,18 +173,18 @@ class Driver:
         state = self._rules[variable]
         if row.clock == "iterations" and hasattr(state, "count"):
             state = state._replace(count=self.count)
-        extra: dict[str, Any] = {}
+        trial, rounding, low = None, None, None
         if isinstance(policy, SEARCHES):
             objective, value = gradient.objective, getattr(old, variable)
             assert objective is not None
-            extra["trial"] = lambda a: objective(add(value, directed.along, -a))
-            extra["rounding"] = resolution(value[0])
+            trial, rounding = (lambda a: objective(add(value, directed.along, -a))), resolution(value[0])
         if variable == "y" and row.lower_bound is not None:
-            extra["lower_bound"] = float(row.lower_bound(self._upper.arrange(old.x), sample.lower))
+            low = float(row.lower_bound(self._upper.arrange(old.x), sample.lower))
         slope = dot(directed.gradient, directed.along)
         states = [shared[other] for other in row.couplings.get(variable, "") if other in shared]
         coupled = [s for s in states if isinstance(s, GradientNormState)] or None
-        record, after = policy.step(state, loss=gradient.loss, slope=slope, shared=coupled, **extra)
+        context = Context(gradient.loss, slope, trial, low, coupled, rounding=rounding)
+        record, after = policy.propose(state, context)
         outcome = Outcome(int(record.outcome))
         self._tell(variable, outcome)
         shared[variable] = after

@@ -226,7 +226,7 @@ def _policy(name: str, value: Any) -> Any:
         return None
     if (
         isinstance(value, type)
-        or not callable(getattr(value, "step", None))
+        or not callable(getattr(value, "propose", None))
         or not callable(getattr(value, "init", None))
     ):
         raise OptionError(

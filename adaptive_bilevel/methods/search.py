@@ -16,6 +16,7 @@ from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Estimate, Point
 from ..hypergradient.oracle import Oracle, Sample
 from ..optim.base import Sample as ReplayedSample
+from ..optim.options import placeholder
 from ..policies import SLS, SLSB, Record
 from .directions import Adam
 from .row import Row
@@ -80,12 +81,11 @@ class UpperSearch(BiSLS):
         super().bind(None)
         self.lower = self._level
 
-    def _make_policy(self, options: dict[str, Any]) -> Any:
-        if isinstance(self._given_policy, SLSB):  # BiSLS itself knows no decaying bound
-            bound = 1.0 if options["lower_bound"] is None or options["response"] == "step" else None
-            low = None if options["response"] == "step" else options["lower_bound"]
-            return dataclasses.replace(self._given_policy, bound=bound, lower_bound=low)
-        return super()._make_policy(options)
+    def _make_policy(self, rule: SLS) -> Any:
+        if isinstance(self._given_policy, SLSB):  # BiSLS itself has no decaying bound
+            low = None if self.parts.response == "step" else rule.lower_bound
+            return dataclasses.replace(self._given_policy, bound=placeholder(low), lower_bound=low)
+        return super()._make_policy(rule)
 
     def _partials(
         self, guard: Guard, upper_closure: Closure, tensors: Sequence[Tensor]

@@ -80,7 +80,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         return validation.plain(lower_bound)
 
     def _descent(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Descent:
-        direction = self._options["direction"]
+        direction = self.conduct.direction
         if callable(direction):
             made: Descent = direction(params, grads, self.state)
             return made
@@ -184,9 +184,10 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     # ------------------------------------------------------------------------------------------ conclusion
 
-    def _bound(self) -> dict[str, Any]:
-        """Return what the policy is told: lr is its bound (or first trial), or scales one that it finds by itself."""
-        return {"scale" if self.param_groups[0]["automatic"] else "bound": self._reference_lr()}
+    def _bound(self) -> tuple[float | None, float]:
+        """Return bound and scale of a step's `Context`: lr is one of them, None and 1 the other."""
+        lr = self._reference_lr()
+        return (None, lr) if self.param_groups[0]["automatic"] else (lr, 1.0)
 
     def _conclude(self, record: Record, state: Any) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""
@@ -205,7 +206,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
             # Looked at rarely, since looking waits for the device.
             self._skips = torch.where(record.outcome == int(Outcome.non_finite), self._skips + 1, 0)
             self._looks += 1
-            if self._looks % self._options["max_skips"] == 0:
+            if self._looks % self.conduct.max_skips == 0:
                 self._refuse_skips(int(self._skips))
             return
         outcome = record.outcome
@@ -215,10 +216,10 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self._refuse_skips(self._skips)
 
     def _refuse_skips(self, skips: int) -> None:
-        if skips >= self._options["max_skips"]:
+        if skips >= self.conduct.max_skips:
             raise NonFiniteError(
                 f"{type(self).__name__}: {skips} steps in a row met a loss or gradient that is not finite; nothing "
-                f"has moved since. Look at the data and the loss, or raise max_skips={self._options['max_skips']}"
+                f"has moved since. Look at the data and the loss, or raise max_skips={self.conduct.max_skips}"
             )
 
     def _warn(self, key: int, message: str) -> None:
@@ -229,7 +230,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def __repr__(self) -> str:
         """Return the options and the last step."""
-        options = {"lr": self.param_groups[0]["lr"], **self._options}
+        options = {"lr": self.param_groups[0]["lr"], **self._options()}
         listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
         last = "" if self.record is None else f"; {self.record.describe()}"
         return f"{type(self).__name__}({listed}{last})"

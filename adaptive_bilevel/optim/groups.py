@@ -1,87 +1,107 @@
-"""Options, parameter groups and saved state of a policy that is a `torch.optim.Optimizer`."""
+"""Options, parameter groups and saved state of a policy that is a `torch.optim.Optimizer`.
+
+How options are kept: a concrete optimizer's constructor makes frozen dataclasses of its arguments, its records, and
+hands them to `PolicyOptimizer`, ``super().__init__(params, lr, rule=policies.SLS(...), conduct=Conduct(...))``, and
+further ones by any other name. Each record becomes the attribute of its name, so that the rest of the code reads
+``self.rule.c`` or ``self.conduct.direction``. All fields of all records together are ``defaults``, as plain values
+("callable" for functions), and so are entries of ``param_groups``; where two records have a field of one name, it is
+the last record's. Loading a state puts the entries of ``param_groups[0]`` back into the records
+(`dataclasses.replace`, which validates them again); functions stay those of the optimizer that loads. After both, the
+policy is made: `_make_policy` returns `rule` itself, unless an optimizer derives its policy from several records.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import ParamsT, StateDict
 
 from ..errors import OptionError, TensorError
 from ..evaluation.guard import Workspace
 from ..evaluation.tensors import refuse_unsupported
-from ..policies import validation
-from .direction import DIRECTIONS
+from ..policies import Policy, validation
+from ..policies.scalars import Scalar
+from .hooks import Hooked
+from .options import CALLABLE, Conduct, merged, on_numbers, placeholder, refuse_unused_moments, replaced
 
-__all__ = ["PolicyOptimizer", "options_of"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+__all__ = ["PolicyOptimizer"]
+
+_LR = ("bound", "start")
+"""Fields of a rule that lr is in the place of: it goes to each step, from ``param_groups``."""
 
 
-class PolicyOptimizer(torch.optim.Optimizer):
-    """What an optimizer whose steps come from a policy keeps, and how it is saved, copied and put on other tensors."""
+class PolicyOptimizer(Hooked):
+    """What an optimizer whose steps come from a policy keeps, and how it is saved, copied and put on other tensors.
 
-    _rule: ClassVar[type[Any]]
-    """The policy that a subclass steps by; its options are those of the subclass by the same names."""
+    Attributes:
+        rule: The record that the policy is made from, mostly a policy, with a `placeholder` for its bound or start.
+        conduct: The record of the options that all optimizers have.
+        policy: The policy in use.
+    """
 
-    def __init__(self, params: ParamsT, lr: float | None, options: dict[str, Any]) -> None:
-        self._callables = {name: value for name, value in options.items() if callable(value)}
+    _absent: ClassVar[tuple[str, ...]] = _LR
+    """Fields of the records that are no options of the class."""
+
+    rule: Any
+    conduct: Conduct
+    policy: Policy[Any]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None,
+        rule: DataclassInstance,
+        conduct: Conduct,
+        **records: DataclassInstance,
+    ) -> None:
         self._check_lr(lr)
-        if lr is None and options["lower_bound"] is None:
+        self._set_records({"rule": rule, "conduct": conduct, **records})
+        if lr is None and self.rule.lower_bound is None:
             raise OptionError(
                 f"{type(self).__name__}(lr=None, lower_bound=None): without a lower bound of the loss the step cannot "
                 "be found from the problem; give one of the two"
             )
-        self._set_options(options)
-        defaults = {name: "callable" if callable(value) else value for name, value in self._options.items()}
+        self._refuse_unused()
+        options = self._options()
+        self._callables: dict[str, object] = {name: value for name, value in options.items() if callable(value)}
+        defaults = {name: CALLABLE if callable(value) else value for name, value in options.items()}
         super().__init__(params, {"lr": validation.plain(lr), **defaults})
         self._prepare()
 
-    def _check_lr(self, lr: Any) -> None:
+    def _check_lr(self, lr: float | None) -> None:
         validation.positive(type(self).__name__, "lr", lr, optional=True)
 
-    def _set_options(self, options: dict[str, Any]) -> None:
-        owner = type(self).__name__
-        validation.choice(owner, "direction", options["direction"], DIRECTIONS, or_callable=True)
-        betas = options["betas"]
-        if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_decay, betas))):
-            raise OptionError(f"{owner}(betas={betas!r}): betas must be two numbers in [0, 1)")
-        validation.non_negative(owner, "eps", options["eps"])
-        validation.count(owner, "max_skips", options["max_skips"])
-        schedules = {n: _Numbers(owner, n, v) for n, v in options.items() if callable(v) and n != "direction"}
-        self._policy = self._make_policy({**options, **schedules})
-        self._options = {name: validation.plain(value) for name, value in options.items()}
+    def _refuse_unused(self) -> None:
+        """Refuse options that nothing reads. At construction only: schedulers write betas that nothing reads, too."""
+        refuse_unused_moments(type(self).__name__, self.conduct)
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `step` as torch does, for hooks and profilers; without them past that wrapper.
+    def _options(self) -> dict[str, object]:
+        """Return all options by name, functions included."""
+        return merged(self._records.values(), self._absent)
 
-        A profiler's record that nobody reads costs a fifth of an evaluation of a small model.
-        """
-        observed = torch.optim.Optimizer.profile_hook_step(func)
+    def _set_records(self, records: dict[str, DataclassInstance]) -> None:
+        """Set the records, or none of them if the policy cannot be made."""
+        before = self.__dict__.get("_records", {})
+        self._records = records
+        self.__dict__.update(records)
+        try:
+            self.policy = self._make_policy(on_numbers(type(self).__name__, self.rule))
+        except BaseException:
+            self._records = before
+            self.__dict__.update(before)
+            raise
 
-        @functools.wraps(func)
-        def step(self: PolicyOptimizer, *args: Any, **kwargs: Any) -> Any:
-            return (observed if self._is_observed() else func)(self, *args, **kwargs)
-
-        return step
-
-    def _is_observed(self) -> bool:
-        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_GLOBAL_HOOKS)
-        return any(hooks) or torch.autograd._profiler_enabled()
-
-    def _make_policy(self, options: dict[str, Any]) -> Any:
-        names = {field.name for field in dataclasses.fields(self._rule)}
-        given = {name: value for name, value in options.items() if name in names}
-        # The bound or first trial goes to each step, from param_groups. A rule that could not find one, for want of a
-        # lower bound, wants a number at construction too.
-        given["start" if "start" in names else "bound"] = 1.0 if options["lower_bound"] is None else None
-        return self._rule(**given)
+    def _make_policy(self, rule: Any) -> Policy[Any]:
+        """Return the policy of these records; rule: the record `rule`, its functions with values that are numbers."""
+        made: Policy[Any] = rule
+        return made
 
     def _prepare(self) -> None:
         """Set what is not saved; derived classes add theirs."""
@@ -90,30 +110,31 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def _restored(self) -> None:
         """Set what follows from saved state."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         """Return what copying and pickling keep: everything but closures, counts and scratch memory."""
-        return {**super().__getstate__(), "_callables": self._callables}
+        return {**super().__getstate__(), "_callables": self._callables, "_records": self._records}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         """Restore from `__getstate__` or a `state_dict`, options included; missing group entries get their defaults."""
         if any("automatic" not in group for group in state["param_groups"]):
             raise OptionError(
                 f"{type(self).__name__}.load_state_dict: the state is that of another optimizer, whose step sizes say "
                 f"nothing here; leave it out, and make a new {type(self).__name__}"
             )
-        defaults = state.get("defaults", self.__dict__.get("defaults", {}))
-        callables = state.get("_callables", self.__dict__.get("_callables", {}))
-        options = {name: state["param_groups"][0].get(name, value) for name, value in defaults.items() if name != "lr"}
-        for name, value in options.items():
-            if isinstance(value, str) and value == "callable":
-                if name not in callables:
+        mine = {**self.__dict__, **state}  # a state_dict has no records: they are those of the optimizer that loads
+        saved = state["param_groups"][0]
+        values = {name: saved.get(name, value) for name, value in mine["defaults"].items() if name != "lr"}
+        for name, value in values.items():
+            if isinstance(value, str) and value == CALLABLE:
+                if name not in mine["_callables"]:
                     raise OptionError(
-                        f"{type(self).__name__}({name}={self._options[name]!r}): the saved optimizer had a callable "
+                        f"{type(self).__name__}({name}={self._options()[name]!r}): the saved optimizer had a callable "
                         f"{name}, which is not saved; give the same one to the optimizer that loads"
                     )
-                options[name] = callables[name]
-        self._set_options(options)
-        super().__setstate__(state)
+                values[name] = mine["_callables"][name]
+        values.update(dict.fromkeys(_LR, placeholder(values["lower_bound"])))
+        self._set_records(replaced(mine["_records"], values))
+        super().__setstate__({name: value for name, value in state.items() if name != "_records"})
         self.defaults.pop("differentiable", None)  # torch adds it, though it is no option here
         for group in self.param_groups:
             group.pop("differentiable", None)
@@ -123,7 +144,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
             self._prepare()
         self._restored()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: StateDict) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does.
 
         Args:
@@ -184,36 +205,37 @@ class PolicyOptimizer(torch.optim.Optimizer):
         renamed = {id(p): q for p, q in zip(old, new, strict=True)}
         for group in self.param_groups:
             group["params"] = [renamed[id(p)] for p in group["params"]]
-        state: dict[Any, Any] = self.state
+        state = self._entries()
         moved = [(renamed.get(id(key), key), value) for key, value in state.items()]
         state.clear()
         state.update(moved)
 
     # ------------------------------------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what is saved: plain numbers, words and tensors, whatever a scheduler has written into the groups."""
-        saved: dict[str, Any] = super().state_dict()
+        saved: StateDict = super().state_dict()
         for group in saved["param_groups"]:
             group.update({name: validation.plain(value) for name, value in group.items() if name != "params"})
         return saved
 
+    def _entries(self) -> dict[object, StateDict]:
+        """Return the state: entries of parameters, and of words, for which torch has no type."""
+        return self.state  # type: ignore[return-value]
+
     @property
-    def _rule_saved(self) -> dict[str, Any]:
-        state: dict[Any, Any] = self.state  # torch types the keys as tensors
-        saved: dict[str, Any] = state.get("policy", {})
-        return saved
+    def _rule_saved(self) -> StateDict:
+        return self._entries().get("policy", {})
 
     def _rule_state(self) -> Any:
-        initial = self._policy.init()
+        initial = self.policy.init()
         return initial._make(map(self._rule_saved.get, initial._fields, initial))
 
-    def _save_rule_state(self, state: Any, **more: Any) -> None:
-        keys: dict[Any, Any] = self.state
+    def _save_rule_state(self, state: Any, **more: Scalar) -> None:
         # A new dictionary each time: the old one may be part of a state_dict that the user holds.
-        keys["policy"] = {**self._rule_saved, **state._asdict(), **more}
+        self._entries()["policy"] = {**self._rule_saved, **state._asdict(), **more}
 
-    def _saved(self, name: str, default: Any) -> Any:
+    def _saved(self, name: str, default: Scalar) -> Scalar:
         return self._rule_saved.get(name, default)
 
     # ------------------------------------------------------------------------------------------ parameters
@@ -251,29 +273,3 @@ class PolicyOptimizer(torch.optim.Optimizer):
             if g.layout is not torch.strided:
                 refuse_unsupported(type(self).__name__, g, "gradient")
         return active, kept, factors
-
-
-class _Numbers:
-    """A schedule of the user's, with values that are Python's numbers (or tensors): the state is kept plain."""
-
-    def __init__(self, owner: str, name: str, function: Any) -> None:
-        self._owner, self._name, self._function = owner, name, function
-
-    def __call__(self, k: Any) -> Any:
-        value = self._function(k)
-        try:
-            return value if isinstance(value, Tensor) else float(value)
-        except (TypeError, ValueError):
-            raise OptionError(
-                f"{self._owner}({self._name}={self._function!r}): it returned {value!r} for k={k}; it must return a "
-                "number"
-            ) from None
-
-
-def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the options among a constructor's ``locals()``: all but self, params and lr."""
-    return {name: value for name, value in arguments.items() if name not in ("self", "params", "lr", "__class__")}
-
-
-def _is_decay(beta: Any) -> bool:
-    return isinstance(beta, Real) and 0.0 <= float(beta) < 1.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -13,18 +11,18 @@ from ..evaluation.closures import require_closure
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.reductions import on_host, on_host_with_inner
 from ..evaluation.tensors import gradients_of, tainted
-from ..policies import Outcome, Record, validation
+from ..policies import Context, Outcome, Record, validation
 from ..policies.scalars import resolution
 from ..policies.schedule import Decay
 from .base import AdaptiveOptimizer, Sample
 from .direction import Direction
-from .groups import options_of
+from .options import Conduct, placeholder
 
 __all__ = ["SLS", "SLSB"]
 
 
 class _LineSearch(AdaptiveOptimizer):
-    def _check_lr(self, lr: Any) -> None:
+    def _check_lr(self, lr: float | None) -> None:
         super()._check_lr(lr)
         validation.finite(type(self).__name__, "lr", lr, optional=True)
 
@@ -78,15 +76,10 @@ class _LineSearch(AdaptiveOptimizer):
                 record, state = Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=slope), self._rule_state()
             else:
                 guard.copy()
-                record, state = self._policy.step(
-                    self._rule_state(),
-                    loss=value,
-                    slope=slope,
-                    trial=trial,
-                    lower_bound=lower_bound,
-                    rounding=resolution(searched_loss),
-                    **self._bound(),
-                )
+                bound, scale = self._bound()
+                rounding = resolution(searched_loss)
+                context = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
+                record, state = self.policy.propose(self._rule_state(), context)
             if not record.moved:
                 guard.put_back()
                 if record.outcome == Outcome.non_finite:
@@ -140,8 +133,6 @@ class SLS(_LineSearch):
     True
     """
 
-    _rule = policies.SLS
-
     def __init__(
         self,
         params: ParamsT,
@@ -160,7 +151,19 @@ class SLS(_LineSearch):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, options_of(locals()))
+        rule = policies.SLS(
+            start=placeholder(lower_bound),
+            c=c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=lower_bound,
+            max_step=max_step,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)
 
 
 class SLSB(_LineSearch):
@@ -190,8 +193,6 @@ class SLSB(_LineSearch):
         OptionError: An option is out of range (also a ValueError).
     """
 
-    _rule = policies.SLSB
-
     def __init__(
         self,
         params: ParamsT,
@@ -210,4 +211,16 @@ class SLSB(_LineSearch):
         eps: float = 1e-8,
         max_skips: int = 100,
     ) -> None:
-        super().__init__(params, lr, options_of(locals()))
+        rule = policies.SLSB(
+            bound=placeholder(lower_bound),
+            decay=decay,
+            c=c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=lower_bound,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)

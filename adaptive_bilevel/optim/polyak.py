@@ -1,4 +1,4 @@
-"""SPS_max, DecSPS and SPSB as optimizers."""
+"""The step that the Polyak rules share as optimizers: no trial, and on an accelerator no wait for the device."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from .. import policies
 from ..errors import ClosureError, OptionError
 from ..evaluation.closures import require_closure, value_of
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.reductions import agree, on_host, on_host_with_inner
 from ..evaluation.tensors import gradients_of, slope_of, tainted
 from ..evaluation.vectors import on_cpu
-from ..policies import Outcome, Record, Trial
-from ..policies.schedule import Decay
+from ..policies import Context, Outcome, Record, Trial
+from ..policies.scalars import Scalar
 from .base import AdaptiveOptimizer, Sample
-from .direction import Descent, Direction
-from .groups import options_of
+from .direction import Descent
 
-__all__ = ["SPSB", "DecSPS", "SPSMax"]
+__all__ = ["PolyakOptimizer"]
 
 
 class PolyakOptimizer(AdaptiveOptimizer):
-    """The step that the Polyak rules share: no trial, and on an accelerator no wait for the device."""
+    """A Polyak rule as an optimizer; the concrete ones are in `adaptive_bilevel.optim.sps`."""
 
     @property
     def clock(self) -> int:
@@ -51,14 +48,14 @@ class PolyakOptimizer(AdaptiveOptimizer):
         sample: tuple[Guard, Closure, RandomState] | None = None,
     ) -> tuple[Record, Any]:
         """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
-        if lower_bound is None and self._options["lower_bound"] is None:
+        if lower_bound is None and self.rule.lower_bound is None:
             raise OptionError(
                 f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
                 "optimizer or to step(lower_bound=...), or use SLS for losses that are unbounded below"
             )
         descent = self._descent(active, gradient)
-        value: Any
-        slope: Any
+        value: Scalar
+        slope: Scalar
         directions = descent.precondition(rule_gradient)
         if self._on_host(active):
             value, slope = on_host_with_inner(loss, rule_gradient, directions, factors)
@@ -70,9 +67,8 @@ class PolyakOptimizer(AdaptiveOptimizer):
         trial = None
         if sample is not None and self._seeks_bound():
             trial = self._trial(*sample, active, directions, descent, factors)
-        record, state = self._policy.step(
-            state, loss=value, slope=slope, lower_bound=lower_bound, trial=trial, **self._bound()
-        )
+        context = Context(value, slope, trial, lower_bound, None, *self._bound())
+        record, state = self.policy.propose(state, context)
         stepped = list(gradient) if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):
             _move_by_tensor(active, stepped, record.step_size, factors)
@@ -196,122 +192,3 @@ def _move_by_tensor(
     for p, d, w in zip(params, directions, factors, strict=True):
         length = (step * w).to(device=p.device, dtype=p.dtype)
         p.sub_(torch.where(length > 0, d * length, torch.zeros_like(d)))
-
-
-class SPSMax(PolyakOptimizer):
-    """SPS_max: step_k = min{(f_i - lower_bound) / (c ||grad f_i||^2), lr}, eq. (5).
-
-    Args:
-        params: Parameters or groups.
-        lr: gamma_b > 0, the bound. Left out, it is found: at the first step, the longest one that does not raise the
-            sample's loss; under "inverse_sqrt" estimated anew at each step after that
-            (`adaptive_bilevel.policies.distance`).
-        c: c > 0; 1 in the experiments, 1/2 in the theorems.
-        lower_bound: l, any lower bound of the loss, e.g. 0 for cross-entropy; None: to be given at each step.
-        decay: Schedule of the bound, "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
-        floor: No step is shorter (unless the bound is), eqs. (9) and (10).
-        floor_decay: Schedule of the floor.
-        direction: "sgd", or "adam" (slope in Adam's metric).
-        betas: Adam's decay constants.
-        eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
-
-    Raises:
-        OptionError: An option is out of range (also a ValueError).
-
-    >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
-    >>> optimizer = SPSMax([x], lr=1.0)
-    >>> float(optimizer.step(lambda: 0.5 * (x**2).sum()))
-    6.5
-    >>> optimizer.param_groups[0]["step_size"]
-    0.5
-    """
-
-    _rule = policies.SPSMax
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | None = None,
-        *,
-        c: float = 1.0,
-        lower_bound: float | None = 0.0,
-        decay: Decay = "constant",
-        floor: float = 0.0,
-        floor_decay: Decay = "constant",
-        direction: str | Direction = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        max_skips: int = 100,
-    ) -> None:
-        super().__init__(params, lr, options_of(locals()))
-
-
-class SPSB(PolyakOptimizer):
-    """SPSB: step_k = min{(f_i - lower_bound) / (c ||grad f_i||^2), lr decay(k)}, eq. (7).
-
-    Options as in `SPSMax`; the bound decays as 1/sqrt(k+1) ("inverse" for strongly convex problems).
-    """
-
-    _rule = policies.SPSB
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | None = None,
-        *,
-        c: float = 1.0,
-        lower_bound: float | None = 0.0,
-        decay: Decay = "inverse_sqrt",
-        floor: float = 0.0,
-        floor_decay: Decay = "constant",
-        direction: str | Direction = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        max_skips: int = 100,
-    ) -> None:
-        super().__init__(params, lr, options_of(locals()))
-
-
-class DecSPS(PolyakOptimizer):
-    """DecSPS: step_k = (1/c_k) min{(f_i - lower_bound) / ||grad f_i||^2, c_{k-1} step_{k-1}}, eq. (6).
-
-    c_k = c sqrt(k+1), so the step never grows.
-
-    Args:
-        params: Parameters or groups.
-        lr: gamma_b,0 > 0, the first bound. Left out, it is found at the first step.
-        c: c > 0.
-        lower_bound: l, any lower bound of the loss; None: to be given at each step.
-        direction: "sgd" or "adam".
-        betas: Adam's decay constants.
-        eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
-
-    Raises:
-        OptionError: An option is out of range (also a ValueError).
-    """
-
-    _rule = policies.DecSPS
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | None = None,
-        *,
-        c: float = 1.0,
-        lower_bound: float | None = 0.0,
-        direction: str | Direction = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        max_skips: int = 100,
-    ) -> None:
-        super().__init__(params, lr, options_of(locals()))
-
-    def _rule_state(self) -> Any:
-        # c_{k-1} step_{k-1} bounds the next step, so it follows lr: a scheduler scales it.
-        state, reference = super()._rule_state(), self._saved("lr", 0.0)
-        return state._replace(product=state.product * (self._reference_lr() / reference)) if reference else state
-
-    def _save_rule_state(self, state: Any, **more: Any) -> None:
-        super()._save_rule_state(state, lr=self._reference_lr(), **more)

@@ -108,13 +108,13 @@ class Search(Policy[SearchState]):
             outcome = Outcome.zero_gradient if slope == 0.0 else Outcome.no_descent
             return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
         ceiling = self._ceiling(loss, slope, context.lower_bound)
-        initial, found = self._given(context), Found(state)
+        initial, seen, estimated, before = self._given(context), state, False, 0
         if initial is None:
-            found = self._find(state, point, ceiling, context.trial)
-            if found.state.found == 0.0:
-                outcome = self._why_nothing_found(loss, context.lower_bound, found.trials)
-                return Record(0.0, 0.0, math.inf, outcome, found.trials, slope=slope), state
-            initial = found.state.found * context.scale
+            seen, estimated, before = self._find(state, point, ceiling, context.trial)
+            if seen.found == 0.0:
+                outcome = self._why_nothing_found(loss, context.lower_bound, before)
+                return Record(0.0, 0.0, math.inf, outcome, before, slope=slope), state
+            initial = seen.found * context.scale
         high = initial * self._factor(state)
         if not high > 0.0:
             outcome = Outcome.non_finite if math.isnan(high) else Outcome.at_bound
@@ -123,13 +123,13 @@ class Search(Policy[SearchState]):
         start = reset(state.previous, initial, option=self.reset, grow=self.grow, cap=cap)
         step, accepted, trials, value = self._backtrack(start, point, context)
         if not accepted:
-            return Record(0.0, step, cap, Outcome.search_failed, found.trials + trials, value, slope), state
+            return Record(0.0, step, cap, Outcome.search_failed, before + trials, value, slope), state
         outcome = Outcome.at_bound if step == cap else Outcome.accepted
-        record = Record(step, step, cap, outcome, found.trials + trials, value, slope)
+        record = Record(step, step, cap, outcome, before + trials, value, slope)
         # A decrease below the rounding of the loss passes only by its allowance. After rejections such a step says
         # nothing about which length is right, so the next search does not start from it.
         telling = trials == 1 or state.previous == 0.0 or self.c * step * slope > rounding * abs(loss)
-        after = take(found.state, loss, slope, step) if found.estimated else found.state
+        after = take(seen, loss, slope, step) if estimated else seen
         return record, after._replace(count=state.count + 1, previous=step if telling else state.previous)
 
     def _backtrack(self, start: float, point: Point, context: Context) -> tuple[float, bool, int, float]:
@@ -137,13 +137,14 @@ class Search(Policy[SearchState]):
         trial, certify = context.trial, context.certify
         assert trial is not None
         loss, slope, rounding = point
+        c, slack = self.c, self.slack
         limit = self.max_trials or math.ceil(math.log(_SMALLEST_RATIO) / math.log(self.shrink))
         step, accepted, trials, value = start, False, 0, math.nan
         while not accepted and trials < limit and step > 0.0:
             step = start if trials == 0 else step * self.shrink
             trials += 1
             value = float(trial(step))
-            accepted = sufficient_decrease(value, loss, slope, step, c=self.c, slack=self.slack, rounding=rounding)
+            accepted = sufficient_decrease(value, loss, slope, step, c=c, slack=slack, rounding=rounding)
             accepted = accepted and (certify is None or certify(step))
         return step, accepted, trials, value
 

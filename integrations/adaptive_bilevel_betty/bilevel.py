@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ class BiSPS(Hosted, bilevel.BiSPS):  # type: ignore[misc]  # step takes what Bet
         return step(self, loss=seat.replay.loss)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """The solver as plain text; None: it cannot be written so."""
+
+    solver: str | None
+
+
 class BiSLS(Hosted, bilevel.BiSLS):  # type: ignore[misc]  # step takes what Betty knows
     """`adaptive_bilevel.BiSLS` as a problem's optimizer: the same options but `lower`, `project` and `solver`.
 
@@ -68,9 +76,11 @@ class BiSLS(Hosted, bilevel.BiSLS):  # type: ignore[misc]  # step takes what Bet
     @solver.setter
     def solver(self, solver: LinearSolver) -> None:
         self._solver = solver
-        if "_options" in self.__dict__:
-            for options in (self._options, self.defaults, *self.param_groups):
-                options["solver"] = solver_text(solver)
+        if "_records" in self.__dict__:
+            self.written = _Written(solver=solver_text(solver))
+            self._records = {**self._records, "written": self.written}
+            for options in (self.defaults, *self.param_groups):
+                options["solver"] = self.written.solver
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; a solver that was saved is the solver."""
@@ -78,7 +88,7 @@ class BiSLS(Hosted, bilevel.BiSLS):  # type: ignore[misc]  # step takes what Bet
             state = {**state, "_solver": state["solver"]}
             del state["solver"]
         super().__setstate__(state)
-        saved = self._options["solver"]
+        saved = self.written.solver
         self.solver = self._solver if saved is None or saved == solver_text(self._solver) else solver_from(saved)
 
     def _take(self, step: Any, seat: Seat) -> Any:
@@ -102,8 +112,8 @@ class BiSLS(Hosted, bilevel.BiSLS):  # type: ignore[misc]  # step takes what Bet
         belief: Belief,
     ) -> Response:
         """Return the response of one problem, or of several, of which some may answer to others."""
-        seat, options = self._seat, self._options
-        if not self._hosted or seat is None or options["response"] == "step" or len(self.lower.optimizers) < 2:
+        seat = self._seat
+        if not self._hosted or seat is None or self.parts.response == "step" or len(self.lower.optimizers) < 2:
             return super()._respond(guard, lower_closure, lower, partials, going, belief)
         response = ChainResponse(
             guard,
@@ -131,7 +141,7 @@ class BiSLS(Hosted, bilevel.BiSLS):  # type: ignore[misc]  # step takes what Bet
         if seat is not None and seat.rolled_back:
             return
         super()._carry(lower, answer, step)
-        if seat is not None and self._options["carry"] is True:
+        if seat is not None and self.parts.carry is True:
             for below in (below for below in seat.below() if below.projects):
                 below.project([p for group in below.problem.optimizer.param_groups for p in group["params"]])
 

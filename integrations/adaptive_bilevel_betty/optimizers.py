@@ -18,6 +18,7 @@ from adaptive_bilevel.optim.base import AdaptiveOptimizer
 from adaptive_bilevel.optim.direction import Descent
 from adaptive_bilevel.optim.projection import Section
 from adaptive_bilevel.optim.search_path import Move
+from adaptive_bilevel.policies.search import Search
 
 from .seat import Seat
 
@@ -145,9 +146,9 @@ class _HostedSearch(Hosted):
         def precondition(g: Sequence[Tensor]) -> list[Tensor]:
             directions = [d if w == 1.0 else d * w for d, w in zip(descent.precondition(g), factors, strict=True)]
             slope = sum(float((a * b).sum()) for a, b in zip(g, directions, strict=True))
-            longest = self._policy.first_trial(
-                self._rule_state(), loss=float(seat.replay.loss), slope=slope, **self._bound()
-            )
+            bound, scale = self._bound()
+            value, rule = float(seat.replay.loss), cast(Search, self.policy)
+            longest = rule.first_trial(self._rule_state(), loss=value, slope=slope, bound=bound, scale=scale)
             if not (math.isfinite(longest) and longest > 0.0 and math.isfinite(slope)):
                 return descent.precondition(g)
             listed = self._parameters()

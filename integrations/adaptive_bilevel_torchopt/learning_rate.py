@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import LowerLevelError, NonFiniteError
-from adaptive_bilevel.policies import Outcome, Record
+from adaptive_bilevel.policies import Context, Outcome, Record
 
 from .transform import check_policy, slope_along, without_graphs
 
@@ -81,8 +81,7 @@ class PolyakLR:
         slope = slope_along("PolyakLR.tell", grads, grads if directions is None else directions)
         if not self._differentiable:
             value, slope = value.detach(), slope.detach()
-        given = {} if trial is None else {"trial": trial}
-        record, state = self.policy.step(self._state, loss=value, slope=slope, **given)
+        record, state = self.policy.propose(self._state, Context(value, slope, trial))
         if record.outcome == Outcome.non_finite:
             raise NonFiniteError(
                 f"PolyakLR.tell(loss={float(value.detach())}): the loss, or the slope {float(slope.detach())} of grads "

@@ -51,6 +51,8 @@ def resolve(
         else:
             fixed = {"floor": rule.bound, "decay": rule.decay, "floor_decay": rule.decay}
         adam = {name: options[name] for name in ("betas", "eps") if name in options}
+        if options["direction"] == "adam":  # TorchOpt's: they are its constants, and none of the rule's
+            options = {name: value for name, value in options.items() if name not in adam}
         fixed.update(lower_bound=_NO_BOUND)
         return (
             (BiSPS if upper else SPSMax),

@@ -28,7 +28,7 @@ from torch import Tensor
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
 from adaptive_bilevel.evaluation.vectors import inner
-from adaptive_bilevel.policies import Outcome, Record
+from adaptive_bilevel.policies import Context, Outcome, Record
 from adaptive_bilevel.policies.scalars import resolution
 
 from ._host import torchopt
@@ -109,18 +109,14 @@ def scale_by_policy(policy: Any, *, differentiable: bool = False) -> Any:
             loss, slope = loss.detach(), slope.detach()
         if searches:
             _require(name, params=params, value_fn=value_fn)
-            record, after = policy.step(
-                state.policy,
-                loss=float(loss),
-                slope=float(slope),
-                trial=_trial(updates, params, value_fn),
-                rounding=resolution(loss),
-            )
+            trial = _trial(updates, params, value_fn)
+            context = Context(float(loss), float(slope), trial, rounding=resolution(loss))
+            record, after = policy.propose(state.policy, context)
         else:
             trial = None
             if value_fn is not None and params is not None and not differentiable and _is_first(state.policy):
                 trial = _trial(updates, params, value_fn)
-            record, after = policy.step(state.policy, loss=loss, slope=slope, trial=trial)
+            record, after = policy.propose(state.policy, Context(loss, slope, trial))
             if trial is not None and not record.moved:
                 after = state.policy  # the same, and its numbers still tell that there was no step
         return _scaled(updates, record.step_size, inplace), ScaleByPolicyState(after, without_graphs(record))
@@ -284,7 +280,7 @@ def check_policy(owner: str, policy: Any, differentiable: bool) -> None:
     Raises:
         OptionError: It is one of these.
     """
-    if isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "step")):
+    if isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "propose")):
         raise OptionError(f"{owner}(policy={policy!r}): pass a policy, e.g. adaptive_bilevel.policies.SPSB()")
     if isinstance(policy, _SEARCHES) and differentiable:
         raise OptionError(

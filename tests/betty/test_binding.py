@@ -98,7 +98,7 @@ def test_every_option_survives_being_built_anew(cls: Any) -> None:
     first = cls([torch.ones(2, requires_grad=True)], 0.7, **given)
     again = cls([torch.ones(2, requires_grad=True)], **first.defaults)
     assert again.defaults == first.defaults
-    assert again._options == first._options
+    assert again._records == first._records
     assert [{**g, "params": 0} for g in again.param_groups] == [{**g, "params": 0} for g in first.param_groups]
     if cls is BiSLS:
         assert again.solver == first.solver == given["solver"]

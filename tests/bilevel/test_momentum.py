@@ -170,5 +170,5 @@ def test_nothing_is_mixed_into_a_direction_of_ones_own(direction: Any, c: float)
         inner.step(point.lower)
         assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], CG(tolerance=1e-10)))
         outer.step(point.upper)
-    assert outer._policy.c == c
+    assert outer.policy.c == c
     assert ("tangents" in outer.state) == (direction == "sgd")

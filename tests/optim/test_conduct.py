@@ -507,7 +507,7 @@ def test_callables_stay_out_of_the_state() -> None:
     for o, m in ((optimizer, models[0]), (other, models[1])):
         train(o, m, 3, 6)
     assert snapshot(models[0], optimizer) == snapshot(models[1], other)
-    assert copied._options["decay"] is twice_slower
+    assert copied.rule.decay is twice_slower
 
 
 # ------------------------------------------------------------------------------------------------ hooks
