@@ -75,6 +75,8 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def _sample_bound(self, lower_bound: Any) -> Any:
         """Return a lower bound that was given to a step, or raise."""
+        if lower_bound is None:
+            return None
         if not isinstance(lower_bound, Tensor):
             validation.finite(f"{type(self).__name__}.step", "lower_bound", lower_bound, optional=True)
         return validation.plain(lower_bound)

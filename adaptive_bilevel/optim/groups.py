@@ -12,6 +12,7 @@ policy is made: `_make_policy` returns `rule` itself, unless an optimizer derive
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -97,6 +98,7 @@ class PolicyOptimizer(Hooked):
             self._records = before
             self.__dict__.update(before)
             raise
+        self._initial = self.policy.init()
 
     def _make_policy(self, rule: Any) -> Policy[Any]:
         """Return the policy of these records; rule: the record `rule`, its functions with values that are numbers."""
@@ -225,10 +227,11 @@ class PolicyOptimizer(Hooked):
 
     @property
     def _rule_saved(self) -> StateDict:
-        return self._entries().get("policy", {})
+        saved: StateDict = self.state.get("policy", {})  # type: ignore[call-overload]
+        return saved
 
     def _rule_state(self) -> Any:
-        initial = self.policy.init()
+        initial = self._initial
         return initial._make(map(self._rule_saved.get, initial._fields, initial))
 
     def _save_rule_state(self, state: Any, **more: Scalar) -> None:
@@ -250,6 +253,8 @@ class PolicyOptimizer(Hooked):
     def _factors(self) -> list[float]:
         """Return lr_i / lr_0 of each group."""
         lrs = [float(g["lr"]) for g in self.param_groups]
+        if len(lrs) == 1 and not math.isnan(lrs[0]):
+            return [1.0]
         reference = next((lr for lr in lrs if lr != 0.0), 0.0)
         return [1.0 if lr == reference else lr / reference for lr in lrs]
 

@@ -67,7 +67,8 @@ class PolyakOptimizer(AdaptiveOptimizer):
         trial = None
         if sample is not None and self._seeks_bound():
             trial = self._trial(*sample, active, directions, descent, factors)
-        context = Context(value, slope, trial, lower_bound, None, *self._bound())
+        bound, scale = self._bound()
+        context = Context(value, slope, trial, lower_bound, None, bound, scale)
         record, state = self.policy.propose(state, context)
         stepped = list(gradient) if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):

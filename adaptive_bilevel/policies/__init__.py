@@ -10,7 +10,7 @@ Rules, by their names in the literature: `SPSMax`, `DecSPS`, `SPSB` (Polyak), `S
 (any raw step between a floor and a bound), `GradientNorm` (tuning-free), `Constant`.
 """
 
-from .armijo import armijo_ceiling, armijo_threshold, sufficient_decrease
+from .armijo import armijo_ceiling, armijo_threshold
 from .context import Certificate, Context, Policy, Trial
 from .envelope import Constant, Envelope
 from .gradient_norm import GradientNorm, GradientNormState
@@ -45,5 +45,4 @@ __all__ = [
     "armijo_threshold",
     "decay_factor",
     "reset",
-    "sufficient_decrease",
 ]
