@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from ..errors import OptionError, TensorError
 from ..evaluation.guard import Workspace
 from ..evaluation.tensors import refuse_unsupported
-from ..policies import Policy, validation
+from ..policies import Policy, State, validation
 from ..policies.scalars import Scalar
 from .hooks import Hooked
 from .options import CALLABLE, Conduct, merged, on_numbers, placeholder, refuse_unused_moments, replaced
@@ -52,7 +52,7 @@ class PolicyOptimizer(Hooked):
 
     rule: Any
     conduct: Conduct
-    policy: Policy[Any]
+    policy: Policy[State]
 
     def __init__(
         self,
@@ -100,9 +100,9 @@ class PolicyOptimizer(Hooked):
             raise
         self._initial = self.policy.init()
 
-    def _make_policy(self, rule: Any) -> Policy[Any]:
+    def _make_policy(self, rule: Any) -> Policy[State]:
         """Return the policy of these records; rule: the record `rule`, its functions with values that are numbers."""
-        made: Policy[Any] = rule
+        made: Policy[State] = rule
         return made
 
     def _prepare(self) -> None:
@@ -230,11 +230,11 @@ class PolicyOptimizer(Hooked):
         saved: StateDict = self.state.get("policy", {})  # type: ignore[call-overload]
         return saved
 
-    def _rule_state(self) -> Any:
+    def _rule_state(self) -> State:
         initial = self._initial
         return initial._make(map(self._rule_saved.get, initial._fields, initial))
 
-    def _save_rule_state(self, state: Any, **more: Scalar) -> None:
+    def _save_rule_state(self, state: State, **more: Scalar) -> None:
         # A new dictionary each time: the old one may be part of a state_dict that the user holds.
         self._entries()["policy"] = {**self._rule_saved, **state._asdict(), **more}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.reductions import agree, on_host, on_host_with_inner
 from ..evaluation.tensors import gradients_of, slope_of, tainted
 from ..evaluation.vectors import on_cpu
-from ..policies import Context, Outcome, Record, Trial
+from ..policies import Context, Outcome, Record, State, Trial
 from ..policies.scalars import Scalar
 from .base import AdaptiveOptimizer, Sample
 from .direction import Descent
@@ -46,7 +45,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         loss: Tensor | float,
         lower_bound: float | None,
         sample: tuple[Guard, Closure, RandomState] | None = None,
-    ) -> tuple[Record, Any]:
+    ) -> tuple[Record, State]:
         """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
         if lower_bound is None and self.rule.lower_bound is None:
             raise OptionError(
@@ -173,7 +172,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
 
 
 def _given(
-    owner: str, closure: Any, loss: Any, grads: list[Tensor | None]
+    owner: str, closure: Closure | None, loss: Tensor | float, grads: list[Tensor | None]
 ) -> tuple[Tensor | float, list[Tensor | None]]:
     """Return the loss and gradients that the user computed."""
     if closure is not None:

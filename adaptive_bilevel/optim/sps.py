@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
@@ -129,10 +127,10 @@ class DecSPS(PolyakOptimizer):
         conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
         super().__init__(params, lr, rule, conduct)
 
-    def _rule_state(self) -> Any:
+    def _rule_state(self) -> policies.State:
         # c_{k-1} step_{k-1} bounds the next step, so it follows lr: a scheduler scales it.
         state, reference = super()._rule_state(), self._saved("lr", 0.0)
         return state._replace(product=state.product * (self._reference_lr() / reference)) if reference else state
 
-    def _save_rule_state(self, state: Any, **more: Scalar) -> None:
+    def _save_rule_state(self, state: policies.State, **more: Scalar) -> None:
         super()._save_rule_state(state, lr=self._reference_lr(), **more)

@@ -19,7 +19,7 @@ from .record import Outcome, Record
 from .reset import reset
 from .schedule import PowerDecay, decay_factor
 from .sls import SLS, SLSB
-from .state import BoundState, DecSPSState, SearchState
+from .state import BoundState, DecSPSState, SearchState, State
 
 __all__ = [
     "SLS",
@@ -40,6 +40,7 @@ __all__ = [
     "Record",
     "SPSMax",
     "SearchState",
+    "State",
     "Trial",
     "armijo_ceiling",
     "armijo_threshold",
