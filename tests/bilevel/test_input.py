@@ -61,7 +61,7 @@ WRONG: list[tuple[type[Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("cls", "options"), WRONG, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
 def test_a_wrong_option_is_named_with_its_value(cls: type[Any], options: dict[str, Any]) -> None:
     name, value = list(options.items())[-1]
-    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    x = torch.ones(2, requires_grad=True)
     with pytest.raises(OptionError, match=rf"{name}=") as caught:
         cls([x], **options)
     assert isinstance(caught.value, ValueError)
