@@ -26,7 +26,8 @@ from ..evaluation.reductions import agree, on_host
 from ..evaluation.vectors import inner
 from ..optim.direction import Mean, mean
 from ..optim.state import RoleState
-from .roles import Mix, Momentum, MomentumContext
+from .context import Mix, MomentumContext
+from .roles import Momentum
 
 __all__ = ["Certified", "Full", "Predictive", "momentum_of"]
 

@@ -14,9 +14,9 @@ from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, dot, inner
 from ..hypergradient.curvature import LowerCurvature
 from ..optim.search_path import SearchPath
+from .context import Change, Point
 from .inverse import Inverse
 from .lower import LowerProblem
-from .roles import Change, Point
 
 __all__ = ["JointTangent", "TangentModel", "change_between"]
 
