@@ -19,7 +19,7 @@ from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
-from ..policies import Outcome, Record, validation
+from ..policies import Outcome, validation
 from ..policies.scalars import resolution
 from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import SlopeDiagnosis
@@ -122,7 +122,7 @@ class SearchingOptimizer(UpperOptimizer):
         hypergradient, messages = self._hypergradient(params), list[str]()
         with Guard([*params, *lower], self._workspace) as guard:
             section, gradient = self._enter(guard, params, hypergradient)
-            point = self._point(guard, objective, lower_closure, hypergradient, gradient, lower)
+            point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
             states = read_states(self.state, self._first_states, gradient.tensors)
             path = self._path(gradient, states)
             check = self.roles.check.propose(point, states["check"])
@@ -155,12 +155,12 @@ class SearchingOptimizer(UpperOptimizer):
         guard: Guard,
         objective: Closure,
         lower_closure: Any,
+        params: list[Tensor],
         hypergradient: Sequence[Tensor | None],
         gradient: Gradient,
         lower: list[Tensor],
     ) -> Point:
         """Return f, f_x and f_y at (x, y)."""
-        params = self._parameters()
         tensors = [*params, *lower]
         known = objective.evaluated(tensors) if isinstance(objective, Objective) else None
         if known is None:
@@ -169,6 +169,7 @@ class SearchingOptimizer(UpperOptimizer):
         else:
             loss, found = known
         guard.mark()
+        partials = gradients_of([*gradient.tensors, *lower], tensors, found)
         parts = zip(params, hypergradient, self._each_factor(), strict=True)
         return Point(
             guard=guard,
@@ -183,8 +184,8 @@ class SearchingOptimizer(UpperOptimizer):
             rounding=resolution(loss),
             lr=self._reference_lr(),
             beta=float(self.param_groups[0]["betas"][0]),
-            f_x=gradients_of(gradient.tensors, params, found[: len(params)]),
-            f_y=gradients_of(lower, lower, found[len(params) :]),
+            f_x=partials[: len(gradient.tensors)],
+            f_y=partials[len(gradient.tensors) :],
             scale=Scale(self._rule_state(), bool(self._saved("rejected", False))),
             counts=self.evaluations,
         )
@@ -223,7 +224,9 @@ class SearchingOptimizer(UpperOptimizer):
 
         kept = roles.pace.propose(point, path, states["pace"])
         path = within(path)
-        record = nothing_to_search(point, path) if kept is None else limits.keep(path, kept)
+        if kept is not None:
+            return Found(limits.keep(path, kept), path, limits.state)
+        record = nothing_to_search(point, path) if path.cut else None
         if record is not None:
             return Found(record, path, limits.state)
         model = roles.response.propose(point, path, redirect, states["response"])
@@ -237,13 +240,13 @@ class SearchingOptimizer(UpperOptimizer):
     def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
-        tensors = path.gradient.tensors
+        tensors, moved = path.gradient.tensors, record.moved
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
         mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:
             mix = mix._replace(along=None, weight=0.0)
-        if record.moved:
+        if moved:
             path.take(record.step_size, mix.along)
         direction, messages = self._direction(), list[str]()
         news = {
@@ -260,23 +263,23 @@ class SearchingOptimizer(UpperOptimizer):
             news["response"] = answer.state
             if answer.offsets is not None:
                 predicted = PredictionContext(answer.offsets, mix, point.beta, self.lower)
-                news["prediction"] = self._predict(predicted, record, states["prediction"])
+                news["prediction"] = self._predict(predicted, record.step_size, states["prediction"])
         path.release()
         states.clear()
         del mix, context  # what is written takes the place of what these hold
         write_states(self.state, news, tensors)
-        if record.moved or record.trials > 1:
+        if moved or record.trials > 1:
             rejected = {"rejected": True} if record.trials > 1 else {}
-            self._save_rule_state(found.state if record.moved else point.scale.state, **rejected)
+            self._save_rule_state(found.state if moved else point.scale.state, **rejected)
         return messages
 
-    def _predict(self, context: PredictionContext, record: Record, state: RoleState) -> RoleState:
-        """Let y move along if the step moved, and return what is new in the prediction's state."""
+    def _predict(self, context: PredictionContext, step: float, state: RoleState) -> RoleState:
+        """Let y move along if the step moved x, and return what is new in the prediction's state."""
         role = self.roles.prediction
         response = role.propose(context, state)
         news = role.commit(context, response, state)
-        if response is not None and record.moved:
-            role.deliver(context, response, record.step_size)
+        if response is not None and step > 0.0:
+            role.deliver(context, response, step)
         return news
 
 

@@ -149,12 +149,12 @@ class Watched:
         _here.recorder, _here.buffers = self._recorder, self._buffers
         torch.set_grad_enabled(self._with_grad)
         if self._buffers is not None:
-            self._buffers.start()
+            self._buffers.depth = 0
 
     def __exit__(self, *error: object) -> None:
         _here.recorder, _here.buffers, with_grad = self._outer
         torch.set_grad_enabled(with_grad)
-        if self._buffers is not None:
+        if self._buffers is not None and self._buffers.depth > 0:
             self._buffers.end()
 
 

@@ -114,15 +114,17 @@ class Guard:
     def mark(self) -> None:
         """Take the present buffers and random state as those to leave behind."""
         self._marked = RandomState(self._devices)
-        self._buffers.mark()
+        if self._buffers.slots:
+            self._buffers.mark()
 
     def recall(self) -> None:
         """Put buffers and random state back to where they were when `mark` was called, and forget that mark."""
         assert self._marked is not None
         self._marked.restore()
         self._marked = None
-        with torch.no_grad():
-            self._buffers.to_after()
+        if self._buffers.slots:
+            with torch.no_grad():
+                self._buffers.to_after()
 
     def undo(self) -> None:
         """Put everything back to before the block."""
@@ -210,8 +212,9 @@ class Guard:
     def _prepare(self, random: RandomState | None) -> None:
         """Put buffers and random state back for a replay."""
         if random is not None:
-            with torch.no_grad():
-                self._buffers.to_before()
+            if self._buffers.slots:
+                with torch.no_grad():
+                    self._buffers.to_before()
             random.restore()
         # Autocast caches casts of the parameters for as long as its outermost block lasts; ours have moved since.
         torch.clear_autocast_cache()

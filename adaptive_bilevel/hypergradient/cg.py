@@ -148,7 +148,7 @@ class CG:
                 v, residual = start, add(b, image, -1.0)
         unit = rounding(b)
         target = max(self.tolerance, unit) ** 2 * size
-        p, square, norm = residual, dot(residual, residual), 0.0
+        p, square, norm = residual, size if residual is b else dot(residual, residual), 0.0
         length = square  # ||p||^2, by recurrence: the residual is orthogonal to the last p
         status = SolverStatus.converged
         iteration = 0
