@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,23 @@ from .warm_start import WarmStart
 
 __all__ = ["AdaptiveOptimizer", "Host"]
 
+
+class Proposed(NamedTuple):
+    """What the Direction role proposed for a step.
+
+    Attributes:
+        descent: The directions.
+        role: The role.
+        before: Its state.
+    """
+
+    descent: Descent
+    role: Direction
+    before: RoleState
+
+
 _PLAIN = Plain()
-_NO_STATE = RoleState()
+_PLAIN_PROPOSED = Proposed(Descent(list), _PLAIN, RoleState())
 
 _WARNED = {
     Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
@@ -94,22 +109,19 @@ class AdaptiveOptimizer(PolicyOptimizer):
             return AdamMetric(group["betas"][1], group["eps"])
         return Adam(group["betas"], group["eps"])
 
-    def _descent(self, gradient: Gradient) -> Descent:
-        """Return the directions at a gradient."""
+    def _propose(self, gradient: Gradient) -> Proposed:
+        """Return the directions at a gradient, with what `_commit_direction` needs."""
         role = self._direction()
-        return role.propose(gradient, self._direction_state(role, gradient))
-
-    def _direction_state(self, role: Direction, gradient: Gradient) -> RoleState:
         if role is _PLAIN:
-            return _NO_STATE
-        return read_states(self.state, {"direction": role.init()}, gradient.tensors)["direction"]
+            return _PLAIN_PROPOSED
+        before = read_states(self.state, {"direction": role.init()}, gradient.tensors)["direction"]
+        return Proposed(role.propose(gradient, before), role, before)
 
-    def _commit_direction(self, gradient: Gradient, descent: Descent, moved: Tensor | bool = True) -> None:
+    def _commit_direction(self, gradient: Gradient, proposed: Proposed, moved: Tensor | bool = True) -> None:
         """Write what is new in the direction's state."""
-        role = self._direction()
+        descent, role, before = proposed
         if role is not _PLAIN:
-            news = role.commit(gradient, descent, self._direction_state(role, gradient), moved)
-            write_states(self.state, {"direction": news}, gradient.tensors)
+            write_states(self.state, {"direction": role.commit(gradient, descent, before, moved)}, gradient.tensors)
 
     # ------------------------------------------------------------------------------------------ evaluation
 
@@ -147,7 +159,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
     ) -> float:
         """Return the loss after a step from here that is as long as the last one was."""
         gradient = self._with_gradient(params, grads)
-        descent = self._descent(gradient)
+        descent = self._propose(gradient).descent
         stepped = descent.precondition(gradient.values) if descent.step is None else descent.step
         length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
         descent.move(gradient.tensors, stepped, length, gradient.factors)

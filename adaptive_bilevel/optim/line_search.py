@@ -74,7 +74,8 @@ class LineSearch(AdaptiveOptimizer):
                 searched_gradient = gradients_of(gradient.tensors, params, searched_grads)
                 searched_loss = tainted(searched_loss, loss, gradient.values)
             guard.mark()
-            descent = self._descent(gradient)
+            proposed = self._propose(gradient)
+            descent = proposed.descent
             if isinstance(closure, Objective) and closure.project is not None:
                 directions = self._within(gradient, descent, closure, searched_loss)
             else:
@@ -105,13 +106,13 @@ class LineSearch(AdaptiveOptimizer):
                 if record.outcome == Outcome.non_finite:
                     guard.undo()
                 elif record.outcome == Outcome.no_descent:
-                    self._commit_direction(gradient, descent)  # its memory has to turn, or nothing ever moves again
+                    self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
                 if descent.step is not None or step_closure is not None:
                     guard.put_back()
                     stepped = gradient.values if descent.step is None else descent.step
                     descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
-                self._commit_direction(gradient, descent)
+                self._commit_direction(gradient, proposed)
                 self._save_rule_state(state)
             if record.outcome != Outcome.non_finite:
                 self._drop_offer()
