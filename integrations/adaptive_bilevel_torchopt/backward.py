@@ -1,4 +1,4 @@
-"""TorchOpt's backward through ``solve()``: the hypergradient, with the module as the lower loop saw it."""
+"""TorchOpt's backward through ``solve()``, with the module as the lower loop saw it, and with its errors explained."""
 
 from __future__ import annotations
 
@@ -12,28 +12,25 @@ from torch import Tensor, nn
 from adaptive_bilevel.errors import ClosureError, HypergradientError
 from adaptive_bilevel.evaluation.guard import RandomState
 
-__all__ = ["as_differentiated", "differentiate", "fresh", "gradients"]
+from ._host import Module
+
+__all__ = ["as_differentiated", "computed_before", "explained", "gradients"]
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 
 
-@contextlib.contextmanager
-def fresh() -> Iterator[None]:
-    """Say what a graph that is gone means here.
+def computed_before() -> ClosureError:
+    """Return the error for a loss, or a part of it, from before the step."""
+    return ClosureError(
+        "UpperStep.step(closure=...): the loss that a closure returned, or a part of it, was computed before "
+        "step(): no trial can change it, and its graph is gone after one backward. Compute all of it inside, as in "
+        "meta.step(lambda: val(inner))"
+    )
 
-    Raises:
-        ClosureError: A closure's loss needs a graph from before the step, which was freed by its first backward.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "through the graph a second time" not in str(error):
-            raise
-        raise ClosureError(
-            "UpperStep.step(closure=...): the loss that a closure returned, or a part of it, was computed before "
-            "step(): no trial can change it, and its graph is gone after one backward. Compute all of it inside, as in "
-            "meta.step(lambda: val(inner))"
-        ) from error
+
+def explained(error: RuntimeError) -> ClosureError | None:
+    """Return the error for a graph that is gone, if this is autograd's: it was one from before the step."""
+    return computed_before() if "through the graph a second time" in str(error) else None
 
 
 def gradients(
@@ -49,8 +46,7 @@ def gradients(
     ones = [torch.ones_like(t) for t in outputs]
     random = torch.get_rng_state()
     try:
-        with fresh():
-            found = torch.autograd.grad(list(outputs), list(inputs), ones, retain_graph=retain_graph, allow_unused=True)
+        found = torch.autograd.grad(list(outputs), list(inputs), ones, retain_graph=retain_graph, allow_unused=True)
     except IndexError as error:
         if not _raised_in_torchopt(error):
             raise
@@ -60,6 +56,8 @@ def gradients(
             "upper arguments there"
         ) from error
     except RuntimeError as error:
+        if (gone := explained(error)) is not None:
+            raise gone from error
         if "mutate a captured Tensor" not in str(error):
             raise
         raise HypergradientError(
@@ -76,35 +74,18 @@ def gradients(
     return found
 
 
-def differentiate(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients of an upper loss through ``solve()``; None for parameters that it does not depend on.
-
-    Raises:
-        HypergradientError: It depends on none of them, or as for `gradients`.
-    """
-    active = [p for p in params if p.requires_grad]
-    found = gradients([loss], active)
-    if all(g is None for g in found):
-        raise HypergradientError(
-            "UpperStep: the upper loss depends on no meta-parameter, neither directly nor through solve(). Compute it "
-            "from the module's parameters after solve(); with custom_root, pass them as an argument that argnums names"
-        )
-    by_id = {id(p): g for p, g in zip(active, found, strict=True)}
-    return [by_id.get(id(p)) for p in params]
-
-
 @contextlib.contextmanager
-def as_differentiated(module: Any, random: RandomState | None) -> Iterator[None]:
+def as_differentiated(module: Module, random: RandomState | None) -> Iterator[None]:
     """While TorchOpt's backward evaluates the module again, let it see what the last lower step saw.
 
     Its objective draws the dropout masks of that step (and leaves the random state alone), and BatchNorm in train mode
     leaves its running statistics alone, which no derivative depends on and TorchOpt's transforms refuse to change.
     """
     name = "optimality" if type(module)._custom_optimality else "objective"
-    original: Callable[..., Any] = getattr(module, name)
+    original: Callable[..., object] = getattr(module, name)
     devices = sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
 
-    def replayed(*args: Any, **kwargs: Any) -> Any:
+    def replayed(*args: Any, **kwargs: Any) -> object:
         assert random is not None
         present = RandomState(devices)
         random.restore()
@@ -137,7 +118,7 @@ def _raised_in_torchopt(error: BaseException) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("torchopt.")
 
 
-def _modules(module: Any) -> list[nn.Module]:
+def _modules(module: Module) -> list[nn.Module]:
     found = {id(part): part for part in module.modules()}
     for child in module.meta_children():
         found.update({id(part): part for part in child.modules()})

@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,9 +27,12 @@ from adaptive_bilevel.bilevel.inverse import refined
 from adaptive_bilevel.errors import SolverError
 from adaptive_bilevel.evaluation.vectors import inner
 from adaptive_bilevel.hypergradient import CG, LinearSolver, Neumann
-from adaptive_bilevel.hypergradient.solution import MatVec, Solution, SolverStatus
+from adaptive_bilevel.hypergradient.solution import MatVec, Solution, SolverStatus, relative_residual
 
-__all__ = ["Called", "Dense", "NormalCG", "Ridge", "SafeNeumann", "declared_solver"]
+__all__ = ["Called", "DeclaredSolve", "Dense", "NormalCG", "Ridge", "SafeNeumann", "declared_solver"]
+
+DeclaredSolve: TypeAlias = Callable[..., Any]
+"""A module's ``linear_solve``: one of TorchOpt's solvers, or a function ``(matvec, b) -> x`` on tuples of tensors."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ class _Exact:
 class Ridge(_Exact):
     """A solver for (H + ridge I) w = b."""
 
-    solver: Any
+    solver: LinearSolver
     ridge: float
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Solve with the shifted matrix."""
-        return _of(self.solver.solve(lambda v: _shifted(matvec(v), v, self.ridge), rhs, initial))
+        return self.solver.solve(lambda v: _shifted(matvec(v), v, self.ridge), rhs, initial)
 
     def refined(self) -> LinearSolver | None:
         """Return the solver solving further."""
@@ -82,7 +85,7 @@ class NormalCG(_Exact):
 
         squared: MatVec = lambda v: _shifted(once(once(v)), v, self.ridge)  # noqa: E731
         solution = self.solver.solve(squared, once(rhs), initial)
-        residual = _residual(once, solution.tensors, rhs)
+        residual = relative_residual(once, solution.tensors, rhs)
         return solution._replace(iterations=products, residual=residual)
 
     def refined(self) -> LinearSolver | None:
@@ -142,7 +145,7 @@ class Dense(_Exact):
 class Called(_Exact):
     """A solver of the user's, ``(matvec, b) -> x`` on tuples of tensors."""
 
-    function: Callable[..., Any]
+    function: DeclaredSolve
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Call it, and look at the residual with one product."""
@@ -154,11 +157,11 @@ class Called(_Exact):
             return tuple(matvec(tuple(v)))
 
         found = tuple(self.function(once, tuple(rhs)))
-        residual = _residual(once, found, rhs)
+        residual = relative_residual(once, found, rhs)
         return Solution(tuple(t.detach() for t in found), products, residual, SolverStatus.complete)
 
 
-def declared_solver(linear_solve: Any, lower: Sequence[Tensor]) -> Any:
+def declared_solver(linear_solve: DeclaredSolve | None, lower: Sequence[Tensor]) -> LinearSolver:
     """Return the solver of the response for a module's ``linear_solve``.
 
     Args:
@@ -196,19 +199,8 @@ def declared_solver(linear_solve: Any, lower: Sequence[Tensor]) -> Any:
     return Ridge(solver, ridge) if ridge else solver
 
 
-def _of(solution: Any) -> Solution:
-    assert isinstance(solution, Solution)
-    return solution
-
-
 def _shifted(image: Sequence[Tensor], v: Sequence[Tensor], ridge: float) -> tuple[Tensor, ...]:
     return tuple(image) if ridge == 0.0 else tuple(torch._foreach_add(list(image), list(v), alpha=ridge))
-
-
-def _residual(matvec: Callable[..., Sequence[Tensor]], v: Sequence[Tensor], rhs: Sequence[Tensor]) -> float:
-    left = torch._foreach_sub(list(rhs), list(matvec(tuple(v))))
-    size = float(inner(list(rhs), list(rhs)))
-    return math.sqrt(float(inner(left, left)) / size) if size > 0.0 else 0.0
 
 
 def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:

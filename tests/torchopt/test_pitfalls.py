@@ -7,7 +7,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from adaptive_bilevel.errors import (
 )
 from adaptive_bilevel.policies import Constant, Outcome
 from adaptive_bilevel_torchopt import FunctionalLowerStep, LowerStep, UpperStep
-from adaptive_bilevel_torchopt.marks import Marks
+from adaptive_bilevel_torchopt.staleness import StalenessCheck
 from tests.optim.helpers import plain
 from tests.problems import Problem, b2, ridge_hpo
 from tests.torchopt.modules import EXACT_CG, SOLVE, implicit_module, iterate, leaf, pair
@@ -123,16 +123,16 @@ def test_values_that_change_places_are_a_change(name: str, which: str, dtype: to
     tensors = [torch.randn(*shape, generator=rng).to(dtype) for shape in shapes]
     tensors[2] = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0], dtype=dtype)
     fixed = [torch.full((2,), float("nan"), dtype=dtype)]
-    marks = Marks()
+    staleness = StalenessCheck()
     upper, lower = (tensors, fixed) if which == "upper" else (fixed, tensors)
-    marks.begin(upper)
-    marks.mark(lower)
-    marks.check("test", [t.clone() for t in lower])
+    staleness.begin(upper)
+    staleness.take(lower)
+    assert staleness.check("test", [t.clone() for t in lower])
     changed = [t.to(dtype) for t in REARRANGED[name](tensors)]
     if which == "upper":
-        marks.upper = changed
+        staleness.upper = changed
     with pytest.raises(HypergradientError, match=f"{which} parameters changed"):
-        marks.check("test", lower if which == "upper" else changed)
+        staleness.check("test", lower if which == "upper" else changed)
 
 
 def test_a_solution_that_solve_itself_changes_is_marked() -> None:
@@ -241,7 +241,7 @@ class Network(Base, linear_solve=SOLVE.solve_cg()):
         super().__init__()
         self.features = features
         self.head = nn.Sequential(nn.Linear(4, 3), *layers, nn.Linear(3, 2))
-        self.lower = LowerStep(self, lower) if lower is not None else None
+        self.lower: Any = LowerStep(self, lower) if lower is not None else None
 
     def objective(self, batch: Any) -> Tensor:
         penalty = torch.stack([p.square().sum() for p in self.parameters()]).sum()
@@ -598,14 +598,14 @@ def below(**options: Any) -> Any:
 
 
 WRONG: dict[str, tuple[Any, type[AdaptiveBilevelError], str]] = {
-    "no module": (lambda: LowerStep(nn.Linear(2, 2)), OptionError, "ImplicitMetaGradientModule"),
+    "no module": (lambda: LowerStep(cast(Any, nn.Linear(2, 2))), OptionError, "ImplicitMetaGradientModule"),
     "an instance": (lambda: below(rule=SLS([tensor()]))(), OptionError, "already belongs"),
     "an upper rule below": (below(rule=BiSLS), OptionError, "SPSMax, DecSPS"),
     "a lower rule above": (lambda: pair(ridge_hpo(), rule=SLS), OptionError, "BiSLS or BiSPS"),
     "an option": (below(c=2.0), OptionError, "c="),
     "two numbers": (below(rule=Constant(bound=0.1), lr=1.0), OptionError, "leave lr out"),
     "no objective": (lambda: FunctionalLowerStep(None), OptionError, "objective"),  # type: ignore[arg-type]
-    "lower": (lambda: UpperStep([tensor()], lower=3), OptionError, "ImplicitMetaGradientModule"),
+    "lower": (lambda: UpperStep([tensor()], lower=cast(Any, 3)), OptionError, "ImplicitMetaGradientModule"),
     "a closure": (lambda: pair(ridge_hpo())[1].step(None), ClosureError, "pass a function"),
     "a step's closure": (lambda: pair(ridge_hpo())[0].lower.attach()(None), ClosureError, "pass a function"),
     "a dictionary": (

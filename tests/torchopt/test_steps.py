@@ -39,7 +39,7 @@ class Two(torchopt.nn.ImplicitMetaGradientModule, linear_solve=SOLVE.solve_cg())
         self.x = x
         self.weight = torch.nn.Parameter(torch.zeros(4, 2, dtype=dtype))
         self.bias = torch.nn.Parameter(torch.zeros(2, dtype=dtype))
-        self.lower = None if lower is None else LowerStep(self, lower)
+        self.lower: Any = None if lower is None else LowerStep(self, lower)
 
     def fit(self, batch: Any) -> Tensor:
         inputs, targets = batch
@@ -258,7 +258,8 @@ def test_two_groups_of_meta_parameters_share_one_step() -> None:
                 step(self.objective)
 
     inner = Split(*xs)
-    meta: Any = UpperStep([{"params": [xs[0]]}, {"params": [xs[1]], "lr": 0.0}], lr=1.0, lower=inner.lower)
+    groups: list[dict[str, Any]] = [{"params": [xs[0]]}, {"params": [xs[1]], "lr": 0.0}]
+    meta: Any = UpperStep(groups, lr=1.0, lower=inner.lower)
     inner.solve()
     meta.step(lambda: problem.f(torch.cat(xs), inner.y))
     assert not torch.equal(xs[0].detach(), problem.x0[:2]) and torch.equal(xs[1].detach(), problem.x0[2:])
@@ -472,7 +473,7 @@ def test_a_transformation_s_memory_starts_anew_with_other_parameters() -> None:
     optimizer: Any = SLS([a, b], direction=Transformed(torchopt.adam(lr=1.0)))
     optimizer.step(lambda: (a**2).sum() + (b**2).sum())
     optimizer.step(lambda: (a**2).sum())
-    assert optimizer.state["transformation"]["shapes"] == [(2,)]
+    assert optimizer.state["direction"]["shapes"] == [(2,)]
     optimizer.step(lambda: (a**2).sum() + (b**2).sum())
     assert optimizer.record is not None and optimizer.record.moved
 

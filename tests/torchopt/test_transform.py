@@ -276,19 +276,23 @@ def test_what_drops_the_loss_is_told_the_way_out() -> None:
     with pytest.raises(ClosureError, match="value_fn"):
         scale_by_sls().update(grad, scale_by_sls().init(params), params=params, value=value, grad=grad)
     with pytest.raises(TypeError, match="nonsense"):
-        chain(scale_by_spsb()).update(grad, chain(scale_by_spsb()).init(params), nonsense=1)
+        chain(scale_by_spsb()).update(grad, chain(scale_by_spsb()).init(params), nonsense=1)  # type: ignore[call-arg]
+
+
+def wrong(argument: Any) -> Any:
+    return argument
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: scale_by_policy(policies.SLS), "pass a policy"),
+        (lambda: scale_by_policy(wrong(policies.SLS)), "pass a policy"),
         (lambda: scale_by_policy(policies.SLS(), differentiable=True), "piecewise constant"),
         (lambda: scale_by_spsb(-1.0), "bound"),
-        (lambda: PolyakLR(policies.SPSB), r"PolyakLR\(policy=.*pass a policy"),
-        (lambda: PolyakLR(0.1), r"PolyakLR\(policy=0.1\).*pass a policy"),
+        (lambda: PolyakLR(wrong(policies.SPSB)), r"PolyakLR\(policy=.*pass a policy"),
+        (lambda: PolyakLR(wrong(0.1)), r"PolyakLR\(policy=0.1\).*pass a policy"),
         (lambda: PolyakLR(policies.SLS(), differentiable=True), "piecewise constant"),
-        (lambda: chain(scale_by_spsb), "GradientTransformations"),
+        (lambda: chain(wrong(scale_by_spsb)), "GradientTransformations"),
     ],
 )
 def test_wrong_options_are_refused(make: Any, match: str) -> None:
@@ -347,7 +351,9 @@ def test_an_update_that_was_told_nothing_is_refused() -> None:
 def test_a_loss_that_is_not_finite_is_refused(where: str, rule: str) -> None:
     """TorchOpt multiplies, and 0 times NaN is NaN."""
     x = torch.tensor([3.0, 2.0], requires_grad=True)
-    policy = {"sls": policies.SLS(start=0.3), "decsps": policies.DecSPS(bound=0.3)}.get(rule, policies.SPSB(bound=0.3))
+    policy: Any = {"sls": policies.SLS(start=0.3), "decsps": policies.DecSPS(bound=0.3)}.get(
+        rule, policies.SPSB(bound=0.3)
+    )
     lr = PolyakLR(policy, differentiable="differentiable" in rule)
     options: Any = {"trial": lambda step: 0.0} if rule == "sls" else {}
     optimizer = torchopt.SGD([x], lr=lr)
