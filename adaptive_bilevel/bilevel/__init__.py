@@ -22,10 +22,10 @@ prediction(lower, model, taken)               # what the next lower loop is offe
 | Diagnosis | what limits this run? | attribute ``diagnosis`` | `SlopeDiagnosis` |
 
 **A role of your own** is a class with ``init()``, which returns the state before the first step, ``propose(context,
-state)``, which returns the answer, and ``commit(context, answer, state)``, which returns the state after the step. Pass
-an object of it where the option takes a name. The protocols, and what each is given, are in `roles`; the state is a
-`RoleState` of plain numbers and tensors, which ``state_dict`` saves. A heavy ball with a fixed weight in the place of
-the mean of hypergradients:
+state)``, which returns the answer, and ``commit(context, answer, state)``, which returns what is new in the state after
+the step. Pass an object of it where the option takes a name. The protocols, and what each is given, are in `roles`; the
+state is a `RoleState` of plain numbers and tensors, which ``state_dict`` saves. A heavy ball with a fixed weight in the
+place of the mean of hypergradients:
 
 >>> import torch
 >>> from adaptive_bilevel import BiSLS

@@ -92,6 +92,7 @@ class BiSLS(SearchingOptimizer):
     """
 
     options: RoleOptions
+    _kept = (*SearchingOptimizer._kept, "_solver")
 
     def __init__(
         self,
@@ -165,10 +166,6 @@ class BiSLS(SearchingOptimizer):
             most=math.inf if most is None else most,
             rounding=resolution(point.loss),
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copying and pickling keep."""
-        return {**super().__getstate__(), "_solver": self._solver}
 
 
 def _records(

@@ -154,7 +154,7 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
         return value
 
 
-def _given(closure: Any, loss: Any) -> Tensor | float:
+def _given(closure: Closure | None, loss: Tensor | float) -> Tensor | float:
     """Return the loss that the user computed."""
     if closure is not None:
         raise ClosureError("BiSPS.step(closure=..., loss=...): give one of the two")

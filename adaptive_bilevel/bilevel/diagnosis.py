@@ -36,7 +36,7 @@ class SlopeDiagnosis:
         ]
 
     def commit(self, taken: Taken, messages: Sequence[str], state: RoleState) -> RoleState:
-        """Return the state with this step counted."""
+        """Return the count with this step in it."""
         return RoleState({"far": self._far(taken, state)})
 
     @staticmethod

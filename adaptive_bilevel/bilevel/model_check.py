@@ -43,8 +43,8 @@ class NoCheck:
         return True
 
     def commit(self, point: Point, check: StepCheck, state: RoleState) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
 
 @final
@@ -73,9 +73,9 @@ class CurvatureCheck:
         return TangentCheck(self._tolerance / found.share, point.scale.resumed, found)
 
     def commit(self, point: Point, check: StepCheck, state: RoleState) -> RoleState:
-        """Return the state with this sample counted."""
+        """Return the entries with those of this sample."""
         found = check.support if isinstance(check, TangentCheck) else None
-        return state if found is None else RoleState(found.after(point.moving, state.shared))
+        return RoleState() if found is None else RoleState(found.after(point.moving, state.shared))
 
 
 @final

@@ -45,8 +45,8 @@ class Certified:
         return Mix(None if step is None else step.copy)
 
     def commit(self, context: MomentumContext, mix: Mix, state: RoleState) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
 
 @final
@@ -68,8 +68,9 @@ class Full:
         return Mix(_mixture(context, average, 1.0), 1.0, averages=True, memory=average)
 
     def commit(self, context: MomentumContext, mix: Mix, state: RoleState) -> RoleState:
-        """Return the state with this hypergradient in the mean."""
-        return state if mix.memory is None else state._replace(each=mix.memory.commit())
+        """Return the mean with this hypergradient in it."""
+        news: RoleState = RoleState() if mix.memory is None else mix.memory.commit()
+        return news
 
 
 class _Predicted(NamedTuple):
@@ -119,13 +120,14 @@ class Predictive:
         return Mix(step if theta > 0.0 else None, theta, averages=True, memory=_Predicted(average, sums))
 
     def commit(self, context: MomentumContext, mix: Mix, state: RoleState) -> RoleState:
-        """Return the state with this hypergradient in the mean and the sums."""
+        """Return mean and sums with this hypergradient in them."""
         if mix.memory is None:
-            return state
-        each = mix.memory.average.commit()
-        for saved, h in zip(each, context.gradient.values, strict=True):
-            saved["last"] = h.clone()
-        return RoleState(mix.memory.sums, each)
+            return RoleState()
+        values = context.gradient.values
+        news: RoleState = mix.memory.average.commit()
+        return news._replace(
+            shared=mix.memory.sums, deferred={**news.deferred, "last": lambda: [h.clone() for h in values]}
+        )
 
     def _sums(self, context: MomentumContext, state: RoleState) -> dict[str, float]:
         """Return numerator and denominator of theta with the latest hypergradient in them."""

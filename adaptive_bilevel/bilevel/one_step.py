@@ -106,8 +106,8 @@ class OneMoreStep:
         return SteppedModel(point, path, problems, self._steps)
 
     def commit(self, point: Point, model: ResponseModel, state: RoleState) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
 
 @final

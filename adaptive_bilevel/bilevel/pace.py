@@ -31,8 +31,8 @@ class EveryStep:
         return point.scale.previous if stalled else None
 
     def commit(self, point: Point, record: Record, state: RoleState) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
 
 @final
@@ -48,5 +48,5 @@ class Always:
         return None
 
     def commit(self, point: Point, record: Record, state: RoleState) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -37,8 +37,8 @@ class Never:
         """Do nothing."""
 
     def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
 
 @final
@@ -58,7 +58,7 @@ class Always:
         context.lower.carry(response, step)
 
     def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
-        """Return the state with this tangent in the mean."""
+        """Return the mean with this tangent in it."""
         return _averaged(context, state)
 
 
@@ -79,8 +79,8 @@ class Offered:
         context.lower.follow(response, step)
 
     def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
-        """Return the state with this tangent in the mean."""
-        return state if response is None else _averaged(context, state)
+        """Return the mean with this tangent in it."""
+        return RoleState() if response is None else _averaged(context, state)
 
 
 def _mixed(context: PredictionContext, state: RoleState) -> list[Tensor]:
@@ -100,20 +100,25 @@ def _mixed(context: PredictionContext, state: RoleState) -> list[Tensor]:
 
 
 def _averaged(context: PredictionContext, state: RoleState) -> RoleState:
-    """Return the state with this tangent in the mean."""
+    """Return the mean with this tangent in it; it is computed when it is written."""
     if not context.mix.averages:
-        return state
-    mean, count = _with(list(context.offsets), context, state)
-    return RoleState({"count": count, "mean": mean})
+        return RoleState()
+    count = _known(list(context.offsets), context, state).get("count", 0) + 1
+    return RoleState({"count": count, "mean": lambda: _with(list(context.offsets), context, state)[0]})
 
 
 def _with(tangent: list[Tensor], context: PredictionContext, state: RoleState) -> tuple[list[Tensor], int]:
     """Return the mean of the tangents with this one in it, and their number."""
-    saved = {} if context.mix.restarted else state.shared
-    known = "mean" in saved and [m.shape for m in saved["mean"]] == [t.shape for t in tangent]
-    mean = saved["mean"] if known else torch._foreach_mul(tangent, 0.0)
-    count = (saved["count"] if known else 0) + 1
-    return list(torch._foreach_lerp(list(mean), tangent, 1.0 - context.beta)), count
+    known = _known(tangent, context, state)
+    mean = known["mean"] if known else torch._foreach_mul(tangent, 0.0)
+    return list(torch._foreach_lerp(list(mean), tangent, 1.0 - context.beta)), known.get("count", 0) + 1
+
+
+def _known(tangent: list[Tensor], context: PredictionContext, state: RoleState) -> Mapping[str, Any]:
+    """Return the mean so far and its count; {} where it begins with this tangent."""
+    saved = state.shared
+    fits = "mean" in saved and [m.shape for m in saved["mean"]] == [t.shape for t in tangent]
+    return saved if fits and not context.mix.restarted else {}
 
 
 def prediction_of(option: Any) -> Prediction:

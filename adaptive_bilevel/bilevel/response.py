@@ -103,8 +103,8 @@ class Tangent:
         return model
 
     def commit(self, point: Point, model: ResponseModel, state: RoleState) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
 
 def _direct(point: Point, path: SearchPath) -> Unanswered:

@@ -1,9 +1,10 @@
 """The roles of an upper step: a protocol for each, and what it is given.
 
 A role answers one question of the step. ``init()`` gives its state before the first step, ``propose(context, state)``
-its answer, and ``commit(context, answer, state)`` the state after the step. The state is a `RoleState` of plain numbers
-and tensors, an entry of its own in the optimizer's state. A role sees the context, never the optimizer. ``commit`` is
-not called for a step that must leave no trace, and all states are written at once, after the last role has committed.
+its answer, and ``commit(context, answer, state)`` what is new in the state after the step. The state is a `RoleState`
+of plain numbers and tensors, an entry of its own in the optimizer's state. A role sees the context, never the
+optimizer. ``commit`` is not called for a step that must leave no trace, and all states are written at once, after the
+last role has committed.
 
 The Direction role (along what) is that of the lower optimizers, too: `adaptive_bilevel.optim.direction`.
 """
@@ -152,7 +153,7 @@ class Response(Protocol):
         ...
 
     def commit(self, point: Point, model: ResponseModel, state: RoleState) -> RoleState:
-        """Return the state after the step."""
+        """Return what is new in the state after the step."""
         ...
 
 
@@ -183,7 +184,7 @@ class ModelCheck(Protocol):
         ...
 
     def commit(self, point: Point, check: StepCheck, state: RoleState) -> RoleState:
-        """Return the state after the step."""
+        """Return what is new in the state after the step."""
         ...
 
 
@@ -199,7 +200,7 @@ class Pace(Protocol):
         ...
 
     def commit(self, point: Point, record: Record, state: RoleState) -> RoleState:
-        """Return the state after the step."""
+        """Return what is new in the state after the step."""
         ...
 
 
@@ -247,7 +248,7 @@ class Momentum(Protocol):
         ...
 
     def commit(self, context: MomentumContext, mix: Mix, state: RoleState) -> RoleState:
-        """Return the state after the step."""
+        """Return what is new in the state after the step."""
         ...
 
 
@@ -283,7 +284,7 @@ class Prediction(Protocol):
         ...
 
     def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
-        """Return the state after the step."""
+        """Return what is new in the state after the step."""
         ...
 
 
@@ -313,5 +314,5 @@ class Diagnosis(Protocol):
         ...
 
     def commit(self, taken: Taken, messages: Sequence[str], state: RoleState) -> RoleState:
-        """Return the state after the step."""
+        """Return what is new in the state after the step."""
         ...

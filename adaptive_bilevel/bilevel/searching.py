@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_state, write_states
-from ..policies import Outcome, Record
+from ..policies import Outcome, Record, validation
 from ..policies.scalars import resolution
 from .diagnosis import SlopeDiagnosis
 from .roles import (
@@ -70,6 +70,8 @@ class SearchingOptimizer(UpperOptimizer):
     roles: Roles
     project: Any = None
     _diagnosis: Diagnosis = SlopeDiagnosis()
+    _kept: ClassVar[tuple[str, ...]] = ("project", "_diagnosis")
+    """Attributes that copying keeps, beside the options."""
 
     @property
     def diagnosis(self) -> Diagnosis:
@@ -85,13 +87,21 @@ class SearchingOptimizer(UpperOptimizer):
     def _make_roles(self) -> None:
         """Set `roles` from the options."""
 
+    def _check_lr(self, lr: float | None) -> None:
+        validation.positive(type(self).__name__, "lr", lr, optional=True, below_infinity=True)
+
     def _make_policy(self, rule: Any) -> Any:
         self._make_roles()  # whenever the options have changed, as the policy
         return super()._make_policy(rule)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
-        return {**super().__getstate__(), "project": self.project, "_diagnosis": self._diagnosis}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; the roles are made from what is restored."""
+        self.__dict__.update({name: state[name] for name in self._kept if name in state})
+        super().__setstate__(state)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -242,6 +252,7 @@ class SearchingOptimizer(UpperOptimizer):
         tensors, beta = path.gradient.tensors, float(self.param_groups[0]["betas"][0])
         context = MomentumContext(path.gradient, path.descent, beta)
         before = self._state_of("momentum", roles.momentum, tensors)
+        path.rest()
         mix = roles.momentum.propose(context, before)
         if path.replaced or mix.along is None:
             mix = mix._replace(along=None, weight=0.0)
@@ -262,6 +273,8 @@ class SearchingOptimizer(UpperOptimizer):
             entries.append(("diagnosis", (), roles.diagnosis.commit(taken, messages, state)))
             if found.answer.offsets is not None:
                 entries.append(self._predict(PredictionContext(found.answer.offsets, mix, beta, self.lower), record))
+        path.release()
+        del before, mix, context  # what is written takes the place of what they hold
         write_states(self.state, entries)
         if record.moved or record.trials > 1:
             rejected = {"rejected": True} if record.trials > 1 else {}

@@ -23,7 +23,7 @@ from ..evaluation.vectors import Vector, add, scale
 from ..hypergradient.estimate import Point
 from ..hypergradient.oracle import Sample
 from ..optim import direction as core
-from ..optim.state import RoleState
+from ..optim.state import RoleState, advanced
 from ..policies import validation
 from .fields import Gradient
 
@@ -150,7 +150,7 @@ class Adam:
         gradient = core.Gradient(list(g), list(g), [1.0] * len(g))
         descent = role.propose(gradient, before)
         assert descent.step is not None
-        after = {"each": role.commit(gradient, descent, before).each}
+        after = {"each": advanced(before, role.commit(gradient, descent, before)).each}
         return Directed(g, tuple(descent.precondition(g)), tuple(descent.step), after)
 
 

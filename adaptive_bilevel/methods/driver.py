@@ -12,7 +12,7 @@ from ..evaluation.vectors import Vector, add, dot
 from ..hypergradient.estimate import Estimate, Point, Visit
 from ..hypergradient.oracle import Oracle, Sample
 from ..optim.projection import as_projection
-from ..policies import Context, GradientNormState, Outcome, Record
+from ..policies import Context, GradientNormState, Outcome, Record, State
 from ..policies.scalars import resolution
 from .batches import Pair, Source
 from .checks import SEARCHES
@@ -76,7 +76,7 @@ class Driver:
         self._offered: Vector | None = None
         self._lower_step = 0.0
         self._generator = torch.Generator().manual_seed(seed)
-        self._told: set[Any] = set()
+        self._told: set[object] = set()
         # Where y moves together with x, there is no next lower step to take a prediction back.
         carry = row.carry if "x" in row.groups else False
         searches = isinstance(row.upper_step, SEARCHES)
@@ -141,7 +141,7 @@ class Driver:
     def _move(self, group: str, found: dict[str, Gradient], sample: Sample) -> None:
         """Step all variables of a group from the present point."""
         old: Point = self.point
-        shared: dict[str, Any] = {}
+        shared: dict[str, State] = {}
         if "x" in group:
             self._from = old
         for variable in group:
@@ -163,7 +163,7 @@ class Driver:
             self._correct(old, found["x"].estimate, sample)
 
     def _step(
-        self, variable: str, gradient: Gradient, old: Point, sample: Sample, shared: dict[str, Any]
+        self, variable: str, gradient: Gradient, old: Point, sample: Sample, shared: dict[str, State]
     ) -> tuple[Record, Directed]:
         """Ask direction and step rule of a variable; their states advance unless something is not finite."""
         row, policy = self._row, self._row.step_of(variable)

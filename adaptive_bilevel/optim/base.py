@@ -13,7 +13,8 @@ from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
-from ..policies import Outcome, Record, validation
+from ..policies import Outcome, Record, State, validation
+from ..policies.scalars import Scalar
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
 from .groups import PolicyOptimizer
 from .state import RoleState, read_state, write_states
@@ -62,7 +63,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
     def _prepare(self) -> None:
         super()._prepare()
         self._warned: dict[int, int] = {}
-        self._skips: Any = 0
+        self._skips: Scalar = 0
         self._looks = 0
         self._warm_start = WarmStart()
         self.record: Record | None = None
@@ -73,8 +74,10 @@ class AdaptiveOptimizer(PolicyOptimizer):
     def _restored(self) -> None:
         self._warm_start.restored(self.state, self._parameters())
 
-    def _sample_bound(self, lower_bound: Any) -> Any:
+    def _sample_bound(self, lower_bound: Scalar | None) -> Scalar | None:
         """Return a lower bound that was given to a step, or raise."""
+        if lower_bound is None:
+            return None
         if not isinstance(lower_bound, Tensor):
             validation.finite(f"{type(self).__name__}.step", "lower_bound", lower_bound, optional=True)
         return validation.plain(lower_bound)
@@ -192,7 +195,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         lr = self._reference_lr()
         return (None, lr) if self.param_groups[0]["automatic"] else (lr, 1.0)
 
-    def _conclude(self, record: Record, state: Any) -> None:
+    def _conclude(self, record: Record, state: State) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""
         self.record = record
         on_device = isinstance(record.step_size, Tensor)

@@ -89,14 +89,14 @@ class Direction(Protocol):
         ...
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
-        """Return the state after the step.
+        """Return what is new in the state after the step.
 
         Args:
             gradient: As it was proposed for.
             descent: What was proposed.
             state: As it was proposed from.
-            moved: Where only the device knows whether the step moved anything, that as a tensor; false: the state
-                stays.
+            moved: Where only the device knows whether the step moved anything, that as a tensor; false: nothing is
+                new.
         """
         ...
 
@@ -116,15 +116,15 @@ class Plain:
         return Descent(list)
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
 
 @final
 class AdamMetric:
     """Adam's metric alone: searched and stepped is A^{-1} g, A = sqrt(v / (1 - beta^n)) + eps.
 
-    Per parameter it keeps "step" (n) and "exp_avg_sq" (v).
+    Per parameter the state holds "step" (n) and "exp_avg_sq" (v).
 
     Args:
         beta: Decay of the second moment, in [0, 1).
@@ -148,11 +148,14 @@ class AdamMetric:
         return Descent(lambda g: list(torch._foreach_div(list(g), root)))
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
-        """Return the state with this gradient in the second moment; computed anew, since kept it would be a copy."""
+        """Return the second moment with this gradient in it; computed anew, since kept it would be a copy."""
         counts = _counts(state.each, "step", gradient.values)
-        moments = self._second(gradient, state), _so_far(state.each, "exp_avg_sq", gradient.values)
-        each = _kept(state.each, moved, step=(counts, [n - 1 for n in counts]), exp_avg_sq=moments)
-        return RoleState(state.shared, each)
+
+        def second() -> list[Any]:
+            old = _so_far(state.each, "exp_avg_sq", gradient.values)
+            return _where(moved, self._second(gradient, state), old)
+
+        return RoleState(each=_counted("step", counts, moved), deferred={"exp_avg_sq": second})
 
     def root(self, gradient: Gradient, state: RoleState) -> list[Tensor]:
         """Return A."""
@@ -201,9 +204,11 @@ class Adam:
         return Descent(lambda g: list(torch._foreach_div(list(g), root)), step)
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
-        """Return the state with this gradient in both moments."""
-        after = self._metric.commit(gradient, descent, state, moved)
-        return after._replace(each=mean(gradient.values, after.each, self._beta).commit(moved))
+        """Return both moments with this gradient in them."""
+        second = self._metric.commit(gradient, descent, state, moved)
+        first = mean(gradient.values, state.each, self._beta).commit(moved)
+        each = [{**s, **f} for s, f in zip(second.each, first.each, strict=True)]
+        return RoleState(each=each, deferred={**second.deferred, **first.deferred})
 
 
 class Mean(NamedTuple):
@@ -212,12 +217,12 @@ class Mean(NamedTuple):
     Attributes:
         moment: Computes m.
         mass: 1 - beta^n of each parameter, by which m is to be divided.
-        commit: Returns the state of each parameter with these gradients in the mean; see `Direction.commit`.
+        commit: Returns what is new in the state with these gradients in the mean; see `Direction.commit`.
     """
 
     moment: Callable[[], list[Tensor]]
     mass: list[Any]
-    commit: Callable[..., list[dict[str, Any]]]
+    commit: Callable[..., RoleState]
 
 
 def mean(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], beta: float, *, restart: bool = False) -> Mean:
@@ -235,9 +240,11 @@ def mean(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], beta: f
     def moment() -> list[Tensor]:
         return list(torch._foreach_lerp(_so_far(known, "exp_avg", gradients), list(gradients), 1.0 - beta))
 
-    def commit(moved: Tensor | bool = True) -> list[dict[str, Any]]:
-        moments = moment(), _so_far(known, "exp_avg", gradients)
-        return _kept(each, moved, averaged=(counts, [n - 1 for n in counts]), exp_avg=moments)
+    def commit(moved: Tensor | bool = True) -> RoleState:
+        def first() -> list[Any]:
+            return _where(moved, moment(), _so_far(known, "exp_avg", gradients))
+
+        return RoleState(each=_counted("averaged", counts, moved), deferred={"exp_avg": first})
 
     return Mean(moment, [1.0 - beta**n for n in counts], commit)
 
@@ -257,12 +264,12 @@ def _so_far(each: Sequence[Mapping[str, Any]], name: str, gradients: Sequence[Te
     ]
 
 
-def _kept(
-    each: Sequence[Mapping[str, Any]], moved: Tensor | bool, **values: tuple[Sequence[Any], Sequence[Any]]
-) -> list[dict[str, Any]]:
-    """Return the states with new values (or, where a step on the device did not move, old ones)."""
-    after = [dict(saved) for saved in each]
-    for name, (new, old) in values.items():
-        for saved, ahead, before in zip(after, new, old, strict=True):
-            saved[name] = torch.where(moved, ahead, before) if isinstance(moved, Tensor) else ahead
-    return after
+def _where(moved: Tensor | bool, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    """Return the new values; where a step on the device did not move, the old ones."""
+    if not isinstance(moved, Tensor):
+        return list(new)
+    return [torch.where(moved, ahead, before) for ahead, before in zip(new, old, strict=True)]
+
+
+def _counted(name: str, counts: Sequence[Any], moved: Tensor | bool) -> list[dict[str, Any]]:
+    return [{name: n} for n in _where(moved, counts, [n - 1 for n in counts])]

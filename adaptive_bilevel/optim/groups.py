@@ -12,21 +12,22 @@ policy is made: `_make_policy` returns `rule` itself, unless an optimizer derive
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, StateDict, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import ParamsT, StateDict
 
 from ..errors import OptionError, TensorError
 from ..evaluation.guard import Workspace
 from ..evaluation.tensors import refuse_unsupported
-from ..policies import Policy, validation
+from ..policies import Policy, State, validation
 from ..policies.scalars import Scalar
 from .direction import Gradient
+from .hooks import Hooked
 from .options import CALLABLE, Conduct, is_plain, merged, on_numbers, placeholder, refuse_unused_moments, replaced
 
 if TYPE_CHECKING:
@@ -34,15 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyOptimizer"]
 
-_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 _LR = ("bound", "start")
 """Fields of a rule that lr is in the place of: it goes to each step, from ``param_groups``."""
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-class PolicyOptimizer(torch.optim.Optimizer):
+class PolicyOptimizer(Hooked):
     """What an optimizer whose steps come from a policy keeps, and how it is saved, copied and put on other tensors.
 
     Attributes:
@@ -56,7 +53,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
 
     rule: Any
     conduct: Conduct
-    policy: Policy[Any]
+    policy: Policy[State]
 
     def __init__(
         self,
@@ -102,31 +99,12 @@ class PolicyOptimizer(torch.optim.Optimizer):
             self._records = before
             self.__dict__.update(before)
             raise
+        self._initial = self.policy.init()
 
-    def _make_policy(self, rule: Any) -> Policy[Any]:
+    def _make_policy(self, rule: Any) -> Policy[State]:
         """Return the policy of these records; rule: the record `rule`, its functions with values that are numbers."""
-        made: Policy[Any] = rule
+        made: Policy[State] = rule
         return made
-
-    @staticmethod
-    def profile_hook_step(func: Callable[P, T]) -> Callable[P, T]:
-        """Wrap `step` as torch does, for hooks and profilers; without them past that wrapper.
-
-        A record for profilers costs a fifth of an evaluation of a small model, whether or not one reads it.
-        """
-        observed = torch.optim.Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def step(*args: P.args, **kwargs: P.kwargs) -> T:
-            optimizer = args[0]
-            assert isinstance(optimizer, PolicyOptimizer)
-            return (observed if optimizer._is_observed() else func)(*args, **kwargs)
-
-        return step
-
-    def _is_observed(self) -> bool:
-        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_GLOBAL_HOOKS)
-        return any(hooks) or torch.autograd._profiler_enabled()
 
     def _prepare(self) -> None:
         """Set what is not saved; derived classes add theirs."""
@@ -253,13 +231,14 @@ class PolicyOptimizer(torch.optim.Optimizer):
 
     @property
     def _rule_saved(self) -> StateDict:
-        return self._entries().get("policy", {})
+        saved: StateDict = self.state.get("policy", {})  # type: ignore[call-overload]
+        return saved
 
-    def _rule_state(self) -> Any:
-        initial = self.policy.init()
+    def _rule_state(self) -> State:
+        initial = self._initial
         return initial._make(map(self._rule_saved.get, initial._fields, initial))
 
-    def _save_rule_state(self, state: Any, **more: Scalar) -> None:
+    def _save_rule_state(self, state: State, **more: Scalar) -> None:
         # A new dictionary each time: the old one may be part of a state_dict that the user holds.
         self._entries()["policy"] = {**self._rule_saved, **state._asdict(), **more}
 
@@ -278,6 +257,8 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def _factors(self) -> list[float]:
         """Return lr_i / lr_0 of each group."""
         lrs = [float(g["lr"]) for g in self.param_groups]
+        if len(lrs) == 1 and not math.isnan(lrs[0]):
+            return [1.0]
         reference = next((lr for lr in lrs if lr != 0.0), 0.0)
         return [1.0 if lr == reference else lr / reference for lr in lrs]
 

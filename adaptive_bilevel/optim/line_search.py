@@ -92,11 +92,11 @@ class LineSearch(AdaptiveOptimizer):
                 self.evaluations.upper.values += 1
                 return on_host(guard.value(searched, random))[0]
 
-            if self._reference_lr() == 0.0:
+            bound, scale = self._bound()
+            if bound == 0.0 or scale == 0.0:
                 record, state = Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=slope), self._rule_state()
             else:
                 guard.copy()
-                bound, scale = self._bound()
                 rounding = resolution(searched_loss)
                 sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
                 record, state = self.policy.propose(self._rule_state(), sample)

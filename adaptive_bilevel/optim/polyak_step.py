@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.reductions import agree, on_host, on_host_with_inner
 from ..evaluation.tensors import slope_of
 from ..evaluation.vectors import on_cpu
-from ..policies import Context, Outcome, Record, Trial
+from ..policies import Context, Outcome, Record, State, Trial
 from ..policies.scalars import Scalar
 from .base import AdaptiveOptimizer
 from .direction import Descent, Gradient
@@ -43,7 +42,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         loss: Tensor | float,
         lower_bound: float | None,
         sample: tuple[Guard, Closure, RandomState] | None = None,
-    ) -> tuple[Record, Any]:
+    ) -> tuple[Record, State]:
         """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
         if lower_bound is None and self.rule.lower_bound is None:
             raise OptionError(
@@ -64,7 +63,8 @@ class PolyakOptimizer(AdaptiveOptimizer):
         trial = None
         if sample is not None and self._seeks_bound():
             trial = self._trial(*sample, gradient, directions, descent)
-        context = Context(value, slope, trial, lower_bound, None, *self._bound())
+        bound, scale = self._bound()
+        context = Context(value, slope, trial, lower_bound, None, bound, scale)
         record, state = self.policy.propose(state, context)
         stepped = gradient.values if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):

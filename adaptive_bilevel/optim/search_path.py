@@ -62,7 +62,14 @@ class SearchPath:
         if along is not None:
             self.along = []
             self.along = scaled(along(), self.gradient.factors)
+        elif not self.along:
+            self.along = scaled(self.descent.precondition(self.gradient.values), self.gradient.factors)
         self.go(step)
+
+    def rest(self) -> None:
+        """Drop d, where `take` can compute it again."""
+        if not self.cut:
+            self.along = []
 
     def go(self, step: float) -> None:
         """Move the tensors, which are at x, along d."""
@@ -71,6 +78,10 @@ class SearchPath:
             # For d this changes rounding errors only.
             params, project = self.constrained
             project(params)
+
+    def release(self) -> None:
+        """Drop the directions: the step is taken."""
+        self.along, self.descent = [], Descent(list)
 
     def within(self, params: Sequence[Tensor], project: Section, longest: float) -> SearchPath:
         """Return the path along (x - P(x - a d)) / a for the longest step a to be tried.

@@ -10,7 +10,7 @@ Rules, by their names in the literature: `SPSMax`, `DecSPS`, `SPSB` (Polyak), `S
 (any raw step between a floor and a bound), `GradientNorm` (tuning-free), `Constant`.
 """
 
-from .armijo import armijo_ceiling, armijo_threshold, sufficient_decrease
+from .armijo import armijo_ceiling, armijo_threshold
 from .context import Certificate, Context, Policy, Trial
 from .envelope import Constant, Envelope
 from .gradient_norm import GradientNorm, GradientNormState
@@ -19,7 +19,7 @@ from .record import Outcome, Record
 from .reset import reset
 from .schedule import PowerDecay, decay_factor
 from .sls import SLS, SLSB
-from .state import BoundState, DecSPSState, SearchState
+from .state import BoundState, DecSPSState, SearchState, State
 
 __all__ = [
     "SLS",
@@ -40,10 +40,10 @@ __all__ = [
     "Record",
     "SPSMax",
     "SearchState",
+    "State",
     "Trial",
     "armijo_ceiling",
     "armijo_threshold",
     "decay_factor",
     "reset",
-    "sufficient_decrease",
 ]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 from .scalars import Scalar, where
 
-__all__ = ["armijo_ceiling", "armijo_threshold", "polyak_ratio", "sufficient_decrease"]
+__all__ = ["armijo_ceiling", "armijo_threshold", "polyak_ratio"]
 
 
 def armijo_threshold(
     loss: float, slope: float, step: float, *, c: float, slack: float = 0.0, rounding: float = 0.0
 ) -> float:
-    """Return f + slack + rounding |f| - c step slope, eq. (8): the largest value at that step which is a decrease.
+    """Return f + slack + rounding |f| - c step slope: the largest value at that step which is a sufficient decrease.
+
+    Eq. (8): a finite value passes if it is not above. A value that is not finite is no decrease.
 
     Args:
         loss: f, the loss at step 0.
@@ -26,17 +26,6 @@ def armijo_threshold(
     1.5
     """
     return loss + slack + rounding * abs(loss) - c * step * slope
-
-
-def sufficient_decrease(
-    value: float, loss: float, slope: float, step: float, *, c: float, slack: float = 0.0, rounding: float = 0.0
-) -> bool:
-    """Return whether the value at that step is finite and at most `armijo_threshold`.
-
-    >>> sufficient_decrease(1.5, 2.0, 4.0, 0.5, c=0.25), sufficient_decrease(1.6, 2.0, 4.0, 0.5, c=0.25)
-    (True, False)
-    """
-    return math.isfinite(value) and value <= armijo_threshold(loss, slope, step, c=c, slack=slack, rounding=rounding)
 
 
 def polyak_ratio(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: Scalar) -> Scalar:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..errors import OptionError
 from . import validation
-from .armijo import armijo_ceiling, sufficient_decrease
+from .armijo import armijo_ceiling, armijo_threshold
 from .context import Context, Policy, Trial
 from .distance import take
 from .record import Outcome, Record
@@ -52,7 +52,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Policy[SearchState]):
-    """Options of a search. Derived rules say which length is given (`_given`), and what it is capped by (`_capped`)."""
+    """Options of a search. Derived rules say which length is given, `_given`, and how long steps may be, `_limits`."""
 
     c: float = 0.1
     shrink: float = 0.5
@@ -115,11 +115,11 @@ class Search(Policy[SearchState]):
                 outcome = self._why_nothing_found(loss, context.lower_bound, before)
                 return Record(0.0, 0.0, math.inf, outcome, before, slope=slope), state
             initial = seen.found * context.scale
-        high = initial * self._factor(state)
+        high, largest = self._limits(state, initial, context)
         if not high > 0.0:
             outcome = Outcome.non_finite if math.isnan(high) else Outcome.at_bound
             return Record(0.0, high, high, outcome, slope=slope), state
-        cap = min(self._capped(high, context), ceiling)
+        cap = min(largest, ceiling)
         start = reset(state.previous, initial, option=self.reset, grow=self.grow, cap=cap)
         step, accepted, trials, value = self._backtrack(start, point, context)
         if not accepted:
@@ -144,20 +144,16 @@ class Search(Policy[SearchState]):
             step = start if trials == 0 else step * self.shrink
             trials += 1
             value = float(trial(step))
-            accepted = sufficient_decrease(value, loss, slope, step, c=c, slack=slack, rounding=rounding)
-            accepted = accepted and (certify is None or certify(step))
+            most = armijo_threshold(loss, slope, step, c=c, slack=slack, rounding=rounding)
+            accepted = math.isfinite(value) and value <= most and (certify is None or certify(step))
         return step, accepted, trials, value
 
     def _given(self, context: Context) -> float | None:
         """Return the bound or first trial that was given; None: it is to be found."""
         raise NotImplementedError
 
-    def _factor(self, state: SearchState) -> float:
-        """Return by what it is multiplied at this step."""
-        raise NotImplementedError
-
-    def _capped(self, high: float, context: Context) -> float:
-        """Return what no trial is above, beside the ceiling of the sample; high: the length given or found."""
+    def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
+        """Return that length at this step, and what no trial is above, beside the ceiling of the sample."""
         raise NotImplementedError
 
     def _find(self, state: SearchState, point: Point, ceiling: float, trial: Trial) -> Found:

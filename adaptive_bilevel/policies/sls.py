@@ -22,7 +22,7 @@ class SLS(Search):
     """Stochastic line search: the first step of start, start w, start w^2, ... with sufficient decrease, eq. (8).
 
     Accepts gamma as soon as f_i(x - gamma d) <= f_i(x) - c gamma <g, d> + slack, up to one rounding unit of the loss's
-    dtype (`sufficient_decrease`). No step above (f_i - l)/(c <g, d>) can pass, so none is tried.
+    dtype (`armijo_threshold`). No step above (f_i - l)/(c <g, d>) can pass, so none is tried.
 
     Args:
         start: The first trial of the first search, > 0. None: found at the first step, see `armijo_ceiling`. Later
@@ -58,12 +58,9 @@ class SLS(Search):
     def _given(self, context: Context) -> float | None:
         return self.start if context.bound is None else float(context.bound)
 
-    def _factor(self, state: SearchState) -> float:
-        return 1.0
-
-    def _capped(self, high: float, context: Context) -> float:
+    def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         largest = self.max_step if context.cap is None else context.cap
-        return math.inf if largest is None else largest
+        return initial, math.inf if largest is None else largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +91,9 @@ class SLSB(Search):
     def _given(self, context: Context) -> float | None:
         return self.bound if context.bound is None else float(context.bound)
 
-    def _factor(self, state: SearchState) -> float:
-        return float(decay_factor(self.decay, state.count))
-
-    def _capped(self, high: float, context: Context) -> float:
-        return high if context.cap is None else min(context.cap, high)
+    def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
+        high = initial * float(decay_factor(self.decay, state.count))
+        return high, high if context.cap is None else min(context.cap, high)
 
     def _find(self, state: SearchState, point: Point, ceiling: float, trial: Trial) -> Found:
         if self.decay != "inverse_sqrt" or (state.seen == 0 and not math.isfinite(ceiling)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .scalars import Scalar
 
-__all__ = ["BoundState", "DecSPSState", "SearchState"]
+__all__ = ["BoundState", "DecSPSState", "SearchState", "State"]
+
+State = Any
+"""A state of some policy: a NamedTuple of numbers, or 0-dim arrays; `count`, and `found` where a bound can be found."""
 
 
 class BoundState(NamedTuple):

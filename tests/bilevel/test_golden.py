@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS
+from adaptive_bilevel import SLS, SPSB, BiSPS, OneStepBiSLS
 from adaptive_bilevel.hypergradient import CG, Neumann, implicit
 from adaptive_bilevel.policies import Outcome
 from tests.problems import Problem, b1
@@ -82,7 +82,7 @@ def paper_step(problem: Problem, T: int = 5, **options: Any) -> tuple[Any, Any, 
     x, y, upper, lower = problem.instance()
     inner: Any = SLS([y], lr=1.0, shrink=0.6, reset="initial", max_step=1.0)
     settings: dict[str, Any] = {"shrink": 0.6, "grow": 2.0, "c": 0.1, "max_trials": 61, **options}
-    outer = BiSLS([x], lr=8.0, lower=inner, response="step", **settings)
+    outer = OneStepBiSLS([x], lr=8.0, lower=inner, **settings)
 
     def iterate() -> list[tuple[float, int]]:
         steps = []

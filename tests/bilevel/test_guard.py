@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS
+from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.errors import NonFiniteError
 from adaptive_bilevel.policies import Outcome
 from tests.bilevel.helpers import EXACT, Traced, everything, iterate
@@ -47,11 +47,11 @@ def test_where_y_is_after_a_step(carry: Any, kind: Any) -> None:
         assert torch.equal(point.y, certified[1])
     elif carried:
         assert torch.allclose(point.y, certified[1], rtol=1e-14, atol=0)
-        assert torch.equal(inner.state[point.y]["offered"], y0)
+        assert torch.equal(inner.state[point.y]["warm_start"]["point"], y0)
     else:
         assert torch.equal(point.y, y0)
     assert not torch.equal(certified[1], y0)
-    assert own is False or carry == "auto" or "offered" not in inner.state[point.y]
+    assert own is False or carry == "auto" or "warm_start" not in inner.state[point.y]
 
 
 @pytest.mark.parametrize("better", ["prediction", "before"])
@@ -69,7 +69,7 @@ def test_the_next_lower_step_chooses(better: str) -> None:
     assert torch.equal(lower.points[1][0], y0)
     base = [p[0] for p, graph in zip(lower.points, lower.graphs, strict=True) if graph][-1]
     assert torch.equal(base, target)
-    assert "offered" not in inner.state[point.y]
+    assert "warm_start" not in inner.state[point.y]
     calls = Traced(point.lower)
     inner.step(calls)
     assert calls.calls == 1 + inner.record.trials
@@ -113,7 +113,7 @@ def test_a_step_that_does_not_move_carries_nothing() -> None:
         outer.step(point.upper)
         assert outer.record.outcome == Outcome.zero_gradient
         assert torch.equal(point.y, y0)
-        assert "offered" not in inner.state[point.y]
+        assert "warm_start" not in inner.state[point.y]
 
 
 def test_a_zero_hypergradient_touches_no_state() -> None:
@@ -169,7 +169,7 @@ def test_a_mixed_list_carries_what_can_go_back() -> None:
     outer.step(lambda: (a**2 + b**2 + x**2).sum(), [None, lambda: (b - x).square().sum()])
     assert torch.equal(b, torch.zeros(1))
     assert not torch.equal(a, before)
-    assert torch.equal(first.state[a]["offered"], before)
+    assert torch.equal(first.state[a]["warm_start"]["point"], before)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -223,7 +223,7 @@ class Levels:
 CASES: dict[str, dict[str, Any]] = {
     "tangent": {},
     "adam": {"direction": "adam"},
-    "step": {"response": "step", "response_steps": 2},
+    "step": {"outer_class": OneStepBiSLS, "response_steps": 2},
     "bisps": {"outer_class": BiSPS},
 }
 every_case = pytest.mark.parametrize("case", CASES)

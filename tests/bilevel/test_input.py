@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS
+from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.errors import (
     AdaptiveBilevelError,
     ClosureError,
@@ -36,12 +36,13 @@ WRONG: list[tuple[type[Any], dict[str, Any]]] = [
     (BiSLS, {"reset": "3"}),
     *((BiSLS, {"slack": v}) for v in (-1.0, math.inf)),
     *((cls, {"lower_bound": v}) for cls in (BiSLS, BiSPS) for v in (math.nan, -math.inf, "0")),
-    (BiSLS, {"response": "step", "lower_bound": "0"}),
+    (OneStepBiSLS, {"lower_bound": "0"}),
     *((BiSLS, {"max_step": v}) for v in (0.0, -1.0, math.nan)),
-    (BiSLS, {"response": "step", "max_step": -1.0}),
     *((BiSLS, {"max_trials": v}) for v in (0, 1.5, True)),
-    (BiSLS, {"baseline": "papers"}),
-    *((BiSLS, {"response_steps": v}) for v in (0, 1.0)),
+    (OneStepBiSLS, {"baseline": "papers"}),
+    *((OneStepBiSLS, {"response_steps": v}) for v in (0, 1.0)),
+    *((OneStepBiSLS, {"momentum": v}) for v in ("auto", 1)),
+    *((BiSLS, {"pace": v}) for v in ("keep", None)),
     *((cls, {"direction": v}) for cls in (BiSLS, BiSPS) for v in ("Adam", None)),
     (BiSLS, {"response": "tangents"}),
     *((BiSLS, {"carry": v}) for v in ("always", 1, 0, None, 2)),
@@ -60,9 +61,7 @@ WRONG: list[tuple[type[Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("cls", "options"), WRONG, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
 def test_a_wrong_option_is_named_with_its_value(cls: type[Any], options: dict[str, Any]) -> None:
     name, value = list(options.items())[-1]
-    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    if "response" in options:
-        options = {"lower": torch.optim.SGD([y]), **options}
+    x = torch.ones(2, requires_grad=True)
     with pytest.raises(OptionError, match=rf"{name}=") as caught:
         cls([x], **options)
     assert isinstance(caught.value, ValueError)
@@ -231,9 +230,9 @@ for wrong, value in {
     "None": lambda y, loss: None,
     "complex": lambda y, loss: loss * 1j,
 }.items():
-    for response in ("tangent", "step"):
+    for search in (BiSLS, OneStepBiSLS):
 
-        @call(f"lower {wrong} {response}", ClosureError, TypeError, "the closure returned", response=response)
+        @call(f"lower {wrong} {search.__name__}", ClosureError, TypeError, "the closure returned", search)
         def _(x: Tensor, upper: Any, lower: Any, outer: Any, value: Any = value) -> None:
             y = outer.lower.tensors()[0]
             outer.step(upper, lambda: value(y, lower()))
@@ -306,9 +305,9 @@ def test_a_wrong_call_leaves_no_trace(name: str, direction: str) -> None:
 # ------------------------------------------------------------------------------------------------ lower level
 
 
-@pytest.mark.parametrize("response", ["tangent", "step"])
-def test_a_lower_optimizer_that_has_not_stepped(response: str) -> None:
-    x, y, upper, lower, inner, outer = levels(BiSLS, steps=0, response=response)
+@pytest.mark.parametrize("cls", [BiSLS, OneStepBiSLS])
+def test_a_lower_optimizer_that_has_not_stepped(cls: Any) -> None:
+    x, y, upper, lower, inner, outer = levels(cls, steps=0)
     before = everything([x, y], inner, outer)
     with pytest.raises(LowerLevelError, match=r"SLS has no sample.*take lower steps") as caught:
         outer.step(upper)
@@ -317,10 +316,10 @@ def test_a_lower_optimizer_that_has_not_stepped(response: str) -> None:
     outer.step(upper, lower)
 
 
-@pytest.mark.parametrize("response", ["tangent", "step"])
+@pytest.mark.parametrize("cls", [BiSLS, OneStepBiSLS])
 @pytest.mark.parametrize("stock", [torch.optim.SGD, torch.optim.Adam])
-def test_a_stock_lower_optimizer_without_closure(response: str, stock: Any) -> None:
-    x, y, upper, lower, inner, outer = levels(BiSLS, stock, response=response)
+def test_a_stock_lower_optimizer_without_closure(cls: Any, stock: Any) -> None:
+    x, y, upper, lower, inner, outer = levels(cls, stock)
     before = everything([x, y], inner, outer)
     with pytest.raises(LowerLevelError, match=rf"{stock.__name__} has no sample.*lower_closure="):
         outer.step(upper)
@@ -338,13 +337,13 @@ def test_lower_missing_where_f_depends_on_y_only() -> None:
     assert everything([x, y], outer) == before
 
 
-def test_response_step_needs_the_lower_level_when_it_steps() -> None:
+def test_the_paper_s_search_needs_the_lower_level_when_it_steps() -> None:
     """Not before: a host rebuilds optimizers from their defaults, and binds the lower level then."""
     x, y, upper, lower = b2().instance()
-    outer = BiSLS([x], 1.0, response="step")
+    outer = OneStepBiSLS([x], 1.0)
     x.grad = torch.ones_like(x)
     before = everything([x, y], outer)
-    with pytest.raises(LowerLevelError, match=r"response='step'.*pass lower="):
+    with pytest.raises(LowerLevelError, match=r"OneStepBiSLS\(lower=None\).*pass lower="):
         outer.step(upper)
     assert everything([x, y], outer) == before
     outer.bind(torch.optim.SGD([y], lr=0.1))

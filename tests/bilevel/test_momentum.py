@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import BiSLS
-from adaptive_bilevel.bilevel.momentum import blended
+from adaptive_bilevel.bilevel import MomentumContext
+from adaptive_bilevel.bilevel.momentum import Predictive
 from adaptive_bilevel.hypergradient import CG, assign, implicit
-from adaptive_bilevel.optim.direction import Descent, sgd
+from adaptive_bilevel.optim.direction import Descent, Gradient
+from adaptive_bilevel.optim.state import RoleState, advanced
 from tests.bilevel.helpers import lower_search
 from tests.problems import random_qb
 
@@ -46,22 +47,23 @@ class Reference:
 
 
 def metric_of(scale: Tensor) -> Descent:
-    return sgd()._replace(precondition=lambda g: [g[0] / scale])
+    return Descent(lambda g: [g[0] / scale])
 
 
 def run(hypergradients: list[Tensor], scale: Tensor) -> tuple[list[float], list[bool]]:
     """Compare with the reference; return each step's theta, and whether the mean was started anew."""
-    x, state, reference = torch.zeros_like(scale), defaultdict[Any, Any](dict), Reference(scale.numpy())
-    thetas, restarts = [], []
+    x, role, reference = torch.zeros_like(scale), Predictive(), Reference(scale.numpy())
+    state, thetas, restarts = role.init()._replace(each=[{}]), [], []
     for h in hypergradients:
-        descent, step = blended(metric_of(scale), [x], [h], [1.0], state, BETA)
+        context = MomentumContext(Gradient([x], [h], [1.0]), metric_of(scale), BETA)
+        mix = role.propose(context, state)
         expected, theta = reference.step(h.numpy())
-        stepped = descent.precondition([h]) if step is None else step()
+        stepped = context.descent.precondition([h]) if mix.along is None else mix.along()
         np.testing.assert_allclose(stepped[0].numpy(), expected, rtol=1e-9, atol=1e-12)
-        assert descent.weight == pytest.approx(theta, abs=1e-9)
-        descent.commit()
-        thetas.append(descent.weight)
-        restarts.append(descent.restarted)
+        assert mix.weight == pytest.approx(theta, abs=1e-9)
+        state = advanced(state, role.commit(context, mix, state))
+        thetas.append(mix.weight)
+        restarts.append(mix.restarted)
     return thetas, restarts
 
 
@@ -156,8 +158,14 @@ class Own:
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
-    def __call__(self, parameters: Any, grads: Any, state: Any) -> Descent:
-        return Descent(list, None, lambda moved=True: None)
+    def init(self) -> RoleState:
+        return RoleState()
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        return Descent(list)
+
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Any = True) -> RoleState:
+        return state
 
 
 @pytest.mark.parametrize(("direction", "c"), [("sgd", 0.1), (Own("sgd"), 0.5), (Own("other"), 0.1)])
@@ -171,4 +179,4 @@ def test_nothing_is_mixed_into_a_direction_of_ones_own(direction: Any, c: float)
         assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], CG(tolerance=1e-10)))
         outer.step(point.upper)
     assert outer.policy.c == c
-    assert ("tangents" in outer.state) == (direction == "sgd")
+    assert ("prediction" in outer.state) == (direction == "sgd")

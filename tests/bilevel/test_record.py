@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptive_bilevel import SLS, BiSLS, BiSPS
+from adaptive_bilevel import SLS, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
 from adaptive_bilevel.hypergradient import CG, Identity, Neumann, implicit
 from adaptive_bilevel.policies import Outcome
@@ -22,6 +22,8 @@ RARE = "ignore:.*no trial step gave"
 def both(seed: int = 1, lr: float | None = 1.0, **options: Any) -> tuple[Instance, Any, Any]:
     point = random_qb(seed).instance()
     inner = SLS([point.y], 1.0, lower_bound=None)
+    if "step" in options:
+        return point, inner, OneStepBiSLS([point.x], lr, lower=inner, response_steps=options.pop("step"), **options)
     return point, inner, BiSLS([point.x], lr, lower=inner, **options)
 
 
@@ -38,14 +40,14 @@ def both(seed: int = 1, lr: float | None = 1.0, **options: Any) -> tuple[Instanc
         {"solver": Neumann(steps=3, scale=0.1)},
         {"solver": Identity(0.1)},
         {"direction": "adam"},
-        {"response": "step"},
-        {"response": "step", "response_steps": 3, "baseline": "matched"},
+        {"step": 1},
+        {"step": 3, "baseline": "matched"},
     ],
     ids=str,
 )
 def test_evaluations_are_counted(options: dict[str, Any], curvature: float) -> None:
     """One gradient and a value per trial of the upper closure; the lower one as often as it is counted."""
-    point, inner, outer = both(lr=30.0, curvature=curvature, **options)
+    point, inner, outer = both(lr=30.0, **({} if "step" in options else {"curvature": curvature}), **options)
     trials = 0
     for _ in range(6):
         inner.step(point.lower)
@@ -64,21 +66,21 @@ def test_evaluations_are_counted(options: dict[str, Any], curvature: float) -> N
         assert counts.upper.values - before[1] == k
         assert lower.graphs.count(True) == gradients
         assert lower.graphs.count(False) == counts.lower.values - before[3] == 0
-        if options.get("response") == "step":
-            assert gradients == k * options.get("response_steps", 1)
+        if "step" in options:
+            assert gradients == k * options["step"]
         elif curvature == float("inf"):
             assert gradients == 1
         else:
             assert 2 <= gradients <= 1 + 2 * k  # a candidate in doubt is looked at from half way, too
     assert trials >= 6
-    if options.get("response") != "step" and outer.record.slope_ratio > 0.1:
+    if "step" not in options and outer.record.slope_ratio > 0.1:
         assert counts.lower.jvps >= 6
         if isinstance(options.get("solver"), Neumann):
             assert counts.lower.hvps >= 6 * 3
         if isinstance(options.get("solver"), Identity):
             assert counts.lower.hvps >= 6
     else:
-        assert counts.lower.hvps == counts.lower.jvps == 0 or options.get("response") != "step"
+        assert counts.lower.hvps == counts.lower.jvps == 0 or "step" not in options
 
 
 def test_products_are_counted_exactly() -> None:

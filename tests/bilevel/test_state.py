@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS
+from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, OneStepBiSLS
+from adaptive_bilevel.bilevel.options import SearchOptions
 from adaptive_bilevel.errors import LowerLevelError, OptionError
 from adaptive_bilevel.hypergradient import CG
 from adaptive_bilevel.optim.projection import Box
@@ -28,8 +29,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam automatic": (BiSLS, {"direction": "adam", "lr": None}),
     "adam carried": (BiSLS, {"direction": "adam", "carry": True}),
     "box": (BiSLS, {"project": Box(-1.0, 1.0)}),
-    "step": (BiSLS, {"response": "step"}),
-    "step automatic": (BiSLS, {"response": "step", "lr": None}),
+    "step": (OneStepBiSLS, {}),
+    "step automatic": (OneStepBiSLS, {"lr": None}),
     "bisps": (BiSPS, {}),
     "bisps automatic": (BiSPS, {"lr": None}),
     "bisps adam": (BiSPS, {"direction": "adam"}),
@@ -67,7 +68,7 @@ def test_save_load_continue(case: str, lower: str) -> None:
     file = io.BytesIO()
     torch.save([point.x.detach(), point.y.detach(), inner.state_dict(), outer.state_dict()], file)
     if case in ("sgd", "adam") and outer.record.moved:
-        assert "offered" in inner.state[point.y]
+        assert "warm_start" in inner.state[point.y]
     file.seek(0)
     x, y, *states = torch.load(file, weights_only=True)
     expected = trace(point, inner, outer, 3)
@@ -106,8 +107,10 @@ def test_rebuilt_from_its_defaults(case: str) -> None:
     if case == "box":
         rebuilt.project = other.project
     assert rebuilt.defaults == outer.defaults
-    parameters = inspect.signature(type(outer).__init__).parameters
-    assert set(outer.defaults) == set(parameters) - {"self", "params", "lower", "solver", "project"}
+    names = set(inspect.signature(type(outer).__init__).parameters)
+    if isinstance(outer, BiSLS):
+        names = names - {"options"} | set(SearchOptions.__annotations__)
+    assert set(outer.defaults) == names - {"self", "params", "lower", "solver", "project", "search"}
     assert trace(again, inner2, rebuilt, 3) == trace(point, inner, outer, 3)
 
 

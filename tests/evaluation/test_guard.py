@@ -294,7 +294,7 @@ def test_an_exception_with_an_offered_start(info: OptimizerInfo, index: int, sta
     except Broken:
         assert plain([x, optimizer.state_dict(), torch.get_rng_state()]) == before
     else:
-        assert "offered" not in optimizer.state[x]
+        assert "warm_start" not in optimizer.state[x]
 
 
 @every_optimizer

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptive_bilevel import SLS, BiSLS, methods, policies
+from adaptive_bilevel import SLS, BiSLS, OneStepBiSLS, methods, policies
 from adaptive_bilevel.errors import AdaptiveBilevelError, OptionError
 from adaptive_bilevel.hypergradient import CG, Exact, Implicit, Neumann, Unroll, ValueFunction
 from adaptive_bilevel.methods import rows
@@ -367,7 +367,9 @@ def test_bisls_is_the_optimizer_of_the_same_name(direction: str, response: str, 
     problem, steps, solver = random_qb(4), 2, CG(8, 0.01)
     point = problem.instance()
     inner = SLS([point.y], 10.0, lower_bound=None)
-    outer = BiSLS([point.x], start, c=0.3, lower=inner, direction=direction, response=response, solver=solver)
+    outer: Any = BiSLS([point.x], start, c=0.3, lower=inner, direction=direction, solver=solver)
+    if response == "step":
+        outer = OneStepBiSLS([point.x], start, c=0.3, lower=inner, direction=direction)
     records = run(
         f"bisls-{direction}",
         problem,

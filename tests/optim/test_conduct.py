@@ -148,7 +148,7 @@ def test_one_cycle_moves_beta1() -> None:
     lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, base_momentum=0.5, max_momentum=0.7)
     optimizer.step(lambda: quadratic(x))
     gradient = 2 * torch.tensor([1.0, 4.0]) * torch.tensor([3.0, 2.0])
-    torch.testing.assert_close(optimizer.state[x]["exp_avg"], gradient * (1 - 0.7))
+    torch.testing.assert_close(optimizer.state[x]["direction"]["exp_avg"], gradient * (1 - 0.7))
 
 
 # ------------------------------------------------------------------------------------------------ groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from adaptive_bilevel import SLS, BiSLS, BiSPS, SPSMax
 from adaptive_bilevel.errors import AdaptiveBilevelWarning, OptionError, TensorError
-from adaptive_bilevel.optim.direction import Descent, adam
+from adaptive_bilevel.optim.direction import Adam, Descent, Gradient
+from adaptive_bilevel.optim.state import RoleState
 from adaptive_bilevel.policies import Outcome
 from tests.bilevel.helpers import everything, iterate
 from tests.optim.helpers import every_optimizer, plain
@@ -26,23 +26,16 @@ class Momentum:
     def __init__(self, beta: float = 0.9) -> None:
         self.beta = beta
 
-    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
-        saved = state.get("momentum") or [torch.zeros_like(g) for g in grads]
-        after = [self.beta * m + g for m, g in zip(saved, grads, strict=True)]
+    def init(self) -> RoleState:
+        return RoleState()
 
-        def commit(moved: Any = True) -> None:
-            state["momentum"] = after
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        saved = state.shared.get("ball") or [torch.zeros_like(g) for g in gradient.values]
+        after = [self.beta * m + g for m, g in zip(saved, gradient.values, strict=True)]
+        return Descent(lambda g: after, after, after)
 
-        return Descent(lambda g: after, after, commit)
-
-
-class CoresAdam:
-    """The package's own Adam, from outside."""
-
-    kind = "adam"
-
-    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
-        return adam(parameters, grads, state, (0.9, 0.999), 1e-8)
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Any = True) -> RoleState:
+        return RoleState({"ball": descent.memory})
 
 
 def parameter(*values: float) -> Tensor:
@@ -52,7 +45,7 @@ def parameter(*values: float) -> Tensor:
 @pytest.mark.parametrize("cls", [SLS, SPSMax])
 def test_a_direction_of_ones_own_is_used_as_the_builtin_one(cls: Any) -> None:
     runs = []
-    for direction in ("adam", CoresAdam()):
+    for direction in ("adam", Adam((0.9, 0.999), 1e-8)):
         x = parameter(3.0, 2.0)
         optimizer = cls([x], 0.1, direction=direction)
         for _ in range(10):
@@ -65,7 +58,7 @@ def test_a_direction_of_ones_own_is_used_as_the_builtin_one(cls: Any) -> None:
 def test_a_direction_that_ascends_moves_nothing_until_its_memory_has_turned(cls: Any) -> None:
     x = parameter(1.0)
     optimizer = cls([x], 0.1, direction=Momentum())
-    optimizer.state["momentum"] = [torch.full_like(x, -100.0)]
+    optimizer.state["direction"] = {"ball": [torch.full_like(x, -100.0)]}
     outcomes: list[Any] = []
     with pytest.warns(AdaptiveBilevelWarning, match="does not descend"):
         while not outcomes or outcomes[-1] == Outcome.no_descent:
@@ -81,7 +74,7 @@ def test_an_upper_direction_that_ascends_is_recorded_and_turns(cls: Any) -> None
     problem = b2().instance()
     inner = SLS([problem.y])
     outer = cls([problem.x], lower=inner, direction=Momentum())
-    outer.state["momentum"] = [-100.0 * b2().dF(problem.x.detach())]
+    outer.state["direction"] = {"ball": [-100.0 * b2().dF(problem.x.detach())]}
     start = b2().F(problem.x.detach())
     with pytest.warns(AdaptiveBilevelWarning, match="does not descend"):
         outcomes = [iterate(inner, outer, problem, T=20).outcome for _ in range(100)]
@@ -111,7 +104,7 @@ def test_rebinding_goes_on_with_all_state(info: Any) -> None:
         for k in range(8):
             if rebind and k in (2, 5):
                 tensors = [t.detach().clone().requires_grad_() for t in tensors]
-                optimizer.rebind(tensors)
+                optimizer.replace_parameters(tensors)
             losses.append(float(optimizer.step(lambda: (tensors[0] ** 2).sum() + (tensors[0] * tensors[1]).sum() ** 2)))
         return losses, [t.tolist() for t in tensors], plain(optimizer.state_dict())
 
@@ -132,7 +125,7 @@ def test_rebinding_to_other_shapes_is_refused_and_changes_nothing(wrong: Any) ->
     optimizer = SLS([x], direction="adam")
     optimizer.step(lambda: (x**2).sum())
     before = everything([x], optimizer)
-    with pytest.raises(TensorError, match="rebind"):
-        optimizer.rebind(wrong())
+    with pytest.raises(TensorError, match="replace_parameters"):
+        optimizer.replace_parameters(wrong())
     assert everything([x], optimizer) == before
     assert optimizer.param_groups[0]["params"][0] is x

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adaptive_bilevel.policies import Context, Outcome, Policy, Record
-from tests.policies.test_rules import every_policy, halved_square
+from tests.policies.helpers import every_policy, halved_square
 
 
 @every_policy

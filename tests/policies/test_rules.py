@@ -1,18 +1,15 @@
-"""What a policy does at the edges: invalid samples, zero gradients, bounds that do not hold, searches that fail."""
+"""What a policy does at the edges: invalid samples, zero gradients, bounds that do not hold."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from adaptive_bilevel.errors import AdaptiveBilevelError, OptionError
+from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies import (
     SLS,
     SLSB,
@@ -23,41 +20,17 @@ from adaptive_bilevel.policies import (
     GradientNorm,
     Outcome,
     Policy,
-    Record,
     SPSMax,
     armijo_ceiling,
-    reset,
 )
-
-CLOSED: dict[str, Policy[Any]] = {
-    "constant": Constant(bound=0.5, decay="inverse"),
-    "spsmax": SPSMax(bound=0.5),
-    "decsps": DecSPS(bound=0.5),
-    "spsb": SPSB(bound=0.5),
-    "envelope": Envelope(bound=0.5, floor=0.1),
-    "gradient_norm": GradientNorm(),
-}
-SEARCHES: dict[str, Policy[Any]] = {"sls": SLS(start=0.5), "slsb": SLSB(bound=0.5), "sls_found": SLS()}
-POLICIES = {**CLOSED, **SEARCHES}
-
-BOUNDED = {name: policy for name, policy in POLICIES.items() if name != "gradient_norm"}
-
-every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-every_bounded = pytest.mark.parametrize("policy", BOUNDED.values(), ids=BOUNDED)
-every_closed_form = pytest.mark.parametrize("policy", CLOSED.values(), ids=CLOSED)
-every_search = pytest.mark.parametrize("policy", SEARCHES.values(), ids=SEARCHES)
-
-
-def halved_square(step: float) -> float:
-    """f(x - step g) of f(x) = x^2 / 2 at x = 2: loss 2, slope 4."""
-    return 0.5 * (2.0 - 2.0 * step) ** 2
-
-
-def take(policy: Policy[Any], state: Any = None, **sample: Any) -> tuple[Record, Any]:
-    """A step on a sample of x^2 / 2 at x = 2, in the parts that are not given."""
-    sample = {"loss": 2.0, "slope": 4.0, "trial": halved_square, **sample}
-    return policy.step(policy.init() if state is None else state, **sample)
-
+from tests.policies.helpers import (
+    every_bounded,
+    every_closed_form,
+    every_policy,
+    every_search,
+    halved_square,
+    take,
+)
 
 # R1, R2: what is not finite.
 
@@ -324,233 +297,3 @@ def test_a_rule_without_lower_bound_finds_none() -> None:
 def test_armijo_ceiling() -> None:
     assert armijo_ceiling(2.0, 4.0, 0.0) == pytest.approx(5.0)
     assert armijo_ceiling(2.0, 4.0, 1.0, c=0.5) == pytest.approx(0.5)
-
-
-# Searches.
-
-
-@every_search
-def test_a_search_without_a_trial_function_is_refused(policy: Policy[Any]) -> None:
-    with pytest.raises(OptionError, match=r"step\(trial=None\)"):
-        policy.step(policy.init(), loss=2.0, slope=4.0)
-
-
-@pytest.mark.parametrize("option", ["initial", "keep", "grow"])
-@pytest.mark.parametrize("family", [SLS, SLSB])
-def test_no_trial_is_above_the_ceiling(family: Any, option: str) -> None:
-    """f(x) = |x|, which allows steps of nearly (f - l) / (c s), so that the starts run into the ceiling."""
-    name = "start" if family is SLS else "bound"
-    policy = family(**{name: 100.0}, c=0.3, reset=option, grow=3.0)
-    state, x = policy.init(), 5.0
-    for _ in range(30):
-        tried: list[float] = []
-
-        def trial(step: float) -> float:
-            tried.append(step)
-            return abs(x - step)
-
-        ceiling = abs(x) / 0.3
-        record, state = policy.step(state, loss=abs(x), slope=1.0, trial=trial)
-        assert record.bound <= ceiling
-        assert max(tried) <= ceiling
-        assert len(tried) == record.trials
-        x = x - record.step_size if record.moved else 5.0
-
-
-def test_slack_lifts_the_ceiling() -> None:
-    """f = 0 at a step of .45 is within the slack .2 of the decrease asked for, above the bare ceiling .4."""
-    policy = SLS(start=0.45, c=0.5, slack=0.2)
-    record, _ = policy.step(policy.init(), loss=0.8, slope=4.0, trial=lambda step: 0.0)
-    assert record.step_size == 0.45
-
-
-@pytest.mark.parametrize("limit", [1, 2, 7])
-def test_max_trials(limit: int) -> None:
-    policy = SLS(start=0.5, max_trials=limit)
-    record, state = take(policy, trial=lambda step: 3.0)
-    assert (record.trials, record.outcome) == (limit, Outcome.search_failed)
-    assert record.proposed == 0.5 * 0.5 ** (limit - 1)
-    assert record.value == 3.0
-    assert state == policy.init()
-
-
-@pytest.mark.parametrize(("shrink", "trials"), [(0.5, 40), (0.9, 263)])
-def test_a_search_gives_up_at_1e_12_of_its_start(shrink: float, trials: int) -> None:
-    record, _ = take(SLS(start=0.5, shrink=shrink), trial=lambda step: 3.0)
-    assert record.trials == trials
-    assert record.proposed <= 0.5e-12 / shrink
-
-
-def test_max_step() -> None:
-    policy = SLS(start=0.5, max_step=0.6, grow=2.0)
-    record, state = take(policy)
-    record, state = take(policy, state)
-    assert (record.step_size, record.bound, record.outcome) == (0.6, 0.6, Outcome.at_bound)
-    assert take(policy, state, cap=0.1)[0].step_size == 0.1
-
-
-def test_certify_may_reject_what_decreases() -> None:
-    asked: list[float] = []
-
-    def certify(step: float) -> bool:
-        asked.append(step)
-        return step < 0.3
-
-    record, _ = take(SLS(start=4.0), certify=certify)
-    assert record.step_size == 0.25
-    assert asked == [1.0, 0.5, 0.25]  # 4 and 2 had failed the trial
-
-
-def test_a_failing_trial_function_leaves_the_state() -> None:
-    policy = SLS(start=0.5)
-    _, state = take(policy)
-    kept = copy.deepcopy(state)
-
-    def trial(step: float) -> float:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        take(policy, state, trial=trial)
-    assert state == kept
-
-
-@pytest.mark.parametrize("option", ["initial", "keep", "grow"])
-def test_first_trial_is_where_the_search_starts(option: str) -> None:
-    policy = SLS(start=1.5, reset=option, grow=2.0)
-    state = policy.init()
-    for _ in range(4):
-        tried: list[float] = []
-
-        def trial(step: float) -> float:
-            tried.append(step)
-            return halved_square(step)
-
-        expected = policy.first_trial(state, loss=2.0, slope=4.0, bound=policy.start)
-        _, state = policy.step(state, loss=2.0, slope=4.0, trial=trial)
-        assert tried[0] == expected
-    unknown = SLS(start=1.0, lower_bound=None)
-    assert unknown.first_trial(unknown.init(), loss=2.0, slope=4.0) == math.inf
-
-
-def test_reset_is_the_rule_of_algorithm_3() -> None:
-    assert reset(0.0, 8.0, option="grow", grow=2.0, cap=math.inf) == 8.0
-    assert reset(0.5, 8.0, option="grow", grow=2.0, cap=0.75) == 0.75
-
-
-# What is said.
-
-
-def test_every_outcome_has_its_own_sentence() -> None:
-    sentences = [outcome.sentence for outcome in Outcome]
-    assert len(set(sentences)) == len(Outcome) == 8
-    assert [outcome.name for outcome in Outcome] == [
-        "accepted",
-        "at_bound",
-        "at_floor",
-        "search_failed",
-        "no_descent",
-        "zero_gradient",
-        "non_finite",
-        "below_lower_bound",
-    ]
-    for outcome in (Outcome.search_failed, Outcome.no_descent, Outcome.zero_gradient, Outcome.non_finite):
-        assert "nothing moved" in outcome.sentence
-
-
-@every_policy
-@pytest.mark.parametrize("sample", [{}, {"loss": math.nan}, {"slope": 0.0}, {"slope": -1.0}, {"loss": -1.0}], ids=repr)
-def test_describe_says_the_outcome(policy: Policy[Any], sample: dict[str, float]) -> None:
-    record, _ = take(policy, **sample)
-    said = record.describe()
-    assert said.endswith(Outcome(record.outcome).sentence)
-    assert said.startswith(f"step {record.step_size:.4g} (proposed ")
-    assert ("trial" in said.split(":")[0]) == (record.trials > 0)
-
-
-def test_describe_of_arrays() -> None:
-    record, _ = take(SPSB(bound=0.4), loss=np.asarray(2.0), slope=np.asarray(4.0))
-    assert record.describe() == f"step 0.4 (proposed 0.5, bound 0.4): {Outcome.at_bound.sentence}"
-    record, _ = take(SLS(start=0.5))
-    assert record.describe() == f"step 0.5 (proposed 0.5, bound 5, 1 trial): {Outcome.accepted.sentence}"
-
-
-@every_policy
-def test_records_have_the_documented_fields(policy: Policy[Any]) -> None:
-    record, state = take(policy)
-    assert record._fields[:6] == ("step_size", "proposed", "bound", "outcome", "trials", "value")
-    assert record.slope == 4.0
-    assert math.isnan(record.slope_ratio)
-    assert math.isnan(record.value) == (record.trials == 0)
-    assert all(type(value) in (int, float) for value in state)
-    assert state.count == 1
-
-
-# Options.
-
-WRONG: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-    *[
-        (family, {"bound": value})
-        for family in (Constant, SPSMax, SPSB, DecSPS, Envelope, SLSB)
-        for value in (0.0, -1.0, math.nan, "1", True)
-    ],
-    (Constant, {"bound": None}),
-    (Constant, {"bound": math.inf}),
-    (SLSB, {"bound": math.inf}),
-    *[(SLS, {"start": value}) for value in (0.0, -1.0, math.nan, math.inf, "1")],
-    *[(SLS, {"max_step": value}) for value in (0.0, -1.0, math.nan)],
-    *[(SPSB, {"c": value}) for value in (0.0, -1.0, math.nan, math.inf, "sqrt", None)],
-    *[(DecSPS, {"c": value}) for value in (0.0, -1.0, math.inf)],
-    *[(family, {"c": value}) for family in (SLS, SLSB) for value in (0.0, 1.0, -1.0, math.nan, 2)],
-    *[(SLS, {"shrink": value}) for value in (0.0, 1.0, 2.0, -0.5, None)],
-    *[(SLS, {"grow": value}) for value in (0.5, 0, math.inf, math.nan, "2", True)],
-    *[(SLS, {"reset": value}) for value in ("always", 1, None)],
-    *[(SLS, {"slack": value}) for value in (-1e-9, math.inf, math.nan)],
-    *[(SLS, {"max_trials": value}) for value in (0, -1, 2.5, True)],
-    *[(family, {"lower_bound": value}) for family in (SPSB, SLS) for value in (math.nan, math.inf, -math.inf, "0")],
-    *[(family, {"decay": value}) for family in (SPSB, SLSB, Constant) for value in ("linear", None, 0.5)],
-    (DecSPS, {"decay": "inverse"}),
-    *[(Envelope, {"floor": value}) for value in (-0.1, math.inf, math.nan)],
-    (Envelope, {"floor_decay": "linear"}),
-    *[(GradientNorm, {"initial": value}) for value in (0.0, -1.0, math.inf, math.nan)],
-    (GradientNorm, {"coupling": "sum"}),
-]
-
-
-@pytest.mark.parametrize(("family", "option"), WRONG, ids=lambda part: getattr(part, "__name__", repr(part)))
-def test_wrong_options(family: Any, option: dict[str, Any]) -> None:
-    given = {"bound": 1.0, **option} if family is Constant else option
-    with pytest.raises(ValueError) as caught:
-        family(**given)
-    assert isinstance(caught.value, AdaptiveBilevelError)
-    ((name, value),) = option.items()
-    said = str(caught.value)
-    assert said.startswith(f"{family.__name__}({name}={value!r})")
-    assert said.split(": ", 1)[1]  # the remedy
-
-
-@pytest.mark.parametrize("family", [SLS, SLSB])
-def test_a_search_needs_a_start_or_a_lower_bound(family: Any) -> None:
-    with pytest.raises(OptionError, match=r"None, lower_bound=None.*give one of the two"):
-        family(lower_bound=None)
-
-
-@pytest.mark.parametrize("value", [1, np.float32(0.5), np.float64(0.5), np.int64(3)], ids=repr)
-def test_numpy_numbers_are_numbers(value: Any) -> None:
-    assert SPSB(bound=value).bound == value
-    count: Any = np.int64(3)
-    assert SLS(max_trials=count).max_trials == 3
-    assert SLS(start=value).start == value
-
-
-@every_policy
-def test_a_policy_is_a_frozen_value(policy: Any) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        policy.bound = 2.0
-    assert dataclasses.replace(policy) == policy
-    assert hash(dataclasses.replace(policy)) == hash(policy)
-    assert pickle.loads(pickle.dumps(policy)) == policy
-    assert pickle.loads(pickle.dumps(policy.init())) == policy.init()
-    with pytest.raises(TypeError):
-        type(policy)(0.5)  # options are keywords
-    with pytest.raises(TypeError, match="momentum"):
-        type(policy)(momentum=0.9)

@@ -640,6 +640,14 @@ def test_unknown_options_raise_at_construction() -> None:
         pair(ridge_hpo(), nonsense=1)
 
 
+@pytest.mark.parametrize("rule", [SLS, Constant(bound=0.1)], ids=repr)
+def test_constants_of_adam_are_refused_where_nothing_reads_them(rule: Any) -> None:
+    for direction in ("sgd", torchopt.sgd(lr=1.0)):
+        with pytest.raises(OptionError, match="betas is not used with direction"):
+            pair(ridge_hpo(), lower={"rule": rule, "direction": direction, "betas": (0.5, 0.9)})
+    pair(ridge_hpo(), lower={"rule": rule, "direction": "adam", "betas": (0.5, 0.9), "eps": 1e-4})
+
+
 def functional(objective: Callable[..., Tensor], argnums: Any = 1) -> tuple[FunctionalLowerStep, Callable[..., Any]]:
     """A lower step, and a solver that takes one of them."""
     lower = FunctionalLowerStep(objective)

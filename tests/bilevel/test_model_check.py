@@ -1,8 +1,9 @@
-"""The test of the tangent: smooth curvature shortens steps, the kinks of ReLU networks do not."""
+"""The check of the tangent: smooth curvature shortens steps, the kinks of ReLU networks do not."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -12,20 +13,41 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adaptive_bilevel import SLS, BiSLS
-from adaptive_bilevel.bilevel.model_check import Adjoint, Belief, Change
+from adaptive_bilevel.bilevel import Change
+from adaptive_bilevel.bilevel.model_check import CurvatureCheck, NoCheck, TangentCheck, check_of
 from adaptive_bilevel.hypergradient import CG, assign, implicit
+from adaptive_bilevel.hypergradient.cg import Adjoint
 
 PUSH = 2.0
 
 
-def believed(belief: Belief, step: float, size: float, half: float, residual: float = 0.0) -> bool:
-    """Ask about a step where the gradient changed by `size`, and by `half` at half of the step."""
-    at = [step]
-    return belief(
-        step,
-        lambda: [Change(size if at[0] == step else half, PUSH, residual, 0.0)],
-        lambda a: at.append(at.pop() and a),
-    )
+class Measured:
+    """A response whose lower gradients change as they are given, candidate after candidate."""
+
+    path: Any = None
+    slope = slope_ratio = 1.0
+    comparable = False
+    offsets = None
+
+    def __init__(self, changes: Iterable[Change], correction: float | None = None) -> None:
+        self._changes, self._correction = iter(changes), correction
+        self.asked = 0
+
+    def close(self) -> None: ...
+
+    def answer(self, step: float) -> None: ...
+
+    def changes(self) -> list[Change]:
+        return [next(self._changes)]
+
+    def correction(self) -> float | None:
+        self.asked += 1
+        return self._correction
+
+
+def holds(check: TangentCheck, step: float, size: float, half: float, residual: float = 0.0) -> bool:
+    """Check a step where the gradient changed by `size`, and by `half` at half of the step."""
+    return check(step, 0.0, Measured(Change(s, PUSH, residual, 0.0) for s in (size, half)), lambda _: None)
 
 
 @pytest.mark.parametrize("resumed", [True, False])
@@ -41,23 +63,23 @@ def believed(belief: Belief, step: float, size: float, half: float, residual: fl
         (1.2, math.nan, False),
     ],
 )
-def test_what_is_believed(size: float, half: float, expected: bool, resumed: bool) -> None:
-    assert believed(Belief(0.5, resumed), 1.0, size, half) is expected
+def test_what_holds(size: float, half: float, expected: bool, resumed: bool) -> None:
+    assert holds(TangentCheck(0.5, resumed), 1.0, size, half) is expected
 
 
 def test_what_the_solve_leaves_is_allowed() -> None:
-    assert believed(Belief(0.5, True), 1.0, 1.6, 0.4, residual=0.3)
+    assert holds(TangentCheck(0.5, True), 1.0, 1.6, 0.4, residual=0.3)
 
 
-def test_far_out_a_gradient_that_saturates_is_not_believed() -> None:
+def test_far_out_a_gradient_that_saturates_is_not_holds() -> None:
     """Change 10 however long the step, down to 1; quadratic below."""
-    belief, step, rejected = Belief(0.5, False), 64.0, []
+    check, step, rejected = TangentCheck(0.5, False), 64.0, []
 
     def change(a: float) -> float:
         return 10.0 * min(a, 1.0) ** 2
 
     step = 4.0
-    while not believed(belief, step, change(step), change(step / 2)):
+    while not holds(check, step, change(step), change(step / 2)):
         rejected.append(step)
         step /= 2
     assert rejected == [4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
@@ -70,11 +92,12 @@ def test_kinks_below_a_poor_solve(residual: float, expected: bool) -> None:
     step = 1e-4
     change = lambda a: 20.0 * PUSH * math.sqrt(a / 1e-2) * 1e-2  # noqa: E731
     assert change(step) > (1.0 + residual) * step * PUSH
-    assert believed(Belief(0.5, False), step, change(step), change(step / 2), residual) is expected
+    assert holds(TangentCheck(0.5, False), step, change(step), change(step / 2), residual) is expected
 
 
-def test_no_test() -> None:
-    assert believed(Belief(math.inf, False), 1.0, math.nan, math.nan)
+def test_no_check() -> None:
+    assert isinstance(check_of(math.inf), NoCheck) and isinstance(check_of(0.5), CurvatureCheck)
+    assert NoCheck()(1.0, 0.0, Measured([]), lambda _: None)
 
 
 @pytest.mark.parametrize("direction", ["sgd", "adam"])
@@ -120,9 +143,8 @@ def test_adjoint_is_the_same_inverse_as_that_of_the_solve() -> None:
     push, functional = torch.randn(2, 8, generator=generator)
     for iterations in (1, 3, 8):
         adjoint = Adjoint([functional])
-        product = adjoint.observing(lambda v: [hessian @ v[0]])
         solver = CG(max_iterations=iterations, tolerance=0.0)
-        (w,) = solver.solve(product, [push]).tensors
+        (w,) = solver.solve(lambda v: [hessian @ v[0]], [push], adjoint=adjoint).tensors
         torch.testing.assert_close(adjoint.tensors[0] @ push, functional @ w)
         torch.testing.assert_close(adjoint.tensors[0] @ (push - hessian @ w), torch.tensor(0.0), atol=1e-9, rtol=0.0)
     torch.testing.assert_close(adjoint.tensors[0], torch.linalg.solve(hessian, functional), rtol=1e-6, atol=1e-8)
@@ -138,7 +160,7 @@ def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
     target = torch.tensor([1.0])
     adjoint = Adjoint([y - target])
     w = -(x.cos() + 2.0 * x)  # of a move by -a
-    adjoint.observing(lambda v: [2.0 * v[0]])([w])
+    adjoint.observe([w], [2.0 * w], float(2.0 * w @ w))
     errors = []
     for step in (0.02, 0.01):
         there = y + step * w
@@ -156,7 +178,7 @@ def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
 
 def test_direction_of_negative_curvature_is_left_out() -> None:
     adjoint = Adjoint([torch.ones(2)])
-    adjoint.observing(lambda v: [-v[0]])([torch.ones(2)])
+    adjoint.observe([torch.ones(2)], [-torch.ones(2)], -2.0)
     assert not adjoint.tensors[0].any()
 
 
@@ -164,15 +186,11 @@ def test_direction_of_negative_curvature_is_left_out() -> None:
 def test_change_that_does_no_harm_to_f_is_excused_but_for_a_first_search(resumed: bool) -> None:
     asked: list[bool] = []
     places: list[float] = []
-
-    def excused(answer: bool) -> bool:
-        asked.append(answer)
-        return answer
-
     for size, answer, expected in ((0.9, False, True), (1.9, True, True), (1.9, False, False)):
-        changes = iter([[Change(size, PUSH, 0.0, 0.0)], [Change(0.25 * size, PUSH, 0.0, 0.0)]])
-        belief = Belief(0.5, resumed)
-        passed = belief(1.0, partial(next, changes), places.append, partial(excused, answer))
+        changes = [Change(size, PUSH, 0.0, 0.0), Change(0.25 * size, PUSH, 0.0, 0.0)]
+        model = Measured(changes, correction=1.0 if answer else 3.0)
+        passed = TangentCheck(0.5, resumed)(1.0, 2.0, model, places.append)
+        asked += [answer] * model.asked
         assert passed is (expected and (resumed or size < 1.0))
     assert asked == ([True, False] if resumed else [])
     assert places == ([0.5] if resumed else [0.5, 0.5])
@@ -180,29 +198,23 @@ def test_change_that_does_no_harm_to_f_is_excused_but_for_a_first_search(resumed
 
 @pytest.mark.parametrize(("size", "residual", "expected"), [(1.9, 0.0, True), (2.1, 0.0, False), (2.1, 0.1, True)])
 def test_change_as_large_as_without_an_answer_is_never_excused(size: float, residual: float, expected: bool) -> None:
-    changes = iter([[Change(size, PUSH, residual, 0.0)], [Change(0.25 * size, PUSH, residual, 0.0)]])
-    assert Belief(0.5, True)(1.0, partial(next, changes), lambda _: None, lambda: True) is expected
+    model = Measured([Change(size, PUSH, residual, 0.0), Change(0.25 * size, PUSH, residual, 0.0)], correction=0.0)
+    assert TangentCheck(0.5, True)(1.0, 1.0, model, lambda _: None) is expected
 
 
 def test_a_rejection_in_a_first_search_makes_nothing_excused() -> None:
-    belief = Belief(0.5, False)
+    check = TangentCheck(0.5, False)
     for step in (1.0, 0.5, 0.25):
-        changes = iter([[Change(3.0 * step, PUSH, 0.0, 0.0)], [Change(0.75 * step, PUSH, 0.0, 0.0)]])
-        assert not belief(step, partial(next, changes), lambda _: None, lambda: True)
+        model = Measured([Change(3.0 * step, PUSH, 0.0, 0.0), Change(0.75 * step, PUSH, 0.0, 0.0)], correction=0.0)
+        assert not check(step, 1.0, model, lambda _: None)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("sizes", [(math.inf, 1.0), (math.nan, 1.0), (10.0, math.inf)])
-def test_a_change_that_is_not_finite_is_never_believed(sizes: tuple[float, float], resumed: bool) -> None:
+def test_a_change_that_is_not_finite_is_never_holds(sizes: tuple[float, float], resumed: bool) -> None:
     """Its rounding is not finite either, so it is no larger than that."""
-    found = iter(sizes)
-    belief = Belief(0.5, resumed=resumed)
-
-    def measure() -> list[Change]:
-        size = next(found)
-        return [Change(size, 1.0, 0.0, math.inf if size == math.inf else 0.0)]
-
-    assert not belief(1.0, measure, lambda step: None, lambda: False)
+    model = Measured(Change(size, 1.0, 0.0, math.inf if size == math.inf else 0.0) for size in sizes)
+    assert not TangentCheck(0.5, resumed=resumed)(1.0, 0.0, model, lambda _: None)
 
 
 def test_a_lower_gradient_that_overflows_is_not_entered() -> None:

@@ -1,10 +1,9 @@
-"""Samples that know a part of x only: how large that part is, and what it says of the test of the tangent."""
+"""Samples that support a part of x only: how large that part is, and what it says of the check of the tangent."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -12,25 +11,26 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import SLS, BiSLS
-from adaptive_bilevel.bilevel import bisls
-from adaptive_bilevel.bilevel.model_check import Belief
-from adaptive_bilevel.bilevel.sample_support import coverage
+from adaptive_bilevel.bilevel import ModelCheck, Point, StepCheck
+from adaptive_bilevel.bilevel.model_check import CurvatureCheck, TangentCheck
+from adaptive_bilevel.bilevel.sample_support import support
 from adaptive_bilevel.hypergradient import CG, assign, implicit
-from adaptive_bilevel.optim.direction import Descent
+from adaptive_bilevel.optim.direction import Descent, Gradient
+from adaptive_bilevel.optim.state import RoleState
 
 EXACT = CG(max_iterations=10, tolerance=0.0)
 
 
 def shares(supports: list[list[int]], size: int) -> list[float]:
     """The shares of hypergradients that are not zero in these entries, one after the other."""
-    x, state, found = torch.zeros(size), defaultdict(dict), []  # type: ignore[var-annotated]
-    for support in supports:
+    x, kept, found = torch.zeros(size), dict[str, Any](), []
+    for entries in supports:
         h = torch.zeros(size)
-        h[support] = -2.0
-        covered = coverage([x], [h], state)
-        assert coverage([x], [h], state).share == covered.share  # nothing is kept before
-        covered.commit()
-        found.append(covered.share)
+        h[entries] = -2.0
+        sample = support([(x, h)], kept)
+        assert support([(x, h)], kept).share == sample.share  # nothing is kept before
+        kept = sample.after([(x, h)], kept)
+        found.append(sample.share)
     return found
 
 
@@ -57,12 +57,13 @@ def test_what_is_zero_from_now_on_is_forgotten(wide: int) -> None:
 
 
 def test_parameters_out_of_the_sample_and_others_than_before() -> None:
-    x, z, state = torch.zeros(4), torch.zeros(2), defaultdict(dict)  # type: ignore[var-annotated]
-    coverage([x, z], [torch.ones(4), torch.ones(2)], state).commit()
-    assert coverage([x, z], [torch.ones(4), None], state).share == pytest.approx(4 / 6)
-    assert coverage([x], [torch.ones(4)], state).share == 1.0  # the other one was frozen: counting starts anew
-    assert coverage([x, z], [torch.zeros(4), torch.zeros(2)], state).share == 1.0
-    assert coverage([], [], {}).share == 1.0
+    x, z = torch.zeros(4), torch.zeros(2)
+    both: Any = [(x, torch.ones(4)), (z, torch.ones(2))]
+    kept = support(both, {}).after(both, {})
+    assert support([(x, torch.ones(4)), (z, None)], kept).share == pytest.approx(4 / 6)
+    assert support([(x, torch.ones(4))], kept).share == 1.0  # the other one was frozen: counting starts anew
+    assert support([(x, torch.zeros(4)), (z, torch.zeros(2))], kept).share == 1.0
+    assert support([], {}).share == 1.0
 
 
 class Samples:
@@ -88,15 +89,27 @@ class Samples:
         self.target += self.drift
 
 
+class WithoutShare:
+    """A check that takes each sample for the whole."""
+
+    def init(self) -> RoleState:
+        return RoleState()
+
+    def propose(self, point: Point, state: RoleState) -> TangentCheck:
+        return TangentCheck(0.5, point.scale.resumed)
+
+    def commit(self, point: Point, check: StepCheck, state: RoleState) -> RoleState:
+        return state
+
+
 @pytest.mark.parametrize("direction", ["sgd", "adam"])
 @pytest.mark.parametrize("momentum", ["auto", False])
 def test_consistent_samples_are_solved(direction: str, momentum: Any) -> None:
     """Nothing is nonlinear, so nothing is allowed: steps are as short as without a share, and x_i = 1 is found."""
     problem, whole = (
         Samples(64, direction=direction, momentum=momentum),
-        Samples(64, direction=direction, momentum=momentum),
+        Samples(64, direction=direction, momentum=momentum, curvature=WithoutShare()),
     )
-    whole.outer._coverage = lambda *_: coverage([], [], {})  # type: ignore[method-assign]
     for k in range(12 * 64):
         problem.step(k % 64)
         whole.step(k % 64)
@@ -104,28 +117,36 @@ def test_consistent_samples_are_solved(direction: str, momentum: Any) -> None:
     assert float((problem.x.detach() - 1.0).square().mean().sqrt()) < 0.2
 
 
-def test_a_part_of_x_is_allowed_a_larger_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    tolerances = []
+class Recorded:
+    """A check that remembers the tolerances of another one."""
 
-    def belief(tolerance: float, resumed: bool) -> Belief:
-        tolerances.append(tolerance)
-        return Belief(tolerance, resumed)
+    def __init__(self, role: ModelCheck) -> None:
+        self.role, self.tolerances = role, list[float]()
+        self.init, self.commit = role.init, role.commit
 
-    monkeypatch.setattr(bisls, "Belief", belief)
-    problem = Samples(4, drift=1.0, curvature=0.3)
+    def propose(self, point: Point, state: RoleState) -> StepCheck:
+        check: Any = self.role.propose(point, state)
+        self.tolerances.append(check.tolerance)
+        found: StepCheck = check
+        return found
+
+
+def test_a_part_of_x_is_allowed_a_larger_change() -> None:
+    check = Recorded(CurvatureCheck(0.3))
+    problem = Samples(4, drift=1.0, curvature=check)
     for k in range(9):
         problem.step(k % 4)
-    assert tolerances == pytest.approx([0.3, 0.6, 0.9, *[1.2] * 6])
+    assert check.tolerances == pytest.approx([0.3, 0.6, 0.9, *[1.2] * 6])
 
 
-def test_a_step_that_is_not_finite_covers_nothing_and_a_copy_goes_on_alike() -> None:
+def test_a_step_that_is_not_finite_supports_nothing_and_a_copy_goes_on_alike() -> None:
     problem = Samples(5, drift=0.3)
     for k in range(6):
         problem.step(k % 3)
-    before = copy.deepcopy(problem.outer.state["coverage"])  # type: ignore[index]
+    before = copy.deepcopy(problem.outer.state["check"])  # type: ignore[index]
     problem.x.grad = torch.full((5,), math.nan)
     problem.outer.step(problem.upper)
-    after: Any = problem.outer.state["coverage"]  # type: ignore[index]
+    after: Any = problem.outer.state["check"]  # type: ignore[index]
     assert repr(after) == repr(before)
     assert after["mask"].tolist() == [True, True, True, False, False]
 
@@ -140,7 +161,7 @@ def test_a_step_that_is_not_finite_covers_nothing_and_a_copy_goes_on_alike() -> 
         problem.step(k % 5)
         twin.step(k % 5)
     assert torch.equal(problem.x, twin.x) and torch.equal(problem.y, twin.y)
-    kept: Any = twin.outer.state["coverage"]  # type: ignore[index]
+    kept: Any = twin.outer.state["check"]  # type: ignore[index]
     assert kept["mask"].dtype == torch.bool
 
 
@@ -152,8 +173,14 @@ class Counting:
     def __init__(self, kept: Any) -> None:
         self.kept = kept
 
-    def __call__(self, parameters: Any, grads: Any, state: Any) -> Descent:
-        return Descent(list, None, lambda moved=True: state.update(own=self.kept))
+    def init(self) -> RoleState:
+        return RoleState()
+
+    def propose(self, gradient: Gradient, state: RoleState) -> Descent:
+        return Descent(list)
+
+    def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Any = True) -> RoleState:
+        return RoleState({"own": self.kept})
 
 
 @pytest.mark.parametrize("kept", [3, torch.zeros(2)], ids=["number", "tensor"])
@@ -175,14 +202,13 @@ def test_what_does_not_move_is_no_part_of_x(how: str) -> None:
     for k in range(8):
         weight.grad = torch.ones(20) if how == "lr" else None
         problem.step(k % 4)
-    kept: Any = problem.outer.state["coverage"]  # type: ignore[index]
+    kept: Any = problem.outer.state["check"]  # type: ignore[index]
     assert kept["mask"].numel() == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*no trial step gave")
-@pytest.mark.parametrize("options", [{"curvature": math.inf}, {"response": "step"}], ids=str)
-def test_nothing_is_counted_where_nothing_is_tested(options: dict[str, Any]) -> None:
-    problem = Samples(3, drift=0.3, **options)
+def test_nothing_is_counted_where_nothing_is_checked() -> None:
+    problem = Samples(3, drift=0.3, curvature=math.inf)
     for k in range(4):
         problem.step(k % 3)
-    assert "coverage" not in problem.outer.state
+    assert "check" not in problem.outer.state

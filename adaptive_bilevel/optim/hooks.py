@@ -1,0 +1,41 @@
+"""The hooks and the profiler's record around `step`, without their cost where there are none."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+__all__ = ["Hooked"]
+
+_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Hooked(torch.optim.Optimizer):
+    """An optimizer whose `step` passes torch's wrapper by, unless there is a hook or a profiler."""
+
+    @staticmethod
+    def profile_hook_step(func: Callable[P, T]) -> Callable[P, T]:
+        """Wrap `step` as torch does, for hooks and profilers; without them past that wrapper.
+
+        A record for profilers costs a fifth of an evaluation of a small model, whether or not one reads it.
+        """
+        observed = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(*args: P.args, **kwargs: P.kwargs) -> T:
+            optimizer = args[0]
+            assert isinstance(optimizer, Hooked)
+            return (observed if optimizer._is_observed() else func)(*args, **kwargs)
+
+        return step
+
+    def _is_observed(self) -> bool:
+        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_GLOBAL_HOOKS)
+        return any(hooks) or torch.autograd._profiler_enabled()
