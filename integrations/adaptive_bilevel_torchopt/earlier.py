@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import HypergradientError
 
 from ._host import Node
-from .backward import computed_before
+from .hypergradient import computed_before
 
 __all__ = ["now", "refuse_earlier", "refuse_replaced"]
 
@@ -64,7 +64,7 @@ def refuse_replaced(loss: Tensor, replaced: Sequence[Node]) -> None:
     Raises:
         HypergradientError: There is such a solution: TorchOpt would differentiate it at the later one.
     """
-    if replaced and not _reached([loss.grad_fn], ()).isdisjoint(replaced):
+    if not _reached([loss.grad_fn], ()).isdisjoint(replaced):
         raise HypergradientError(
             "UpperStep: the upper loss reads a solution whose memory a later solve() of the same module has taken, "
             "so its hypergradient is lost. One module serves one task of an upper step: make a module for each "

@@ -15,8 +15,8 @@ from adaptive_bilevel.evaluation.tensors import refuse_unsupported
 from adaptive_bilevel.hypergradient import LinearSolver
 
 from ._host import torchopt
-from .backward import gradients
 from .direction import DirectionOption
+from .hypergradient import gradients
 from .lower_level import SolvedLevel
 from .refusals import attached, check_lower
 from .rules import Rule, lower_recipe, made_once

@@ -15,12 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import HypergradientError
+from adaptive_bilevel.errors import ClosureError, HypergradientError
 
 from ._host import Node
-from .backward import gradients
 
-__all__ = ["Parts", "in_parts", "whole"]
+__all__ = ["Parts", "computed_before", "explained", "gradients", "in_parts", "whole"]
 
 Grads = Sequence[Tensor | None]
 
@@ -37,6 +36,47 @@ class Parts(NamedTuple):
     hypergradient: list[Tensor | None]
     f_x: list[Tensor | None]
     f_y: list[Tensor | None]
+
+
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the sum of some tensors through ``solve()``; None where they depend on no such input.
+
+    Raises:
+        ClosureError: A part of them was computed and differentiated before.
+        HypergradientError: The solver's argnums are not its first ones, or the lower objective draws random numbers or
+            changes buffers where TorchOpt's backward cannot be made to see what the loop saw.
+    """
+    ones = [torch.ones_like(t) for t in outputs]
+    random = torch.get_rng_state()
+    try:
+        found = torch.autograd.grad(list(outputs), list(inputs), ones, retain_graph=retain_graph, allow_unused=True)
+    except IndexError as error:
+        if not _raised_in_torchopt(error):
+            raise
+        raise HypergradientError(
+            "UpperStep: TorchOpt's backward does not find the arguments that argnums names. It needs them to be the "
+            "first ones of the solver after the lower parameters, as in custom_root(..., argnums=1) or (1, 2): put the "
+            "upper arguments there"
+        ) from error
+    except RuntimeError as error:
+        if (gone := explained(error)) is not None:
+            raise gone from error
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        raise HypergradientError(
+            "UpperStep: the lower objective changes a buffer (BatchNorm's running statistics in train mode?), which "
+            "TorchOpt's backward refuses. Register the layer in the implicit module, where it is seen to; with a "
+            "functional solver make it track_running_stats=False or .eval() it"
+        ) from error
+    if not torch.equal(random, torch.get_rng_state()):
+        raise HypergradientError(
+            "UpperStep: the lower objective draws random numbers (dropout?), and TorchOpt's backward drew other ones "
+            "than the lower loop, so the hypergradient is that of another objective. Take a LowerStep in a module's "
+            "solve(), with which they are drawn again, or .eval() the dropout layers"
+        )
+    return found
 
 
 def whole(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -68,10 +108,10 @@ def in_parts(loss: Tensor, params: Sequence[Tensor], solutions: Sequence[Tensor]
             kept.callback(node.register_hook(_keeping(slots, implicit)).remove)
         found = gradients([loss], [*active, *solutions])
     f_x, f_y = list(found[: len(active)]), list(found[len(active) :])
-    total = list(f_x)
+    total = [None if g is None else g.clone() for g in f_x]  # not f_x itself: hooks of optimizers may write to .grad
     for index, part in implicit:
         before = total[index]
-        total[index] = part if before is None else before + part
+        total[index] = part if before is None else before.add_(part)
     _required(total)
     if hooked:
         f_x, total = _through_hooks(active, f_x), _through_hooks(active, total)
@@ -149,3 +189,24 @@ def _through_hooks(params: Sequence[Tensor], found: Grads) -> list[Tensor | None
     given = [p for p, _ in pairs]
     after = iter(torch.autograd.grad(given, given, [g for _, g in pairs])) if pairs else iter(())
     return [None if g is None else next(after) for g in found]
+
+
+def computed_before() -> ClosureError:
+    """Return the error for a loss, or a part of it, from before the step."""
+    return ClosureError(
+        "UpperStep.step(closure=...): the loss that a closure returned, or a part of it, was computed before "
+        "step(): no trial can change it, and its graph is gone after one backward. Compute all of it inside, as in "
+        "meta.step(lambda: val(inner))"
+    )
+
+
+def explained(error: RuntimeError) -> ClosureError | None:
+    """Return the error for a graph that is gone, if this is autograd's: it was one from before the step."""
+    return computed_before() if "through the graph a second time" in str(error) else None
+
+
+def _raised_in_torchopt(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("torchopt.")

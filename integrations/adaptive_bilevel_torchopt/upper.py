@@ -19,11 +19,11 @@ from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.policies import Outcome, Record
 
 from ._host import Module
-from .backward import explained
 from .direction import DirectionOption
 from .external_loop import ExternalLoop
 from .first_step import agreed_solver, look
 from .functional import FunctionalLowerStep
+from .hypergradient import explained
 from .lower_level import SolvedLevel
 from .refusals import refuse_shared
 from .rules import Rule, upper_recipe

@@ -85,7 +85,8 @@ def differentiate(
     loss = guard.attached(closure)
     guard.mark()
     _refuse_solved_inside([level for level, _ in levels], solutions)
-    refuse_replaced(loss, [node for problem in problems for node in problem.staleness.replaced])
+    if replaced := [node for problem in problems for node in problem.staleness.replaced]:
+        refuse_replaced(loss, replaced)
     if searching:
 
         def again() -> Tensor:
