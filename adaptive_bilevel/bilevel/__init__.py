@@ -59,25 +59,11 @@ from ..optim.direction import Descent, Direction, Gradient
 from ..optim.state import RoleState
 from .bisls import BiSLS
 from .bisps import BiSPS
+from .context import Change, Mix, MomentumContext, Point, PredictionContext, Taken
 from .lower import Lower, LowerLevel, LowerProblem
 from .one_step import OneStepBiSLS
 from .response import Tangent, Unanswered
-from .roles import (
-    Change,
-    Diagnosis,
-    Mix,
-    ModelCheck,
-    Momentum,
-    MomentumContext,
-    Pace,
-    Point,
-    Prediction,
-    PredictionContext,
-    Response,
-    ResponseModel,
-    StepCheck,
-    Taken,
-)
+from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, ResponseModel, StepCheck
 
 __all__ = [
     "BiSLS",

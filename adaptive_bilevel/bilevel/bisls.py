@@ -15,14 +15,14 @@ from ..optim.options import Conduct, placeholder, refuse_unused_moments
 from ..optim.projection import Projection, as_projection
 from ..optim.search_path import SearchPath
 from ..policies import SLS, SLSB, validation
-from ..policies.scalars import resolution
+from .context import Point
 from .model_check import check_of
 from .momentum import momentum_of
 from .options import RoleOptions, SearchOptions
 from .pace import EveryStep
 from .prediction import prediction_of
 from .response import Tangent
-from .roles import ModelCheck, Momentum, Pace, Point, Prediction, Response
+from .roles import ModelCheck, Momentum, Pace, Prediction, Response
 from .search import Limits
 from .searching import Roles, SearchingOptimizer
 
@@ -155,16 +155,15 @@ class BiSLS(SearchingOptimizer):
 
     def _limits(self, point: Point, path: SearchPath) -> Limits:
         """Return limits under which no step is excluded that could pass: the slope is that of phi."""
-        group, lr = self.param_groups[0], self._reference_lr()
-        bound, scale = (None, lr) if group["automatic"] else (lr, 1.0)
+        bound, scale = (None, point.lr) if self.param_groups[0]["automatic"] else (point.lr, 1.0)
         most = self.policy.max_step if isinstance(self.policy, SLS) else None
         return Limits(
             policy=point.scale.policy(self.policy),
-            state=self._rule_state(),
+            state=point.scale.state,
             bound=bound,
             scale=scale,
             most=math.inf if most is None else most,
-            rounding=resolution(point.loss),
+            rounding=point.rounding,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import final
 
 from ..optim.state import RoleState
-from .roles import Taken
+from .context import Taken
 
 __all__ = ["SlopeDiagnosis"]
 

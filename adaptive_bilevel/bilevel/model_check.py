@@ -20,7 +20,8 @@ import math
 from typing import Any, final
 
 from ..optim.state import RoleState
-from .roles import Change, ModelCheck, Place, Point, ResponseModel, StepCheck
+from .context import Change, Place, Point
+from .roles import ModelCheck, ResponseModel, StepCheck
 from .sample_support import Support, support
 
 __all__ = ["CurvatureCheck", "NoCheck", "TangentCheck", "check_of"]

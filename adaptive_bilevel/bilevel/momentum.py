@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from ..evaluation.reductions import agree, on_host
-from ..evaluation.vectors import inner
+from ..evaluation.vectors import inner, inners
 from ..optim.direction import Mean, mean
 from ..optim.state import RoleState
-from .roles import Mix, Momentum, MomentumContext
+from .context import Mix, MomentumContext
+from .roles import Momentum
 
 __all__ = ["Certified", "Full", "Predictive", "momentum_of"]
 
@@ -144,7 +145,7 @@ class Predictive:
         del lag
         products.append(inner(torch._foreach_sub(list(grads), last), scaled))
         del scaled
-        products += [inner(tensors, precondition(tensors)) for tensors in (grads, last)]
+        products += inners((grads, precondition(grads)), (last, precondition(last)))
         spread, agreement, new, old = on_host(*products)
         size = new + old
         if size > 0.0 and math.isfinite(agreement / size) and math.isfinite(spread / size):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..hypergradient.curvature import LowerCurvature
+from .context import Change, Point
 from .inverse import Inverse, Solved
 from .lower import LowerProblem
-from .roles import Change, Point
 from .tangent import TangentModel, change_between
 
 __all__ = ["MultilevelTangent"]

@@ -18,13 +18,14 @@ from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
 from ..policies import armijo_ceiling
 from ..policies.schedule import Decay
+from .context import Change, Point, Redirect
 from .lower import LowerProblem
 from .model_check import NoCheck
 from .momentum import momentum_of
 from .options import OneStepOptions
 from .pace import Always
 from .prediction import Never
-from .roles import Change, Point, Redirect, ResponseModel
+from .roles import ResponseModel
 from .search import Limits
 from .searching import Roles, SearchingOptimizer
 
@@ -210,7 +211,7 @@ class OneStepBiSLS(SearchingOptimizer):
 
     def _limits(self, point: Point, path: SearchPath) -> Limits:
         """Return the bound in force; one that was not given is found at the first step."""
-        state, lr = self._rule_state(), self._reference_lr()
+        state, lr = point.scale.state, point.lr
         if self.param_groups[0]["automatic"]:
             low, c = self.options.lower_bound, self.rule.c
             ceiling = state.found or max(0.0, float(armijo_ceiling(point.value, path.promised, low, c)))

@@ -7,8 +7,7 @@ from typing import final
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
 from ..policies import Record
-from ..policies.scalars import resolution
-from .roles import Point
+from .context import Point
 
 __all__ = ["Always", "EveryStep"]
 
@@ -27,7 +26,7 @@ class EveryStep:
 
     def propose(self, point: Point, path: SearchPath, state: RoleState) -> float | None:
         """Return the last step where the run has stalled, else None."""
-        stalled = point.scale.stalled(path.promised, point.value, resolution(point.loss))
+        stalled = point.scale.stalled(path.promised, point.value, point.rounding)
         return point.scale.previous if stalled else None
 
     def commit(self, point: Point, record: Record, state: RoleState) -> RoleState:

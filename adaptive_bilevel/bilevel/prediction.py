@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..optim.state import RoleState
-from .roles import Prediction, PredictionContext
+from .context import PredictionContext
+from .roles import Prediction
 
 __all__ = ["Always", "Never", "Offered", "prediction_of"]
 

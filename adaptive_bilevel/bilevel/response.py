@@ -21,9 +21,10 @@ from ..evaluation.vectors import inner
 from ..hypergradient.solution import LinearSolver
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
+from .context import Change, Point, Redirect
 from .inverse import Inverse
 from .multilevel import MultilevelTangent
-from .roles import Change, Point, Redirect, ResponseModel
+from .roles import ResponseModel
 from .tangent import JointTangent, TangentModel
 
 __all__ = ["Tangent", "Unanswered"]

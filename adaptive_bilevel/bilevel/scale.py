@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from ..policies import SearchState
+
 __all__ = ["Scale"]
 
 
@@ -12,12 +14,17 @@ class Scale(NamedTuple):
     """What earlier searches have shown of the right step length.
 
     Attributes:
-        previous: The last accepted step; 0 before there was one.
+        state: The policy's state.
         rejected: Whether a trial was ever rejected, so that it is known what is too long.
     """
 
-    previous: float
+    state: SearchState
     rejected: bool
+
+    @property
+    def previous(self) -> float:
+        """The last accepted step; 0 before there was one."""
+        return self.state.previous
 
     @property
     def resumed(self) -> bool:

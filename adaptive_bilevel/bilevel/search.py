@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..evaluation.reductions import agree
+from ..optim.projection import Section
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
 from ..policies import Context, Outcome, Record
 from ..policies.armijo import armijo_threshold
-from .roles import Point, ResponseModel, StepCheck
+from .context import Point
+from .roles import ResponseModel, StepCheck
 
 __all__ = ["Answer", "Found", "Limits", "nothing_to_search", "search"]
 
@@ -38,6 +40,20 @@ class Limits(NamedTuple):
     most: float
     rounding: float
     baseline: bool = False
+
+    def within(self, point: Point, path: SearchPath, section: Section) -> SearchPath:
+        """Return the path that stays in the convex set up to the first trial."""
+        longest = self.policy.first_trial(
+            self.state, loss=point.value, slope=path.promised, bound=self.bound, scale=self.scale
+        )
+        if math.isfinite(longest) and longest > 0.0:
+            return path.within(point.params, section, longest)
+        return path
+
+    def keep(self, path: SearchPath, step: float) -> Record:
+        """Return the record of a step along the path that is not searched."""
+        step = min(step, path.longest, self.most)
+        return Record(step, step, path.longest, Outcome.accepted, slope=path.promised)
 
 
 class Answer(NamedTuple):
@@ -70,17 +86,10 @@ class Found(NamedTuple):
     answer: Answer | None = None
 
 
-def nothing_to_search(point: Point, path: SearchPath, lr: float, rounding: float) -> Record | None:
-    """Return the record of a step that is not even tried, or None. Whether there is a search is decided here only.
-
-    Args:
-        point: Where the step begins.
-        path: Along what.
-        lr: The reference lr; 0: no step is wanted.
-        rounding: Relative rounding unit of f.
-    """
+def nothing_to_search(point: Point, path: SearchPath) -> Record | None:
+    """Return the record of a step that is not even tried, or None. Whether there is a search is decided here only."""
     promised = path.promised
-    if path.cut and abs(promised) * path.longest <= max(rounding * abs(point.value), path.rounding):
+    if path.cut and abs(promised) * path.longest <= max(point.rounding * abs(point.value), path.rounding):
         # The set leaves nothing of the path, or less than f could tell.
         return Record(0.0, 0.0, math.inf, Outcome.zero_gradient, slope=promised)
     if not (math.isfinite(point.value) and math.isfinite(promised)):
@@ -89,7 +98,7 @@ def nothing_to_search(point: Point, path: SearchPath, lr: float, rounding: float
         # Negative only for directions of others (a momentum): the next one may descend, since memory goes on.
         outcome = Outcome.zero_gradient if promised == 0.0 else Outcome.no_descent
         return Record(0.0, 0.0, math.inf, outcome, slope=promised)
-    if lr == 0.0:
+    if point.lr == 0.0:
         return Record(0.0, 0.0, 0.0, Outcome.at_bound, slope=promised)
     return None
 

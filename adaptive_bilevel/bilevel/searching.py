@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,23 +18,12 @@ from ..evaluation.tensors import gradients_of
 from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
-from ..optim.state import RoleState, read_state, write_states
-from ..policies import Outcome, Record, validation
+from ..optim.state import RoleState, read_states, write_states
+from ..policies import Outcome, validation
 from ..policies.scalars import resolution
+from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import SlopeDiagnosis
-from .roles import (
-    Diagnosis,
-    ModelCheck,
-    Momentum,
-    MomentumContext,
-    Pace,
-    Point,
-    Prediction,
-    PredictionContext,
-    Response,
-    StepCheck,
-    Taken,
-)
+from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .scale import Scale
 from .search import Answer, Found, Limits, nothing_to_search, search
 from .upper import UpperOptimizer
@@ -52,9 +40,6 @@ class Roles(NamedTuple):
     momentum: Momentum
     prediction: Prediction
     diagnosis: Diagnosis
-
-
-Entry = tuple[str, Sequence[Tensor], RoleState]
 
 
 class SearchingOptimizer(UpperOptimizer):
@@ -92,6 +77,9 @@ class SearchingOptimizer(UpperOptimizer):
 
     def _make_policy(self, rule: Any) -> Any:
         self._make_roles()  # whenever the options have changed, as the policy
+        self._first_states = {name: role.init() for name, role in self.roles._asdict().items()}
+        direction = self.conduct.direction
+        self._first_states["direction"] = RoleState() if isinstance(direction, str) else direction.init()
         return super()._make_policy(rule)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,19 +119,19 @@ class SearchingOptimizer(UpperOptimizer):
         """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         objective = require_closure(type(self).__name__, upper_closure)
         params, lower = self._parameters(), self.lower.tensors()
-        hypergradient = self._hypergradient(params)
-        messages: list[str] = []
+        hypergradient, messages = self._hypergradient(params), list[str]()
         with Guard([*params, *lower], self._workspace) as guard:
-            gradient = self._with_gradient(params, hypergradient)
-            section = self._enter(guard, params, gradient)
+            section, gradient = self._enter(guard, params, hypergradient)
             point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
-            check = self._check(point)
-            found = self._find(point, section, check)
+            states = read_states(self.state, self._first_states, gradient.tensors)
+            path = self._path(gradient, states)
+            check = self.roles.check.propose(point, states["check"])
+            found = self._find(point, path, section, check, states)
             guard.put_back()
             if found.record.outcome == Outcome.non_finite:
                 guard.undo()
             elif found.record.outcome != Outcome.zero_gradient:
-                messages = self._take(point, found, check)
+                messages = self._take(point, found, check, states)
         self._conclude(found.record, found.state)
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
@@ -151,13 +139,16 @@ class SearchingOptimizer(UpperOptimizer):
 
     # ------------------------------------------------------------------------------------------ where the step begins
 
-    def _enter(self, guard: Guard, params: list[Tensor], gradient: Gradient) -> Section | None:
-        """Return the convex set of what moves, and project x into it."""
+    def _enter(
+        self, guard: Guard, params: list[Tensor], hypergradient: Sequence[Tensor | None]
+    ) -> tuple[Section | None, Gradient]:
+        """Return the convex set of what moves, with x projected into it, and the hypergradient with its tensors."""
+        gradient = self._with_gradient(params, hypergradient)
         if self.project is None:
-            return None
+            return None, gradient
         section = Section.of(self.project, params, gradient.tensors, gradient.factors)
         section.enter(guard, params)
-        return section
+        return section, gradient
 
     def _point(
         self,
@@ -178,128 +169,118 @@ class SearchingOptimizer(UpperOptimizer):
         else:
             loss, found = known
         guard.mark()
-        factors = self._each_factor()
+        partials = gradients_of([*gradient.tensors, *lower], tensors, found)
+        parts = zip(params, hypergradient, self._each_factor(), strict=True)
         return Point(
             guard=guard,
             objective=objective,
             params=params,
             gradient=gradient,
-            moving=[
-                (p, h) for p, h, w in zip(params, hypergradient, factors, strict=True) if w != 0.0 and p.requires_grad
-            ],
+            moving=[(p, h) for p, h, w in parts if w != 0.0 and p.requires_grad],
             lower=lower,
             problems=lambda: self.lower.problems(lower_closure, guard),
             loss=loss,
             value=float(agree(loss)[0]),
-            f_x=gradients_of(gradient.tensors, params, found[: len(params)]),
-            f_y=gradients_of(lower, lower, found[len(params) :]),
-            scale=Scale(self._rule_state().previous, bool(self._saved("rejected", False))),
+            rounding=resolution(loss),
+            lr=self._reference_lr(),
+            beta=float(self.param_groups[0]["betas"][0]),
+            f_x=partials[: len(gradient.tensors)],
+            f_y=partials[len(gradient.tensors) :],
+            scale=Scale(self._rule_state(), bool(self._saved("rejected", False))),
             counts=self.evaluations,
         )
 
-    def _state_of(self, name: str, role: Any, tensors: Sequence[Tensor] = ()) -> RoleState:
-        return read_state(self.state, name, tensors, role.init())
-
     # ------------------------------------------------------------------------------------------ what the step finds
-
-    def _check(self, point: Point) -> StepCheck:
-        return self.roles.check.propose(point, self._state_of("check", self.roles.check))
 
     @abc.abstractmethod
     def _limits(self, point: Point, path: SearchPath) -> Limits:
         """Return what the search along a path may try."""
 
-    def _path(self, gradient: Gradient) -> SearchPath:
+    def _path(self, gradient: Gradient, states: Mapping[str, RoleState]) -> SearchPath:
         """Return the path along the preconditioned h; a group's lr counts as a part of its direction."""
-        descent = self._descent(gradient)
+        descent = self._direction().propose(gradient, states["direction"])
         return SearchPath(gradient, scaled(descent.precondition(gradient.values), gradient.factors), descent)
 
-    def _find(self, point: Point, section: Section | None, check: StepCheck) -> Found:
+    def _find(
+        self,
+        point: Point,
+        path: SearchPath,
+        section: Section | None,
+        check: StepCheck,
+        states: Mapping[str, RoleState],
+    ) -> Found:
         """Return what the step does: nothing, a step without a search, or a searched one."""
-        path, lr, rounding = self._path(point.gradient), self._reference_lr(), resolution(point.loss)
-        record = nothing_to_search(point, path, lr, rounding)
+        roles, before = self.roles, point.scale.state
+        record = nothing_to_search(point, path)
         if record is not None:
-            return Found(record, path, self._rule_state())
+            return Found(record, path, before)
         limits = self._limits(point, path)
 
         def within(path: SearchPath) -> SearchPath:
-            return path if section is None else _within(point, path, section, limits)
+            return path if section is None else limits.within(point, path, section)
 
         def redirect(hypergradient: list[Tensor]) -> SearchPath:
-            return within(self._path(point.gradient._replace(values=_processed(point, hypergradient))))
+            return within(self._path(point.gradient._replace(values=_processed(point, hypergradient)), states))
 
-        kept = self.roles.pace.propose(point, path, self._state_of("pace", self.roles.pace))
+        kept = roles.pace.propose(point, path, states["pace"])
         path = within(path)
         if kept is not None:
-            step = min(kept, path.longest, limits.most)
-            return Found(Record(step, step, path.longest, Outcome.accepted, slope=path.promised), path, limits.state)
-        record = nothing_to_search(point, path, lr, rounding)
+            return Found(limits.keep(path, kept), path, limits.state)
+        record = nothing_to_search(point, path) if path.cut else None
         if record is not None:
             return Found(record, path, limits.state)
-        response = self.roles.response
-        before = self._state_of("response", response)
-        model = response.propose(point, path, redirect, before)
+        model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
-        record, state = search(point, model, check, limits)
-        answer = Answer(model.offsets, model.comparable, response.commit(point, model, before))
-        return Found(record, model.path, state, answer)
+        record, after = search(point, model, check, limits)
+        answer = Answer(model.offsets, model.comparable, roles.response.commit(point, model, states["response"]))
+        return Found(record, model.path, after, answer)
 
     # ------------------------------------------------------------------------------------------ what is left behind
 
-    def _take(self, point: Point, found: Found, check: StepCheck) -> list[str]:
+    def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
-        roles, record, path, messages = self.roles, found.record, found.path, list[str]()
-        tensors, beta = path.gradient.tensors, float(self.param_groups[0]["betas"][0])
-        context = MomentumContext(path.gradient, path.descent, beta)
-        before = self._state_of("momentum", roles.momentum, tensors)
+        roles, record, path, answer = self.roles, found.record, found.path, found.answer
+        tensors, moved = path.gradient.tensors, record.moved
+        context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
-        mix = roles.momentum.propose(context, before)
+        mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:
             mix = mix._replace(along=None, weight=0.0)
-        if record.moved:
+        if moved:
             path.take(record.step_size, mix.along)
-        entries: list[Entry] = [
-            ("check", (), roles.check.commit(point, check, self._state_of("check", roles.check))),
-            ("pace", (), roles.pace.commit(point, record, self._state_of("pace", roles.pace))),
-            self._direction_entry(path.gradient, path.descent),
-            ("momentum", tensors, roles.momentum.commit(context, mix, before)),
-        ]
-        if found.answer is not None:
-            entries.append(("response", (), found.answer.state))
-            comparable = found.answer.comparable and not getattr(point.objective, "rescaled", False)
+        direction, messages = self._direction(), list[str]()
+        news = {
+            "check": roles.check.commit(point, check, states["check"]),
+            "pace": roles.pace.commit(point, record, states["pace"]),
+            "direction": direction.commit(path.gradient, path.descent, states["direction"]),
+            "momentum": roles.momentum.commit(context, mix, states["momentum"]),
+        }
+        if answer is not None:
+            comparable = answer.comparable and not getattr(point.objective, "rescaled", False)
             taken = Taken(record, comparable, getattr(roles.response, "solver", None))
-            state = self._state_of("diagnosis", roles.diagnosis)
-            messages = roles.diagnosis.propose(taken, state)
-            entries.append(("diagnosis", (), roles.diagnosis.commit(taken, messages, state)))
-            if found.answer.offsets is not None:
-                entries.append(self._predict(PredictionContext(found.answer.offsets, mix, beta, self.lower), record))
+            messages = roles.diagnosis.propose(taken, states["diagnosis"])
+            news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
+            news["response"] = answer.state
+            if answer.offsets is not None:
+                predicted = PredictionContext(answer.offsets, mix, point.beta, self.lower)
+                news["prediction"] = self._predict(predicted, record.step_size, states["prediction"])
         path.release()
-        del before, mix, context  # what is written takes the place of what they hold
-        write_states(self.state, entries)
-        if record.moved or record.trials > 1:
+        states.clear()
+        del mix, context  # what is written takes the place of what these hold
+        write_states(self.state, news, tensors)
+        if moved or record.trials > 1:
             rejected = {"rejected": True} if record.trials > 1 else {}
-            self._save_rule_state(found.state if record.moved else self._rule_state(), **rejected)
+            self._save_rule_state(found.state if moved else point.scale.state, **rejected)
         return messages
 
-    def _predict(self, context: PredictionContext, record: Record) -> Entry:
-        """Let y move along if the step moved, and return the prediction's state."""
+    def _predict(self, context: PredictionContext, step: float, state: RoleState) -> RoleState:
+        """Let y move along if the step moved x, and return what is new in the prediction's state."""
         role = self.roles.prediction
-        before = self._state_of("prediction", role)
-        response = role.propose(context, before)
-        after = role.commit(context, response, before)
-        if response is not None and record.moved:
-            role.deliver(context, response, record.step_size)
-        return "prediction", (), after
-
-
-def _within(point: Point, path: SearchPath, section: Section, limits: Limits) -> SearchPath:
-    """Return the path that stays in the convex set up to the first trial."""
-    longest = limits.policy.first_trial(
-        limits.state, loss=point.value, slope=path.promised, bound=limits.bound, scale=limits.scale
-    )
-    if math.isfinite(longest) and longest > 0.0:
-        return path.within(point.params, section, longest)
-    return path
+        response = role.propose(context, state)
+        news = role.commit(context, response, state)
+        if response is not None and step > 0.0:
+            role.deliver(context, response, step)
+        return news
 
 
 def _processed(point: Point, hypergradient: list[Tensor]) -> list[Tensor]:

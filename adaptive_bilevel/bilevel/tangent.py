@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..evaluation.reductions import agree
-from ..evaluation.vectors import Vector, dot, inner
+from ..evaluation.vectors import Vector, inners
 from ..hypergradient.curvature import LowerCurvature
 from ..optim.search_path import SearchPath
+from .context import Change, Point
 from .inverse import Inverse
 from .lower import LowerProblem
-from .roles import Change, Point
 
 __all__ = ["JointTangent", "TangentModel", "change_between"]
 
@@ -73,7 +73,8 @@ class TangentModel(abc.ABC):
 
     def _set_slope(self, offsets: Sequence[Tensor]) -> None:
         self.offsets = offsets
-        self.slope = float(agree(inner(self._f_x, self.path.along) - inner(self._f_y, offsets))[0])
+        direct, answered = inners((self._f_x, self.path.along), (self._f_y, offsets))
+        self.slope = float(agree(direct - answered)[0])
 
     @abc.abstractmethod
     def hypergradient(self) -> list[Tensor]:
@@ -167,10 +168,9 @@ class JointTangent(TangentModel):
 
 def change_between(old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], residual: float) -> Change:
     """Return the change from one lower gradient to another."""
-    rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (_norm(new) + _norm(old))
-    size, pushed = (float(v) for v in agree(_norm(torch._foreach_sub(list(new), list(old))), _norm(push)))
+    delta = torch._foreach_sub(list(new), list(old))
+    squares = torch.stack(inners((new, new), (old, old), (delta, delta), (push, push))).tolist()
+    after, before, change, pushed = (math.sqrt(square) if square > 0.0 else max(square, 0.0) for square in squares)
+    rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (after + before)
+    size, pushed = (float(v) for v in agree(change, pushed))
     return Change(size, pushed, residual, rounding)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(max(dot(tensors, tensors), 0.0))

@@ -49,21 +49,22 @@ class _Slot:
 
 
 class Buffers:
-    """The buffers of every module that has run since construction, as seen by hooks around the modules' calls."""
+    """The buffers of every module that has run since construction, as seen by hooks around the modules' calls.
+
+    Attributes:
+        slots: The buffers; where there are none, nothing needs to be put back.
+        depth: Number of modules that are running; set to 0 where an evaluation begins.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[int, nn.Module] = {}
-        self._slots: list[_Slot] = []
+        self.slots: list[_Slot] = []
         self._marked = 0
-        self._depth = 0
-
-    def start(self) -> None:
-        """Begin an evaluation."""
-        self._depth = 0
+        self.depth = 0
 
     def enter(self, module: nn.Module) -> None:
         """Take note that a module is about to run."""
-        self._depth += 1
+        self.depth += 1
         if id(module) in self._seen:
             return
         for part in module.modules():
@@ -72,44 +73,43 @@ class Buffers:
             if any(b is not None and is_lazy(b) for b in part._buffers.values()):
                 continue  # met when it has a value
             self._seen[id(part)] = part
-            self._slots += [_Slot(part, name, buffer) for name, buffer in part._buffers.items()]
+            self.slots += [_Slot(part, name, buffer) for name, buffer in part._buffers.items()]
 
     def leave(self) -> None:
         """Take note that a module has run; after an outermost one, of the buffers that were replaced."""
-        self._depth -= 1
-        if self._depth == 0:
+        self.depth -= 1
+        if self.depth == 0:
             self._look()
 
     def end(self) -> None:
-        """End an evaluation, which an interruption may have left inside a module."""
-        if self._depth > 0:
-            self._look()
+        """End an evaluation that an interruption has left inside a module."""
+        self._look()
 
     def _look(self) -> None:
-        for slot in self._slots:
+        for slot in self.slots:
             slot.replaced = slot.owner._buffers.get(slot.name)
 
     def mark(self) -> None:
         """Remember the present values as those to leave behind."""
-        for slot in self._slots:
+        for slot in self.slots:
             slot.after = _copied(slot.value)
-        self._marked = len(self._slots)
+        self._marked = len(self.slots)
 
     def to_before(self) -> None:
         """Put all values back to before."""
-        for slot in self._slots:
+        for slot in self.slots:
             slot.write(slot.before)
 
     def to_after(self) -> None:
         """Put all values to those that were marked; a module met since (only inside a trial) goes back to before."""
-        for slot in self._slots[: self._marked]:
+        for slot in self.slots[: self._marked]:
             slot.write(slot.after)
-        for slot in self._slots[self._marked :]:
+        for slot in self.slots[self._marked :]:
             slot.write(slot.before)
 
     def keep_if(self, valid: Tensor) -> None:
         """Keep the present values where `valid` holds, else put them back, without looking at `valid`."""
-        for slot in self._slots:
+        for slot in self.slots:
             if slot.value is not None and slot.before is not None and slot.value.shape == slot.before.shape:
                 slot.write(torch.where(valid.to(slot.value.device), slot.value, slot.before))
 

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ClosureError
 from .buffers import Buffers
 
-__all__ = ["Closure", "Recorder", "Watched", "installed", "require_closure", "value_of"]
+__all__ = ["Closure", "attached", "differentiated", "installed", "require_closure", "value", "value_of"]
 
 Closure = Callable[[], Any]
 """A zero-argument function returning the loss; with or without zero_grad and backward inside."""
@@ -149,12 +149,12 @@ class Watched:
         _here.recorder, _here.buffers = self._recorder, self._buffers
         torch.set_grad_enabled(self._with_grad)
         if self._buffers is not None:
-            self._buffers.start()
+            self._buffers.depth = 0
 
     def __exit__(self, *error: object) -> None:
         _here.recorder, _here.buffers, with_grad = self._outer
         torch.set_grad_enabled(with_grad)
-        if self._buffers is not None:
+        if self._buffers is not None and self._buffers.depth > 0:
             self._buffers.end()
 
 
@@ -227,6 +227,27 @@ class Recorder:
         if returned is None and self._losses:
             return _total([loss.detach() for loss in self._losses])
         return value_of(returned)
+
+
+def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> Tensor:
+    """Call the closure, differentiate its loss into ``.grad`` of the inputs, and return the detached loss."""
+    recorder = Recorder(inputs)
+    with Watched(recorder, buffers, True):
+        return recorder.differentiated(closure())
+
+
+def attached(closure: Closure, buffers: Buffers) -> Tensor:
+    """Call the closure, and return its loss with its graph."""
+    recorder = Recorder(None)
+    with Watched(recorder, buffers, True):
+        return recorder.attached(closure())
+
+
+def value(closure: Closure, buffers: Buffers, *, with_grad: bool = False) -> Tensor | float:
+    """Call the closure, and return its loss without a graph."""
+    recorder = Recorder(None)
+    with Watched(recorder, buffers, with_grad):
+        return recorder.value(closure())
 
 
 def _total(losses: list[Tensor]) -> Tensor:

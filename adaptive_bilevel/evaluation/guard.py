@@ -15,20 +15,17 @@ What it cannot see: random generators other than torch's default ones, modules t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .buffers import Buffers
-from .closures import Closure, Recorder, Watched, installed
+from .closures import Closure, attached, differentiated, installed, value
 from .vectors import on_cpu
 
 __all__ = ["Closure", "Guard", "RandomState", "Workspace"]
-
-T = TypeVar("T")
 
 
 class RandomState:
@@ -117,15 +114,17 @@ class Guard:
     def mark(self) -> None:
         """Take the present buffers and random state as those to leave behind."""
         self._marked = RandomState(self._devices)
-        self._buffers.mark()
+        if self._buffers.slots:
+            self._buffers.mark()
 
     def recall(self) -> None:
         """Put buffers and random state back to where they were when `mark` was called, and forget that mark."""
         assert self._marked is not None
         self._marked.restore()
         self._marked = None
-        with torch.no_grad():
-            self._buffers.to_after()
+        if self._buffers.slots:
+            with torch.no_grad():
+                self._buffers.to_after()
 
     def rewind(self) -> None:
         """Put buffers and random state back to before the block; those that `mark` named are left behind all the same.
@@ -183,31 +182,33 @@ class Guard:
 
         The backward is a true one restricted to `inputs`, so hooks (DistributedDataParallel's among them) run.
         """
-        recorder = Recorder([p for p in inputs if p.requires_grad])
+        wanted = [p for p in inputs if p.requires_grad]
         with self._gradients_aside(inputs):
-            loss = self._call(closure, recorder, recorder.differentiated, True, random)
+            self._prepare(random)
+            loss = differentiated(closure, wanted, self._buffers)
             return loss, [p.grad for p in inputs]
 
     def attached(self, closure: Closure, random: RandomState | None = None) -> Tensor:
         """Return the loss at the present point with its graph."""
-        recorder = Recorder(None)
         with self._gradients_aside():
-            return self._call(closure, recorder, recorder.attached, True, random)
+            self._prepare(random)
+            return attached(closure, self._buffers)
 
     def value(self, closure: Closure, random: RandomState | None = None) -> Tensor | float:
         """Return the loss at the present point (one forward)."""
         with self._gradients_aside():
             if not self._workspace.trials_need_grad:
-                recorder, random = Recorder(None), random or RandomState(self._devices)
+                random = random or RandomState(self._devices)
                 try:
-                    return self._call(closure, recorder, recorder.value, False, random)
+                    self._prepare(random)
+                    return value(closure, self._buffers)
                 except RuntimeError as error:
                     # A closure that differentiates inside (an unrolled loop) cannot run without gradients.
                     if "require grad" not in str(error):
                         raise
                     self._workspace.trials_need_grad = True
-            recorder = Recorder(None)
-            return self._call(closure, recorder, recorder.value, True, random)
+            self._prepare(random)
+            return value(closure, self._buffers, with_grad=True)
 
     def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> _Aside:
         """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""
@@ -216,22 +217,15 @@ class Guard:
         known = {id(p) for p in self._tensors}
         return _Aside([*self._tensors, *(p for p in inputs if id(p) not in known)])
 
-    def _call(
-        self,
-        closure: Closure,
-        recorder: Recorder,
-        conclude: Callable[[Any], T],
-        with_grad: bool,
-        random: RandomState | None,
-    ) -> T:
+    def _prepare(self, random: RandomState | None) -> None:
+        """Put buffers and random state back for a replay."""
         if random is not None:
-            with torch.no_grad():
-                self._buffers.to_before()
+            if self._buffers.slots:
+                with torch.no_grad():
+                    self._buffers.to_before()
             random.restore()
         # Autocast caches casts of the parameters for as long as its outermost block lasts; ours have moved since.
         torch.clear_autocast_cache()
-        with Watched(recorder, self._buffers, with_grad):
-            return conclude(closure())
 
 
 class _Aside:

@@ -18,6 +18,7 @@ __all__ = [
     "cast_like",
     "dot",
     "inner",
+    "inners",
     "negate",
     "on_cpu",
     "products",
@@ -47,6 +48,11 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[flo
         return torch.zeros(())
     terms = products(left, right, weights)
     return terms[0] if len(terms) == 1 else stacked(terms).sum()
+
+
+def inners(*pairs: tuple[Sequence[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """Return `inner` of several pairs."""
+    return [inner(left, right) for left, right in pairs]
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..evaluation.reductions import agree
-from ..evaluation.vectors import Vector, add, cast_like, dot, inner, rounding, widen, zeros_like
+from ..evaluation.vectors import Vector, add, cast_like, dot, inner, inners, rounding, widen, zeros_like
 from ..policies.validation import count, non_negative
 from .solution import MatVec, Solution, SolverStatus, trivial_solution
 
@@ -39,17 +39,22 @@ class Adjoint:
         self._functional = list(widen(functional))
         self.tensors = list(torch._foreach_mul(self._functional, 0.0))
 
-    def observe(self, p: Sequence[Tensor], image: Sequence[Tensor], curvature: float) -> None:
-        """Project v on a direction of the solve.
+    def observe(self, p: Sequence[Tensor], image: Sequence[Tensor]) -> tuple[float, float]:
+        """Project v on a direction of the solve; one without positive curvature is left out.
 
         Args:
             p: The direction.
             image: H p.
-            curvature: <p, H p>; a direction without positive curvature is left out.
+
+        Returns:
+            <p, H p> and ||H p||^2, read from the device together with what the projection needs.
         """
-        if curvature > 0.0 and math.isfinite(curvature):
-            rest = float(inner(p, self._functional) - inner(image, self.tensors))
-            torch._foreach_add_(self.tensors, list(p), alpha=rest / curvature)
+        pairs = (p, image), (image, image), (p, self._functional), (image, self.tensors)
+        curvature, square, value, known = inners(*pairs)
+        numbers = torch.stack([curvature, square, value - known]).tolist()
+        if numbers[0] > 0.0 and math.isfinite(numbers[0]):
+            torch._foreach_add_(self.tensors, list(p), alpha=numbers[2] / numbers[0])
+        return numbers[0], numbers[1]
 
     def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
         """Return -<v, delta>, what phi is to be corrected by.
@@ -136,16 +141,14 @@ class CG:
         if initial is not None:
             start, taken = widen(initial), 1
             image = product(start)
-            curvature = dot(start, image)
-            if adjoint is not None:
-                adjoint.observe(start, image, curvature)
+            curvature, _ = _measured(start, image) if adjoint is None else adjoint.observe(start, image)
             # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
             # The residual would be the wrong judge: it may grow while the iterate improves.
             if 0.5 * curvature - dot(b, start) < 0:
                 v, residual = start, add(b, image, -1.0)
         unit = rounding(b)
         target = max(self.tolerance, unit) ** 2 * size
-        p, square, norm = residual, dot(residual, residual), 0.0
+        p, square, norm = residual, size if residual is b else dot(residual, residual), 0.0
         length = square  # ||p||^2, by recurrence: the residual is orthogonal to the last p
         status = SolverStatus.converged
         iteration = 0
@@ -155,10 +158,8 @@ class CG:
                 break
             image = product(p)
             iteration, taken = iteration + 1, taken + 1
-            curvature = dot(p, image)
-            if adjoint is not None:
-                adjoint.observe(p, image, curvature)
-            norm = max(norm, math.sqrt(dot(image, image) / length))
+            curvature, stretched = _measured(p, image) if adjoint is None else adjoint.observe(p, image)
+            norm = max(norm, math.sqrt(stretched / length))
             if not math.isfinite(curvature) or not math.isfinite(norm):
                 status = SolverStatus.non_finite
                 break
@@ -175,11 +176,17 @@ class CG:
                 break
             v, residual = torch._foreach_add(v, p, alpha=step), shorter
             ratio = following / square
-            p = add(residual, p, ratio)
+            p = torch._foreach_add(shorter, list(p), alpha=ratio)
             length, square = following + ratio**2 * length, following
         if v is start:
             v = tuple(tensor.clone() for tensor in v)
         return Solution(cast_like(v, rhs), taken, math.sqrt(square / size), status)
+
+
+def _measured(p: Sequence[Tensor], image: Sequence[Tensor]) -> tuple[float, float]:
+    """Return <p, H p> and ||H p||^2 by one read."""
+    curvature, square = torch.stack(inners((p, image), (image, image))).tolist()
+    return curvature, square
 
 
 def _in_float32(matvec: MatVec, like: Sequence[Tensor]) -> MatVec:

@@ -17,7 +17,7 @@ from ..policies import Outcome, Record, State, validation
 from ..policies.scalars import Scalar
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
 from .groups import PolicyOptimizer
-from .state import RoleState, read_state, write_states
+from .state import RoleState, read_states, write_states
 from .warm_start import WarmStart
 
 __all__ = ["AdaptiveOptimizer", "Host"]
@@ -100,21 +100,16 @@ class AdaptiveOptimizer(PolicyOptimizer):
         return role.propose(gradient, self._direction_state(role, gradient))
 
     def _direction_state(self, role: Direction, gradient: Gradient) -> RoleState:
-        return _NO_STATE if role is _PLAIN else read_state(self.state, "direction", gradient.tensors, role.init())
-
-    def _direction_entry(
-        self, gradient: Gradient, descent: Descent, moved: Tensor | bool = True
-    ) -> tuple[str, Sequence[Tensor], RoleState]:
-        """Return the direction's entry of the state after a step."""
-        role = self._direction()
-        return (
-            "direction",
-            gradient.tensors,
-            role.commit(gradient, descent, self._direction_state(role, gradient), moved),
-        )
+        if role is _PLAIN:
+            return _NO_STATE
+        return read_states(self.state, {"direction": role.init()}, gradient.tensors)["direction"]
 
     def _commit_direction(self, gradient: Gradient, descent: Descent, moved: Tensor | bool = True) -> None:
-        write_states(self.state, [self._direction_entry(gradient, descent, moved)])
+        """Write what is new in the direction's state."""
+        role = self._direction()
+        if role is not _PLAIN:
+            news = role.commit(gradient, descent, self._direction_state(role, gradient), moved)
+            write_states(self.state, {"direction": news}, gradient.tensors)
 
     # ------------------------------------------------------------------------------------------ evaluation
 

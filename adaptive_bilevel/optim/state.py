@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["RoleState", "advanced", "read_state", "write_states"]
+__all__ = ["RoleState", "advanced", "read_states", "write_states"]
 
 
 class RoleState(NamedTuple):
@@ -30,33 +30,39 @@ class RoleState(NamedTuple):
     deferred: Mapping[str, Callable[[], Sequence[Any]]] = {}
 
 
-def read_state(state: Any, name: str, tensors: Sequence[Tensor], initial: RoleState = RoleState()) -> RoleState:  # noqa: B008
-    """Return the state of a role.
+def read_states(state: Any, initial: Mapping[str, RoleState], tensors: Sequence[Tensor]) -> dict[str, RoleState]:
+    """Return the states of roles.
 
     Args:
         state: The optimizer's.
-        name: Of the role.
+        initial: The roles by name, each with its state before the first step, as its ``init`` gives it.
         tensors: The parameters that take part in the step.
-        initial: Before the first step, as the role's ``init`` gives it.
     """
-    return RoleState(state.get(name, initial.shared), [state.get(p, {}).get(name, {}) for p in tensors])
+    known = [state.get(p, {}) for p in tensors]
+    return {
+        name: RoleState(state.get(name, first.shared), [own.get(name, {}) for own in known])
+        for name, first in initial.items()
+    }
 
 
-def write_states(state: Any, entries: list[tuple[str, Sequence[Tensor], RoleState]]) -> None:
-    """Write what is new in the states of all roles of a step: name, parameters and news of each.
+def write_states(state: Any, news: dict[str, RoleState], tensors: Sequence[Tensor]) -> None:
+    """Write what is new in the states of all roles of a step.
 
-    The list is emptied on the way, so that nothing old is held by what has been written.
+    Args:
+        state: The optimizer's.
+        news: By the roles' names. Emptied on the way, so that nothing old is held by what has been written.
+        tensors: The parameters that took part in the step.
     """
-    while entries:
-        name, tensors, news = entries.pop()
-        if news.shared:
-            shared = {key: value() if callable(value) else value for key, value in news.shared.items()}
+    while news:
+        name, role = news.popitem()
+        if role.shared:
+            shared = {key: value() if callable(value) else value for key, value in role.shared.items()}
             state[name] = {**state.get(name, {}), **shared}
-        for p, own in zip(tensors, news.each, strict=False):
+        for p, own in zip(tensors, role.each, strict=False):
             if own:
                 _put(state, p, name, own)
-        deferred = dict(news.deferred)
-        del news
+        deferred = dict(role.deferred)
+        del role
         for key in list(deferred):
             for p, value in zip(tensors, deferred.pop(key)(), strict=True):
                 _put(state, p, name, {key: value})

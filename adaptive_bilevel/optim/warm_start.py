@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..evaluation.vectors import dot
-from .state import RoleState, read_state, write_states
+from .state import RoleState, read_states, write_states
 
 __all__ = ["WarmStart"]
 
@@ -33,14 +33,14 @@ class WarmStart:
     def offer(self, state: Any, params: Sequence[Tensor], points: Sequence[Tensor]) -> None:
         """Keep the point before the prediction, which is where the parameters are."""
         after = RoleState({"at": _fingerprint(params)}, [{"point": point} for point in points])
-        write_states(state, [(_ENTRY, params, after)])
+        write_states(state, {_ENTRY: after}, params)
         self._offered = True
 
     def point(self, state: Any, params: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the point before the prediction; None if there is none, or if the parameters were moved since."""
         if not self._offered:
             return None
-        kept = read_state(state, _ENTRY, params)
+        kept = read_states(state, {_ENTRY: RoleState()}, params)[_ENTRY]
         if kept.shared.get("at") != _fingerprint(params):
             self.drop(state, params)
             return None
