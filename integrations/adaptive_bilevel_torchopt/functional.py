@@ -177,7 +177,7 @@ class FunctionalLowerStep(SolvedLevel):
     def registered(self, problems: Sequence[SolvedProblem]) -> list[Tensor]:
         """Return those of the tensors that the loops were begun with to which TorchOpt's backward returns a gradient.
 
-        Whether argnums names an argument is known to TorchOpt alone, so its backward is asked: once more for each task.
+        Only TorchOpt's backward shows whether argnums names an argument: it runs once more for each task.
         """
         forgotten: set[int] = set()
         for problem in problems:

@@ -85,7 +85,7 @@ class LowerStep(SolvedLevel):
         """
         params = list(self.module.parameters())
         known = self._task.params()
-        # After a solve() the parameters are TorchOpt's tensors, which say nothing about what the user wants.
+        # After a solve() the parameters are TorchOpt's tensors: whether those are frozen is no choice of the user's.
         if not known or list(map(id, params)) == list(map(id, known)):
             check_lower("LowerStep.attach", params)
         self.cut()

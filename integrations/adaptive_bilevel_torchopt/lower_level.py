@@ -1,4 +1,4 @@
-"""What an upper step asks of a lower level, whichever way it is solved."""
+"""What an upper step needs of a lower level, whichever way it is solved."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def check_module(owner: str, module: object, *, steps: bool) -> None:
     """Refuse modules whose hypergradient TorchOpt computes wrongly without saying so.
 
     Args:
-        owner: Who asks, for errors.
+        owner: Name for errors.
         module: An ``ImplicitMetaGradientModule``.
         steps: Whether lower steps are to be taken, which needs an objective.
 

@@ -55,7 +55,7 @@ def lower_recipe(
     """Return the optimizer of a lower level.
 
     Args:
-        owner: Who asks, for errors.
+        owner: Name for errors.
         rule: The rule.
         lr: The bound or first trial; a policy brings its own.
         direction: The direction.

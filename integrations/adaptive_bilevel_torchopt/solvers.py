@@ -13,12 +13,13 @@ TorchOpt's ``ridge`` is kept; its ``init``, its preconditioner ``M`` and ``atol`
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -36,12 +37,12 @@ DeclaredSolve: TypeAlias = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class _Exact:
+class _Exact(abc.ABC):
     """What the wrappers share: no warm start, and the same matrix in every product."""
 
     @property
     def warm_start(self) -> bool:
-        """The previous solution is not asked for."""
+        """No solve starts from the previous solution."""
         return False
 
     @property
@@ -49,7 +50,12 @@ class _Exact:
         """The same matrix is needed in every product."""
         return False
 
+    @abc.abstractmethod
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return an approximation of ``H^{-1} rhs``."""
 
+
+@final
 @dataclass(frozen=True)
 class Ridge(_Exact):
     """A solver for (H + ridge I) w = b."""
@@ -67,6 +73,7 @@ class Ridge(_Exact):
         return None if finer is None else dataclasses.replace(self, solver=finer)
 
 
+@final
 @dataclass(frozen=True)
 class NormalCG(_Exact):
     """CG on the normal equations (H H + ridge I) w = H b: for an H that is symmetric but not positive definite."""
@@ -96,6 +103,7 @@ class NormalCG(_Exact):
         return dataclasses.replace(self, solver=finer)
 
 
+@final
 @dataclass(frozen=True)
 class SafeNeumann(_Exact):
     """`Neumann` that refuses a scale at which TorchOpt's series diverges, alpha ||H|| >= 2."""
@@ -124,6 +132,7 @@ class SafeNeumann(_Exact):
         return dataclasses.replace(self, solver=dataclasses.replace(self.solver, steps=2 * self.solver.steps + 1))
 
 
+@final
 @dataclass(frozen=True)
 class Dense(_Exact):
     """H from as many products as it has columns, and a direct solve."""
@@ -141,6 +150,7 @@ class Dense(_Exact):
         return Solution(_split(solved, shapes), len(columns), 0.0, SolverStatus.converged)
 
 
+@final
 @dataclass(frozen=True)
 class Called(_Exact):
     """A solver of the user's, ``(matvec, b) -> x`` on tuples of tensors."""

@@ -63,7 +63,7 @@ class StalenessCheck:
         """Refuse a solution that TorchOpt's backward would not be taken at.
 
         Args:
-            who: Who asks, for errors.
+            who: Name for errors.
             solution: The lower tensors now.
             remedy: What else to do where the lower tensors have changed.
 

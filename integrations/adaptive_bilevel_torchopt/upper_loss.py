@@ -49,7 +49,7 @@ class Differentiated(NamedTuple):
         loss: f, detached.
         hypergradient: h, one for each upper parameter; None where there is none.
         objective: f with its partial gradients; None where the step does not need them.
-        registered: The upper tensors that TorchOpt differentiates by; empty unless asked for.
+        registered: The upper tensors that TorchOpt differentiates by; found at a first step only.
     """
 
     loss: Tensor

@@ -90,7 +90,7 @@ def test_a_lower_parameter_that_is_frozen_is_refused(when: str) -> None:
     inner, meta, x = pair(ridge_hpo())
     if when != "before":
         iterate(inner, meta)
-        for grad in (torch.no_grad(), torch.enable_grad()):  # solutions without a graph are nobody's wish
+        for grad in (torch.no_grad(), torch.enable_grad()):  # solutions without a graph are no choice of the user's
             with grad:
                 inner.solve()
         x.requires_grad_(False)
