@@ -126,14 +126,22 @@ class Guard:
             with torch.no_grad():
                 self._buffers.to_after()
 
+    def rewind(self) -> None:
+        """Put buffers and random state back to before the block; those that `mark` named are left behind all the same.
+
+        For the evaluations of another guard inside this block, which are to see what the marked one saw.
+        """
+        with torch.no_grad():
+            self._buffers.to_before()
+        self.entry.restore()
+
     def undo(self) -> None:
         """Put everything back to before the block."""
         origin = self._origin or self._copies
-        with torch.no_grad():
-            if origin:
+        if origin:
+            with torch.no_grad():
                 torch._foreach_copy_(self._tensors, origin)
-            self._buffers.to_before()
-        self.entry.restore()
+        self.rewind()
         self._marked = None
 
     def keep_buffers_if(self, valid: Tensor) -> None:
