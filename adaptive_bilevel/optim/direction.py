@@ -119,6 +119,9 @@ class Plain:
         """Return nothing new."""
         return RoleState()
 
+    def __repr__(self) -> str:
+        return "Plain()"
+
 
 @final
 class AdamMetric:
