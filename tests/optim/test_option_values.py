@@ -31,7 +31,6 @@ SHARED: dict[str, list[Any]] = {
     "eps": [-1e-8, math.nan, None, math.inf],
     "max_skips": [0, -1, 1.5, None, True],
 }
-
 OWN: dict[type, dict[str, list[Any]]] = {
     SPSMax: {"decay": ["sqrt", None], "floor": [-1.0, math.inf, math.nan], "floor_decay": ["fast"]},
     SPSB: {"decay": ["sqrt", 2], "floor": [-0.1], "floor_decay": [None]},
