@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptive_bilevel import SLS
+from adaptive_bilevel import SLS, BiSLS, OneStepBiSLS
 from adaptive_bilevel.hypergradient import CG, assign, implicit
+from adaptive_bilevel.optim.projection import Ball, Box, Simplex
 from tests.optim.helpers import plain
-from tests.problems import Instance
+from tests.problems import Instance, b2
 
 EXACT = CG(max_iterations=100, tolerance=0.0)
 
@@ -78,3 +80,32 @@ def everything(tensors: Sequence[Tensor], *optimizers: Any, modules: Sequence[An
         }
     )
     return repr(state)  # NaN equals itself there
+
+
+def prepared(carry: Any = "auto", inner_class: Any = SLS, **options: Any) -> tuple[Instance, Any, Any]:
+    point = b2().instance()
+    inner = SLS([point.y], 0.1, lower_bound=None) if inner_class is SLS else inner_class([point.y], 0.1)
+    outer = BiSLS([point.x], 1.0, lower=inner, carry=carry, solver=EXACT, **options)
+    return point, inner, outer
+
+
+def clamp(tensors: Any) -> None:
+    for t in tensors:
+        t.clamp_(-0.5, 0.25)
+
+
+# What `project=` is tried with: sets that cut something off, and the searches that project.
+BOX = (-0.5, 0.25)
+SETS: dict[str, Any] = {"box": Box(*BOX), "callable": clamp, "simplex": Simplex(1.5)}
+SEARCHES: dict[str, Any] = {
+    "sgd": partial(BiSLS, solver=EXACT),
+    "adam": partial(BiSLS, solver=EXACT, direction="adam", betas=(0.0, 0.9)),
+    "step": OneStepBiSLS,
+}
+# Sets for tensors of which some stay where they are.
+STAYING: dict[str, Any] = {
+    "box": Box(*BOX),
+    "ball": Ball(1.0),
+    "simplex": Simplex(1.0),
+    "callable": lambda tensors: [t.clamp_(-0.5, 0.25) for t in tensors],
+}

@@ -117,3 +117,11 @@ def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Any:
 
 def run(optimizer: Any, model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
     return [float(optimizer.step(closure_of(model, batch))) for batch in data]
+
+
+def quadratic(x: Tensor) -> Tensor:
+    return (torch.linspace(1.0, 4.0, x.numel()) * x.flatten() ** 2).sum()
+
+
+def leaf(*values: float, dtype: torch.dtype | None = None) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values or (3.0, 2.0), dtype=dtype))
