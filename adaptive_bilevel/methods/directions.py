@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from ..errors import OptionError
 from ..evaluation.vectors import Vector, add, scale
 from ..hypergradient.estimate import Point
-from ..hypergradient.oracle import Sample
+from ..hypergradient.sample import Sample
 from ..optim import direction as core
 from ..optim.state import RoleState, advanced
 from ..policies import validation

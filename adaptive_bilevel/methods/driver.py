@@ -10,7 +10,8 @@ import torch
 from ..errors import OptionError, warn
 from ..evaluation.vectors import Vector, add, dot
 from ..hypergradient.estimate import Estimate, Point, Visit
-from ..hypergradient.oracle import Oracle, Sample
+from ..hypergradient.oracle import Oracle
+from ..hypergradient.sample import Sample
 from ..optim.projection import as_projection
 from ..policies import Context, GradientNormState, Outcome, Record, State
 from ..policies.scalars import resolution

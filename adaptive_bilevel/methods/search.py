@@ -14,7 +14,8 @@ from ..evaluation.guard import Guard
 from ..evaluation.objective import Evaluated, Objective
 from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Estimate, Point
-from ..hypergradient.oracle import Oracle, Sample
+from ..hypergradient.oracle import Oracle
+from ..hypergradient.sample import Sample
 from ..policies import SLS, Record
 from .directions import Adam
 from .row import Row
