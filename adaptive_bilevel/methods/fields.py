@@ -158,7 +158,7 @@ class Hypergradient:
     """x: the estimate of grad F.
 
     Args:
-        estimator: Any estimator.
+        estimator: The estimator.
     """
 
     estimator: Estimator
