@@ -34,7 +34,7 @@ from adaptive_bilevel.hypergradient import (
     ValueFunction,
     descend,
     implicit,
-    residual,
+    linear_residual,
 )
 from tests.methods.test_golden import Drawn
 from tests.problems import PROBLEMS, Problem, b1, b2, random_qb, ridge_hpo, softmax_toy
@@ -191,7 +191,7 @@ def test_the_amortised_estimate_with_the_solution_is_exact() -> None:
     assert v is not None
     tracked = point._replace(v=v)
     assert close(estimate(Amortised(), problem, tracked), B2["exact"])
-    upper, lower = residual(oracle_of(problem), tracked, SAMPLE)
+    upper, lower = linear_residual(oracle_of(problem), tracked, SAMPLE)
     assert float((upper[0] + lower[0]).norm()) < 1e-12
 
 
@@ -316,7 +316,7 @@ def test_the_same_thing_at_the_same_point_is_asked_for_once() -> None:
     problem = b2()
     oracle, point = oracle_of(problem), at(problem)._replace(v=(torch.ones(3),))
     Amortised()(oracle, point, SAMPLE)
-    residual(oracle, point, SAMPLE)
+    linear_residual(oracle, point, SAMPLE)
     oracle.lower_gradients(point.x, point.y, SAMPLE)
     oracle.lower_gradients(point.x, point.y, SAMPLE)
     counts = oracle.evaluations
