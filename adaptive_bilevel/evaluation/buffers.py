@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,12 @@ class Buffers:
     def _look(self) -> None:
         for slot in self.slots:
             slot.replaced = slot.owner._buffers.get(slot.name)
+
+    def meet(self, modules: Sequence[nn.Module]) -> None:
+        """Take note of modules as if they had run: of their buffers, and of what has replaced these since."""
+        for module in modules:
+            self.enter(module)
+            self.leave()
 
     def mark(self) -> None:
         """Remember the present values as those to leave behind."""
