@@ -1,46 +1,25 @@
-"""What Betty evaluated since its last step, so that a step can have it again without a trace.
+"""What Betty has evaluated since a problem's last step, so that a step can evaluate it again without a trace.
 
-Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: it remembers batch, random
-state and buffers of each evaluation. One step has ``gradient_accumulation`` of them, one for each ``one_step_descent``,
-which is wrapped to tell them from what the user evaluates (in a validation, say).
+Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: the log keeps batch,
+random state and buffers of each evaluation. One step has ``gradient_accumulation`` of them, one for each
+``one_step_descent``, which is wrapped to tell them from what the user evaluates (in a validation, say).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError
-from adaptive_bilevel.evaluation.buffers import Buffers
-from adaptive_bilevel.evaluation.guard import RandomState
+from adaptive_bilevel.evaluation.guard import Snapshot
 
-from ._host import Problem
+from .release import Problem, Report
 
-__all__ = ["BufferState", "Evaluation", "Replay"]
-
-
-class BufferState:
-    """The buffers of some modules, at the time of construction."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = list(modules)
-        self._buffers = Buffers()
-        self._look()
-
-    def restore(self) -> None:
-        """Put the buffers back to that time."""
-        self._look()  # at what was replaced since
-        with torch.no_grad():
-            self._buffers.to_before()
-
-    def _look(self) -> None:
-        for module in self._modules:
-            self._buffers.enter(module)
-            self._buffers.leave()
+__all__ = ["Evaluation", "EvaluationLog"]
 
 
 class Evaluation(NamedTuple):
@@ -48,20 +27,19 @@ class Evaluation(NamedTuple):
 
     Attributes:
         batch: Its batch.
-        random: Random state before it.
-        buffers: Buffers of all problems before it.
+        before: Random state, and buffers of all problems, before it.
         loss: What it returned, without the scale of a GradScaler: the loss / gradient_accumulation, detached.
         report: The dictionary that Betty logs.
     """
 
-    batch: Any
-    random: RandomState
-    buffers: BufferState
+    batch: object
+    before: Snapshot
     loss: Tensor
-    report: dict[str, Any]
+    report: Report
 
 
-class Replay:
+@final
+class EvaluationLog:
     """The evaluations of one problem since its last step, and their replay.
 
     Args:
@@ -84,7 +62,7 @@ class Replay:
         problem.get_loss, problem.one_step_descent = self._record, self._descend
         problem.get_batch = self._fetch
 
-    def _descend(self, *args: Any, **kwargs: Any) -> Any:
+    def _descend(self, *args: object, **kwargs: object) -> object:
         """Stand for the problem's one_step_descent: the loss that it evaluates first is the one of the step."""
         self._descending = True
         try:
@@ -92,7 +70,7 @@ class Replay:
         finally:
             self._descending = False
 
-    def _fetch(self, *args: Any, **kwargs: Any) -> Any:
+    def _fetch(self, *args: object, **kwargs: object) -> object:
         """Stand for the problem's get_batch: a loss that chooses a batch is not the one of the step."""
         descending, self._descending = self._descending, False
         try:
@@ -100,25 +78,18 @@ class Replay:
         finally:
             self._descending = descending
 
-    def _record(self, batch: Any) -> Any:
+    def _record(self, batch: object) -> tuple[Tensor, Report]:
         """Stand for the problem's get_loss."""
         if not self._descending:
             return self._get_loss(batch)
         self._descending = False
-        random, buffers = RandomState(self._devices()), BufferState(self._modules())
+        before = self.snapshot()
         loss, report = self._get_loss(batch)
         if self._complete:
             self.evaluations = []
-        self.evaluations.append(Evaluation(batch, random, buffers, self._unscaled(loss.detach()), report))
+        self.evaluations.append(Evaluation(batch, before, self._unscaled(loss.detach()), report))
         self._complete = self.problem.count % self.problem.gas == 0
         return loss, report
-
-    def _modules(self) -> list[nn.Module]:
-        return [problem.module for problem in self.problems]
-
-    def _devices(self) -> list[torch.device]:
-        devices = {p.device for module in self._modules() for p in module.parameters()}
-        return sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
 
     def _unscaled(self, loss: Tensor) -> Tensor:
         scaler = self.problem.scaler
@@ -133,34 +104,35 @@ class Replay:
         losses = [evaluation.loss for evaluation in self._known()]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def closure(self) -> Tensor:
+    def replay(self) -> Tensor:
         """Return the loss on the same batches with the same randomness, at the parameters as they are now."""
         total: Tensor | None = None
-        for problem in self.problems:
-            problem.in_trial = True
-        try:
+        with self.trial():
             for evaluation in self._known():
-                evaluation.buffers.restore()
-                evaluation.random.restore()
+                evaluation.before.restore()
                 loss = self._unscaled(self._get_loss(evaluation.batch)[0])
                 total = loss if total is None else total + loss
-        finally:
-            for problem in self.problems:
-                problem.in_trial = False
         assert total is not None
         return total
 
     @contextlib.contextmanager
-    def untraced(self) -> Iterator[None]:
-        """Leave buffers and random state as they are now, whatever is replayed inside."""
-        random, buffers = RandomState(self._devices()), BufferState(self._modules())
+    def trial(self) -> Iterator[None]:
+        """Have ``in_trial`` True inside, at all problems."""
+        for problem in self.problems:
+            problem.in_trial = True
         try:
             yield
         finally:
-            buffers.restore()
-            random.restore()
+            for problem in self.problems:
+                problem.in_trial = False
 
-    def report(self, numbers: dict[str, Any]) -> None:
+    def snapshot(self) -> Snapshot:
+        """Return the present random state and buffers, to be restored after evaluations that leave no trace."""
+        modules = [problem.module for problem in self.problems]
+        devices = {p.device for module in modules for p in module.parameters()}
+        return Snapshot(modules, sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
+
+    def report(self, numbers: Report) -> None:
         """Add numbers to what Betty logs of this step; the user's own metrics of the same names win."""
         for name, value in numbers.items():
             self.evaluations[-1].report.setdefault(name, value)
