@@ -51,14 +51,12 @@ class Snapshot:
     """
 
     def __init__(self, modules: Sequence[nn.Module], devices: Sequence[torch.device]) -> None:
-        self._modules, self._random, self._buffers = modules, RandomState(devices), Buffers()
-        self._buffers.meet(modules)
+        self._modules, self._random, self._buffers = modules, RandomState(devices), Buffers(modules)
 
     def restore(self) -> None:
         """Put buffers and generators back to that time."""
-        self._buffers.meet(self._modules)
         with torch.no_grad():
-            self._buffers.to_before()
+            self._buffers.to_before(self._modules)
         self._random.restore()
 
 

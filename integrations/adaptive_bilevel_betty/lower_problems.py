@@ -45,8 +45,8 @@ class LowerProblems:
 
     def tensors(self) -> list[Tensor]:
         """Return the lower variable: every trainable parameter of the optimizers below, once."""
-        found = {id(p): p for below, _ in self._below for p in variable(below.problem) if p.requires_grad}
-        return list(found.values())
+        groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
+        return list({id(p): p for group in groups for p in group["params"] if p.requires_grad}.values())
 
     def problems(self, closures: object, guard: Guard) -> list[LowerProblem]:
         """Return the lower problems on what Betty has evaluated last, or on closures of the user's own step.
