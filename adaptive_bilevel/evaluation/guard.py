@@ -55,8 +55,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put buffers and generators back to that time."""
-        with torch.no_grad():
-            self._buffers.to_before(self._modules)
+        if self._buffers.slots:
+            with torch.no_grad():
+                self._buffers.to_before(self._modules)
         self._random.restore()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -14,9 +15,8 @@ from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.optim.line_search import LineSearch
 from adaptive_bilevel.optim.polyak import Polyak
 
-from .evaluation_log import EvaluationLog
+from .evaluation_log import EvaluationLog, LowerObjective, UpperObjective
 from .graph import lookahead
-from .objectives import LowerObjective, UpperObjective
 from .param_callback import ParamCallback
 from .release import Problem
 
@@ -87,17 +87,30 @@ class BoundProblem:
 
         The loss is evaluated again for trials only, and where an upper step needs its partial gradients.
         """
-        log, before = self.log, self.log.snapshot()
+        before = self.log.snapshot()
         try:
             if isinstance(optimizer, UpperPolyak):
-                loss = optimizer.advance(loss=log.loss)
+                loss = optimizer.advance(loss=self.log.loss)
             elif isinstance(optimizer, SearchingOptimizer):
-                loss = optimizer.advance(UpperObjective(log, self.callback))
+                loss = optimizer.advance(self._upper_objective)
             else:
-                loss = optimizer.advance(LowerObjective(log, self.callback))
+                loss = optimizer.advance(self._lower_objective)
         finally:
             before.restore()
-        record = optimizer.record
+        record, report = optimizer.record, self.log.evaluations[-1].report
         assert record is not None
-        log.report({"step_size": record.step_size, "trials": record.trials, "outcome": record.outcome})
+        for name in ("step_size", "trials", "outcome"):
+            report.setdefault(name, getattr(record, name))  # the user's own metrics of the same names win
         return loss
+
+    @functools.cached_property
+    def _upper_objective(self) -> UpperObjective:
+        """Made at the first step, when it is known where the parameters are: a param_callback is tried there."""
+        return UpperObjective(self.log, self._projection())
+
+    @functools.cached_property
+    def _lower_objective(self) -> LowerObjective:
+        return LowerObjective(self.log, self._projection(), self.callback.projected)
+
+    def _projection(self) -> Callable[[Sequence[Tensor]], None] | None:
+        return self.callback.project if self.callback.projects else None

@@ -1,25 +1,33 @@
-"""What Betty has evaluated since a problem's last step, so that a step can evaluate it again without a trace.
+"""What Betty has evaluated since a problem's last step, and the loss that a step evaluates again without a trace.
 
 Betty gives optimizers no closure. So ``get_loss`` of a problem is wrapped, on that instance: the log keeps batch,
 random state and buffers of each evaluation. One step has ``gradient_accumulation`` of them, one for each
 ``one_step_descent``, which is wrapped to tell them from what the user evaluates (in a validation, say).
+
+| problem | objective | .grad holds |
+|---|---|---|
+| looks ahead into none | `LowerObjective` | the gradient of the loss |
+| looks ahead into others | `UpperObjective` | a hypergradient: the partial gradients are not known |
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError
+from adaptive_bilevel.evaluation import Evaluated, Objective
 from adaptive_bilevel.evaluation.guard import Snapshot
 
-from .release import Problem, Report
+from .release import Problem, Report, process_gradient
 
-__all__ = ["Evaluation", "EvaluationLog"]
+__all__ = ["Evaluation", "EvaluationLog", "LowerObjective", "UpperObjective"]
+
+Projection = Callable[[Sequence[Tensor]], None]
 
 
 class Evaluation(NamedTuple):
@@ -132,11 +140,6 @@ class EvaluationLog:
         devices = {p.device for module in modules for p in module.parameters()}
         return Snapshot(modules, sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
 
-    def report(self, numbers: Report) -> None:
-        """Add numbers to what Betty logs of this step; the user's own metrics of the same names win."""
-        for name, value in numbers.items():
-            self.evaluations[-1].report.setdefault(name, value)
-
     def _known(self) -> list[Evaluation]:
         if not self.evaluations:
             raise ClosureError(
@@ -144,3 +147,71 @@ class EvaluationLog:
                 "evaluate again: take steps by engine.run() or problem.step(), and bind before the first one"
             )
         return self.evaluations
+
+
+@final
+class LowerObjective(Objective):
+    """The loss of a problem that looks ahead into none.
+
+    Args:
+        log: The problem's evaluations.
+        project: The projection of its parameters, if there is one; trials are projected.
+        projected: Has the parameters projected inside of a ``with``, and as they were outside.
+    """
+
+    def __init__(
+        self,
+        log: EvaluationLog,
+        project: Projection | None,
+        projected: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._log, self.project, self._projected = log, project, projected
+
+    def __call__(self) -> Tensor:
+        """Return the loss on the batches of the step, with the same randomness."""
+        if torch.is_grad_enabled() or self.project is None:
+            return self._log.replay()
+        with self._projected():
+            return self._log.replay()
+
+    def evaluated(self, tensors: Sequence[Tensor]) -> Evaluated:
+        """Return what Betty has computed."""
+        return Evaluated(self._log.loss, [None if p.grad is None else p.grad.detach() for p in tensors])
+
+    def processed(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return gradients as Betty would step on them: after grad_callback and clipping."""
+        return _processed(self._log.problem, tensors, gradients)
+
+
+@final
+class UpperObjective(Objective):
+    """The loss of a problem that looks ahead into others.
+
+    Args:
+        log: The problem's evaluations.
+        project: The projection of its parameters, if there is one.
+    """
+
+    def __init__(self, log: EvaluationLog, project: Projection | None) -> None:
+        self._log, self.project = log, project
+        self.rescaled = log.problem.gradient_clipping > 0.0
+
+    def __call__(self) -> Tensor:
+        """Return the loss on the batches of the step, with the same randomness."""
+        return self._log.replay()
+
+    def processed(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return gradients as Betty would step on them: after grad_callback and clipping."""
+        return _processed(self._log.problem, tensors, gradients)
+
+
+def _processed(problem: Problem, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    held = [p.grad for p in params]
+    try:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        process_gradient(problem)
+        return [None if p.grad is None else p.grad.detach() for p in params]
+    finally:
+        for p, g in zip(params, held, strict=True):
+            p.grad = g
