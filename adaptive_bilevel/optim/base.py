@@ -81,7 +81,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self._warm_start.restored(self.state, self._parameters())
 
     @property
-    def records(self) -> dict[str, DataclassInstance]:
+    def records(self) -> dict[str, Any]:
         """The records of options, by name: what a class of the same rule takes at construction."""
         return dict(self._records)
 

@@ -17,6 +17,7 @@ bind(engine)
 ```
 
 Problems, configs and the engine stay as they are. ``Config(type="adaptive_cg")`` gives right hypergradients on top.
+`OneStepBiSLS` is the paper's own upper search.
 """
 
 from .bilevel import BiSLS, BiSPS, OneStepBiSLS

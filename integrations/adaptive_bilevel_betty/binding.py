@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TypeVar
 
+from adaptive_bilevel.bilevel import Lower
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import CG, LinearSolver
 from adaptive_bilevel.optim.polyak_step import PolyakOptimizer
@@ -74,7 +75,8 @@ def _connect(problem: BoundProblem, ours: list[Problem]) -> None:
     if isinstance(optimizer, BiSPS):
         optimizer.bind(_clocked(problem, ours))
     elif isinstance(optimizer, (BiSLS, OneStepBiSLS)):
-        optimizer.bind(LowerProblems(problem))
+        lower: Lower = LowerProblems(problem)
+        optimizer.bind(lower)
 
 
 def _clocked(problem: BoundProblem, ours: list[Problem]) -> list[PolyakOptimizer]:

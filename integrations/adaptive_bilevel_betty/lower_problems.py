@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.bilevel import Lower, LowerLevel, LowerProblem
+from adaptive_bilevel.bilevel import LowerLevel, LowerProblem
 from adaptive_bilevel.errors import LowerLevelError
 from adaptive_bilevel.evaluation.guard import Closure, Guard
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
@@ -16,6 +16,7 @@ from adaptive_bilevel.optim.base import AdaptiveOptimizer
 from .bound_problem import BoundProblem
 from .graph import edges
 from .hypergradient import TYPE
+from .release import variable
 from .total_derivative import total_loss
 
 __all__ = ["LowerProblems"]
@@ -44,7 +45,7 @@ class LowerProblems:
 
     def tensors(self) -> list[Tensor]:
         """Return the lower variable: every trainable parameter of the optimizers below, once."""
-        found = {id(p): p for below, _ in self._below for p in _variable(below) if p.requires_grad}
+        found = {id(p): p for below, _ in self._below for p in variable(below.problem) if p.requires_grad}
         return list(found.values())
 
     def problems(self, closures: object, guard: Guard) -> list[LowerProblem]:
@@ -70,7 +71,7 @@ class LowerProblems:
         torch._foreach_add_(self.tensors(), list(response), alpha=step)
         for below, _ in self._below:
             if below.callback.projects:
-                below.callback.project(_variable(below))
+                below.callback.project(variable(below.problem))
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
         """Move what belongs to optimizers that can go back, and offer them the point before.
@@ -86,7 +87,7 @@ class LowerProblems:
             optimizer = _goes_back(below)
             if optimizer is None:
                 continue  # in three levels, the middle one's optimizer may be an upper one, too
-            params = _variable(below)
+            params = variable(below.problem)
             before = optimizer.offered or [p.detach().clone() for p in params]
             moved = [p for p in params if id(p) in by_id]
             torch._foreach_add_(moved, [by_id[id(p)] for p in moved])
@@ -97,14 +98,6 @@ class LowerProblems:
             optimizer.offer(before)
 
 
-_: type[Lower] = LowerProblems
-
-
-def _variable(below: BoundProblem) -> list[Tensor]:
-    """Return all parameters of the problem's optimizer, in order."""
-    return [p for group in below.problem.optimizer.param_groups for p in group["params"]]
-
-
 def _goes_back(below: BoundProblem) -> AdaptiveOptimizer | None:
     optimizer = below.problem.optimizer
     return optimizer if isinstance(optimizer, AdaptiveOptimizer) and optimizer.takes_offers else None
@@ -112,7 +105,7 @@ def _goes_back(below: BoundProblem) -> AdaptiveOptimizer | None:
 
 def _lower_problem(below: BoundProblem, guard: Guard, answers: Sequence[int] | None) -> LowerProblem:
     optimizer = below.problem.optimizer
-    tensors = [p for p in _variable(below) if p.requires_grad]
+    tensors = [p for p in variable(below.problem) if p.requires_grad]
     if answers is not None and not tensors:
         raise LowerLevelError(f"problem {below.problem.name!r} is frozen: take it out of the engine's dependencies")
     sample = optimizer.sample if isinstance(optimizer, AdaptiveOptimizer) else None

@@ -103,10 +103,6 @@ class Problem(Protocol):
     set_grads: Callable[[Sequence[Tensor], Sequence[Tensor]], object]
     training_step: Callable[[object], object]
 
-    def __hash__(self) -> int:
-        """Return the hash of an object that is equal to itself only."""
-        ...
-
 
 def rolls_back(engine: BettyEngine) -> bool:
     """Return whether the engine rolls lower problems back after the upper step."""
