@@ -76,8 +76,8 @@ class LineSearch(AdaptiveOptimizer):
             guard.mark()
             proposed = self._propose(gradient)
             descent = proposed.descent
-            if isinstance(closure, Objective) and closure.project is not None:
-                directions = self._within(gradient, descent, closure, searched_loss)
+            if step_closure is None:
+                directions = self._measured_along(gradient, descent, closure, loss)
             else:
                 directions = descent.precondition(searched_gradient)
             value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, gradient.factors)
@@ -120,12 +120,14 @@ class LineSearch(AdaptiveOptimizer):
         self._conclude(record, state)
         return loss
 
-    def _within(self, gradient: Gradient, descent: Descent, closure: Objective, loss: Tensor) -> list[Tensor]:
-        """Return the direction to the point that the host's projection leaves of the longest step.
+    def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
+        """Return the direction to the point that a host's projection leaves of the longest step.
 
         Sufficient decrease along -g cannot be had where the projection takes a part of g away.
         """
         directions = descent.precondition(gradient.values)
+        if not isinstance(closure, Objective) or closure.project is None:
+            return directions
         path = SearchPath(gradient, scaled(directions, gradient.factors), descent)
         bound, scale = self._bound()
         policy: Any = self.policy
