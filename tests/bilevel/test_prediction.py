@@ -30,7 +30,8 @@ class Level:
 
 
 def context(tangent: Tensor, mix: Mix, level: Any = None) -> PredictionContext:
-    return PredictionContext([tangent], mix, BETA, level or Level())
+    lower: Any = level or Level()
+    return PredictionContext([tangent], mix, BETA, lower)
 
 
 @pytest.mark.parametrize("role", [Always(), Offered()], ids=["always", "offered"])

@@ -86,7 +86,7 @@ def test_several_problems_that_depend_on_each_other_have_the_slope_of_the_hyperg
     record = outer.record
     assert record is not None and record.moved
     assert record.slope_ratio == pytest.approx(1.0)
-    assert record.value <= start - outer.policy.c * record.step_size * record.slope
+    assert record.value <= start - outer.rule.c * record.step_size * record.slope
     # All is quadratic, and y and z are on their solutions: phi is F along the path.
     with torch.no_grad():
         graph.y.copy_(torch.linalg.solve(graph.H, graph.B @ graph.x))

@@ -79,6 +79,7 @@ def test_a_heavy_ball_in_the_place_of_the_mean(direction: str) -> None:
             outer.bind(inner)
         before = point.x.detach().clone()
         record = iterate(inner, outer, point, T=4)
+        assert point.x.grad is not None
         ball = point.x.grad + 0.5 * ball
         assert torch.equal(outer.state[point.x]["momentum"]["ball"], ball)
         if direction == "sgd" and record.moved:
@@ -172,7 +173,8 @@ def test_a_role_that_raises_leaves_no_trace(role: str, method: str) -> None:
     def levels(at: int) -> Any:
         point = random_qb(2).instance()
         inner, raising = lower_search(point.y), Raising(make(), method, at)
-        outer = BiSLS([point.x], lower=inner, **({} if option == "diagnosis" else {option: raising}))
+        options: dict[str, Any] = {} if option == "diagnosis" else {option: raising}
+        outer = BiSLS([point.x], lower=inner, **options)
         if option == "diagnosis":
             outer.diagnosis = raising
         return point, inner, outer, raising
