@@ -16,7 +16,19 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Scalar", "clock", "first", "isfinite", "larger", "like", "resolution", "root", "smaller", "where"]
+__all__ = [
+    "Scalar",
+    "array_namespace",
+    "clock",
+    "first",
+    "isfinite",
+    "larger",
+    "like",
+    "resolution",
+    "root",
+    "smaller",
+    "where",
+]
 
 Scalar = Any
 """A number, or a 0-dim array or tensor of NumPy, PyTorch or JAX (traced or not)."""
@@ -25,7 +37,8 @@ Scalar = Any
 _NAMESPACES: dict[type, ModuleType] = {}
 
 
-def _namespace(array: Scalar) -> ModuleType:
+def array_namespace(array: Scalar) -> ModuleType:
+    """Return the module of the functions on arrays of this kind."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return torch
@@ -41,7 +54,7 @@ def where(condition: Scalar, left: Scalar, right: Scalar) -> Scalar:
     """Return `left` where the condition holds and `right` elsewhere, without branching on an array."""
     if condition is True or condition is False:
         return left if condition else right
-    return _namespace(condition).where(condition, left, right)
+    return array_namespace(condition).where(condition, left, right)
 
 
 def first(cases: Sequence[tuple[Scalar, Scalar]], otherwise: Scalar) -> Scalar:
@@ -55,14 +68,14 @@ def first(cases: Sequence[tuple[Scalar, Scalar]], otherwise: Scalar) -> Scalar:
 
 def isfinite(scalar: Scalar) -> Scalar:
     """Return whether the scalar is neither infinite nor NaN."""
-    return math.isfinite(scalar) if isinstance(scalar, (int, float)) else _namespace(scalar).isfinite(scalar)
+    return math.isfinite(scalar) if isinstance(scalar, (int, float)) else array_namespace(scalar).isfinite(scalar)
 
 
 def like(number: Scalar, scalar: Scalar) -> Scalar:
     """Return a Python number as a scalar of the same kind, dtype and device as `scalar`; anything else as it is."""
     if isinstance(scalar, (int, float)) or not isinstance(number, (int, float)):
         return number
-    return _namespace(scalar).full_like(scalar, number)
+    return array_namespace(scalar).full_like(scalar, number)
 
 
 def clock(count: Scalar, scalar: Scalar) -> Scalar:
@@ -97,4 +110,4 @@ def resolution(scalar: Scalar) -> float:
     """
     if isinstance(scalar, (int, float)):
         return 2.220446049250313e-16
-    return float(_namespace(scalar).finfo(scalar.dtype).eps)
+    return float(array_namespace(scalar).finfo(scalar.dtype).eps)

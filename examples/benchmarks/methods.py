@@ -10,6 +10,8 @@ hypergradient, and the options come from the command line (``--method NAME:key=v
 
 Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search", "slsb" and
 "spsb" are this package's `SLS`, `SLSB` and `SPSB` with no number given; without it the task's own rule is used.
+``bisls-sgd:response=step`` and ``bisls-adam:response=step`` are the paper's search, `OneStepBiSLS`, as in
+`adaptive_bilevel.methods`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, SPSMax, policies
+from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, policies
 
 Closure = Callable[[], Tensor]
 Params = list[Tensor]
@@ -113,10 +115,22 @@ def fixed(
     return Hooks(inner, outer, plain_step(inner, lower), upper_step)
 
 
-def searched(direction: str, upper: Params, lower: Params, lower_rule: LowerRule, solver: Any, **options: Any) -> Hooks:
-    """BiSLS; `options` are its own, and without `lr` it finds the first trial by itself."""
+def searched(
+    direction: str,
+    upper: Params,
+    lower: Params,
+    lower_rule: LowerRule,
+    solver: Any,
+    *,
+    response: str = "tangent",
+    **options: Any,
+) -> Hooks:
+    """BiSLS, or the paper's one-step search; `options` are its own, and without `lr` the first trial is found."""
     inner = lower_rule(lower)
-    outer = BiSLS(upper, lower=inner, direction=direction, solver=solver, **options)
+    if response == "step":
+        outer = OneStepBiSLS(upper, lower=inner, direction=direction, **options)
+    else:
+        outer = BiSLS(upper, lower=inner, direction=direction, response=response, solver=solver, **options)
     told = is_stock(inner)  # this package's own lower optimizers remember their closure, others are told
 
     def upper_step(upper_closure: Closure, lower_closure: Closure, second: Second) -> None:

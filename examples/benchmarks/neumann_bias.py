@@ -36,7 +36,7 @@ def prepared(folder: str | None, penalty: float) -> regularisation.Regularisatio
     for part in ("train", "validation"):
         setattr(task, part, tuple(tensor.double() for tensor in getattr(task, part)))
     task.upper = [torch.full_like(task.upper[0], penalty, dtype=torch.float64).requires_grad_()]
-    solution = minimizer(lambda z: task._penalised(task.train, task.upper[0].detach(), z), task.lower[0], 5000)
+    solution = minimizer(lambda z: task.penalised(task.train, task.upper[0].detach(), z), task.lower[0], 5000)
     task.lower = [solution.requires_grad_()]
     return task
 
@@ -49,7 +49,7 @@ def hypergradient(task: regularisation.Regularisation, solver: CG | Neumann) -> 
 def eigenvalues(task: regularisation.Regularisation) -> Tensor:
     """Those of the lower Hessian."""
     flat = task.lower[0].detach()[:, 0]
-    hessian = torch.func.hessian(lambda y: task._penalised(task.train, task.upper[0].detach(), y[:, None]))(flat)
+    hessian = torch.func.hessian(lambda y: task.penalised(task.train, task.upper[0].detach(), y[:, None]))(flat)
     return torch.linalg.eigvalsh(hessian)
 
 

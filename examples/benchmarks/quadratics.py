@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from adaptive_bilevel import BiSLS
+from adaptive_bilevel import BiSLS, OneStepBiSLS
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
 from adaptive_bilevel.hypergradient import CG, assign, implicit
 from adaptive_bilevel.policies import Outcome
@@ -43,7 +43,7 @@ REFERENCE = {  # (mu, direction, T) -> medians for exact, CG .1, CG .01
     (0.01, "adam", 1): (1.1e-2, 1.3e-2, 1.0e-2),
     (0.01, "adam", 10): (1.3e-3, 1.6e-3, 1.3e-3),
 }
-PAPER = {"response": "step", "grow": 2.0, "c": 0.1}
+PAPER = {"grow": 2.0, "c": 0.1}
 
 
 def run(
@@ -55,8 +55,10 @@ def run(
     task = random_quadratic.create(seed, mu=mu, lower_steps=steps)
     solver = CG(max_iterations=50, tolerance=tolerance)
     inner = task.lower_rule(task.lower)
-    options: dict[str, Any] = PAPER if rule == "paper" else {}
-    outer = BiSLS(task.upper, lr, lower=inner, direction=direction, solver=solver, **options)
+    if rule == "paper":
+        outer = OneStepBiSLS(task.upper, lr, lower=inner, direction=direction, **PAPER)
+    else:
+        outer = BiSLS(task.upper, lr, lower=inner, direction=direction, solver=solver)
     start = task.F(task.upper[0].detach())
     outcomes, trials, diverged = [], 0, False
     for _ in range(task.settings.iterations):

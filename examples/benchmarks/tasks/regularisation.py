@@ -57,13 +57,13 @@ class Regularisation:
         return self._loss(batch, self.lower[0])
 
     def lower_loss(self, batch: Part) -> Tensor:
-        return self._penalised(batch, self.upper[0], self.lower[0])
+        return self.penalised(batch, self.upper[0], self.lower[0])
 
     def _loss(self, batch: Part, weights: Tensor) -> Tensor:
         x, y = batch
         return LOSSES[self.kind](x @ weights, y)
 
-    def _penalised(self, batch: Part, penalties: Tensor, weights: Tensor) -> Tensor:
+    def penalised(self, batch: Part, penalties: Tensor, weights: Tensor) -> Tensor:
         return self._loss(batch, weights) + (penalties.exp() * weights.square().sum(1)).sum() / 2
 
     def sample_upper(self, generator: torch.Generator) -> Part:
@@ -78,7 +78,7 @@ class Regularisation:
     def resolve(self) -> Evaluation:
         (x, y), penalties = self.train, self.upper[0].detach().double()
         batch = (x.double(), y.double() if y.is_floating_point() else y)
-        solution = minimizer(lambda z: self._penalised(batch, penalties, z), self.lower[0])
+        solution = minimizer(lambda z: self.penalised(batch, penalties, z), self.lower[0])
         return {f"resolved_{key}": value for key, value in self._scores(solution.to(x.dtype)).items()}
 
     @torch.no_grad()
