@@ -52,16 +52,17 @@ place of the mean of hypergradients:
 True
 
 Hosts that hold the lower variables elsewhere than in torch optimizers pass a `Lower` as ``lower=``; hosts that evaluate
-the upper loss themselves pass an `adaptive_bilevel.evaluation.Objective` as the closure.
+the upper loss themselves pass an `adaptive_bilevel.evaluation.Objective` as the closure. Hosts that need optimizers of
+their own class derive from `UpperSearch`, `OneStepSearch` and `UpperPolyak`, which have the steps but no constructor.
 """
 
 from ..optim.direction import Descent, Direction, Gradient
 from ..optim.state import RoleState
-from .bisls import BiSLS
-from .bisps import BiSPS
+from .bisls import BiSLS, UpperSearch
+from .bisps import BiSPS, UpperPolyak
 from .context import Change, Mix, MomentumContext, Point, PredictionContext, Taken
 from .lower import Lower, LowerLevel, LowerProblem
-from .one_step import OneStepBiSLS
+from .one_step import OneStepBiSLS, OneStepSearch
 from .response import Tangent, Unanswered
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, ResponseModel, StepCheck
 
@@ -81,6 +82,7 @@ __all__ = [
     "Momentum",
     "MomentumContext",
     "OneStepBiSLS",
+    "OneStepSearch",
     "Pace",
     "Point",
     "Prediction",
@@ -92,4 +94,6 @@ __all__ = [
     "Taken",
     "Tangent",
     "Unanswered",
+    "UpperPolyak",
+    "UpperSearch",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, final
@@ -29,11 +30,58 @@ from .searching import Roles, SearchingOptimizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["BiSLS"]
+__all__ = ["BiSLS", "UpperSearch"]
+
+
+class UpperSearch(SearchingOptimizer):
+    """An upper search with roles that its options name. Abstract: `BiSLS`, and a host's optimizers derive from it."""
+
+    options: RoleOptions
+
+    @property
+    @abc.abstractmethod
+    def solver(self) -> LinearSolver:
+        """P of the tangent."""
+
+    def _make_roles(self) -> None:
+        chosen = self.options
+        self.roles = Roles(
+            response=Tangent(self.solver) if isinstance(chosen.response, str) else chosen.response,
+            check=check_of(chosen.curvature),
+            pace=EveryStep() if isinstance(chosen.pace, str) else chosen.pace,
+            momentum=momentum_of(self._mixing()),
+            prediction=prediction_of(chosen.carry),
+            diagnosis=self.diagnosis,
+        )
+
+    def _mixing(self) -> Any:
+        return _mixing(self.conduct.direction, self.options.momentum)
+
+    def _refuse_unused(self) -> None:
+        if not isinstance(self.conduct.direction, str) and self.options.momentum is True:
+            raise OptionError(
+                f"BiSLS(momentum=True, direction={self.conduct.direction!r}): a direction of yours steps along what it "
+                "proposes; leave momentum out, or give a Momentum"
+            )
+        unused = ("betas", "eps") if self._mixing() is False else ("eps",)
+        refuse_unused_moments("BiSLS", self.conduct, unused)
+
+    def _limits(self, point: Point, path: SearchPath) -> Limits:
+        """Return limits under which no step is excluded that could pass: the slope is that of phi."""
+        bound, scale = (None, point.lr) if self.param_groups[0]["automatic"] else (point.lr, 1.0)
+        most = self.policy.max_step if isinstance(self.policy, SLS) else None
+        return Limits(
+            policy=point.scale.policy(self.policy),
+            state=point.scale.state,
+            bound=bound,
+            scale=scale,
+            most=math.inf if most is None else most,
+            rounding=point.rounding,
+        )
 
 
 @final
-class BiSLS(SearchingOptimizer):
+class BiSLS(UpperSearch):
     """BiSLS: a line search at the upper level, for code that already computes hypergradients.
 
     `.grad` of the upper parameters holds the hypergradient h when ``step(upper_closure)`` is called. The step searches
@@ -91,7 +139,6 @@ class BiSLS(SearchingOptimizer):
     1.43
     """
 
-    options: RoleOptions
     _kept = (*SearchingOptimizer._kept, "_solver")
 
     def __init__(
@@ -129,42 +176,6 @@ class BiSLS(SearchingOptimizer):
     def solver(self, solver: LinearSolver) -> None:
         self._solver = _checked_solver(solver, self.options.response)
         self._make_roles()
-
-    def _make_roles(self) -> None:
-        chosen = self.options
-        self.roles = Roles(
-            response=Tangent(self._solver) if isinstance(chosen.response, str) else chosen.response,
-            check=check_of(chosen.curvature),
-            pace=EveryStep() if isinstance(chosen.pace, str) else chosen.pace,
-            momentum=momentum_of(self._mixing()),
-            prediction=prediction_of(chosen.carry),
-            diagnosis=self.diagnosis,
-        )
-
-    def _mixing(self) -> Any:
-        return _mixing(self.conduct.direction, self.options.momentum)
-
-    def _refuse_unused(self) -> None:
-        if not isinstance(self.conduct.direction, str) and self.options.momentum is True:
-            raise OptionError(
-                f"BiSLS(momentum=True, direction={self.conduct.direction!r}): a direction of yours steps along what it "
-                "proposes; leave momentum out, or give a Momentum"
-            )
-        unused = ("betas", "eps") if self._mixing() is False else ("eps",)
-        refuse_unused_moments("BiSLS", self.conduct, unused)
-
-    def _limits(self, point: Point, path: SearchPath) -> Limits:
-        """Return limits under which no step is excluded that could pass: the slope is that of phi."""
-        bound, scale = (None, point.lr) if self.param_groups[0]["automatic"] else (point.lr, 1.0)
-        most = self.policy.max_step if isinstance(self.policy, SLS) else None
-        return Limits(
-            policy=point.scale.policy(self.policy),
-            state=point.scale.state,
-            bound=bound,
-            scale=scale,
-            most=math.inf if most is None else most,
-            rounding=point.rounding,
-        )
 
 
 def _records(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..policies.schedule import Decay
 from .lower import LowerLevel
 from .upper import UpperOptimizer
 
-__all__ = ["BiSPS"]
+__all__ = ["BiSPS", "UpperPolyak"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,54 +36,11 @@ class _Floor:
         validation.make_plain(self)
 
 
-class BiSPS(UpperOptimizer, PolyakOptimizer):
-    """BiSPS: alpha_k = min{max{alpha_l,k, (f - lower_bound) / (c ||h||^2)}, alpha_b,k}, x <- x - alpha_k h, eq. (12).
-
-    `.grad` of the upper parameters holds the hypergradient h when `step` is called.
-
-    Args:
-        params: Upper parameters or groups.
-        lr: alpha_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each
-            step (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
-        lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
-        lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
-            the upper iterations and is constant within one.
-        c: c > 0.
-        lower_bound: A lower bound of f over both variables, e.g. 0. (A bound for the present y makes every step 0.)
-        decay: Schedule of bound and floor.
-        direction: "sgd" or "adam".
-        betas: Adam's decay constants.
-        eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
-
-    Raises:
-        OptionError: An option is out of range (also a ValueError).
-        TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
-    """
+class UpperPolyak(UpperOptimizer, PolyakOptimizer):
+    """The step of `BiSPS`. Abstract: `BiSPS`, and a host's optimizers derive from it."""
 
     _absent = (*PolyakOptimizer._absent, "floor", "floor_decay")
     floor: _Floor
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | None = None,
-        *,
-        lr_min: float = 0.0,
-        lower: Any = None,
-        c: float = 1.0,
-        lower_bound: float | None = 0.0,
-        decay: Decay = "inverse_sqrt",
-        direction: str | Direction = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        max_skips: int = 100,
-    ) -> None:
-        floor = _Floor(lr_min=lr_min)
-        rule = policies.Envelope(c=c, lower_bound=lower_bound, decay=decay)
-        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
-        super().__init__(params, lr, rule, conduct, floor=floor)
-        self.bind(lower)
 
     def bind(self, lower: Any) -> None:
         """Set the lower level, whose Polyak rules count the iterations of this one from now on."""
@@ -152,6 +109,54 @@ class BiSPS(UpperOptimizer, PolyakOptimizer):
                 optimizer.set_clock(optimizer.clock + 1)
         self._conclude(record, state)
         return value
+
+
+@final
+class BiSPS(UpperPolyak):
+    """BiSPS: alpha_k = min{max{alpha_l,k, (f - lower_bound) / (c ||h||^2)}, alpha_b,k}, x <- x - alpha_k h, eq. (12).
+
+    `.grad` of the upper parameters holds the hypergradient h when `step` is called.
+
+    Args:
+        params: Upper parameters or groups.
+        lr: alpha_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each
+            step (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
+        lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
+        lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
+            the upper iterations and is constant within one.
+        c: c > 0.
+        lower_bound: A lower bound of f over both variables, e.g. 0. (A bound for the present y makes every step 0.)
+        decay: Schedule of bound and floor.
+        direction: "sgd" or "adam".
+        betas: Adam's decay constants.
+        eps: Adam's eps, outside the root.
+        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+
+    Raises:
+        OptionError: An option is out of range (also a ValueError).
+        TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        lr_min: float = 0.0,
+        lower: Any = None,
+        c: float = 1.0,
+        lower_bound: float | None = 0.0,
+        decay: Decay = "inverse_sqrt",
+        direction: str | Direction = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        floor = _Floor(lr_min=lr_min)
+        rule = policies.Envelope(c=c, lower_bound=lower_bound, decay=decay)
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct, floor=floor)
+        self.bind(lower)
 
 
 def _given(closure: Closure | None, loss: Tensor | float) -> Tensor | float:

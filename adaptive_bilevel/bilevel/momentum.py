@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..evaluation.reductions import agree, on_host
 from ..evaluation.vectors import inner, inners
-from ..optim.direction import Mean, mean
+from ..optim.direction import Moment, mean
 from ..optim.state import RoleState
 from .context import Mix, MomentumContext
 from .roles import Momentum
@@ -77,7 +77,7 @@ class Full:
 class _Predicted(NamedTuple):
     """What `Predictive` commits."""
 
-    average: Mean
+    average: Moment
     sums: dict[str, float]
 
 
@@ -154,7 +154,7 @@ class Predictive:
         return sums
 
 
-def _mixture(context: MomentumContext, average: Mean, theta: float) -> Callable[[], list[Tensor]]:
+def _mixture(context: MomentumContext, average: Moment, theta: float) -> Callable[[], list[Tensor]]:
     """Return what computes the mixture; it is computed when it is needed, so that a search does not hold it."""
 
     def step() -> list[Tensor]:

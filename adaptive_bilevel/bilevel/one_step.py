@@ -29,7 +29,7 @@ from .roles import ResponseModel
 from .search import Limits
 from .searching import Roles, SearchingOptimizer
 
-__all__ = ["OneMoreStep", "OneStepBiSLS"]
+__all__ = ["OneMoreStep", "OneStepBiSLS", "OneStepSearch"]
 
 
 @final
@@ -111,8 +111,37 @@ class OneMoreStep:
         return RoleState()
 
 
+class OneStepSearch(SearchingOptimizer):
+    """The step of `OneStepBiSLS`. Abstract: `OneStepBiSLS`, and a host's optimizers derive from it."""
+
+    options: OneStepOptions
+
+    def _make_roles(self) -> None:
+        self.roles = Roles(
+            response=OneMoreStep(self.options.response_steps),
+            check=NoCheck(),
+            pace=Always(),
+            momentum=momentum_of(self._mixing()),
+            prediction=Never(),
+            diagnosis=self.diagnosis,
+        )
+
+    def _mixing(self) -> bool:
+        direction, momentum = self.conduct.direction, self.options.momentum
+        return direction == "adam" if momentum is None or not isinstance(direction, str) else momentum
+
+    def _limits(self, point: Point, path: SearchPath) -> Limits:
+        """Return the bound in force; one that was not given is found at the first step."""
+        state, lr = point.scale.state, point.lr
+        if self.param_groups[0]["automatic"]:
+            low, c = self.options.lower_bound, self.rule.c
+            ceiling = state.found or max(0.0, float(armijo_ceiling(point.value, path.promised, low, c)))
+            state, lr = state._replace(found=ceiling), lr * ceiling
+        return Limits(self.policy, state, lr, 1.0, math.inf, 0.0, baseline=self.options.baseline == "matched")
+
+
 @final
-class OneStepBiSLS(SearchingOptimizer):
+class OneStepBiSLS(OneStepSearch):
     """The upper search of Fan et al. (2023), Algorithm 2: one more lower step per trial, eq. (14).
 
     The step searches the largest tried a with f(x - a d, y(a)) <= f(x, y) - c a <h, d> (+ slack), where y(a) is y after
@@ -144,8 +173,6 @@ class OneStepBiSLS(SearchingOptimizer):
         OptionError: An option is out of range, or does not apply (also a ValueError).
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
     """
-
-    options: OneStepOptions
 
     def __init__(
         self,
@@ -194,26 +221,3 @@ class OneStepBiSLS(SearchingOptimizer):
         self.project = as_projection(owner, project)
         super().__init__(params, lr, rule, conduct, options=options)
         self.bind(lower)
-
-    def _make_roles(self) -> None:
-        self.roles = Roles(
-            response=OneMoreStep(self.options.response_steps),
-            check=NoCheck(),
-            pace=Always(),
-            momentum=momentum_of(self._mixing()),
-            prediction=Never(),
-            diagnosis=self.diagnosis,
-        )
-
-    def _mixing(self) -> bool:
-        direction, momentum = self.conduct.direction, self.options.momentum
-        return direction == "adam" if momentum is None or not isinstance(direction, str) else momentum
-
-    def _limits(self, point: Point, path: SearchPath) -> Limits:
-        """Return the bound in force; one that was not given is found at the first step."""
-        state, lr = point.scale.state, point.lr
-        if self.param_groups[0]["automatic"]:
-            low, c = self.options.lower_bound, self.rule.c
-            ceiling = state.found or max(0.0, float(armijo_ceiling(point.value, path.promised, low, c)))
-            state, lr = state._replace(found=ceiling), lr * ceiling
-        return Limits(self.policy, state, lr, 1.0, math.inf, 0.0, baseline=self.options.baseline == "matched")

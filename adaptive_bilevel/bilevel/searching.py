@@ -121,7 +121,7 @@ class SearchingOptimizer(UpperOptimizer):
         params, lower = self._parameters(), self.lower.tensors()
         hypergradient, messages = self._hypergradient(params), list[str]()
         with Guard([*params, *lower], self._workspace) as guard:
-            section, gradient = self._enter(guard, params, hypergradient)
+            section, gradient = self._enter(guard, objective, params, hypergradient)
             point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
             states = read_states(self.state, self._first_states, gradient.tensors)
             path = self._path(gradient, states)
@@ -140,13 +140,15 @@ class SearchingOptimizer(UpperOptimizer):
     # ------------------------------------------------------------------------------------------ where the step begins
 
     def _enter(
-        self, guard: Guard, params: list[Tensor], hypergradient: Sequence[Tensor | None]
+        self, guard: Guard, objective: Closure, params: list[Tensor], hypergradient: Sequence[Tensor | None]
     ) -> tuple[Section | None, Gradient]:
         """Return the convex set of what moves, with x projected into it, and the hypergradient with its tensors."""
         gradient = self._with_gradient(params, hypergradient)
-        if self.project is None:
+        hosted = objective.project if isinstance(objective, Objective) else None
+        project = hosted if self.project is None else self.project
+        if project is None:
             return None, gradient
-        section = Section.of(self.project, params, gradient.tensors, gradient.factors)
+        section = Section.of(project, params, gradient.tensors, gradient.factors)
         section.enter(guard, params)
         return section, gradient
 

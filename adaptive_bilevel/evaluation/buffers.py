@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Buffers"]
+__all__ = ["Buffers", "enter_module", "leave_module", "watching"]
 
 
 class _Slot:
@@ -51,16 +53,20 @@ class _Slot:
 class Buffers:
     """The buffers of every module that has run since construction, as seen by hooks around the modules' calls.
 
+    Args:
+        modules: Modules whose buffers count from now on, whether they run or not.
+
     Attributes:
         slots: The buffers; where there are none, nothing needs to be put back.
         depth: Number of modules that are running; set to 0 where an evaluation begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
         self._seen: dict[int, nn.Module] = {}
         self.slots: list[_Slot] = []
         self._marked = 0
         self.depth = 0
+        self._meet(modules)
 
     def enter(self, module: nn.Module) -> None:
         """Take note that a module is about to run."""
@@ -89,14 +95,24 @@ class Buffers:
         for slot in self.slots:
             slot.replaced = slot.owner._buffers.get(slot.name)
 
+    def _meet(self, modules: Sequence[nn.Module]) -> None:
+        for module in modules:
+            self.enter(module)
+            self.leave()
+
     def mark(self) -> None:
         """Remember the present values as those to leave behind."""
         for slot in self.slots:
             slot.after = _copied(slot.value)
         self._marked = len(self.slots)
 
-    def to_before(self) -> None:
-        """Put all values back to before."""
+    def to_before(self, modules: Sequence[nn.Module] = ()) -> None:
+        """Put all values back to before.
+
+        Args:
+            modules: Modules that may have run unseen, so that what has replaced their buffers is looked at first.
+        """
+        self._meet(modules)
         for slot in self.slots:
             slot.write(slot.before)
 
@@ -112,6 +128,32 @@ class Buffers:
         for slot in self.slots:
             if slot.value is not None and slot.before is not None and slot.value.shape == slot.before.shape:
                 slot.write(torch.where(valid.to(slot.value.device), slot.value, slot.before))
+
+
+class _Thread(threading.local):
+    """Whose modules' calls are seen on this thread.
+
+    Attributes:
+        buffers: What is told of them; None: nobody is.
+    """
+
+    buffers: Buffers | None = None
+
+
+watching = _Thread()
+
+
+def enter_module(module: nn.Module, args: Any) -> None:
+    """Be torch's hook before every module's call."""
+    # Under torch.compile nothing is traced of this: the module that was compiled is met from outside.
+    if not torch.compiler.is_compiling() and watching.buffers is not None:
+        watching.buffers.enter(module)
+
+
+def leave_module(module: nn.Module, args: Any, output: Any) -> None:
+    """Be torch's hook after every module's call."""
+    if not torch.compiler.is_compiling() and watching.buffers is not None:
+        watching.buffers.leave()
 
 
 def _copied(value: Any) -> Any:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ClosureError
-from .buffers import Buffers
+from .buffers import Buffers, enter_module, leave_module, watching
 
 __all__ = ["Closure", "attached", "differentiated", "installed", "require_closure", "value", "value_of"]
 
@@ -34,7 +34,6 @@ class _Thread(threading.local):
     """What this thread evaluates at present."""
 
     recorder: Recorder | None = None
-    buffers: Buffers | None = None
 
 
 _here = _Thread()
@@ -69,8 +68,8 @@ class _Interception:
             for owner in (nn.Module, torch.optim.Optimizer):
                 owner.zero_grad = _zero_grad(owner.zero_grad)  # type: ignore[method-assign]
             self._hooks = [
-                *_registered(register_module_forward_pre_hook(_enter_module)),
-                *_registered(register_module_forward_hook(_leave_module, always_call=True)),
+                *_registered(register_module_forward_pre_hook(enter_module)),
+                *_registered(register_module_forward_hook(leave_module, always_call=True)),
             ]
         for hooks, number, hook in self._hooks:
             hooks[number] = hook
@@ -111,17 +110,6 @@ def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
     return zero_grad
 
 
-def _enter_module(module: nn.Module, args: Any) -> None:
-    # Under torch.compile nothing is traced of this: the module that was compiled is met from outside.
-    if not torch.compiler.is_compiling() and _here.buffers is not None:
-        _here.buffers.enter(module)
-
-
-def _leave_module(module: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling() and _here.buffers is not None:
-        _here.buffers.leave()
-
-
 _ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
 _NO_WARNING = ("ignore", re.compile(_ABOUT_HOOKS, re.IGNORECASE), UserWarning, None, 0)
 
@@ -145,14 +133,14 @@ class Watched:
         self._recorder, self._buffers, self._with_grad = recorder, buffers, with_grad
 
     def __enter__(self) -> None:
-        self._outer = _here.recorder, _here.buffers, torch.is_grad_enabled()
-        _here.recorder, _here.buffers = self._recorder, self._buffers
+        self._outer = _here.recorder, watching.buffers, torch.is_grad_enabled()
+        _here.recorder, watching.buffers = self._recorder, self._buffers
         torch.set_grad_enabled(self._with_grad)
         if self._buffers is not None:
             self._buffers.depth = 0
 
     def __exit__(self, *error: object) -> None:
-        _here.recorder, _here.buffers, with_grad = self._outer
+        _here.recorder, watching.buffers, with_grad = self._outer
         torch.set_grad_enabled(with_grad)
         if self._buffers is not None and self._buffers.depth > 0:
             self._buffers.end()

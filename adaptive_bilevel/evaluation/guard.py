@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .buffers import Buffers
 from .closures import Closure, attached, differentiated, installed, value
 from .vectors import on_cpu
 
-__all__ = ["Closure", "Guard", "RandomState", "Workspace"]
+__all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace"]
 
 
 class RandomState:
@@ -40,6 +40,25 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._devices:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+class Snapshot:
+    """Random state and the buffers of some modules, at the time of construction; for code around whole steps.
+
+    Args:
+        modules: The modules.
+        devices: Other devices than the CPU whose random state counts.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], devices: Sequence[torch.device]) -> None:
+        self._modules, self._random, self._buffers = modules, RandomState(devices), Buffers(modules)
+
+    def restore(self) -> None:
+        """Put buffers and generators back to that time."""
+        if self._buffers.slots:
+            with torch.no_grad():
+                self._buffers.to_before(self._modules)
+        self._random.restore()
 
 
 class Workspace:
@@ -126,14 +145,22 @@ class Guard:
             with torch.no_grad():
                 self._buffers.to_after()
 
+    def rewind(self) -> None:
+        """Put buffers and random state back to before the block; those that `mark` named are left behind all the same.
+
+        For the evaluations of another guard inside this block, which are to see what the marked one saw.
+        """
+        with torch.no_grad():
+            self._buffers.to_before()
+        self.entry.restore()
+
     def undo(self) -> None:
         """Put everything back to before the block."""
         origin = self._origin or self._copies
-        with torch.no_grad():
-            if origin:
+        if origin:
+            with torch.no_grad():
                 torch._foreach_copy_(self._tensors, origin)
-            self._buffers.to_before()
-        self.entry.restore()
+        self.rewind()
         self._marked = None
 
     def keep_buffers_if(self, valid: Tensor) -> None:

@@ -19,10 +19,12 @@ from .check import CheckReport, DirectionCheck, Verdict, check
 from .curvature import LowerCurvature, PartialGradients, partial_gradients
 from .differences import DARTS, HOZOG, PZOBO
 from .estimate import Estimate, Estimator, Point, Visit, descend
-from .estimators import Amortised, Averaged, Exact, Implicit, residual
+from .estimators import Amortised, Averaged, Implicit, linear_residual
+from .exact import Exact
 from .implicit import ImplicitInfo, assign, implicit, implicit_with_info
-from .oracle import LowerGradients, Oracle, Sample
+from .oracle import LowerGradients, Oracle
 from .penalty import ValueFunction
+from .sample import Sample
 from .solution import LinearSolver, Solution, SolverStatus
 from .solvers import Identity, Neumann
 from .unroll import Unroll, UnrollForward
@@ -62,6 +64,6 @@ __all__ = [
     "descend",
     "implicit",
     "implicit_with_info",
+    "linear_residual",
     "partial_gradients",
-    "residual",
 ]

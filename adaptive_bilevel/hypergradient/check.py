@@ -1,7 +1,7 @@
 """Is this hypergradient right? Finite differences through a re-solved lower problem, and a sentence on what is wrong.
 
 Wrong hypergradients are the commonest bug of bilevel code, and a silent one: a flipped sign of the implicit term, a
-lost factor or a detached tensor still trains, to the wrong place. This module measures; `_diagnosis` names the fault.
+lost factor or a detached tensor still trains, to the wrong place. This module measures; `verdict` names the fault.
 """
 
 from __future__ import annotations

@@ -57,14 +57,14 @@ def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Ten
     PartialGradients(upper=(tensor([0., 0.]),), lower=(tensor([2.]),))
     """
     wanted = [*upper, *lower]
-    gradients = _gradients([loss], wanted, None, name="upper_closure")
+    gradients = gradients_of([loss], wanted, None, name="upper_closure")
     if all(gradient is None for gradient in gradients):
         raise ClosureError(
             "upper_closure returned a loss that depends on no tensor of upper or lower: "
             "compute it from the very tensors that are passed, not from copies of them."
         )
-    filled = _fill(gradients, wanted)
-    return PartialGradients(filled[: len(upper)], filled[len(upper) :])
+    both = filled(gradients, wanted)
+    return PartialGradients(both[: len(upper)], both[len(upper) :])
 
 
 @final
@@ -103,7 +103,7 @@ class LowerCurvature:
         self._upper = tuple(upper)
         self._lower = tuple(lower)
         first = len(self._upper) if moves else 0
-        slopes = _gradients([loss], (*self._upper[:first], *self._lower), None, create_graph=True)
+        slopes = gradients_of([loss], (*self._upper[:first], *self._lower), None, create_graph=True)
         self._slopes = slopes[first:]
         if all(slope is None for slope in self._slopes):
             raise ClosureError(
@@ -111,7 +111,7 @@ class LowerCurvature:
                 "compute it from the very tensors that are passed, not from copies of them."
             )
         self._upper_slopes: tuple[Tensor | None, ...] | None = slopes[:first] if moves else None
-        self.gradient: Vector = tuple(slope.detach() for slope in _fill(self._slopes, self._lower))
+        self.gradient: Vector = tuple(slope.detach() for slope in filled(self._slopes, self._lower))
         self.gradients = 1
         self.hvps = 0
         self.jvps = 0
@@ -154,7 +154,7 @@ class LowerCurvature:
     def _slopes_in_upper(self) -> tuple[Tensor | None, ...]:
         if self._upper_slopes is None:
             assert self._loss is not None, "forget_loss was called"
-            self._upper_slopes = _gradients([self._loss], self._upper, None, create_graph=True)
+            self._upper_slopes = gradients_of([self._loss], self._upper, None, create_graph=True)
             self.gradients += 1
         return self._upper_slopes
 
@@ -163,11 +163,11 @@ def _pull_back(slopes: Sequence[Tensor | None], inputs: Sequence[Tensor], vector
     """Return the gradient of <slopes, vector> for ``inputs``, keeping the graph for the next product."""
     pairs = [(s, v) for s, v in zip(slopes, vector, strict=True) if s is not None and s.requires_grad]
     if not pairs:  # the loss is linear in what it was differentiated for
-        return _fill([None] * len(inputs), inputs)
-    return _fill(_gradients([s for s, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True), inputs)
+        return filled([None] * len(inputs), inputs)
+    return filled(gradients_of([s for s, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True), inputs)
 
 
-def _gradients(
+def gradients_of(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor] | None,
@@ -195,7 +195,8 @@ def _gradients(
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
 
 
-def _fill(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+def filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+    """Return the gradients, with zeros where there is none."""
     return tuple(
         torch.zeros_like(tensor, requires_grad=False) if gradient is None else gradient
         for gradient, tensor in zip(gradients, like, strict=True)

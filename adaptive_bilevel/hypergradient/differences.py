@@ -12,9 +12,10 @@ import torch
 from adaptive_bilevel.policies.validation import choice, count, positive
 
 from ..evaluation.vectors import Vector, add, dot, scale, zeros_like
+from .dense import flat, shaped
 from .estimate import Estimate, Point
-from .estimators import _flat, _shaped
-from .oracle import Oracle, Sample
+from .oracle import Oracle
+from .sample import Sample
 
 __all__ = ["DARTS", "HOZOG", "PZOBO"]
 
@@ -88,17 +89,17 @@ class _Probing:
 
     def _draw(self, point: Point, sample: Sample, *, unit: bool) -> Iterator[Vector]:
         """Yield the probes u, with mean u u^T = I (of length sqrt(d_x) if `unit`: HOZOG's d_x u u^T)."""
-        flat = _flat(point.x)
+        x = flat(point.x)
         if self.probes == "axes":
-            for e in torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device):
-                yield _shaped(e * math.sqrt(flat.numel()), point.x)
+            for e in torch.eye(x.numel(), dtype=x.dtype, device=x.device):
+                yield shaped(e * math.sqrt(x.numel()), point.x)
             return
         generator = sample.generator()
         for _ in range(self.directions):
-            u = torch.randn(flat.numel(), generator=generator, dtype=torch.float64)
+            u = torch.randn(x.numel(), generator=generator, dtype=torch.float64)
             if unit:
-                u = u * (math.sqrt(flat.numel()) / u.norm())
-            yield _shaped(u.to(flat), point.x)
+                u = u * (math.sqrt(x.numel()) / u.norm())
+            yield shaped(u.to(x), point.x)
 
     def _again(self, oracle: Oracle, point: Point, u: Vector) -> tuple[Vector, Vector]:
         """Return x + radius u, and where the same lower loop leads there."""

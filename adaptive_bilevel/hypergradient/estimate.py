@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..evaluation.vectors import Vector, add
 from .curvature import PartialGradients
-from .oracle import Oracle, Sample
+from .oracle import Oracle
+from .sample import Sample
 
-__all__ = ["Estimate", "Estimator", "Point", "Visit", "descend"]
+__all__ = ["Estimate", "Estimator", "Point", "Responding", "Visit", "descend"]
 
 
 class Visit(NamedTuple):
@@ -37,7 +38,7 @@ class Point(NamedTuple):
         z: A second lower variable, which minimises g alone (value-function methods).
         multiplier: lambda, the weight of the lower loss in f + lambda g.
         path: The lower loop that led to y, for estimators that differentiate through it.
-        memory: What an estimator carries from one evaluation to the next; plain data.
+        memory: What an estimator carries from one evaluation to the next; plain data, read by itself only.
     """
 
     x: Vector
@@ -46,7 +47,7 @@ class Point(NamedTuple):
     z: Vector = ()
     multiplier: float = 0.0
     path: tuple[Visit, ...] = ()
-    memory: Any = None
+    memory: object = None
 
 
 class Estimate(NamedTuple):
@@ -67,7 +68,7 @@ class Estimate(NamedTuple):
     loss: Tensor
     partials: PartialGradients | None = None
     v: Vector | None = None
-    memory: Any = None
+    memory: object = None
 
     @property
     def hypergradient(self) -> Vector:
@@ -90,6 +91,15 @@ class Estimator(Protocol):
 
     def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Estimate:
         """Return the estimate of grad F at the point."""
+        ...
+
+
+@runtime_checkable
+class Responding(Protocol):
+    """An estimator with an approximation P of H^{-1}, which also gives the response of y to a move of x."""
+
+    def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: object = None) -> Vector:
+        """Return P C^T d: how y*(x) answers to a move of x by -d."""
         ...
 
 

@@ -9,56 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, TypedDict, cast, final
 
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import OptionError, SolverError, warn
+from adaptive_bilevel.errors import OptionError, warn
 from adaptive_bilevel.policies.validation import fraction
 
-from ..evaluation.vectors import Vector, add, negate, widen, zeros_like
+from ..evaluation.vectors import Vector, add, negate, zeros_like
 from .cg import CG
+from .dense import columns, dense_solve, flat, shaped
 from .estimate import Estimate, Point
-from .oracle import Oracle, Sample
-from .solution import LinearSolver, MatVec, Solution, SolverStatus
+from .oracle import Oracle
+from .sample import Sample
+from .solution import LinearSolver, SolverStatus
 
-__all__ = ["Amortised", "Averaged", "Exact", "Implicit", "residual"]
-
-
-@final
-@dataclass(frozen=True)
-class Exact:
-    """The inverse itself: H column by column, by d_y products, and a dense solve. For small lower variables.
-
-    >>> H = torch.diag(torch.tensor([1.0, 4.0]))
-    >>> Exact().solve(lambda v: (H @ v[0],), (torch.tensor([1.0, 1.0]),)).tensors
-    (tensor([1.0000, 0.2500]),)
-    """
-
-    @property
-    def warm_start(self) -> bool:
-        """There is nothing to start."""
-        return False
-
-    @property
-    def resamples(self) -> bool:
-        """All columns are those of one matrix."""
-        return False
-
-    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
-        """Return H^{-1} rhs.
-
-        Raises:
-            SolverError: H is singular.
-        """
-        flat = _flat(rhs)
-        if not bool(flat.isfinite().all()):
-            return Solution(tuple(t.detach().clone() for t in rhs), 0, float("nan"), SolverStatus.non_finite)
-        H = columns(matvec, rhs)
-        return Solution(_shaped(_dense_solve(H, flat), rhs), flat.numel(), 0.0, SolverStatus.converged)
+__all__ = ["Amortised", "Averaged", "Implicit", "linear_residual"]
 
 
 @final
@@ -95,7 +64,7 @@ class Implicit:
         implicit = negate(oracle.cross_vjp(point.x, point.y, sample, v))
         return Estimate(add(partials.upper, implicit), None, loss, partials, v)
 
-    def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: Any = None) -> Vector:
+    def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: object = None) -> Vector:
         """Return P C^T d: how y*(x) answers to a move of x by -d, with the same inverse P."""
         push = oracle.cross_jvp(point.x, point.y, sample, direction)
         return self._solve(oracle, point, sample, push, None)
@@ -119,7 +88,7 @@ class Implicit:
 class Amortised:
     """h = f_x - C v with the v that the method tracks itself (SOBA, AmIGO, FSLA, S-TFBO): no solve at all.
 
-    Its steps are v <- v - s (H v - f_y); see `residual`. Costs one gradient of f and one JVP.
+    Its steps are v <- v - s (H v - f_y); see `linear_residual`. Costs one gradient of f and one JVP.
     """
 
     cost: ClassVar[str] = "1 gradient of f, 1 JVP"
@@ -133,10 +102,26 @@ class Amortised:
         return Estimate(partials.upper, negate(oracle.cross_vjp(point.x, point.y, sample, v)), loss, partials, v)
 
 
-def residual(oracle: Oracle, point: Point, sample: Sample) -> tuple[Vector, Vector]:
+def linear_residual(oracle: Oracle, point: Point, sample: Sample) -> tuple[Vector, Vector]:
     """Return (-f_y, H v), whose sum is the gradient H v - f_y of R(v) = <v, H v> / 2 - <v, f_y>."""
     partials = oracle.upper_gradients(point.x, point.y, sample)[1]
     return negate(partials.lower), oracle.hvp(point.x, point.y, sample, point.v or zeros_like(point.y))
+
+
+class AveragedMatrices(TypedDict):
+    """What `Averaged` carries from one evaluation to the next.
+
+    Attributes:
+        H: H_k.
+        C: C_k.
+        x: Where they were evaluated.
+        y: Likewise.
+    """
+
+    H: Tensor
+    C: Tensor
+    x: Vector
+    y: Vector
 
 
 @final
@@ -167,19 +152,21 @@ class Averaged:
         loss, partials = oracle.upper_gradients(point.x, point.y, sample)
         H, C = _matrices(oracle, point.x, point.y, sample)
         if point.memory is not None:
-            old_H, old_C = _matrices(oracle, point.memory["x"], point.memory["y"], sample)
-            H = H + self.weight * (point.memory["H"] - old_H)
-            C = C + self.weight * (point.memory["C"] - old_C)
-        v = _dense_solve(H, _flat(partials.lower).to(H.dtype))
-        h = add(partials.upper, _shaped(C @ v, point.x), -1.0)
-        memory = {"H": H, "C": C, "x": point.x, "y": point.y}
-        return Estimate(h, None, loss, partials, _shaped(v, point.y), memory)
+            old = cast(AveragedMatrices, point.memory)
+            old_H, old_C = _matrices(oracle, old["x"], old["y"], sample)
+            H = H + self.weight * (old["H"] - old_H)
+            C = C + self.weight * (old["C"] - old_C)
+        v = dense_solve(H, flat(partials.lower).to(H.dtype))
+        h = add(partials.upper, shaped(C @ v, point.x), -1.0)
+        memory: AveragedMatrices = {"H": H, "C": C, "x": point.x, "y": point.y}
+        return Estimate(h, None, loss, partials, shaped(v, point.y), memory)
 
-    def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: Any = None) -> Vector:
+    def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: object = None) -> Vector:
         """Return H_k^{-1} C_k^T d with the matrices of `memory`, an estimate's."""
         assert memory is not None
-        H, C = memory["H"], memory["C"]
-        return _shaped(_dense_solve(H, C.T @ _flat(direction).to(H.dtype)), point.y)
+        averaged = cast(AveragedMatrices, memory)
+        H, C = averaged["H"], averaged["C"]
+        return shaped(dense_solve(H, C.T @ flat(direction).to(H.dtype)), point.y)
 
 
 def _matrices(oracle: Oracle, x: Vector, y: Vector, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -187,35 +174,6 @@ def _matrices(oracle: Oracle, x: Vector, y: Vector, sample: Sample) -> tuple[Ten
     C = columns(lambda v: oracle.cross_vjp(x, y, sample, v), y)
     dtype = torch.promote_types(H.dtype, C.dtype)
     return H.to(dtype), C.to(dtype)
-
-
-def columns(product: MatVec, like: Sequence[Tensor]) -> Tensor:
-    """Return the dense matrix of a linear map of vectors shaped `like`, one product per column."""
-    size = sum(t.numel() for t in like)
-    basis = torch.eye(size, dtype=_flat(like).dtype, device=like[0].device)
-    return torch.stack([_flat(product(_shaped(e, like))) for e in basis], dim=1)
-
-
-def _dense_solve(H: Tensor, rhs: Tensor) -> Tensor:
-    try:
-        solved: Tensor = torch.linalg.solve(H, rhs)
-    except RuntimeError as error:
-        raise SolverError(
-            "the lower Hessian is singular: the lower loss has no unique minimizer here. Add a ridge term to it, or "
-            "use CG or Neumann"
-        ) from error
-    return solved
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return one vector, in the widest dtype of the tensors and at least float32."""
-    return torch.cat([t.reshape(-1) for t in widen(tensors)])
-
-
-def _shaped(flat: Tensor, like: Sequence[Tensor]) -> Vector:
-    """Return a vector in the shapes and dtypes of the tensors."""
-    parts = flat.split([t.numel() for t in like])
-    return tuple(part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def implicit(
     solver: LinearSolver = ...,
     *,
     initial: Tree | None = ...,
-) -> Any: ...
+) -> Tree: ...
 def implicit(
     upper_closure: Closure,
     lower_closure: Closure,
@@ -73,7 +73,7 @@ def implicit(
     solver: LinearSolver = DEFAULT_SOLVER,
     *,
     initial: Tree | None = None,
-) -> Any:
+) -> Tree:
     """Return the hypergradient ``h = grad_x f - C v``, with ``v = P grad_y f`` and P the solver's inverse of H.
 
     Here f(x, y) is what ``upper_closure`` returns, g(x, y) what ``lower_closure`` returns, H = grad^2_yy g and
@@ -125,7 +125,7 @@ def implicit_with_info(
     solver: LinearSolver = DEFAULT_SOLVER,
     *,
     initial: Tree | None = None,
-) -> tuple[Any, ImplicitInfo]:
+) -> tuple[Tree, ImplicitInfo]:
     """Return what `implicit` returns, and an `ImplicitInfo` on how it came about.
 
     Arguments and errors are those of `implicit`.
@@ -141,7 +141,7 @@ def implicit_with_info(
 
 def _differentiate(
     upper_closure: Closure, lower_closure: Closure, upper: Tree, lower: Tree, solver: LinearSolver, initial: Tree | None
-) -> tuple[Any, ImplicitInfo]:
+) -> tuple[Tree, ImplicitInfo]:
     x, structure = flatten(upper, "upper")
     y, _ = flatten(lower, "lower")
     check_levels(x, y)

@@ -10,8 +10,8 @@ SOBA's three directions share one gradient of f), and an HVP or JVP includes the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,35 +21,13 @@ from adaptive_bilevel.evaluation.counts import Evaluations
 from adaptive_bilevel.evaluation.guard import RandomState
 
 from ..evaluation.vectors import Vector
-from .curvature import LowerCurvature, PartialGradients, _fill, _gradients, partial_gradients
+from .curvature import LowerCurvature, PartialGradients, filled, gradients_of, partial_gradients
+from .memo import Memo
+from .sample import Batch, Sample
 
-__all__ = ["Loss", "LowerGradients", "Oracle", "Sample"]
+__all__ = ["Loss", "LowerGradients", "Oracle"]
 
-Loss: TypeAlias = Callable[[Vector, Vector, Any], Tensor]
-
-
-class Sample(NamedTuple):
-    """What one evaluation is made on.
-
-    Attributes:
-        upper: Batch of the upper loss.
-        lower: Batch of the lower loss.
-        seed: Seed of all random numbers drawn inside the losses and estimators.
-        upper_id: Which summand of a finite sum the upper batch is; None if unknown. SAGA needs it.
-        lower_id: Likewise.
-        products: Further lower batches, for estimators that take each product on an independent one.
-    """
-
-    upper: Any = None
-    lower: Any = None
-    seed: int = 0
-    upper_id: Hashable = None
-    lower_id: Hashable = None
-    products: tuple[Any, ...] = ()
-
-    def generator(self, device: torch.device | None = None) -> torch.Generator:
-        """Return a generator in the state that the seed gives."""
-        return torch.Generator("cpu" if device is None else device).manual_seed(self.seed)
+Loss: TypeAlias = Callable[[Vector, Vector, Batch], Tensor]
 
 
 class LowerGradients(NamedTuple):
@@ -87,11 +65,16 @@ class Oracle:
     def __init__(self, upper_loss: Loss, lower_loss: Loss) -> None:
         self._losses = {"upper_loss": upper_loss, "lower_loss": lower_loss}
         self.evaluations: Evaluations = Evaluations()
-        self._known: dict[str, tuple[Vector, Vector, Sample, Any]] = {}
+        self._upper: Memo[tuple[Tensor, PartialGradients]] = Memo()
+        self._lower: dict[str, Memo[LowerGradients]] = {of: Memo() for of in ("y", "x", "xy")}
+        self._products: Memo[tuple[Tensor, LowerCurvature]] = Memo()
 
     def forget(self) -> None:
         """Drop what is kept of the last points (a graph among it)."""
-        self._known.clear()
+        self._upper.forget()
+        for memo in self._lower.values():
+            memo.forget()
+        self._products.forget()
 
     # ------------------------------------------------------------------------------------------ values
 
@@ -111,37 +94,34 @@ class Oracle:
 
     def upper_gradients(self, x: Vector, y: Vector, sample: Sample) -> tuple[Tensor, PartialGradients]:
         """Return f(x, y) and its two partial gradients, one gradient call."""
-        known = self._recall("upper", x, y, sample)
-        if known is None:
-            self.evaluations.upper.gradients += 1
-            inner, outer = _leaves(x), _leaves(y)
-            loss = self._attached("upper_loss", inner, outer, sample.upper, sample.seed)
-            known = self._keep("upper", x, y, sample, (loss.detach(), partial_gradients(loss, inner, outer)))
-        found: tuple[Tensor, PartialGradients] = known
-        return found
+        known = self._upper.recall(x, y, sample)
+        if known is not None:
+            return known
+        self.evaluations.upper.gradients += 1
+        inner, outer = _leaves(x), _leaves(y)
+        loss = self._attached("upper_loss", inner, outer, sample.upper, sample.seed)
+        return self._upper.keep(x, y, sample, (loss.detach(), partial_gradients(loss, inner, outer)))
 
     def lower_gradients(self, x: Vector, y: Vector, sample: Sample, of: str = "y") -> LowerGradients:
         """Return g(x, y) and its gradient in y, in x, or in both (``of`` "y", "x" or "xy"): one gradient call."""
-        known = self._recall("lower" + of, x, y, sample)
-        both = self._recall("lowerxy", x, y, sample)
-        if known is None and both is not None:
-            known = both._replace(lower=()) if of == "x" else both._replace(upper=())
-        if known is None:
-            self.evaluations.lower.gradients += 1
-            curvature = self._recall("curvature", x, y, sample)
-            if curvature is not None and of == "y":
-                known = LowerGradients(curvature[0], (), curvature[1].gradient)
-            else:
-                known = self._lower_gradients(x, y, sample, of)
-            self._keep("lower" + of, x, y, sample, known)
-        found: LowerGradients = known
-        return found
+        known, both = (self._lower[kind].recall(x, y, sample) for kind in (of, "xy"))
+        if known is not None:
+            return known
+        if both is not None:
+            return both._replace(lower=()) if of == "x" else both._replace(upper=())
+        self.evaluations.lower.gradients += 1
+        products = self._products.recall(x, y, sample)
+        if products is not None and of == "y":
+            found = LowerGradients(products[0], (), products[1].gradient)
+        else:
+            found = self._lower_gradients(x, y, sample, of)
+        return self._lower[of].keep(x, y, sample, found)
 
     def _lower_gradients(self, x: Vector, y: Vector, sample: Sample, of: str) -> LowerGradients:
         upper, lower = _leaves(x), _leaves(y)  # both, so that a g without x has a graph, and zeros for its gradient
         loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
         wanted = [*(upper if "x" in of else ()), *(lower if "y" in of else ())]
-        gradients = _fill(_gradients([loss], wanted, None, name="lower_loss"), wanted)
+        gradients = filled(gradients_of([loss], wanted, None, name="lower_loss"), wanted)
         first = len(upper) if "x" in of else 0
         return LowerGradients(loss.detach(), gradients[:first], gradients[first:])
 
@@ -177,14 +157,12 @@ class Oracle:
         return self._curvature(x, y, sample).push_forward(direction, vector)
 
     def _curvature(self, x: Vector, y: Vector, sample: Sample) -> LowerCurvature:
-        known = self._recall("curvature", x, y, sample)
+        known = self._products.recall(x, y, sample)
         if known is None:
             upper, lower = _leaves(x), _leaves(y)
             loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
-            pair = loss.detach(), LowerCurvature(loss, upper, lower)
-            known = self._keep("curvature", x, y, sample, pair)
-        curvature: LowerCurvature = known[1]
-        return curvature
+            known = self._products.keep(x, y, sample, (loss.detach(), LowerCurvature(loss, upper, lower)))
+        return known[1]
 
     # ------------------------------------------------------------------------------------------ evaluation
 
@@ -196,7 +174,7 @@ class Oracle:
         """Return g(x, y), likewise."""
         return self._loss("lower_loss", x, y, sample.lower, sample.seed)
 
-    def _attached(self, name: str, x: Vector, y: Vector, batch: Any, seed: int) -> Tensor:
+    def _attached(self, name: str, x: Vector, y: Vector, batch: Batch, seed: int) -> Tensor:
         with torch.enable_grad():
             loss = self._loss(name, x, y, batch, seed)
         if not loss.requires_grad:
@@ -206,7 +184,7 @@ class Oracle:
             )
         return loss
 
-    def _loss(self, name: str, x: Vector, y: Vector, batch: Any, seed: int) -> Tensor:
+    def _loss(self, name: str, x: Vector, y: Vector, batch: Batch, seed: int) -> Tensor:
         with self._seeded({t.device for t in (*x, *y)}, seed):
             loss = self._losses[name](x, y, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
@@ -227,15 +205,6 @@ class Oracle:
             yield
         finally:
             state.restore()
-
-    def _recall(self, kind: str, x: Vector, y: Vector, sample: Sample) -> Any:
-        known = self._known.get(kind)
-        same = known is not None and known[0] is x and known[1] is y and known[2] is sample
-        return known[3] if known is not None and same else None
-
-    def _keep(self, kind: str, x: Vector, y: Vector, sample: Sample, value: Any) -> Any:
-        self._known[kind] = (x, y, sample, value)
-        return value
 
 
 def _leaves(tensors: Vector) -> Vector:

@@ -7,7 +7,8 @@ from typing import ClassVar, final
 
 from ..evaluation.vectors import add, scale
 from .estimate import Estimate, Point
-from .oracle import Oracle, Sample
+from .oracle import Oracle
+from .sample import Sample
 
 __all__ = ["ValueFunction"]
 

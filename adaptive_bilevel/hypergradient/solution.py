@@ -7,11 +7,20 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from ..evaluation.vectors import Vector, zeros_like
+from ..evaluation.vectors import Vector, dot, zeros_like
 
-__all__ = ["LinearSolver", "MatVec", "Refinable", "Solution", "SolverStatus", "trivial_solution"]
+__all__ = [
+    "LinearSolver",
+    "MatVec",
+    "Refinable",
+    "Solution",
+    "SolverStatus",
+    "relative_residual",
+    "trivial_solution",
+]
 
 MatVec: TypeAlias = Callable[[Vector], Sequence[Tensor]]
 
@@ -105,3 +114,16 @@ def trivial_solution(rhs: Sequence[Tensor], size: float) -> Solution | None:
     if not math.isfinite(size):
         return Solution(tuple(tensor.detach().clone() for tensor in rhs), 0, math.nan, SolverStatus.non_finite)
     return None
+
+
+def relative_residual(matvec: MatVec, v: Sequence[Tensor], rhs: Sequence[Tensor]) -> float:
+    """Return ``||b - H v|| / ||b||``, which costs one product; 0 for b = 0.
+
+    Args:
+        matvec: The product with H.
+        v: The solution.
+        rhs: b.
+    """
+    left = torch._foreach_sub(list(rhs), list(matvec(tuple(v))))
+    size = dot(rhs, rhs)
+    return math.sqrt(dot(left, left) / size) if size > 0.0 else 0.0

@@ -1,14 +1,16 @@
-"""Linear solvers: approximations P of the inverse of the lower Hessian H, applied to one vector.
+"""Linear solvers with a formula for their result: the Neumann series, one random term of it, and the identity.
 
-The same solver serves the hypergradient, ``h = f_x - C P f_y``, and the response of the lower variable to a move d of
-the upper one, ``w = P C^T d``: the searched function then has the slope that the hypergradient promises.
+A solver is an approximation P of the inverse of the lower Hessian H, applied to one vector. The same one serves the
+hypergradient, ``h = f_x - C P f_y``, and the response of the lower variable to a move d of the upper one,
+``w = P C^T d``: the searched function then has the slope that the hypergradient promises.
 
 | solver | P | Hessian-vector products |
 |---|---|---|
-| `CG` | conjugate gradients to a relative residual | until the tolerance, at most ``max_iterations`` |
 | `Neumann` | ``scale * sum_{q=0}^{steps} (I - scale H)^q`` | ``steps`` |
 | `Neumann` with ``random=True`` | ``N scale prod_{j=1}^{n} (I - scale H_j)``, n from 0..N-1 | (N-1)/2 on average |
 | `Identity` | ``scale * I`` | none |
+| `CG`, in ``cg`` | conjugate gradients to a relative residual | until the tolerance, at most ``max_iterations`` |
+| `Exact`, in ``exact`` | the inverse, by a dense solve | d_y |
 
 Solvers hold options only. A vector is a sequence of tensors; its arithmetic is done in at least float32.
 """

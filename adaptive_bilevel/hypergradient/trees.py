@@ -25,7 +25,7 @@ def flatten(tree: Tree, name: str) -> tuple[tuple[Tensor, ...], Tree]:
     if isinstance(tree, Tensor):
         return (tree,), tree
     if isinstance(tree, Mapping):
-        children: list[Any] = list(tree.values())
+        children: list[Tree] = list(tree.values())
         structure: Tree = tree
     elif isinstance(tree, Iterable) and not isinstance(tree, (str, bytes)):
         children = list(tree)

@@ -14,9 +14,10 @@ import torch
 from adaptive_bilevel.policies.validation import count
 
 from ..evaluation.vectors import Vector, add, dot, zeros_like
+from .dense import flat, shaped
 from .estimate import Estimate, Point
-from .estimators import _flat, _shaped
-from .oracle import Oracle, Sample
+from .oracle import Oracle
+from .sample import Sample
 
 __all__ = ["Unroll", "UnrollForward"]
 
@@ -74,13 +75,13 @@ class UnrollForward:
     def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Estimate:
         """Return the estimate."""
         loss, partials = oracle.upper_gradients(point.x, point.y, sample)
-        flat = _flat(point.x)
-        basis = [_shaped(e, point.x) for e in torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)]
+        x = flat(point.x)
+        basis = [shaped(e, point.x) for e in torch.eye(x.numel(), dtype=x.dtype, device=x.device)]
         Z: list[Vector] = [zeros_like(point.y)] * len(basis)
         for visit in point.path:
             Z = [
                 add(z, oracle.push_forward(point.x, visit.y, visit.sample, e, z), -visit.step)
                 for z, e in zip(Z, basis, strict=True)
             ]
-        through = torch.tensor([dot(z, partials.lower) for z in Z], dtype=flat.dtype, device=flat.device)
-        return Estimate(add(partials.upper, _shaped(through, point.x)), None, loss, partials)
+        through = torch.tensor([dot(z, partials.lower) for z in Z], dtype=x.dtype, device=x.device)
+        return Estimate(add(partials.upper, shaped(through, point.x)), None, loss, partials)

@@ -13,8 +13,8 @@
 0.946  x = 3.213
 0.700  x = 2.914
 
-A row is estimator x lower schedule x step rules x directions x projection (`Row`), and one driver runs them all. Any
-row takes any step rule where the mathematics allows it, and says why where it does not:
+A row is estimator x lower schedule x step rules x directions x projection (`Row`), and one driver runs them all.
+Each row takes every step rule that the mathematics allows, and says why where it does not allow one:
 
 >>> *_, last = methods.run(
 ...     "ba", problem, x, y, iterations=30, upper_step=policies.SLS(), lower_step=policies.SPSB()
@@ -180,7 +180,7 @@ def run(
     y: Tree,
     *,
     iterations: int,
-    batches: Any = None,
+    batches: Iterable[object] | None = None,
     **options: Any,
 ) -> Run:
     """Run a row on a problem: an iterator of one `IterationRecord` per iteration.
@@ -223,7 +223,7 @@ def compare(
     y: Tree,
     *,
     iterations: int,
-    batches: Any = None,
+    batches: Iterable[object] | None = None,
     **options: Any,
 ) -> dict[str, list[IterationRecord]]:
     """Run several rows from the same start, and return their records by label.

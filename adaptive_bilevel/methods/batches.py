@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..hypergradient.sample import Batch
 from ..hypergradient.trees import Tree, flatten, same_structure
 from ..policies import validation
 
@@ -25,8 +26,8 @@ class Pair(NamedTuple):
         lower_id: Likewise.
     """
 
-    upper: Any = None
-    lower: Any = None
+    upper: Batch = None
+    lower: Batch = None
     upper_id: Hashable = None
     lower_id: Hashable = None
 
@@ -64,12 +65,12 @@ class Minibatches:
             raise OptionError(f"Minibatches(size={size!r}): size must be a number, or (upper, lower)")
         for one in sizes:
             validation.count("Minibatches", "size", one)
-        self._levels = [
-            _Level(data, name, int(n)) for data, name, n in zip((upper, lower), ("upper", "lower"), sizes, strict=True)
-        ]
+        self._upper, self._lower = _Level(upper, "upper", int(sizes[0])), _Level(lower, "lower", int(sizes[1]))
         self.full = Pair(upper, lower)
         self._generator = torch.Generator().manual_seed(seed)
-        self._blocks = [level.cut(self._generator) for level in self._levels] if blocks else None
+        if blocks:
+            self._upper.cut(self._generator)
+            self._lower.cut(self._generator)
 
     def __iter__(self) -> Iterator[Pair]:
         while True:
@@ -77,26 +78,22 @@ class Minibatches:
 
     def draw(self) -> Pair:
         """Return the next pair."""
-        drawn: list[tuple[Any, Hashable]] = []
-        for i, level in enumerate(self._levels):
-            if self._blocks is None:
-                drawn.append((level.at(torch.randint(level.count, (level.size,), generator=self._generator)), None))
-            else:
-                chosen = int(torch.randint(len(self._blocks[i]), (), generator=self._generator))
-                drawn.append((level.at(self._blocks[i][chosen]), chosen))
-        (upper, upper_id), (lower, lower_id) = drawn
+        upper, upper_id = self._upper.draw(self._generator)
+        lower, lower_id = self._lower.draw(self._generator)
         return Pair(upper, lower, upper_id, lower_id)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the place in the stream."""
         return {"generator": self._generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go to a place in the stream of a sampler that was made with the same arguments."""
         self._generator.set_state(state["generator"])
 
 
 class _Level:
+    """The data of one level, and how batches are drawn from it."""
+
     def __init__(self, data: Tree, name: str, size: int) -> None:
         self.tensors, self._structure = flatten(data, name)
         lengths = {len(t) for t in self.tensors if t.dim()}
@@ -107,12 +104,21 @@ class _Level:
         if size > self.count:
             raise OptionError(f"Minibatches(size={size}): the {name} level has only {self.count} samples")
         self.size = size
+        self.blocks: Sequence[Tensor] | None = None
 
-    def at(self, index: Tensor) -> Any:
+    def cut(self, generator: torch.Generator) -> None:
+        """Cut the data into blocks, after a shuffle."""
+        self.blocks = torch.randperm(self.count, generator=generator).split(self.size)
+
+    def draw(self, generator: torch.Generator) -> tuple[Batch, int | None]:
+        """Return a batch, and which block it is; None: there are no blocks."""
+        if self.blocks is None:
+            return self._at(torch.randint(self.count, (self.size,), generator=generator)), None
+        chosen = int(torch.randint(len(self.blocks), (), generator=generator))
+        return self._at(self.blocks[chosen]), chosen
+
+    def _at(self, index: Tensor) -> Batch:
         return same_structure(self._structure, [t[index.to(t.device)] for t in self.tensors])
-
-    def cut(self, generator: torch.Generator) -> list[Tensor]:
-        return list(torch.randperm(self.count, generator=generator).split(self.size))
 
 
 class Loaders:
@@ -128,16 +134,16 @@ class Loaders:
     [(1, 'a'), (2, 'b'), (1, 'c'), (2, 'a')]
     """
 
-    def __init__(self, upper: Iterable[Any], lower: Iterable[Any]) -> None:
-        self._loaders = upper, lower
+    def __init__(self, upper: Iterable[Batch], lower: Iterable[Batch]) -> None:
+        self._upper, self._lower = upper, lower
 
     def __iter__(self) -> Iterator[Pair]:
-        streams = [_again(loader, name) for loader, name in zip(self._loaders, ("upper", "lower"), strict=True)]
+        upper, lower = _again(self._upper, "upper"), _again(self._lower, "lower")
         while True:
-            yield Pair(next(streams[0]), next(streams[1]))
+            yield Pair(next(upper), next(lower))
 
 
-def _again(loader: Iterable[Any], name: str) -> Iterator[Any]:
+def _again(loader: Iterable[Batch], name: str) -> Iterator[Batch]:
     while True:
         some = False
         for batch in loader:
@@ -155,7 +161,7 @@ class Source:
             ends is started again.
     """
 
-    def __init__(self, batches: Any) -> None:
+    def __init__(self, batches: Iterable[object] | None) -> None:
         if batches is not None and not isinstance(batches, Iterable):
             raise OptionError(
                 f"batches={batches!r}: pass Minibatches(...), Loaders(...), an iterable of pairs (upper batch, lower "
@@ -183,11 +189,11 @@ class Source:
         full: Pair | None = getattr(self.batches, "full", None)
         return full
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the place in the stream, where the source can tell."""
         return self.batches.state_dict() if isinstance(self.batches, Minibatches) else {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go to that place."""
         if isinstance(self.batches, Minibatches) and state:
             self.batches.load_state_dict(state)

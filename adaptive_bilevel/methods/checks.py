@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..bilevel.options import BASELINES
 from ..errors import OptionError
 from ..hypergradient import Amortised, Implicit, ValueFunction
+from ..hypergradient.estimate import Responding
 from ..optim.projection import as_projection
 from ..policies import SLS, SLSB, DecSPS, Envelope, validation
 from .directions import Adam, Plain, Saga
@@ -14,6 +15,8 @@ __all__ = ["check"]
 
 POLYAK = (Envelope, DecSPS)
 SEARCHES = (SLS, SLSB)
+OF_TANGENT = ("carry", "curvature")
+OF_STEP = ("baseline", "response_steps")
 
 
 def check(row: Row) -> None:
@@ -23,6 +26,7 @@ def check(row: Row) -> None:
         OptionError: With the reason and what to do instead.
     """
     _check_values(row)
+    _check_search_options(row)
     for variable in row.variables:
         _check_step(row, variable)
     _check_path(row)
@@ -50,7 +54,8 @@ def _check_values(row: Row) -> None:
         validation.count(owner, name, value)
     validation.choice(owner, "correction", row.correction, CORRECTIONS)
     validation.choice(owner, "response", row.response, ("tangent", "step"))
-    validation.choice(owner, "baseline", row.baseline, BASELINES)
+    if row.baseline is not None:
+        validation.choice(owner, "baseline", row.baseline, BASELINES)
     validation.choice(owner, "clock", row.clock, ("iterations", "steps"))
     validation.positive(owner, "tolerance", row.tolerance, optional=True)
     as_projection(owner, row.project)
@@ -73,7 +78,7 @@ def _check_values(row: Row) -> None:
             "multiplier= be given"
         )
     if row.correction != "none" and not (
-        hasattr(row.estimator, "respond") and any({"x", "y"} <= set(g) for g in row.groups)
+        isinstance(row.estimator, Responding) and any({"x", "y"} <= set(g) for g in row.groups)
     ):
         raise OptionError(
             f"methods.run(correction={row.correction!r}): the correction needs the inverse of an Implicit(...) or "
@@ -113,6 +118,48 @@ def _check_parts(row: Row) -> None:
         )
 
 
+def _check_search_options(row: Row) -> None:
+    """Refuse options of the upper search that do not apply to this one."""
+    searched = isinstance(row.upper_step, SEARCHES)
+    if not searched:
+        given = row.given("momentum", *OF_TANGENT, *OF_STEP) | ({"response": "step"} if row.response == "step" else {})
+        for name, value in given.items():
+            raise OptionError(
+                f"methods.run({name}={value!r}): x is not searched, it has upper_step={row.upper_step!r}; leave {name} "
+                "out, or give upper_step=policies.SLS()"
+            )
+        return
+    stepped = row.response == "step"
+    other = "tangent" if stepped else "step"
+    for name, value in row.given(*(OF_TANGENT if stepped else OF_STEP)).items():
+        raise OptionError(
+            f"methods.run({name}={value!r}, response={row.response!r}): an option of response={other!r} only; leave "
+            "one of the two out"
+        )
+    if row.carry is True and "x" not in row.groups:
+        raise OptionError(
+            f"methods.run(carry=True, order={row.order!r}): y moves together with x, so there is no next lower step "
+            "that starts from a predicted y; leave carry out, or give order='y,x'"
+        )
+    if not stepped:
+        return
+    if row.solver is not None and row.inverse != row.solver:
+        raise OptionError(
+            f"methods.run(solver={row.solver!r}, response='step'): this response solves no linear system, and the "
+            f"estimator is {row.estimator}; leave solver out, or give estimator=Implicit(solver)"
+        )
+    if isinstance(row.momentum, str):
+        raise OptionError(
+            f"methods.run(momentum={row.momentum!r}, response='step'): an option of response='tangent' only; give True "
+            "or False, or leave it out"
+        )
+    if isinstance(row.upper_step, SLS) and row.upper_step.max_step is not None:
+        raise OptionError(
+            f"methods.run(upper_step={row.upper_step!r}, response='step'): no trial is above the start anyway; leave "
+            "max_step out"
+        )
+
+
 def _check_path(row: Row) -> None:
     if not row.estimator.needs_path:
         return
@@ -128,8 +175,8 @@ def _check_path(row: Row) -> None:
 
 def _check_step(row: Row, variable: str) -> None:
     policy, direction = row.step_of(variable), row.direction_of(variable)
-    search, polyak = isinstance(policy, SEARCHES), isinstance(policy, POLYAK)
-    if not search and not polyak:
+    search = isinstance(policy, SEARCHES)
+    if not search and not isinstance(policy, POLYAK):
         return
     rule = f"{type(policy).__name__}"
     if not direction.certifies:
@@ -160,7 +207,7 @@ def _check_step(row: Row, variable: str) -> None:
             _refuse(row, variable, "the upper search knows the directions Plain() and Adam()")
         if row.response == "step" and row.lower_steps < 1:
             _refuse(row, variable, "response='step' repeats the last lower step, and there is none")
-    if not polyak:
+    if not isinstance(policy, POLYAK):
         return
     unbounded = policy.lower_bound is None and not (variable == "y" and row.lower_bound is not None)
     if unbounded:

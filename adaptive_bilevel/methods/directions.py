@@ -16,20 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypedDict
 
 from ..errors import OptionError
 from ..evaluation.vectors import Vector, add, scale
 from ..hypergradient.estimate import Point
-from ..hypergradient.oracle import Sample
+from ..hypergradient.sample import Sample
 from ..optim import direction as core
 from ..optim.state import RoleState, advanced
 from ..policies import validation
 from .fields import Gradient
 
-__all__ = ["Adam", "Directed", "Direction", "Momentum", "Plain", "Saga", "Sampled", "Spider", "Storm"]
+__all__ = ["Adam", "Directed", "Direction", "DirectionState", "Momentum", "Plain", "Saga", "Sampled", "Spider", "Storm"]
 
 Weight = float | Callable[[int], float]
+DirectionState: TypeAlias = dict[str, Any]  # plain data: tensors and numbers, in dicts and tuples
 
 
 class Sampled(NamedTuple):
@@ -65,7 +66,7 @@ class Directed(NamedTuple):
     gradient: Vector
     along: Vector
     stepped: Vector
-    state: dict[str, Any]
+    state: DirectionState
 
 
 class Direction(Protocol):
@@ -79,7 +80,7 @@ class Direction(Protocol):
     certifies: ClassVar[bool]
     second_point: ClassVar[bool]
 
-    def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
+    def __call__(self, state: DirectionState, sampled: Sampled) -> Directed:
         """Return the direction at this gradient."""
         ...
 
@@ -91,7 +92,7 @@ class Plain:
     certifies: ClassVar[bool] = True
     second_point: ClassVar[bool] = False
 
-    def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
+    def __call__(self, state: DirectionState, sampled: Sampled) -> Directed:
         """Return the gradient."""
         g = sampled.gradient.total
         return Directed(g, g, g, state)
@@ -114,7 +115,7 @@ class Momentum:
         """Validate the weight."""
         _check_weight("Momentum", self.weight)
 
-    def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
+    def __call__(self, state: DirectionState, sampled: Sampled) -> Directed:
         """Return the average to step along, the gradient to search along."""
         g = sampled.gradient.total
         w = weight_at(self.weight, sampled.iteration)
@@ -143,7 +144,7 @@ class Adam:
             raise OptionError(f"Adam(betas={self.betas!r}): betas must be two numbers in [0, 1)")
         validation.non_negative("Adam", "eps", self.eps)
 
-    def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
+    def __call__(self, state: DirectionState, sampled: Sampled) -> Directed:
         """Return A^{-1} m to step along, A^{-1} g to search along."""
         g = sampled.gradient.total
         role, before = core.Adam(self.betas, self.eps), RoleState(each=state.get("each") or [{} for _ in g])
@@ -171,7 +172,7 @@ class Storm:
         """Validate the weight."""
         _check_weight("Storm", self.weight)
 
-    def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
+    def __call__(self, state: DirectionState, sampled: Sampled) -> Directed:
         """Return the recursive estimate."""
         return recursive(state, sampled, weight_at(self.weight, sampled.iteration))
 
@@ -195,13 +196,25 @@ class Spider:
         """Validate the period."""
         validation.count("Spider", "period", self.period)
 
-    def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
+    def __call__(self, state: DirectionState, sampled: Sampled) -> Directed:
         """Return the recursive estimate."""
         if state and (sampled.iteration % self.period or state["begun"] == sampled.iteration):
             directed = recursive(state, sampled, 1.0)
             return directed._replace(state={**directed.state, "begun": state["begun"]})
         g = sampled.gradient.total if sampled.full is None else sampled.again(sampled.point, sampled.full)
         return Directed(g, g, g, {"direction": g, "point": where(sampled.point), "begun": sampled.iteration})
+
+
+class SagaTable(TypedDict):
+    """What `Saga` keeps of one level.
+
+    Attributes:
+        table: The last gradient of each summand.
+        sum: Their sum; None: there is none yet.
+    """
+
+    table: dict[Hashable, Vector]
+    sum: Vector | None
 
 
 @dataclass(frozen=True)
@@ -215,32 +228,35 @@ class Saga:
     certifies: ClassVar[bool] = False
     second_point: ClassVar[bool] = False
 
-    def __call__(self, state: dict[str, Any], sampled: Sampled) -> Directed:
+    def __call__(self, state: DirectionState, sampled: Sampled) -> Directed:
         """Return the corrected gradient.
 
         Raises:
             OptionError: The batches do not say which summand they are.
         """
         total: Vector | None = None
-        after: dict[str, Any] = dict(state)
-        ids = {"upper": sampled.sample.upper_id, "lower": sampled.sample.lower_id}
-        for level, part in (("upper", sampled.gradient.upper), ("lower", sampled.gradient.lower)):
+        after: DirectionState = dict(state)
+        gradient, sample = sampled.gradient, sampled.sample
+        for level, part, key in (
+            ("upper", gradient.upper, sample.upper_id),
+            ("lower", gradient.lower, sample.lower_id),
+        ):
             if part is None:
                 continue
-            corrected, after[level] = _corrected(state.get(level, {"table": {}, "sum": None}), part, ids[level])
+            corrected, after[level] = _corrected(state.get(level, {"table": {}, "sum": None}), part, key)
             total = corrected if total is None else add(total, corrected)
         assert total is not None
         return Directed(total, total, total, after)
 
 
-def _corrected(known: dict[str, Any], part: Vector, key: Hashable) -> tuple[Vector, dict[str, Any]]:
+def _corrected(known: SagaTable, part: Vector, key: Hashable) -> tuple[Vector, SagaTable]:
     if key is None:
         raise OptionError(
             "direction=Saga(): the batches do not say which summand they are, so no table can be kept; pass "
             "batches=methods.Minibatches(..., blocks=True), or Pair(upper, lower, upper_id, lower_id) items"
         )
     table, total = known["table"], known["sum"]
-    if key not in table:
+    if total is None or key not in table:
         total = part if total is None else add(total, part)
         return part, {"table": {**table, key: part}, "sum": total}
     change = add(part, table[key], -1.0)
@@ -248,7 +264,7 @@ def _corrected(known: dict[str, Any], part: Vector, key: Hashable) -> tuple[Vect
     return corrected, {"table": {**table, key: part}, "sum": add(total, change)}
 
 
-def recursive(state: dict[str, Any], sampled: Sampled, weight: float) -> Directed:
+def recursive(state: DirectionState, sampled: Sampled, weight: float) -> Directed:
     """Return g(p_k; s_k) + weight (d_{k-1} - g(p_{k-1}; s_k)), and g(p_0; s_0) at first."""
     g = sampled.gradient.total
     if state:
@@ -257,7 +273,7 @@ def recursive(state: dict[str, Any], sampled: Sampled, weight: float) -> Directe
     return Directed(g, g, g, {"direction": g, "point": where(sampled.point)})
 
 
-def where(point: Point) -> dict[str, Any]:
+def where(point: Point) -> dict[str, object]:
     """Return the point as plain data, without the path that led there."""
     return {**point._asdict(), "path": (), "memory": None}
 
@@ -267,6 +283,6 @@ def weight_at(weight: Weight, k: int) -> float:
     return float(weight(k)) if callable(weight) else weight
 
 
-def _check_weight(owner: str, weight: Any) -> None:
+def _check_weight(owner: str, weight: object) -> None:
     if not callable(weight) and not (isinstance(weight, (int, float)) and 0.0 <= weight < 1.0):
         raise OptionError(f"{owner}(weight={weight!r}): weight must be a number in [0, 1), or a function of k")

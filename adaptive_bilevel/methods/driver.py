@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from ..errors import OptionError, warn
 from ..evaluation.vectors import Vector, add, dot
-from ..hypergradient.estimate import Estimate, Point, Visit
-from ..hypergradient.oracle import Oracle, Sample
+from ..hypergradient.estimate import Estimate, Point, Responding, Visit
+from ..hypergradient.oracle import Oracle
+from ..hypergradient.sample import Batch, Sample
 from ..optim.projection import as_projection
 from ..policies import Context, GradientNormState, Outcome, Record, State
 from ..policies.scalars import resolution
 from .batches import Pair, Source
 from .checks import SEARCHES
-from .directions import Directed, Sampled
-from .fields import Gradient
+from .directions import Directed
+from .notices import Notices
+from .offered import choose
 from .problem import Variable
-from .row import NAMES, Row
+from .row import Row
 from .search import UpperSearch
+from .state import PlainData, RunState, load_counts, saved_counts
+from .stepper import Stepper, Steppers
 
 __all__ = ["Driver"]
-
-
-_TOLD = {
-    Outcome.search_failed: "Its next search starts as the last one did; often the loss is at its rounding floor.",
-    Outcome.below_lower_bound: "Give the policy a lower_bound= that the loss never falls below.",
-    Outcome.no_descent: "Its direction does not descend on the sampled loss.",
-}
 
 
 class Driver:
@@ -46,11 +41,7 @@ class Driver:
         tolerance: Of the loops that end by it.
 
     Attributes:
-        point: Where the variables are.
-        count: k, the number of iterations so far.
-        taken: The records of this iteration's steps, by variable.
-        seen: The last gradients of this iteration, by variable.
-        stepped: What was last stepped along, by variable.
+        state: Where the run is; its steppers have what this iteration did.
     """
 
     def __init__(
@@ -68,183 +59,184 @@ class Driver:
         self._row, self._oracle, self._upper, self._source = row, oracle, upper, source
         self._fresh, self._tolerance = fresh, tolerance
         self._project = as_projection("methods.run", row.project)
-        self.point = point._replace(x=self._projected(point.x))
-        self._first = point.y
-        self._fields = {variable: row.field_of(variable) for variable in row.variables}
-        self._rules = {variable: row.step_of(variable).init() for variable in row.variables}
-        self._directions: dict[str, dict[str, Any]] = {variable: {} for variable in row.variables}
-        self._offered: Vector | None = None
-        self._lower_step = 0.0
-        self._generator = torch.Generator().manual_seed(seed)
-        self._told: set[object] = set()
-        # Where y moves together with x, there is no next lower step to take a prediction back.
-        carry = row.carry if "x" in row.groups else False
-        searches = isinstance(row.upper_step, SEARCHES)
-        self._search = UpperSearch(row, oracle, self.point, carry=carry) if searches else None
-        self.count = 0
-        self.taken: dict[str, list[Record]] = {}
-        self.seen: dict[str, Gradient] = {}
-        self.stepped: dict[str, Vector] = {}
+        self.state = RunState(
+            point=point._replace(x=self._projected(point.x)),
+            first=point.y,
+            steppers={name: Stepper(row, name) for name in row.variables},
+            generator=torch.Generator().manual_seed(seed),
+        )
+        self._notices = Notices(row.name)
+        self._search = UpperSearch(row, oracle, self.state.point) if isinstance(row.upper_step, SEARCHES) else None
 
     def iterate(self) -> Sample:
         """Step all groups of the row once, and return the last sample; `advance` then ends the iteration."""
-        self.taken = {variable: [] for variable in self._row.variables}
-        self.seen, self.stepped = {}, {}
+        for stepper in self._steppers.values():
+            stepper.begin()
         sample = self._sample(self._source.draw())
         for group in self._row.groups:
             sample = self._group(group, sample)
         return sample
 
+    @property
+    def _steppers(self) -> Steppers:
+        return self.state.steppers
+
     def _group(self, group: str, sample: Sample) -> Sample:
         """Step the variables of a group, and return the last sample."""
-        row = self._row
+        row, state, steppers = self._row, self.state, [self._steppers[name] for name in group]
         if group == "y":
-            self.point = self.point._replace(path=())
-        for variable in group:
-            if variable in row.start:
-                begin = self._first if row.start[variable] == "first" else getattr(self.point, row.start[variable])
-                self.point = _put(self.point, variable, begin)
-            if variable in row.cold:
-                self._rules[variable] = row.step_of(variable).init()
+            state.point = state.point._replace(path=())
+        for name in group:
+            self._begin(name)
         repeats, ends = row.repeats(group), bool(row.until) and set(group) <= set(row.until)
         for t in range(repeats + ends):
             if self._fresh and group in ("y", "z") and t > 0:
                 sample = self._sample(self._source.draw())._replace(upper=sample.upper, upper_id=sample.upper_id)
             if "x" in group and row.multiplier is not None:
-                self.point = self.point._replace(multiplier=row.multiplier.before(self._oracle, self.point, sample))
-            if group == "y" and self._offered is not None:
-                self._choose(sample)
+                multiplier = row.multiplier.before(self._oracle, state.point, sample)
+                state.point = state.point._replace(multiplier=multiplier)
+            if group == "y" and state.offered is not None:
+                self._choose(state.offered, sample)
             # x first: its graph then also gives the gradient of y.
-            found = {v: self._fields[v](self._oracle, self.point, sample) for v in reversed(group)}
-            self.seen.update(found)
-            if ends and all(dot(g.total, g.total) <= self._tolerance for g in found.values()):
+            for stepper in reversed(steppers):
+                stepper.look(self._oracle, state.point, sample)
+            if ends and all(stepper.within(self._tolerance) for stepper in steppers):
                 break
             if t == repeats:
-                self._warn_cap(group)
+                self._notices.cap(group, repeats, self._tolerance)
                 break
-            self._move(group, found, sample)
+            self._move(group, sample)
         return sample
 
-    def _choose(self, sample: Sample) -> None:
-        """Go back to where y was before the upper search carried it, or not, as `AdaptiveOptimizer.offer` tells."""
-        assert self._offered is not None
-        stay, self._offered = self.point._replace(y=self._offered), None
-        here, there = (float(self._oracle.lower_value(self.point.x, point.y, sample)) for point in (self.point, stay))
-        if here < there:
-            gradient = self._fields["y"](self._oracle, stay, sample)
-            directed = self._row.direction_of("y")(self._directions["y"], self._sampled("y", gradient, stay, sample))
-            stepped = add(stay.y, directed.stepped, -self._lower_step)
-            there = float(self._oracle.lower_value(self.point.x, stepped, sample))
-        if there <= here or math.isnan(here):
-            self.point = stay
+    def _begin(self, name: str) -> None:
+        """Put a variable where its loop starts."""
+        row, state = self._row, self.state
+        if name in row.start:
+            there = row.start[name]
+            state.point = _put(state.point, name, state.first if there == "first" else getattr(state.point, there))
+        if name in row.cold:
+            self._steppers[name].restart()
 
-    def _move(self, group: str, found: dict[str, Gradient], sample: Sample) -> None:
+    def _choose(self, stayed: Vector, sample: Sample) -> None:
+        """Go back to where y was before the upper search moved it along, or not."""
+        state, stepper = self.state, self._steppers["y"]
+
+        def next_step(point: Point) -> Vector:
+            gradient = stepper.gradient(self._oracle, point, sample)
+            directed = stepper.directed(self._oracle, gradient, point, sample, self._full(sample), state.count)
+            return add(point.y, directed.stepped, -state.lower_step)
+
+        state.offered = None
+        state.point = choose(self._oracle, state.point, stayed, sample, next_step)
+
+    def _move(self, group: str, sample: Sample) -> None:
         """Step all variables of a group from the present point."""
-        old: Point = self.point
+        state, old = self.state, self.state.point
         shared: dict[str, State] = {}
         if "x" in group:
             self._from = old
-        for variable in group:
-            if variable == "x" and self._search is not None:
-                self._search_upper(found["x"], sample)
+        for name in group:
+            stepper = self._steppers[name]
+            if name == "x" and self._search is not None:
+                self._search_upper(self._search, stepper, sample)
                 continue
-            record, directed = self._step(variable, found[variable], old, sample, shared)
-            self.taken[variable].append(record)
+            record, directed = self._step(stepper, old, sample, shared)
+            stepper.taken.append(record)
             if not record.moved:
                 continue
-            moved = add(getattr(old, variable), directed.stepped, -float(record.step_size))
-            self.stepped[variable] = directed.stepped
-            self.point = _put(self.point, variable, self._projected(moved) if variable == "x" else moved)
+            moved = add(getattr(old, name), directed.stepped, -float(record.step_size))
+            stepper.stepped = directed.stepped
+            state.point = _put(state.point, name, self._projected(moved) if name == "x" else moved)
             if group == "y":
-                self._lower_step = float(record.step_size)
+                state.lower_step = float(record.step_size)
                 if self._row.estimator.needs_path:
-                    self.point = self.point._replace(path=(*self.point.path, Visit(old.y, self._lower_step, sample)))
-        if "x" in group and self._row.correction != "none" and "y" in group:
-            self._correct(old, found["x"].estimate, sample)
+                    visit = Visit(old.y, state.lower_step, sample)
+                    state.point = state.point._replace(path=(*state.point.path, visit))
+        if "x" in group and "y" in group and self._row.correction != "none":
+            self._correct(old, self._estimate, sample)
 
-    def _step(
-        self, variable: str, gradient: Gradient, old: Point, sample: Sample, shared: dict[str, State]
-    ) -> tuple[Record, Directed]:
+    def _step(self, stepper: Stepper, old: Point, sample: Sample, shared: dict[str, State]) -> tuple[Record, Directed]:
         """Ask direction and step rule of a variable; their states advance unless something is not finite."""
-        row, policy = self._row, self._row.step_of(variable)
-        directed = row.direction_of(variable)(
-            self._directions[variable], self._sampled(variable, gradient, old, sample)
-        )
-        state = self._rules[variable]
-        if row.clock == "iterations" and hasattr(state, "count"):
-            state = state._replace(count=self.count)
+        row, policy, gradient = self._row, stepper.policy, stepper.seen
+        assert gradient is not None
+        directed = stepper.directed(self._oracle, gradient, old, sample, self._full(sample), self.state.count)
+        rule = stepper.rule
+        if row.clock == "iterations" and hasattr(rule, "count"):
+            rule = rule._replace(count=self.state.count)
         trial, rounding, low = None, None, None
         if isinstance(policy, SEARCHES):
-            objective, value = gradient.objective, getattr(old, variable)
+            objective, value = gradient.objective, getattr(old, stepper.name)
             assert objective is not None
             trial, rounding = (lambda a: objective(add(value, directed.along, -a))), resolution(value[0])
-        if variable == "y" and row.lower_bound is not None:
+        if stepper.name == "y" and row.lower_bound is not None:
             low = float(row.lower_bound(self._upper.arrange(old.x), sample.lower))
         slope = dot(directed.gradient, directed.along)
-        states = [shared[other] for other in row.couplings.get(variable, "") if other in shared]
+        states = [shared[other] for other in row.couplings.get(stepper.name, "") if other in shared]
         coupled = [s for s in states if isinstance(s, GradientNormState)] or None
-        context = Context(gradient.loss, slope, trial, low, coupled, rounding=rounding)
-        record, after = policy.propose(state, context)
+        record, after = policy.propose(rule, Context(gradient.loss, slope, trial, low, coupled, rounding=rounding))
         outcome = Outcome(int(record.outcome))
-        self._tell(variable, outcome)
-        shared[variable] = after
+        self._notices.outcome(stepper.name, outcome)
+        shared[stepper.name] = after
         if outcome is not Outcome.non_finite:
-            self._rules[variable] = after
+            stepper.rule = after
             if outcome is not Outcome.zero_gradient:
-                self._directions[variable] = directed.state
+                stepper.past = directed.state
         return record, directed
 
-    def _search_upper(self, gradient: Gradient, sample: Sample) -> None:
-        assert self._search is not None and gradient.estimate is not None
-        searched = self._search.go(self.point, gradient.estimate, sample, self._lower_step)
-        self.taken["x"].append(searched.record)
-        self.stepped["x"] = gradient.total
-        self.point = self.point._replace(x=searched.x, y=searched.y)
-        self._offered = searched.offered
+    def _search_upper(self, search: UpperSearch, stepper: Stepper, sample: Sample) -> None:
+        state, gradient = self.state, stepper.seen
+        assert gradient is not None
+        searched = search.go(state.point, self._estimate, sample, state.lower_step)
+        stepper.taken.append(searched.record)
+        stepper.stepped = gradient.total
+        state.point = state.point._replace(x=searched.x, y=searched.y)
+        state.offered = searched.offered
 
-    def _correct(self, old: Point, estimate: Estimate | None, sample: Sample) -> None:
+    @property
+    def _estimate(self) -> Estimate:
+        """The last estimate of the hypergradient."""
+        seen = self._steppers["x"].seen
+        assert seen is not None and seen.estimate is not None
+        return seen.estimate
+
+    def _correct(self, old: Point, estimate: Estimate, sample: Sample) -> None:
         """Let y answer to the move of x: y*(x - d) = y*(x) + P C^T d to first order."""
-        if not all(record.moved for record in self.taken["x"]):
+        if not all(record.moved for record in self._steppers["x"].taken):
             return
-        estimator: Any = self._row.estimator
-        assert estimate is not None
-        move = add(old.x, self.point.x, -1.0)
+        estimator, state = self._row.estimator, self.state
+        assert isinstance(estimator, Responding)
+        move = add(old.x, state.point.x, -1.0)
         answer = estimator.respond(self._oracle, old, sample, move, estimate.memory)
-        factor = self.last_step("y") if self._row.correction == "bracketed" else 1.0
+        factor = self._steppers["y"].last_step if self._row.correction == "bracketed" else 1.0
         if math.isfinite(dot(answer, answer)):
-            self.point = self.point._replace(y=add(self.point.y, answer, factor))
+            state.point = state.point._replace(y=add(state.point.y, answer, factor))
 
     def advance(self, sample: Sample) -> None:
         """Carry over to the next iteration what estimators and multipliers remember."""
-        estimate = self.seen["x"].estimate
-        assert estimate is not None
-        keep: dict[str, Any] = {"path": ()}
-        if all(record.outcome != Outcome.non_finite for record in self.taken["x"]):
-            keep["memory"] = estimate.memory
-            if getattr(getattr(self._row.estimator, "solver", None), "warm_start", False):
-                keep["v"] = estimate.v
-        if self._row.multiplier is not None:
-            keep["multiplier"] = self._row.multiplier.after(self.count, self._oracle, self._from, sample)
-        self.point = self.point._replace(**keep)
-        self.count += 1
+        state, solver, multiplier = self.state, self._row.inverse, self._row.multiplier
+        estimate, point = self._estimate, state.point._replace(path=())
+        if all(record.outcome != Outcome.non_finite for record in self._steppers["x"].taken):
+            point = point._replace(memory=estimate.memory)
+            if solver is not None and solver.warm_start:
+                point = point._replace(v=estimate.v or ())
+        if multiplier is not None:
+            point = point._replace(multiplier=multiplier.after(state.count, self._oracle, self._from, sample))
+        state.point = point
+        state.count += 1
         self._oracle.forget()
 
     def _sample(self, pair: Pair) -> Sample:
-        seed = int(torch.randint(2**62, (), generator=self._generator))
-        solver = getattr(self._row.estimator, "solver", None)
-        products: tuple[Any, ...] = ()
-        if self._fresh and getattr(solver, "resamples", False):
+        seed = int(torch.randint(2**62, (), generator=self.state.generator))
+        solver = self._row.inverse
+        products: tuple[Batch, ...] = ()
+        if self._fresh and solver is not None and solver.resamples:
             products = tuple(self._source.draw().lower for _ in range(getattr(solver, "steps", 1)))
         return Sample(pair.upper, pair.lower, seed, pair.upper_id, pair.lower_id, products)
 
-    def _sampled(self, variable: str, gradient: Gradient, point: Point, sample: Sample) -> Sampled:
+    def _full(self, sample: Sample) -> Sample | None:
+        """Return the sample of all data, None if it is not known."""
         full = self._source.full
-        everything = None if full is None else sample._replace(upper=full.upper, lower=full.lower, products=())
-
-        def again(there: Point, on: Sample) -> Vector:
-            return self._fields[variable](self._oracle, there, on).total
-
-        return Sampled(gradient, point, sample, again, everything, self.count)
+        return None if full is None else sample._replace(upper=full.upper, lower=full.lower, products=())
 
     def _projected(self, x: Vector) -> Vector:
         if self._project is None:
@@ -254,77 +246,29 @@ class Driver:
             self._project(copies)
         return tuple(copies)
 
-    def last_step(self, variable: str) -> float:
-        """Return the last step size of a variable in this iteration, 0 if it took none."""
-        taken = self.taken[variable]
-        return float(taken[-1].step_size) if taken else 0.0
-
-    def _tell(self, variable: str, outcome: Outcome) -> None:
-        """Warn of what training survives, once for each variable."""
-        if outcome not in _TOLD or (variable, outcome) in self._told:
-            return
-        self._told.add((variable, outcome))
-        warn(
-            f"methods.run({self._row.name!r}), step of {variable} ({NAMES[variable]}): {outcome.sentence}. "
-            f"{_TOLD[outcome]} (said once)"
-        )
-
-    def _warn_cap(self, group: str) -> None:
-        if "cap" in self._told:
-            return
-        self._told.add("cap")
-        warn(
-            f"methods.run({self._row.name!r}): {self._row.repeats(group)} steps of {group} did not bring its squared "
-            f"gradient norm to tolerance={self._tolerance:.3g}; raise lower_steps= or auxiliary_steps=, or the "
-            "tolerance (said once)"
-        )
-
-    # ------------------------------------------------------------------------------------------ state
-
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> PlainData:
         """Return all that the next iterations depend on: tensors, numbers and strings in dicts, lists and tuples."""
-        counts = self._oracle.evaluations
         return {
-            "count": self.count,
-            "point": self.point._asdict(),
-            "first": self._first,
-            "rules": {name: state._asdict() for name, state in self._rules.items()},
-            "directions": dict(self._directions),
-            "offered": self._offered,
-            "lower_step": self._lower_step,
-            "generator": self._generator.get_state(),
+            **self.state.saved(),
             "batches": self._source.state_dict(),
-            "evaluations": {"upper": dict(vars(counts.upper)), "lower": dict(vars(counts.lower))},
+            "evaluations": saved_counts(self._oracle.evaluations),
             "search": None if self._search is None else self._search.state_dict(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: PlainData) -> None:
         """Go back, or on, to a state.
 
         Raises:
             OptionError: It is that of variables of other shapes.
         """
-        point = Point(**state["point"])
-        for name, mine in (("x", self.point.x), ("y", self.point.y)):
-            shapes = [tuple(t.shape) for t in getattr(point, name)]
-            if shapes != [tuple(t.shape) for t in mine]:
-                raise OptionError(
-                    f"methods.run(resume=...): {name} was saved with shapes {shapes}, and now has "
-                    f"{[tuple(t.shape) for t in mine]}"
-                )
-        self.point, self._first, self._offered = point, state["first"], state["offered"]
-        self.count, self._lower_step = state["count"], state["lower_step"]
-        self._rules = {name: type(rule)(**state["rules"][name]) for name, rule in self._rules.items()}
-        self._directions = dict(state["directions"])
-        self._generator.set_state(state["generator"])
-        self._source.load_state_dict(state["batches"])
-        for name, counts in state["evaluations"].items():
-            vars(getattr(self._oracle.evaluations, name)).update(counts)
+        self.state.load(saved)
+        self._source.load_state_dict(saved["batches"])
+        load_counts(self._oracle.evaluations, saved["evaluations"])
         if self._search is not None:
-            self._search.load_state_dict(state["search"])
+            self._search.load_state_dict(saved["search"])
         self._oracle.forget()
 
 
 def _put(point: Point, variable: str, value: Vector) -> Point:
-    changed: dict[str, Any] = {variable: value}
-    return point._replace(**changed)
+    """Return the point with another value of a variable."""
+    return Point(**{**point._asdict(), variable: value})

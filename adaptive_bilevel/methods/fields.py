@@ -9,8 +9,9 @@ from typing import ClassVar, NamedTuple, Protocol
 from ..evaluation.vectors import Vector, add, dot, scale
 from ..hypergradient import ValueFunction
 from ..hypergradient.estimate import Estimate, Estimator, Point
-from ..hypergradient.estimators import residual
-from ..hypergradient.oracle import Oracle, Sample
+from ..hypergradient.estimators import linear_residual
+from ..hypergradient.oracle import Oracle
+from ..hypergradient.sample import Sample
 from ..policies import validation
 
 __all__ = ["Field", "Gradient", "Hypergradient", "LinearSystem", "LowerLoss", "PenalisedLoss", "SecondLower"]
@@ -110,7 +111,7 @@ class LinearSystem:
 
     def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Gradient:
         """Return the residual."""
-        upper, lower = residual(oracle, point, sample)
+        upper, lower = linear_residual(oracle, point, sample)
 
         def objective(v: Vector) -> float:
             curved = oracle.hvp(point.x, point.y, sample, v)
@@ -157,7 +158,7 @@ class Hypergradient:
     """x: the estimate of grad F.
 
     Args:
-        estimator: Any estimator.
+        estimator: The estimator.
     """
 
     estimator: Estimator

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from ..evaluation.vectors import add, dot
 from ..hypergradient.estimate import Point
-from ..hypergradient.oracle import Oracle, Sample
+from ..hypergradient.oracle import Oracle
+from ..hypergradient.sample import Sample
 from ..policies import validation
 
 __all__ = ["Ascent", "Balance", "Growth", "Multiplier"]

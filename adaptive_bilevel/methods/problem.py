@@ -13,11 +13,12 @@ from torch.func import functional_call
 from ..errors import ClosureError, TensorError
 from ..evaluation.vectors import Vector
 from ..hypergradient.oracle import Loss, Oracle
+from ..hypergradient.sample import Batch
 from ..hypergradient.trees import Tree, flatten, same_structure
 
 __all__ = ["BilevelProblem", "BoundModule", "Variable"]
 
-LevelLoss: TypeAlias = Callable[[Any, Any, Any], Tensor]
+LevelLoss: TypeAlias = Callable[[Tree, Tree, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ class Variable:
                 raise TensorError(f"{name}, tensor {index} is {kind}: only dense real floating tensors can be stepped")
         self.tensors: Vector = tuple(leaf.detach().clone() for leaf in leaves)
 
-    def arrange(self, tensors: Vector) -> Any:
+    def arrange(self, tensors: Vector) -> Tree:
         """Return the tensors as the losses expect them."""
         return self.tree(tensors) if self._module is None else BoundModule(self._module, self.tree(tensors))
 
-    def tree(self, tensors: Vector) -> Any:
+    def tree(self, tensors: Vector) -> Tree:
         """Return the tensors arranged as they were given; those of a module by name."""
         return same_structure(self._structure, tensors)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..evaluation.counts import Counts, Evaluations
+from ..hypergradient.trees import Tree
 from ..policies import Record
 
 __all__ = ["IterationRecord", "Losses", "Steps", "copied", "spent"]
@@ -55,16 +56,16 @@ class IterationRecord:
     """
 
     iteration: int
-    x: Any
-    y: Any
+    x: Tree
+    y: Tree
     losses: Losses
     steps: Steps
     evaluations: Evaluations
     total: Evaluations
-    hypergradient: Any
-    auxiliary: dict[str, Any]
+    hypergradient: Tree
+    auxiliary: dict[str, Tree]
     multiplier: float
-    directions: dict[str, Any]
+    directions: dict[str, Tree]
     records: dict[str, tuple[Record, ...]]
 
     def __str__(self) -> str:

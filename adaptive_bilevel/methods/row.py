@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import OptionError
 from ..hypergradient import Implicit, LinearSolver
 from ..hypergradient.estimate import Estimator
+from ..hypergradient.sample import Batch
+from ..hypergradient.trees import Tree
 from ..optim.projection import Projection
-from ..policies import Constant
+from ..policies import Constant, Policy
 from .directions import Direction, Plain
 from .fields import Field, Hypergradient, LinearSystem, LowerLoss, SecondLower
 from .multipliers import Multiplier
@@ -19,6 +21,7 @@ from .multipliers import Multiplier
 __all__ = ["Row", "configure"]
 
 CORRECTIONS = ("none", "tangent", "bracketed")
+StepRule: TypeAlias = Policy[Any]  # each has a state of its own
 NAMES = {"x": "upper", "y": "lower", "v": "linear system", "z": "lower copy"}
 
 
@@ -61,12 +64,13 @@ class Row:
         lower_bound: (x, lower batch) -> a lower bound of g there, for Polyak steps of y.
         clock: What schedules count: "iterations" k of the upper level, or "steps" of their own variable.
         solver: P of the upper search's tangent; None: the estimator's, or CG.
-        response: Of an upper search: "tangent", or "step" as in the paper; see `BiSLS`, as for all that follow.
+        response: How y answers in an upper search: "tangent" is that of `BiSLS`, "step" that of `OneStepBiSLS`. What
+            follows are their options, and None stands for their defaults.
         response_steps: Lower steps per trial of response="step".
-        baseline: "paper" or "matched".
-        carry: Whether y moves along after an upper search: "auto", True or False.
-        curvature: Trust in the tangent.
-        momentum: Whether an upper search steps along the mean of the hypergradients; None: `BiSLS`'s default.
+        baseline: Of response="step": "paper" or "matched".
+        carry: Of response="tangent": whether y moves along, "auto", True or False.
+        curvature: Of response="tangent": trust in it.
+        momentum: Whether the step is along the mean of the hypergradients.
     """
 
     name: str
@@ -75,9 +79,9 @@ class Row:
     assumes: str
     order: str
     estimator: Estimator
-    upper_step: Any
-    lower_step: Any
-    auxiliary_step: Any = None
+    upper_step: StepRule
+    lower_step: StepRule
+    auxiliary_step: StepRule | None = None
     upper_direction: Direction = field(default_factory=Plain)
     lower_direction: Direction = field(default_factory=Plain)
     auxiliary_direction: Direction | None = None
@@ -94,14 +98,14 @@ class Row:
     multiplier: Multiplier | None = None
     correction: str = "none"
     project: Projection | None = None
-    lower_bound: Callable[[Any, Any], float] | None = None
+    lower_bound: Callable[[Tree, Batch], float] | None = None
     clock: str = "iterations"
     solver: LinearSolver | None = None
     response: str = "tangent"
-    response_steps: int = 1
-    baseline: str = "paper"
-    carry: str | bool = "auto"
-    curvature: float = 0.5
+    response_steps: int | None = None
+    baseline: str | None = None
+    carry: str | bool | None = None
+    curvature: float | None = None
     momentum: str | bool | None = None
 
     @property
@@ -114,20 +118,29 @@ class Row:
         """All variables, in order."""
         return self.order.replace(",", "")
 
-    def step_of(self, variable: str) -> Any:
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return those of the options that were given: that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def step_of(self, variable: str) -> StepRule:
         """Return the step rule of a variable."""
-        return self._of(variable, "step")
+        level = self._level(variable)
+        if level == "auxiliary" and self.auxiliary_step is not None:
+            return self.auxiliary_step
+        return self.upper_step if level == "upper" else self.lower_step
 
     def direction_of(self, variable: str) -> Direction:
         """Return the direction of a variable."""
-        found: Direction = self._of(variable, "direction")
-        return found
+        level = self._level(variable)
+        if level == "auxiliary" and self.auxiliary_direction is not None:
+            return self.auxiliary_direction
+        return self.upper_direction if level == "upper" else self.lower_direction
 
-    def _of(self, variable: str, what: str) -> Any:
-        upper, lower, auxiliary = (getattr(self, f"{level}_{what}") for level in ("upper", "lower", "auxiliary"))
+    def _level(self, variable: str) -> str:
+        """Return whose rules step a variable: those of the upper, the lower or the auxiliary level."""
         if variable == "x" or (variable == "y" and self.joint):
-            return upper
-        return lower if variable == "y" or self.joint or auxiliary is None else auxiliary
+            return "upper"
+        return "lower" if variable == "y" or self.joint else "auxiliary"
 
     def repeats(self, group: str) -> int:
         """Return how often a group steps in an iteration."""
@@ -143,6 +156,12 @@ class Row:
             "v": LinearSystem(),
             "z": self.lower_copy,
         }[variable]
+
+    @property
+    def inverse(self) -> LinearSolver | None:
+        """P of the estimator; None: it has none."""
+        found: LinearSolver | None = getattr(self.estimator, "solver", None)
+        return found
 
     def response_solver(self) -> LinearSolver | None:
         """Return P of the tangent; None: the default, also where the estimator takes one random term of a series."""
@@ -180,7 +199,7 @@ class Row:
         return loop + " and ".join(f"{v} ({NAMES[v]})" for v in group) + (" at once" if len(group) > 1 else "") + until
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """Return a dataclass with those fields only that are not at their defaults."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return str(value)
@@ -197,20 +216,20 @@ def brief(value: Any) -> str:
 OPTIONS = {f.name for f in dataclasses.fields(Row)} - {"name", "summary", "source", "assumes"}
 
 
-def configure(row: Row, options: Mapping[str, Any]) -> Row:
+def configure(row: Row, options: Mapping[str, object]) -> Row:
     """Return the row with some of its parts replaced.
 
     Raises:
         OptionError: There is no such part, or a value is of the wrong kind.
     """
-    given = dict(options)
+    given: dict[str, Any] = dict(options)
     for name in given:
         if name not in OPTIONS:
             raise OptionError(f"methods.run({name}=...): no such option; there are {', '.join(sorted(OPTIONS))}")
     for level in ("upper", "lower", "auxiliary"):
         name = f"{level}_step"
         if name in given:
-            given[name] = _policy(name, given[name])
+            given[name] = _step_rule(name, given[name])
     if "solver" in given and "estimator" not in given and isinstance(row.estimator, Implicit):
         given["estimator"] = Implicit(given["solver"])
     follows = isinstance(given.get("lower_step"), Constant) and isinstance(row.auxiliary_step, Constant)
@@ -219,7 +238,7 @@ def configure(row: Row, options: Mapping[str, Any]) -> Row:
     return dataclasses.replace(row, **given)
 
 
-def _policy(name: str, value: Any) -> Any:
+def _step_rule(name: str, value: object) -> StepRule | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Constant(bound=float(value))
     if value is None and name == "auxiliary_step":
@@ -233,4 +252,5 @@ def _policy(name: str, value: Any) -> Any:
             f"methods.run({name}={value!r}): pass a step size, or a policy such as policies.SLS() (an instance, not an "
             "optimizer)"
         )
-    return value
+    found: StepRule = value  # type: ignore[assignment]
+    return found

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from ..bilevel import BiSLS, OneStepBiSLS
 from ..bilevel.lower import LowerProblem
-from ..evaluation.guard import Guard
+from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Evaluated, Objective
 from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Estimate, Point
-from ..hypergradient.oracle import Oracle, Sample
+from ..hypergradient.oracle import Oracle
+from ..hypergradient.sample import Sample
 from ..policies import SLS, Record
+from .checks import SEARCHES
 from .directions import Adam
 from .row import Row
+from .state import PlainData
 
 __all__ = ["Searched", "UpperSearch"]
 
@@ -45,14 +48,13 @@ class UpperSearch:
         row: The row; its `upper_step` is a search.
         oracle: Counts what the search evaluates.
         point: Gives the shapes.
-        carry: Whether y moves along.
     """
 
-    def __init__(self, row: Row, oracle: Oracle, point: Point, *, carry: str | bool) -> None:
+    def __init__(self, row: Row, oracle: Oracle, point: Point) -> None:
         self._oracle = oracle
         self._x = [t.detach().clone().requires_grad_() for t in point.x]
         self._level = _Level(point.y)
-        self._optimizer = _optimizer(row, self._x, self._level, carry)
+        self._optimizer = _optimizer(row, self._x, self._level)
         self._optimizer.evaluations = oracle.evaluations
 
     def go(self, point: Point, estimate: Estimate, sample: Sample, lower_step: float) -> Searched:
@@ -81,44 +83,31 @@ class UpperSearch:
             offered, after = point.y, tuple(torch._foreach_add(list(point.y), list(self._level.offset)))
         return Searched(tuple(t.detach().clone() for t in x), after, offered, record)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PlainData:
         """Return the optimizer's state."""
         return self._optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PlainData) -> None:
         """Load it."""
         self._optimizer.load_state_dict(state)
 
 
-def _optimizer(row: Row, x: Sequence[Tensor], level: _Level, carry: str | bool) -> BiSLS | OneStepBiSLS:
+def _optimizer(row: Row, x: Sequence[Tensor], level: _Level) -> BiSLS | OneStepBiSLS:
     """Return the optimizer that a row describes."""
-    policy = row.upper_step
+    policy, along = row.upper_step, row.upper_direction
+    assert isinstance(policy, SEARCHES)
     lr = policy.start if isinstance(policy, SLS) else policy.bound
     shared: dict[str, Any] = {"lower": level, "project": row.project}
-    if isinstance(row.upper_direction, Adam):
-        shared |= {"direction": "adam", "betas": row.upper_direction.betas, "eps": row.upper_direction.eps}
+    if isinstance(along, Adam):
+        shared |= {"direction": "adam", "betas": along.betas, "eps": along.eps}
     if row.response == "step":
         names = ("c", "shrink", "grow", "reset", "slack", "lower_bound", "max_trials", "decay")
-        options = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
-        return OneStepBiSLS(
-            x,
-            lr,
-            momentum=None if isinstance(row.momentum, str) else row.momentum,
-            baseline=row.baseline,
-            response_steps=row.response_steps,
-            **shared,
-            **options,
-        )
-    return BiSLS(
-        x,
-        lr,
-        momentum="auto" if row.momentum is None else row.momentum,
-        solver=row.response_solver(),
-        carry=carry,
-        curvature=row.curvature,
-        search=policy,
-        **shared,
-    )
+        shared |= {name: getattr(policy, name) for name in names if hasattr(policy, name)}
+        return OneStepBiSLS(x, lr, **shared, **row.given("momentum", "baseline", "response_steps"))
+    shared |= row.given("momentum", "curvature", "carry")
+    if "x" not in row.groups:  # y moves together with x, and there is no next lower step to take a prediction back
+        shared["carry"] = False
+    return BiSLS(x, lr, solver=row.response_solver(), search=policy, **shared)
 
 
 class _Estimated(Objective):
@@ -152,7 +141,7 @@ class _Level:
         """Return the lower variable."""
         return self.leaves
 
-    def problems(self, closures: Any, guard: Guard) -> list[LowerProblem]:
+    def problems(self, closures: Closure, guard: Guard) -> list[LowerProblem]:
         """Return the problem of the driver's lower closure."""
         return [LowerProblem(self.leaves, closures, guard.random_state(), self.step_size)]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import NonFiniteError, OptionError
+from ..evaluation.counts import Evaluations
 from ..evaluation.vectors import Vector, zeros_like
 from ..hypergradient.estimate import Point
 from ..hypergradient.trees import Tree, flatten
@@ -18,6 +18,7 @@ from .driver import Driver
 from .problem import BilevelProblem, Variable
 from .record import IterationRecord, Losses, Steps, copied, spent
 from .row import Row
+from .state import PlainData
 
 __all__ = ["Run"]
 
@@ -62,16 +63,16 @@ class Run(Iterator[IterationRecord]):
         y: Tree,
         *,
         iterations: int,
-        batches: Any = None,
+        batches: Iterable[object] | None = None,
         fresh_batches: bool = False,
         v: Tree | None = None,
         z: Tree | None = None,
         seed: int = 0,
         stop: Callable[[IterationRecord], bool] | None = None,
         budget: float | None = None,
-        progress: bool | Callable[[IterationRecord], Any] = False,
+        progress: bool | Callable[[IterationRecord], object] = False,
         max_skips: int = 100,
-        resume: dict[str, Any] | None = None,
+        resume: PlainData | None = None,
     ) -> None:
         check(row)
         if not isinstance(problem, BilevelProblem):
@@ -113,15 +114,15 @@ class Run(Iterator[IterationRecord]):
     def __next__(self) -> IterationRecord:
         """Run one iteration; if anything raises, the run is where it was before."""
         driver = self._driver
-        if self._ended or driver.count >= self._iterations:
+        if self._ended or driver.state.count >= self._iterations:
             raise StopIteration
-        state, before = driver.state(), copied(self._oracle.evaluations)
+        state, before = driver.state_dict(), copied(self._oracle.evaluations)
         try:
             sample = driver.iterate()
             record = self._record(before)
             driver.advance(sample)
         except BaseException:
-            driver.load(state)
+            driver.load_state_dict(state)
             raise
         self._ended = self._budget is not None and record.total_cost >= self._budget
         if self._stop is not None and self._stop(record):
@@ -131,26 +132,29 @@ class Run(Iterator[IterationRecord]):
         self._refuse_skips(record)
         return record
 
-    def _record(self, before: Any) -> IterationRecord:
-        x, y = self._upper, self._lower
-        seen, point = self._driver.seen, self._driver.point
-        estimate = seen["x"].estimate
-        assert estimate is not None
+    def _record(self, before: Evaluations) -> IterationRecord:
+        x, y, state = self._upper, self._lower, self._driver.state
+        point, steppers = state.point, state.steppers
+        upper, lower = steppers["x"].seen, steppers["y"].seen
+        assert upper is not None and upper.estimate is not None
         now = copied(self._oracle.evaluations)
-        lower = seen["y"].loss if "y" in seen else math.nan
         return IterationRecord(
-            iteration=self._driver.count,
+            iteration=state.count,
             x=x.tree(point.x),
             y=y.tree(point.y),
-            losses=Losses(float(estimate.loss), lower),
-            steps=Steps(self._driver.last_step("x"), self._driver.last_step("y")),
+            losses=Losses(upper.loss, math.nan if lower is None else lower.loss),
+            steps=Steps(steppers["x"].last_step, steppers["y"].last_step),
             evaluations=spent(now, before),
             total=now,
-            hypergradient=x.tree(estimate.hypergradient),
+            hypergradient=x.tree(upper.estimate.hypergradient),
             auxiliary={name: y.tree(getattr(point, name)) for name in self.row.variables if name in "vz"},
             multiplier=point.multiplier,
-            directions={name: (x if name == "x" else y).tree(d) for name, d in self._driver.stepped.items()},
-            records={name: tuple(taken) for name, taken in self._driver.taken.items()},
+            directions={
+                name: (x if name == "x" else y).tree(stepper.stepped)
+                for name, stepper in steppers.items()
+                if stepper.stepped is not None
+            },
+            records={name: tuple(stepper.taken) for name, stepper in steppers.items()},
         )
 
     def _refuse_skips(self, record: IterationRecord) -> None:
@@ -163,11 +167,11 @@ class Run(Iterator[IterationRecord]):
                 f"max_skips={self._max_skips}"
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PlainData:
         """Return all that the next iterations depend on: tensors, numbers and strings in dicts, lists and tuples."""
-        return {"row": self.row.name, "skips": self._skips, "ended": self._ended, **self._driver.state()}
+        return {"row": self.row.name, "skips": self._skips, "ended": self._ended, **self._driver.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PlainData) -> None:
         """Go on where a run of the same arguments was saved.
 
         Raises:
@@ -175,7 +179,7 @@ class Run(Iterator[IterationRecord]):
         """
         if state.get("row") != self.row.name:
             raise OptionError(f"methods.run({self.row.name!r}, resume=...): the state is that of {state.get('row')!r}")
-        self._driver.load(state)
+        self._driver.load_state_dict(state)
         self._skips, self._ended = state["skips"], state["ended"]
 
 

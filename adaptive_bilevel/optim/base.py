@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +17,32 @@ from ..policies import Outcome, Record, State, validation
 from ..policies.scalars import Scalar
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
 from .groups import PolicyOptimizer
+from .options import merged
 from .state import RoleState, read_states, write_states
 from .warm_start import WarmStart
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 __all__ = ["AdaptiveOptimizer", "Host"]
 
+
+class Proposed(NamedTuple):
+    """What the Direction role proposed for a step.
+
+    Attributes:
+        descent: The directions.
+        role: The role.
+        before: Its state.
+    """
+
+    descent: Descent
+    role: Direction
+    before: RoleState
+
+
 _PLAIN = Plain()
-_NO_STATE = RoleState()
+_PLAIN_PROPOSED = Proposed(Descent(list), _PLAIN, RoleState())
 
 _WARNED = {
     Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
@@ -59,6 +78,8 @@ class AdaptiveOptimizer(PolicyOptimizer):
     """Whether the step's momentum is not the direction's affair, see `adaptive_bilevel.bilevel.momentum`."""
     takes_offers: ClassVar[bool] = True
     """Whether the next step decides between two starting points, see `offer`."""
+    unbound: ClassVar[Host | None] = None
+    """The host of a new optimizer and of a copy: for classes of a host's, which say there how to bind."""
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -69,10 +90,26 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self.record: Record | None = None
         self.evaluations = Evaluations.single()
         self.sample: Replay | None = None
-        self.host: Host | None = None  # a copy is the optimizer of no host yet
+        self.host: Host | None = self.unbound  # a copy is the optimizer of no host yet
 
     def _restored(self) -> None:
         self._warm_start.restored(self.state, self._parameters())
+
+    @property
+    def records(self) -> dict[str, Any]:
+        """The records of options, by name: what a class of the same rule takes at construction."""
+        return dict(self._records)
+
+    def set_record(self, name: str, record: DataclassInstance) -> None:
+        """Put a record of options in the place of the one of that name: it is used, and saved, from now on.
+
+        Args:
+            name: The attribute that holds it.
+            record: Its options are plain values.
+        """
+        self._set_records({**self._records, name: record})
+        for options in (self.defaults, *self.param_groups):
+            options.update(merged([record]))
 
     def _sample_bound(self, lower_bound: Scalar | None) -> Scalar | None:
         """Return a lower bound that was given to a step, or raise."""
@@ -94,22 +131,19 @@ class AdaptiveOptimizer(PolicyOptimizer):
             return AdamMetric(group["betas"][1], group["eps"])
         return Adam(group["betas"], group["eps"])
 
-    def _descent(self, gradient: Gradient) -> Descent:
-        """Return the directions at a gradient."""
+    def _propose(self, gradient: Gradient) -> Proposed:
+        """Return the directions at a gradient, with what `_commit_direction` needs."""
         role = self._direction()
-        return role.propose(gradient, self._direction_state(role, gradient))
-
-    def _direction_state(self, role: Direction, gradient: Gradient) -> RoleState:
         if role is _PLAIN:
-            return _NO_STATE
-        return read_states(self.state, {"direction": role.init()}, gradient.tensors)["direction"]
+            return _PLAIN_PROPOSED
+        before = read_states(self.state, {"direction": role.init()}, gradient.tensors)["direction"]
+        return Proposed(role.propose(gradient, before), role, before)
 
-    def _commit_direction(self, gradient: Gradient, descent: Descent, moved: Tensor | bool = True) -> None:
+    def _commit_direction(self, gradient: Gradient, proposed: Proposed, moved: Tensor | bool = True) -> None:
         """Write what is new in the direction's state."""
-        role = self._direction()
+        descent, role, before = proposed
         if role is not _PLAIN:
-            news = role.commit(gradient, descent, self._direction_state(role, gradient), moved)
-            write_states(self.state, {"direction": news}, gradient.tensors)
+            write_states(self.state, {"direction": role.commit(gradient, descent, before, moved)}, gradient.tensors)
 
     # ------------------------------------------------------------------------------------------ evaluation
 
@@ -132,7 +166,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         preferred = there <= here or here != here
         if there == there and not preferred:
             guard.mark()
-            preferred = self._after_another_step(guard, closure, params, grads) <= here
+            preferred = self._after_another_step(guard, closure, params, loss, grads) <= here
             guard.recall()
             torch._foreach_copy_(params, before)
         if preferred:
@@ -143,16 +177,20 @@ class AdaptiveOptimizer(PolicyOptimizer):
         return self._gradient(guard, closure, params, guard.entry) if known is None else known
 
     def _after_another_step(
-        self, guard: Guard, closure: Closure, params: list[Tensor], grads: Sequence[Tensor | None]
+        self, guard: Guard, closure: Closure, params: list[Tensor], loss: Tensor, grads: Sequence[Tensor | None]
     ) -> float:
         """Return the loss after a step from here that is as long as the last one was."""
         gradient = self._with_gradient(params, grads)
-        descent = self._descent(gradient)
-        stepped = descent.precondition(gradient.values) if descent.step is None else descent.step
+        descent = self._propose(gradient).descent
+        stepped = self._measured_along(gradient, descent, closure, loss) if descent.step is None else descent.step
         length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
         descent.move(gradient.tensors, stepped, length, gradient.factors)
         self.evaluations.upper.values += 1
         return float(on_host(guard.value(closure, guard.entry))[0])
+
+    def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
+        """Return what the length of a step is found along, without the factors of groups."""
+        return descent.precondition(gradient.values)
 
     def _gradient(
         self, guard: Guard, closure: Closure, params: list[Tensor], random: RandomState | None = None

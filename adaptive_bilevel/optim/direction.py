@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .state import RoleState
 
-__all__ = ["DIRECTIONS", "Adam", "AdamMetric", "Descent", "Direction", "Gradient", "Mean", "Plain", "mean", "move"]
+__all__ = ["DIRECTIONS", "Adam", "AdamMetric", "Descent", "Direction", "Gradient", "Moment", "Plain", "mean", "move"]
 
 DIRECTIONS = ("sgd", "adam")
 
@@ -119,6 +119,9 @@ class Plain:
         """Return nothing new."""
         return RoleState()
 
+    def __repr__(self) -> str:
+        return "Plain()"
+
 
 @final
 class AdamMetric:
@@ -144,39 +147,28 @@ class AdamMetric:
         """Return A^{-1} g to search and to step along."""
         if not gradient.tensors:
             return Descent(list)
-        root = self.root(gradient, state)
-        return Descent(lambda g: list(torch._foreach_div(list(g), root)))
+        root, second = self.root(gradient, state)
+        return Descent(lambda g: list(torch._foreach_div(list(g), root)), memory=second)
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
-        """Return the second moment with this gradient in it; computed anew, since kept it would be a copy."""
-        counts = _counts(state.each, "step", gradient.values)
+        """Return the second moment with this gradient in it."""
+        return RoleState() if descent.memory is None else descent.memory.commit(moved)
 
-        def second() -> list[Any]:
-            old = _so_far(state.each, "exp_avg_sq", gradient.values)
-            return _where(moved, self._second(gradient, state), old)
-
-        return RoleState(each=_counted("step", counts, moved), deferred={"exp_avg_sq": second})
-
-    def root(self, gradient: Gradient, state: RoleState) -> list[Tensor]:
-        """Return A."""
-        root = self._second(gradient, state)
+    def root(self, gradient: Gradient, state: RoleState) -> tuple[list[Tensor], Moment]:
+        """Return A, and the second moment."""
+        second = _second(gradient.values, state.each, self._beta)
+        root = second.moment()
         torch._foreach_sqrt_(root)
-        counts = _counts(state.each, "step", gradient.values)
-        torch._foreach_div_(root, [(1.0 - self._beta**n) ** 0.5 for n in counts])
+        torch._foreach_div_(root, [mass**0.5 for mass in second.mass])
         torch._foreach_add_(root, self._eps)
-        return root
-
-    def _second(self, gradient: Gradient, state: RoleState) -> list[Tensor]:
-        second = list(torch._foreach_mul(_so_far(state.each, "exp_avg_sq", gradient.values), self._beta))
-        torch._foreach_addcmul_(second, gradient.values, gradient.values, 1.0 - self._beta)
-        return second
+        return root, second
 
 
 @final
 class Adam:
     """Adam's directions as `torch.optim.Adam` computes them: A^{-1} g to search, A^{-1} m to step.
 
-    Per parameter it keeps what `AdamMetric` and `mean` keep.
+    Per parameter the state holds what that of `AdamMetric` and `mean` holds.
 
     Args:
         betas: Decay of the first and of the second moment, in [0, 1).
@@ -196,28 +188,29 @@ class Adam:
         """Return A^{-1} g to search along, and A^{-1} m to step along."""
         if not gradient.tensors:
             return Descent(list)
-        root = self._metric.root(gradient, state)
+        root, second = self._metric.root(gradient, state)
         first = mean(gradient.values, state.each, self._beta)
         step = first.moment()
         torch._foreach_div_(step, root)
         torch._foreach_div_(step, first.mass)
-        return Descent(lambda g: list(torch._foreach_div(list(g), root)), step)
+        return Descent(lambda g: list(torch._foreach_div(list(g), root)), step, memory=(second, first))
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
         """Return both moments with this gradient in them."""
-        second = self._metric.commit(gradient, descent, state, moved)
-        first = mean(gradient.values, state.each, self._beta).commit(moved)
+        if descent.memory is None:
+            return RoleState()
+        second, first = (moment.commit(moved) for moment in descent.memory)
         each = [{**s, **f} for s, f in zip(second.each, first.each, strict=True)]
         return RoleState(each=each, deferred={**second.deferred, **first.deferred})
 
 
-class Mean(NamedTuple):
-    """The moving mean of the gradients, Adam's first moment.
+class Moment(NamedTuple):
+    """A moving mean: of the gradients (Adam's first moment m), or of their squares (the second, v).
 
     Attributes:
-        moment: Computes m.
-        mass: 1 - beta^n of each parameter, by which m is to be divided.
-        commit: Returns what is new in the state with these gradients in the mean; see `Direction.commit`.
+        moment: Computes it. Whoever needs it again computes it again, since kept it would be a copy.
+        mass: 1 - beta^n of each parameter, by which it is to be divided.
+        commit: Returns what is new in the state with these gradients in it; see `Direction.commit`.
     """
 
     moment: Callable[[], list[Tensor]]
@@ -225,7 +218,9 @@ class Mean(NamedTuple):
     commit: Callable[..., RoleState]
 
 
-def mean(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], beta: float, *, restart: bool = False) -> Mean:
+def mean(
+    gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], beta: float, *, restart: bool = False
+) -> Moment:
     """Return the moving mean with these gradients in it, or of these alone.
 
     Args:
@@ -235,18 +230,44 @@ def mean(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], beta: f
         restart: Forget all gradients before.
     """
     known: Sequence[Mapping[str, Any]] = [{} for _ in each] if restart else each
-    counts = _counts(known, "averaged", gradients)
 
-    def moment() -> list[Tensor]:
-        return list(torch._foreach_lerp(_so_far(known, "exp_avg", gradients), list(gradients), 1.0 - beta))
+    def advance(old: list[Tensor]) -> list[Tensor]:
+        return list(torch._foreach_lerp(old, list(gradients), 1.0 - beta))
+
+    return _moment(("averaged", "exp_avg"), gradients, known, beta, advance)
+
+
+def _second(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], beta: float) -> Moment:
+    """Return the moving mean of squares; the state holds "step" (n) and "exp_avg_sq" (v)."""
+
+    def advance(old: list[Tensor]) -> list[Tensor]:
+        second = list(torch._foreach_mul(old, beta))
+        torch._foreach_addcmul_(second, list(gradients), list(gradients), 1.0 - beta)
+        return second
+
+    return _moment(("step", "exp_avg_sq"), gradients, each, beta, advance)
+
+
+def _moment(
+    names: tuple[str, str],
+    gradients: Sequence[Tensor],
+    each: Sequence[Mapping[str, Any]],
+    beta: float,
+    advance: Callable[[list[Tensor]], list[Tensor]],
+) -> Moment:
+    counts, known = _counts(each, names[0], gradients), [saved.get(names[1]) for saved in each]
+
+    def old() -> list[Tensor]:
+        return [torch.zeros_like(g) if m is None else m for m, g in zip(known, gradients, strict=True)]
 
     def commit(moved: Tensor | bool = True) -> RoleState:
-        def first() -> list[Any]:
-            return _where(moved, moment(), _so_far(known, "exp_avg", gradients))
+        counted = _where(moved, counts, [n - 1 for n in counts])
+        return RoleState(
+            each=[{names[0]: n} for n in counted],
+            deferred={names[1]: lambda: _where(moved, advance(old()), old())},
+        )
 
-        return RoleState(each=_counted("averaged", counts, moved), deferred={"exp_avg": first})
-
-    return Mean(moment, [1.0 - beta**n for n in counts], commit)
+    return Moment(lambda: advance(old()), [1.0 - beta**n for n in counts], commit)
 
 
 def _counts(each: Sequence[Mapping[str, Any]], name: str, gradients: Sequence[Tensor]) -> list[Any]:
@@ -257,19 +278,8 @@ def _counts(each: Sequence[Mapping[str, Any]], name: str, gradients: Sequence[Te
     return counts
 
 
-def _so_far(each: Sequence[Mapping[str, Any]], name: str, gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return the moments before these gradients, zeros where there are none."""
-    return [
-        torch.zeros_like(g) if (m := saved.get(name)) is None else m for saved, g in zip(each, gradients, strict=True)
-    ]
-
-
-def _where(moved: Tensor | bool, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+def _where(moved: Tensor | bool, new: list[Any], old: list[Any]) -> list[Any]:
     """Return the new values; where a step on the device did not move, the old ones."""
     if not isinstance(moved, Tensor):
-        return list(new)
+        return new
     return [torch.where(moved, ahead, before) for ahead, before in zip(new, old, strict=True)]
-
-
-def _counted(name: str, counts: Sequence[Any], moved: Tensor | bool) -> list[dict[str, Any]]:
-    return [{name: n} for n in _where(moved, counts, [n - 1 for n in counts])]

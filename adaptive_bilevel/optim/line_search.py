@@ -74,9 +74,10 @@ class LineSearch(AdaptiveOptimizer):
                 searched_gradient = gradients_of(gradient.tensors, params, searched_grads)
                 searched_loss = tainted(searched_loss, loss, gradient.values)
             guard.mark()
-            descent = self._descent(gradient)
-            if isinstance(closure, Objective) and closure.project is not None:
-                directions = self._within(gradient, descent, closure, searched_loss)
+            proposed = self._propose(gradient)
+            descent = proposed.descent
+            if step_closure is None:
+                directions = self._measured_along(gradient, descent, closure, loss)
             else:
                 directions = descent.precondition(searched_gradient)
             value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, gradient.factors)
@@ -105,13 +106,13 @@ class LineSearch(AdaptiveOptimizer):
                 if record.outcome == Outcome.non_finite:
                     guard.undo()
                 elif record.outcome == Outcome.no_descent:
-                    self._commit_direction(gradient, descent)  # its memory has to turn, or nothing ever moves again
+                    self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
                 if descent.step is not None or step_closure is not None:
                     guard.put_back()
                     stepped = gradient.values if descent.step is None else descent.step
                     descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
-                self._commit_direction(gradient, descent)
+                self._commit_direction(gradient, proposed)
                 self._save_rule_state(state)
             if record.outcome != Outcome.non_finite:
                 self._drop_offer()
@@ -119,12 +120,14 @@ class LineSearch(AdaptiveOptimizer):
         self._conclude(record, state)
         return loss
 
-    def _within(self, gradient: Gradient, descent: Descent, closure: Objective, loss: Tensor) -> list[Tensor]:
-        """Return the direction to the point that the host's projection leaves of the longest step.
+    def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
+        """Return the direction to the point that a host's projection leaves of the longest step.
 
         Sufficient decrease along -g cannot be had where the projection takes a part of g away.
         """
         directions = descent.precondition(gradient.values)
+        if not isinstance(closure, Objective) or closure.project is None:
+            return directions
         path = SearchPath(gradient, scaled(directions, gradient.factors), descent)
         bound, scale = self._bound()
         policy: Any = self.policy

@@ -22,7 +22,7 @@ from .direction import Direction
 from .options import Conduct
 from .polyak_step import PolyakOptimizer
 
-__all__ = ["SPSB", "DecSPS", "Polyak", "SPSMax"]
+__all__ = ["SPSB", "DecSPS", "DecreasingPolyak", "Polyak", "SPSMax"]
 
 
 class Polyak(PolyakOptimizer):
@@ -190,7 +190,21 @@ class SPSB(Polyak):
         super().__init__(params, lr, rule, conduct)
 
 
-class DecSPS(Polyak):
+class DecreasingPolyak(Polyak):
+    """The ``step`` of `DecSPS`, whose bound is the last step. Abstract, as `Polyak`."""
+
+    _absent = (*AdaptiveOptimizer._absent, "decay")
+
+    def _rule_state(self) -> Any:
+        # c_{k-1} step_{k-1} bounds the next step, so it follows lr: a scheduler scales it.
+        state, reference = super()._rule_state(), self._saved("lr", 0.0)
+        return state._replace(product=state.product * (self._reference_lr() / reference)) if reference else state
+
+    def _save_rule_state(self, state: Any, **more: Scalar) -> None:
+        super()._save_rule_state(state, lr=self._reference_lr(), **more)
+
+
+class DecSPS(DecreasingPolyak):
     """DecSPS: step_k = (1/c_k) min{(f_i - lower_bound) / ||grad f_i||^2, c_{k-1} step_{k-1}}, eq. (6).
 
     c_k = c sqrt(k+1), so the step never grows.
@@ -209,8 +223,6 @@ class DecSPS(Polyak):
         OptionError: An option is out of range (also a ValueError).
     """
 
-    _absent = (*AdaptiveOptimizer._absent, "decay")
-
     def __init__(
         self,
         params: ParamsT,
@@ -226,11 +238,3 @@ class DecSPS(Polyak):
         rule = policies.DecSPS(c=c, lower_bound=lower_bound)
         conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
         super().__init__(params, lr, rule, conduct)
-
-    def _rule_state(self) -> Any:
-        # c_{k-1} step_{k-1} bounds the next step, so it follows lr: a scheduler scales it.
-        state, reference = super()._rule_state(), self._saved("lr", 0.0)
-        return state._replace(product=state.product * (self._reference_lr() / reference)) if reference else state
-
-    def _save_rule_state(self, state: Any, **more: Scalar) -> None:
-        super()._save_rule_state(state, lr=self._reference_lr(), **more)

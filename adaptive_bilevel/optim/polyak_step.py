@@ -49,7 +49,8 @@ class PolyakOptimizer(AdaptiveOptimizer):
                 f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
                 "optimizer or to step(lower_bound=...), or use SLS for losses that are unbounded below"
             )
-        descent = self._descent(gradient)
+        proposed = self._propose(gradient)
+        descent = proposed.descent
         value: Scalar
         slope: Scalar
         directions = descent.precondition(rule_gradient)
@@ -71,13 +72,13 @@ class PolyakOptimizer(AdaptiveOptimizer):
             _move_by_tensor(gradient.tensors, stepped, record.step_size, gradient.factors)
             self._save_rule_state(state, **({} if trial is None else {"tried": record.moved}))
             turned = record.outcome == int(Outcome.no_descent)
-            self._commit_direction(gradient, descent, (record.step_size > 0) | turned)
+            self._commit_direction(gradient, proposed, (record.step_size > 0) | turned)
         elif record.moved:
             descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
             self._save_rule_state(state)
-            self._commit_direction(gradient, descent)
+            self._commit_direction(gradient, proposed)
         elif record.outcome == Outcome.no_descent:
-            self._commit_direction(gradient, descent)  # its memory has to turn, or nothing ever moves again
+            self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
         return record, state
 
     def _seeks_bound(self) -> bool:

@@ -58,19 +58,18 @@ def write_states(state: Any, news: dict[str, RoleState], tensors: Sequence[Tenso
         if role.shared:
             shared = {key: value() if callable(value) else value for key, value in role.shared.items()}
             state[name] = {**state.get(name, {}), **shared}
-        for p, own in zip(tensors, role.each, strict=False):
-            if own:
-                _put(state, p, name, own)
+        if not (role.each or role.deferred):
+            continue
+        owns: list[dict[str, Any]] = []
+        for p, own in zip(tensors, role.each or [{}] * len(tensors), strict=True):
+            known = state.get(p, {})
+            owns.append({**known.get(name, {}), **own})
+            state[p] = {**known, name: owns[-1]}
         deferred = dict(role.deferred)
         del role
         for key in list(deferred):
-            for p, value in zip(tensors, deferred.pop(key)(), strict=True):
-                _put(state, p, name, {key: value})
-
-
-def _put(state: Any, p: Tensor, name: str, own: Mapping[str, Any]) -> None:
-    known = state.get(p, {})
-    state[p] = {**known, name: {**known.get(name, {}), **own}}
+            for own, value in zip(owns, deferred.pop(key)(), strict=True):
+                own[key] = value
 
 
 def advanced(before: RoleState, news: RoleState) -> RoleState:

@@ -17,11 +17,24 @@ bind(engine)
 ```
 
 Problems, configs and the engine stay as they are. ``Config(type="adaptive_cg")`` gives right hypergradients on top.
+`OneStepBiSLS` is the paper's own upper search.
 """
 
-from .bilevel import BiSLS, BiSPS
+from .bilevel import BiSLS, BiSPS, OneStepBiSLS
 from .binding import AdaptiveEngine, bind
 from .hypergradient import adaptive_cg
 from .optimizers import SLS, SLSB, SPSB, DecSPS, SPSMax
 
-__all__ = ["SLS", "SLSB", "SPSB", "AdaptiveEngine", "BiSLS", "BiSPS", "DecSPS", "SPSMax", "adaptive_cg", "bind"]
+__all__ = [
+    "SLS",
+    "SLSB",
+    "SPSB",
+    "AdaptiveEngine",
+    "BiSLS",
+    "BiSPS",
+    "DecSPS",
+    "OneStepBiSLS",
+    "SPSMax",
+    "adaptive_cg",
+    "bind",
+]

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
+from adaptive_bilevel.bilevel import Lower
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import CG, LinearSolver
+from adaptive_bilevel.optim.polyak_step import PolyakOptimizer
 
-from ._host import Engine, Problem, rolls_back
-from .bilevel import BiSLS
+from .bilevel import BiSLS, BiSPS, OneStepBiSLS
+from .bound_problem import BoundProblem
+from .evaluation_log import EvaluationLog
+from .graph import edges, lookahead
 from .hypergradient import register
-from .optimizers import Hosted
+from .lower_problems import LowerProblems
+from .optimizers import SLS, SLSB, SPSB, DecSPS, SPSMax
 from .refusals import refuse
-from .replay import Replay
-from .seat import Seat, lookahead, seat_if_any, take_seat
+from .release import BettyEngine, Engine, Problem, rolls_back
 
 __all__ = ["AdaptiveEngine", "bind"]
 
+E = TypeVar("E", bound=BettyEngine)
 
-def bind(engine: Any, *, solver: LinearSolver | None = None) -> Any:
+_OURS = (SPSMax, DecSPS, SPSB, SLS, SLSB, BiSPS, BiSLS, OneStepBiSLS)
+
+
+def bind(engine: E, *, solver: LinearSolver | None = None) -> E:
     """Bind the optimizers of an engine's problems to their problems, and return the engine.
 
     To be called after ``Engine(...)``, which builds optimizers anew, and again after ``problem.set_optimizer`` or
@@ -40,25 +48,45 @@ def bind(engine: Any, *, solver: LinearSolver | None = None) -> Any:
         TensorError: A problem has nothing to step, or shares parameters with one that it looks ahead into.
         ClosureError: A problem has no training_step.
     """
-    problems = list(getattr(engine, "problems", ()))
+    problems: list[Problem] = list(getattr(engine, "problems", ()))
     if not problems or not all(hasattr(problem, "get_loss") for problem in problems):
         raise OptionError(f"bind({type(engine).__name__}): pass the engine, after engine = Engine(...)")
     if not (solver is None or callable(getattr(solver, "solve", None))):
         raise OptionError(f"bind(solver={solver!r}): solver must be CG(...), Neumann(...) or Identity(...)")
-    ours = [problem for problem in problems if isinstance(problem.optimizer, Hosted)]
+    ours = [problem for problem in problems if isinstance(problem.optimizer, _OURS)]
     refuse(engine, problems, ours)
     register()
     for problem in problems:
-        seat = seat_if_any(problem)
-        replay = Replay(problem, problems) if seat is None else seat.replay
-        replay.problems = problems
-        take_seat(Seat(replay, partial(_solver_of, problem, ours, solver), rolls_back(engine)))
+        before = BoundProblem.of_any(problem)
+        log = EvaluationLog(problem, problems) if before is None else before.log
+        log.problems = problems
+        BoundProblem(log, partial(_solver_of, problem, ours, solver), rolls_back(engine)).keep()
         problem.in_trial = False
     for problem in ours:
-        seat = seat_if_any(problem)
-        assert seat is not None
-        problem.optimizer.sit(seat)
+        _connect(BoundProblem.of(problem), ours)
     return engine
+
+
+def _connect(problem: BoundProblem, ours: list[Problem]) -> None:
+    """Give a problem's optimizer its host and its lower level."""
+    optimizer = problem.problem.optimizer
+    assert isinstance(optimizer, _OURS)
+    optimizer.host = problem
+    if isinstance(optimizer, BiSPS):
+        optimizer.bind(_clocked(problem, ours))
+    elif isinstance(optimizer, (BiSLS, OneStepBiSLS)):
+        lower: Lower = LowerProblems(problem)
+        optimizer.bind(lower)
+
+
+def _clocked(problem: BoundProblem, ours: list[Problem]) -> list[PolyakOptimizer]:
+    """Return the Polyak rules below that count this one's steps: each has one clock, its first parent."""
+    mine = []
+    for below in lookahead(problem.problem):
+        above = [p for p in ours if isinstance(p.optimizer, BiSPS) and below in edges(p)]
+        if isinstance(below.optimizer, PolyakOptimizer) and above[0] is problem.problem:
+            mine.append(below.optimizer)
+    return mine
 
 
 def _solver_of(problem: Problem, ours: list[Problem], given: LinearSolver | None) -> LinearSolver:

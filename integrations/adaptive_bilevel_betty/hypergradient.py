@@ -6,7 +6,6 @@ Betty's own ``cg`` uses the old residual in the direction's update, in both rele
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +14,23 @@ from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 
-from ._host import Problem, answering, jvp_fn_mapping
-from .nested import total_loss
-from .seat import seat_of
+from .bound_problem import BoundProblem
+from .release import Problem, answering, jvp_fn_mapping
+from .total_derivative import total_loss
 
 __all__ = ["TYPE", "adaptive_cg", "register"]
 
 TYPE = "adaptive_cg"
 
 
-def adaptive_cg(vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bool = False) -> Any:
+def adaptive_cg(
+    vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bool = False
+) -> tuple[Tensor, ...] | None:
     """Return -C P `vector`: how a function of `curr`'s solution changes with `prev`'s parameters.
 
     C and P are those of the loss of `curr` on the batches of its last step (all of a step with gradient accumulation),
     with the same dropout masks, so that the response of `BiSLS` and the hypergradient have the same inverse. If `curr`
-    looks ahead into problems itself, it is the loss with those problems answering (see `nested`).
+    looks ahead into problems itself, it is the loss with those problems answering (see `total_derivative`).
 
     Args:
         vector: Gradient by the parameters of `curr`, or by its ``meta_trainable_parameters`` if it is the lowest.
@@ -40,18 +41,22 @@ def adaptive_cg(vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bo
     Raises:
         LowerLevelError: `curr` is not bound.
     """
-    seat = seat_of(curr)
+    lower_problem = BoundProblem.of(curr)
     upper, lower = list(prev.trainable_parameters()), answering(curr)
     if len(vector) != len(lower):  # from a problem below, where Betty differentiates by all parameters of this one
         lower = list(curr.trainable_parameters())
-    with seat.replay.untraced(), Guard([*upper, *lower], Workspace()) as guard, torch.enable_grad():
-        loss = guard.attached(lambda: total_loss(seat))
-        guard.mark()
-        curvature = LowerCurvature(loss, upper, lower)
-        solution = seat.solver.solve(curvature.hvp, vector, seat.solution)
-        change = torch._foreach_neg(list(curvature.cross_vjp(solution.tensors)))
-    if seat.solver.warm_start:
-        seat.solution = solution.tensors
+    before, solver = lower_problem.log.snapshot(), lower_problem.solver
+    try:
+        with Guard([*upper, *lower], Workspace()) as guard, torch.enable_grad():
+            loss = guard.attached(lambda: total_loss(lower_problem))
+            guard.mark()
+            curvature = LowerCurvature(loss, upper, lower)
+            solution = solver.solve(curvature.hvp, vector, lower_problem.solution)
+            change = torch._foreach_neg(list(curvature.cross_vjp(solution.tensors)))
+    finally:
+        before.restore()
+    if solver.warm_start:
+        lower_problem.solution = solution.tensors
     if not sync:
         return tuple(change)
     prev.set_grads(upper, change)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from adaptive_bilevel.bilevel.searching import SearchingOptimizer
 from adaptive_bilevel.bilevel.upper import UpperOptimizer
 from adaptive_bilevel.errors import ClosureError, OptionError, TensorError
 from adaptive_bilevel.optim.polyak_step import PolyakOptimizer
 
-from ._host import OLD, RELEASE, BaseProblem, ImplicitProblem, Problem, distribution, rolls_back
-from .bilevel import BiSLS
+from .graph import lookahead
 from .hypergradient import TYPE
-from .seat import lookahead
+from .release import (
+    OLD,
+    RELEASE,
+    BaseProblem,
+    BettyEngine,
+    ImplicitProblem,
+    Problem,
+    distribution,
+    rolls_back,
+    variable,
+)
 
 __all__ = ["refuse"]
 
@@ -22,7 +31,7 @@ IN_PARTS = ("zero", "fsdp", "accelerate")
 """Strategies that leave no process the whole of parameters and optimizer."""
 
 
-def refuse(engine: Any, problems: Sequence[Problem], ours: Sequence[Problem]) -> None:
+def refuse(engine: BettyEngine, problems: Sequence[Problem], ours: Sequence[Problem]) -> None:
     """Raise on the first of the engine's problems that cannot be bound."""
     _refuse_own_hypergradients(engine, problems)
     if not ours:
@@ -56,7 +65,7 @@ def _refuse_kind(problem: Problem) -> None:
 
 
 def _refuse_no_loss(problem: Problem) -> None:
-    if "training_step" not in vars(problem) and type(problem).training_step is BaseProblem.training_step:
+    if getattr(problem.training_step, "__func__", None) is BaseProblem.training_step:
         raise ClosureError(f"{_named(problem)} has no training_step, so no loss: define training_step(self, batch)")
 
 
@@ -67,7 +76,7 @@ def _refuse_frozen(problem: Problem) -> None:
             f"{_named(problem)} has no torch optimizer: a step above needs to know which tensors are its variable; "
             "give it one by optimizer= or configure_optimizer()"
         )
-    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+    if not any(p.requires_grad for p in variable(problem)):
         raise TensorError(
             f"{_named(problem)} is frozen: none of its parameters requires a gradient. Unfreeze some, or take the "
             "problem out of the engine's dependencies"
@@ -91,7 +100,7 @@ def _refuse_clipping(problem: Problem) -> None:
         )
 
 
-def _refuse_roll_back(engine: Any) -> None:
+def _refuse_roll_back(engine: BettyEngine) -> None:
     if OLD and rolls_back(engine):
         raise OptionError(
             f"EngineConfig(roll_back=True) on Betty {RELEASE}: it caches by reference, so nothing is rolled back and "
@@ -99,7 +108,7 @@ def _refuse_roll_back(engine: Any) -> None:
         )
 
 
-def _refuse_own_hypergradients(engine: Any, problems: Sequence[Problem]) -> None:
+def _refuse_own_hypergradients(engine: BettyEngine, problems: Sequence[Problem]) -> None:
     strategy = distribution(engine)
     for problem in problems:
         if problem.config.type == TYPE and strategy in ("distributed", *IN_PARTS):
@@ -109,7 +118,7 @@ def _refuse_own_hypergradients(engine: Any, problems: Sequence[Problem]) -> None
             )
 
 
-def _refuse_strategy(engine: Any, ours: Sequence[Problem]) -> None:
+def _refuse_strategy(engine: BettyEngine, ours: Sequence[Problem]) -> None:
     strategy = distribution(engine)
     if strategy in IN_PARTS:
         raise OptionError(
@@ -117,7 +126,7 @@ def _refuse_strategy(engine: Any, ours: Sequence[Problem]) -> None:
             "wrapped, and a step size needs them whole. Use strategy='distributed' (or 'default')"
         )
     for problem in ours:
-        if strategy == "distributed" and isinstance(problem.optimizer, BiSLS):
+        if strategy == "distributed" and isinstance(problem.optimizer, SearchingOptimizer):
             raise OptionError(
                 f"{_named(problem)} under EngineConfig(strategy='distributed'): each process would predict the lower "
                 "level's answer from its own batch, and lower parameters would drift apart. Take BiSPS, or one process"
@@ -125,7 +134,7 @@ def _refuse_strategy(engine: Any, ours: Sequence[Problem]) -> None:
 
 
 def _refuse_scaler(problem: Problem) -> None:
-    if not isinstance(problem.optimizer, BiSLS):
+    if not isinstance(problem.optimizer, SearchingOptimizer):
         return
     for involved in (problem, *lookahead(problem)):
         if involved.scaler is not None and involved.scaler.is_enabled():
@@ -139,7 +148,7 @@ def _refuse_shared(problem: Problem) -> None:
     seen: dict[int, Problem] = {}
     for involved in (problem, *lookahead(problem)):
         names = {id(p): name for name, p in involved.module.named_parameters()}
-        for p in (p for group in involved.optimizer.param_groups for p in group["params"] if p.requires_grad):
+        for p in (p for p in variable(involved) if p.requires_grad):
             other = seen.setdefault(id(p), involved)
             if other is not involved:
                 name = names.get(id(p), "")

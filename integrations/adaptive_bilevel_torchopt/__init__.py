@@ -9,26 +9,20 @@
 """
 
 from ._host import torchopt as _torchopt  # noqa: F401  first: says how to install TorchOpt where it is missing
+from .chain import FuncOptimizer, chain, decsps, sls, slsb, spsb, spsmax
 from .direction import Transformed
 from .functional import FunctionalLowerStep
 from .learning_rate import PolyakLR
 from .lower import LowerStep
 from .transform import (
-    FuncOptimizer,
     GradientTransformationExtraArgs,
     ScaleByPolicyState,
-    chain,
-    decsps,
     scale_by_decsps,
     scale_by_policy,
     scale_by_sls,
     scale_by_slsb,
     scale_by_spsb,
     scale_by_spsmax,
-    sls,
-    slsb,
-    spsb,
-    spsmax,
 )
 from .upper import UpperStep
 

@@ -1,10 +1,14 @@
-"""TorchOpt itself, or the command that installs it."""
+"""TorchOpt itself, or the command that installs it; and names for what it takes and returns."""
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
+from torch.autograd.graph import Node as Node
+
 from adaptive_bilevel.errors import pass_over
 
-__all__ = ["torchopt"]
+__all__ = ["Memory", "Module", "Node", "Transformation", "Tree", "torchopt"]
 
 try:
     import torchopt
@@ -19,3 +23,15 @@ except ImportError as error:
     ) from error
 
 pass_over("torchopt", "adaptive_bilevel_torchopt")
+
+Module: TypeAlias = torchopt.nn.ImplicitMetaGradientModule
+"""A module whose ``solve()`` is differentiated implicitly."""
+
+Transformation: TypeAlias = torchopt.base.GradientTransformation
+"""A pair of functions ``init(params)`` and ``update(updates, state, *, params, inplace)``."""
+
+Tree: TypeAlias = Any
+"""A tensor, or a nesting of lists, tuples and dictionaries of tensors (optree has no type for it)."""
+
+Memory: TypeAlias = Any
+"""What a transformation keeps between updates: a tree of its own making."""

@@ -1,110 +1,34 @@
-"""TorchOpt's backward through ``solve()``: the hypergradient, with the module as the lower loop saw it."""
+"""TorchOpt's backward through ``solve()`` evaluates the module again: as the lower loop saw it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from adaptive_bilevel.errors import ClosureError, HypergradientError
 from adaptive_bilevel.evaluation.guard import RandomState
 
-__all__ = ["as_differentiated", "differentiate", "fresh", "gradients"]
+from ._host import Module
+
+__all__ = ["as_differentiated"]
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 
 
 @contextlib.contextmanager
-def fresh() -> Iterator[None]:
-    """Say what a graph that is gone means here.
-
-    Raises:
-        ClosureError: A closure's loss needs a graph from before the step, which was freed by its first backward.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "through the graph a second time" not in str(error):
-            raise
-        raise ClosureError(
-            "UpperStep.step(closure=...): the loss that a closure returned, or a part of it, was computed before "
-            "step(): no trial can change it, and its graph is gone after one backward. Compute all of it inside, as in "
-            "meta.step(lambda: val(inner))"
-        ) from error
-
-
-def gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, retain_graph: bool = False
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the sum of some tensors through ``solve()``; None where they depend on no such input.
-
-    Raises:
-        ClosureError: A part of them was computed and differentiated before.
-        HypergradientError: The solver's argnums are not its first ones, or the lower objective draws random numbers or
-            changes buffers where TorchOpt's backward cannot be made to see what the loop saw.
-    """
-    ones = [torch.ones_like(t) for t in outputs]
-    random = torch.get_rng_state()
-    try:
-        with fresh():
-            found = torch.autograd.grad(list(outputs), list(inputs), ones, retain_graph=retain_graph, allow_unused=True)
-    except IndexError as error:
-        if not _raised_in_torchopt(error):
-            raise
-        raise HypergradientError(
-            "UpperStep: TorchOpt's backward does not find the arguments that argnums names. It needs them to be the "
-            "first ones of the solver after the lower parameters, as in custom_root(..., argnums=1) or (1, 2): put the "
-            "upper arguments there"
-        ) from error
-    except RuntimeError as error:
-        if "mutate a captured Tensor" not in str(error):
-            raise
-        raise HypergradientError(
-            "UpperStep: the lower objective changes a buffer (BatchNorm's running statistics in train mode?), which "
-            "TorchOpt's backward refuses. Register the layer in the implicit module, where it is seen to; with a "
-            "functional solver make it track_running_stats=False or .eval() it"
-        ) from error
-    if not torch.equal(random, torch.get_rng_state()):
-        raise HypergradientError(
-            "UpperStep: the lower objective draws random numbers (dropout?), and TorchOpt's backward drew other ones "
-            "than the lower loop, so the hypergradient is that of another objective. Take a LowerStep in a module's "
-            "solve(), with which they are drawn again, or .eval() the dropout layers"
-        )
-    return found
-
-
-def differentiate(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients of an upper loss through ``solve()``; None for parameters that it does not depend on.
-
-    Raises:
-        HypergradientError: It depends on none of them, or as for `gradients`.
-    """
-    active = [p for p in params if p.requires_grad]
-    found = gradients([loss], active)
-    if all(g is None for g in found):
-        raise HypergradientError(
-            "UpperStep: the upper loss depends on no meta-parameter, neither directly nor through solve(). Compute it "
-            "from the module's parameters after solve(); with custom_root, pass them as an argument that argnums names"
-        )
-    by_id = {id(p): g for p, g in zip(active, found, strict=True)}
-    return [by_id.get(id(p)) for p in params]
-
-
-@contextlib.contextmanager
-def as_differentiated(module: Any, random: RandomState | None) -> Iterator[None]:
+def as_differentiated(module: Module, random: RandomState | None) -> Iterator[None]:
     """While TorchOpt's backward evaluates the module again, let it see what the last lower step saw.
 
     Its objective draws the dropout masks of that step (and leaves the random state alone), and BatchNorm in train mode
     leaves its running statistics alone, which no derivative depends on and TorchOpt's transforms refuse to change.
     """
     name = "optimality" if type(module)._custom_optimality else "objective"
-    original: Callable[..., Any] = getattr(module, name)
+    original: Callable[..., object] = getattr(module, name)
     devices = sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
 
-    def replayed(*args: Any, **kwargs: Any) -> Any:
+    def replayed(*args: Any, **kwargs: Any) -> object:
         assert random is not None
         present = RandomState(devices)
         random.restore()
@@ -130,14 +54,7 @@ def as_differentiated(module: Any, random: RandomState | None) -> Iterator[None]
             module.__dict__.pop(name, None)
 
 
-def _raised_in_torchopt(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("torchopt.")
-
-
-def _modules(module: Any) -> list[nn.Module]:
+def _modules(module: Module) -> list[nn.Module]:
     found = {id(part): part for part in module.modules()}
     for child in module.meta_children():
         found.update({id(part): part for part in child.modules()})

@@ -10,7 +10,7 @@ TorchOpt scales an update and then adds it, which rounds differently from adding
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.optim.direction import DIRECTIONS, Descent, Gradient
 from adaptive_bilevel.optim.state import RoleState
 
-from ._host import torchopt
+from ._host import Memory, Transformation, torchopt
+from .trees import either
 
-__all__ = ["Plain", "Transformed", "as_direction", "as_stepped", "either"]
+__all__ = ["DirectionOption", "Plain", "Transformed", "as_direction", "as_stepped"]
 
 
 def scale_then_add(
@@ -35,6 +36,7 @@ def scale_then_add(
     torch._foreach_add_(list(params), updates)
 
 
+@final
 class Plain:
     """The gradient itself, as ``torchopt.sgd(lr=1.0)`` gives it."""
 
@@ -49,13 +51,14 @@ class Plain:
         return Descent(list, move=scale_then_add)
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
-        """Return the state as it is."""
-        return state
+        """Return nothing new."""
+        return RoleState()
 
     def __repr__(self) -> str:
         return "'sgd'"
 
 
+@final
 class Transformed:
     """The direction of a GradientTransformation.
 
@@ -75,7 +78,7 @@ class Transformed:
 
     kind = "transformation"
 
-    def __init__(self, transformation: Any, search: Any = None) -> None:
+    def __init__(self, transformation: Transformation, search: Transformation | None = None) -> None:
         for given in (transformation, search):
             if not (given is None and transformation is not None) and not _is_transformation(given):
                 raise OptionError(
@@ -84,7 +87,7 @@ class Transformed:
                 )
         self.transformation = transformation
         self._parts = [transformation] if search is None else [transformation, search]
-        self._structures: dict[int, list[Any]] = {}
+        self._structures: dict[int, list[Memory]] = {}
 
     def init(self) -> RoleState:
         """Return an empty state."""
@@ -118,7 +121,7 @@ class Transformed:
             after = [[either(moved, n, o) for n, o in zip(*pair, strict=True)] for pair in zip(after, old, strict=True)]
         return RoleState({"shapes": [tuple(p.shape) for p in gradient.tensors], "memory": after})
 
-    def _before(self, parameters: Sequence[Tensor], state: RoleState) -> list[Any]:
+    def _before(self, parameters: Sequence[Tensor], state: RoleState) -> list[Memory]:
         """Return the memory of each part."""
         saved = state.shared
         known = "shapes" in saved and [tuple(s) for s in saved["shapes"]] == [tuple(p.shape) for p in parameters]
@@ -137,18 +140,26 @@ class Transformed:
         return f"{type(self).__name__}({', '.join(map(repr, self._parts))})"
 
 
-def as_direction(direction: Any) -> Any:
-    """Return what an optimizer takes as its direction: "sgd", "adam", a GradientTransformation, or a `Transformed`."""
-    if isinstance(direction, str) and direction == "sgd":
-        return Plain()
-    known = (isinstance(direction, str) and direction in DIRECTIONS) or isinstance(direction, (Plain, Transformed))
-    return direction if known else Transformed(direction)
+DirectionOption: TypeAlias = "str | Transformation | Plain | Transformed"
+"""What a level takes as its direction: "sgd", "adam", a transformation with learning rate 1, or a `Transformed`."""
 
 
-def as_stepped(direction: Any, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Any:
+def as_direction(direction: DirectionOption) -> str | Plain | Transformed:
+    """Return what an optimizer of the core takes as its direction."""
+    if isinstance(direction, str):
+        if direction == "sgd":
+            return Plain()
+        if direction in DIRECTIONS:
+            return direction
+    return direction if isinstance(direction, (Plain, Transformed)) else Transformed(direction)  # type: ignore[arg-type]
+
+
+def as_stepped(
+    direction: DirectionOption, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> Plain | Transformed:
     """Return the direction for a constant step, which is TorchOpt's own to the bit, whether it descends or not.
 
-    The slope that a record then tells is that of the plain gradient.
+    The slope in its record is that of the plain gradient.
 
     Args:
         direction: As for `as_direction`; "adam" is TorchOpt's.
@@ -156,21 +167,14 @@ def as_stepped(direction: Any, betas: tuple[float, float] = (0.9, 0.999), eps: f
         eps: Its eps.
     """
     along = as_direction(direction)
-    if along == "adam":
+    if isinstance(along, str):
         along = Transformed(torchopt.adam(lr=1.0, betas=betas, eps=eps))
     return along if isinstance(along, Plain) else Transformed(along.transformation, torchopt.sgd(lr=1.0))
 
 
-def _is_transformation(given: Any) -> bool:
+def _is_transformation(given: object) -> bool:
     return isinstance(given, torchopt.base.GradientTransformation)
 
 
 def _negated(updates: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_neg(list(updates)))
-
-
-def either(condition: Tensor | bool, left: Any, right: Any) -> Any:
-    """Return `left` where the condition holds, else `right`; under a condition that is a tensor, tensors only."""
-    if not isinstance(condition, Tensor):
-        return left if condition else right
-    return torch.where(condition.to(left.device), left, right) if isinstance(left, Tensor) else left

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, final
 
 from torch import Tensor
+from torch.optim.optimizer import StateDict
 
 from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, OptionError, TensorError
 from adaptive_bilevel.evaluation.tensors import refuse_unsupported
+from adaptive_bilevel.hypergradient import LinearSolver
 
 from ._host import torchopt
-from .backward import gradients
+from .direction import DirectionOption
+from .hypergradient import gradients
+from .lower_level import SolvedLevel
 from .refusals import attached, check_lower
-from .solvers import declared_solver
-from .task import Lower, Rule, Task, scalar
+from .rules import Rule, lower_recipe, made_once
+from .solvers import DeclaredSolve, declared_solver
+from .task import SolvedProblem, Task, scalar
 
 __all__ = ["FunctionalLowerStep"]
 
+Params: TypeAlias = Any
+"""A tensor, or a list or tuple of them: what a solver takes and returns."""
 
-class FunctionalLowerStep(Lower):
+
+@final
+class FunctionalLowerStep(SolvedLevel):
     """Automatic lower steps for solvers that are functions decorated by ``torchopt.diff.implicit.custom_root``.
 
     Args:
@@ -54,12 +64,12 @@ class FunctionalLowerStep(Lower):
     def __init__(
         self,
         objective: Callable[..., Tensor],
-        rule: Any = SLS,
+        rule: Rule = SLS,
         lr: float | None = None,
         *,
-        linear_solve: Any = None,
-        direction: Any = "sgd",
-        **options: Any,
+        linear_solve: DeclaredSolve | None = None,
+        direction: DirectionOption = "sgd",
+        **options: object,
     ) -> None:
         if not callable(objective):
             raise OptionError(
@@ -68,12 +78,13 @@ class FunctionalLowerStep(Lower):
             )
         self.objective = objective
         self.linear_solve = linear_solve
-        self._rule = Rule("FunctionalLowerStep", rule, lr, direction, options)
-        self.tasks = []
+        self.module = None
+        self._recipe = made_once(lower_recipe("FunctionalLowerStep", rule, lr, direction, options))
+        self._tasks: list[Task] = []
         self._pool: list[Task] = []
         self._clocked = False
 
-    def attach(self, params: Any, *args: Any) -> tuple[Any, Callable[..., Tensor]]:
+    def attach(self, params: Params, *args: Any) -> tuple[Params, Callable[..., Tensor]]:
         """Begin a lower loop from copies of `params`, and return them and the step on them.
 
         Args:
@@ -96,31 +107,30 @@ class FunctionalLowerStep(Lower):
             refuse_unsupported("FunctionalLowerStep.attach", p)
         leaves = [p.detach().clone().requires_grad_() for p in listed]
         check_lower("FunctionalLowerStep.attach", leaves)
-        index = len(self.tasks)
+        index = len(self._tasks)
         if index == len(self._pool):
             self._pool.append(self._task())
         task = self._pool[index]
         if [p.shape for p in task.params()] not in ([], [p.shape for p in leaves]):
             task = self._pool[index] = self._task()  # another problem: nothing is known of its step sizes
-        task.bind(leaves)
-        given: Any = torchopt.pytree.tree_leaves(args)  # type: ignore[arg-type]
-        task.begin([x for x in given if isinstance(x, Tensor) and x.requires_grad])
-        self.tasks.append(task)
-        structure = (lambda tensors: tensors[0]) if single else (tuple if isinstance(params, tuple) else list)
+        task.step_on(leaves)
+        given: list[object] = list(torchopt.pytree.tree_leaves(args))  # type: ignore[arg-type]
+        task.staleness.begin([x for x in given if isinstance(x, Tensor) and x.requires_grad])
+        self._tasks.append(task)
+        structure: Callable[[list[Tensor]], Params] = (
+            (lambda tensors: tensors[0]) if single else (tuple if isinstance(params, tuple) else list)
+        )
 
         def loss() -> Tensor:
             return self.objective(structure(task.params()), *args)
 
-        def step(**options: Any) -> Tensor:
-            stepping: Any = task.optimizer
-            value: Tensor = stepping.step(scalar(loss), **options)
-            task.mark()
-            return value
+        def step(**options: object) -> Tensor:
+            return task.step(scalar(loss), options)
 
         return structure(leaves), step
 
     def _task(self) -> Task:
-        task = Task(self._rule)
+        task = Task(self._recipe)
         task.clocked = self._clocked
         return task
 
@@ -130,25 +140,26 @@ class FunctionalLowerStep(Lower):
 
     def rewind(self) -> None:
         """Forget the loops since the last upper step (but not what they taught of step sizes)."""
-        self.tasks = []
+        self._tasks = []
 
-    def ready(self, solution: Any) -> list[Sequence[Tensor]]:
-        """Return the tensors of the solutions, in the order of the loops."""
+    def solved(self, solution: Params | None) -> list[SolvedProblem]:
+        """Return the lower problems in the order of the loops."""
         if solution is None:
             raise LowerLevelError(
                 "UpperStep.step(solution=None): pass what the functional solver returned (a list of that for a "
                 "meta-batch), as in meta.step(lambda: val(y), solution=y)"
             )
         listed = isinstance(solution, list) and len(solution) == 1 and not isinstance(solution[0], Tensor)
-        if len(self.tasks) == 1 and not listed:
+        if len(self._tasks) == 1 and not listed:
             solution = [solution]
-        solutions = [[s] if isinstance(s, Tensor) else list(s) for s in solution]
-        if len(solutions) != len(self.tasks):
+        solutions: list[list[Tensor]] = [[s] if isinstance(s, Tensor) else list(s) for s in solution]
+        if len(solutions) != len(self._tasks):
             raise LowerLevelError(
-                f"UpperStep.step: {len(solutions)} solutions for {len(self.tasks)} lower loops since the last upper "
+                f"UpperStep.step: {len(solutions)} solutions for {len(self._tasks)} lower loops since the last upper "
                 "step: pass one for each, in their order (rewind() forgets loops of an evaluation)"
             )
-        for task, tensors in zip(self.tasks, solutions, strict=True):
+        problems = []
+        for task, tensors in zip(self._tasks, solutions, strict=True):
             if [p.shape for p in task.params()] != [t.shape for t in tensors]:
                 raise LowerLevelError(
                     f"UpperStep.step: a solution has shapes {[tuple(t.shape) for t in tensors]} where the lower loop "
@@ -156,34 +167,40 @@ class FunctionalLowerStep(Lower):
                 )
             attached("UpperStep", tensors)
             task.check("UpperStep", tensors)
-        return list(solutions)
+            problems.append(SolvedProblem(tensors, task.staleness, task))
+        return problems
 
-    def registered(self, solutions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def backward(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
+    def registered(self, problems: Sequence[SolvedProblem]) -> list[Tensor]:
         """Return those of the tensors that the loops were begun with to which TorchOpt's backward returns a gradient.
 
-        Whether argnums names an argument is known to TorchOpt alone, so its backward is asked: once more for each task.
+        Only TorchOpt's backward shows whether argnums names an argument: it runs once more for each task.
         """
         forgotten: set[int] = set()
-        for task, tensors in zip(self.tasks, solutions, strict=True):
-            if task.upper:
-                found = gradients(tensors, task.upper, retain_graph=True)
-                forgotten.update(id(x) for x, g in zip(task.upper, found, strict=True) if g is None)
-        return [x for task in self.tasks for x in task.upper if id(x) not in forgotten]
+        for problem in problems:
+            upper = problem.staleness.upper
+            if upper:
+                found = gradients(problem.tensors, upper, retain_graph=True)
+                forgotten.update(id(x) for x, g in zip(upper, found, strict=True) if g is None)
+        return [x for problem in problems for x in problem.staleness.upper if id(x) not in forgotten]
 
-    def solver(self) -> Any:
+    def solver(self) -> LinearSolver:
         """Return the solver of the declared kind."""
-        params = self.tasks[0].params() if self.tasks else []
+        params = self._tasks[0].params() if self._tasks else []
         return declared_solver(self.linear_solve, params)
 
     def done(self) -> None:
         """Begin the next meta-batch."""
         self.rewind()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state of the steps of every task: numbers and tensors."""
         return {"tasks": [task.state_dict() for task in self._pool]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Load it; for tasks that were not met yet, it is kept until then."""
         while len(self._pool) < len(state["tasks"]):
             self._pool.append(self._task())

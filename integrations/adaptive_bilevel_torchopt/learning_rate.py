@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import StateDict
 
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import LowerLevelError, NonFiniteError
 from adaptive_bilevel.policies import Context, Outcome, Record
 
-from .transform import check_policy, slope_along, without_graphs
+from ._host import Tree
+from .transform import AnyPolicy, check_policy, without_graphs
+from .trees import slope_along
 
 __all__ = ["PolyakLR"]
 
 
 class PolyakLR:
-    """A callable learning rate, told the loss and the gradients before each update.
+    """A callable learning rate, which gets the loss and the gradients before each update.
 
     TorchOpt calls a callable ``lr`` once per tensor; all calls of one update return the same step.
 
@@ -46,20 +48,20 @@ class PolyakLR:
     [1.5, 1.0]
     """
 
-    def __init__(self, policy: Any = None, *, differentiable: bool = False) -> None:
-        self.policy: Any = policies.SPSB() if policy is None else policy
+    def __init__(self, policy: AnyPolicy | None = None, *, differentiable: bool = False) -> None:
+        self.policy: AnyPolicy = policies.SPSB() if policy is None else policy
         check_policy("PolyakLR", self.policy, differentiable)
         self._differentiable = differentiable
         self._state = self.policy.init()
-        self._step: Any = None
-        self._count: Any = None
+        self._step: Tensor | float | None = None
+        self._count: int | None = None
         self.record: Record | None = None
 
     def tell(
         self,
         loss: Tensor | float,
-        grads: Any,
-        directions: Any = None,
+        grads: Tree,
+        directions: Tree = None,
         *,
         trial: Callable[[float], float] | None = None,
     ) -> None:
@@ -92,11 +94,11 @@ class PolyakLR:
         self._step, self._count = record.step_size, None
         self.record = without_graphs(record)
 
-    def __call__(self, count: Any) -> Any:
+    def __call__(self, count: Tensor | float) -> Tensor | float:
         """Return the step: TorchOpt calls this for each tensor of an update.
 
         Raises:
-            LowerLevelError: Nothing was told since the last update.
+            LowerLevelError: `tell` was not called since the last update.
         """
         number = int(count)
         if self._step is None or (self._count is not None and number != self._count):
@@ -110,10 +112,10 @@ class PolyakLR:
         """Cut the state from the graph, as ``torchopt.stop_gradient`` does for optimizers: between unrolled loops."""
         self.load_state_dict(self.state_dict())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the policy's state: numbers and tensors."""
         return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in self._state._asdict().items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Load it."""
         self._state = type(self._state)(**state)

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import final
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import StateDict
 
 from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, TensorError
-from adaptive_bilevel.evaluation.guard import RandomState
+from adaptive_bilevel.evaluation.guard import Closure
+from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
 
-from .refusals import attached, check_lower, check_module, refuse_solution
-from .task import ModuleLower, Rule, Task, scalar
+from ._host import Module
+from .backward import as_differentiated
+from .direction import DirectionOption
+from .lower_level import SolvedLevel
+from .refusals import check_lower, check_module, solution_of
+from .rules import Rule, lower_recipe, made_once
+from .solvers import declared_solver
+from .task import SolvedProblem, Task, scalar
 
 __all__ = ["LowerStep"]
 
 
-class LowerStep(ModuleLower):
+@final
+class LowerStep(SolvedLevel):
     """Automatic lower steps for an ``ImplicitMetaGradientModule``.
 
     Args:
@@ -48,17 +57,25 @@ class LowerStep(ModuleLower):
                 step(lambda: self.objective(batch))
     """
 
+    module: Module
+
     def __init__(
-        self, module: Any, rule: Any = SLS, lr: float | None = None, *, direction: Any = "sgd", **options: Any
+        self,
+        module: Module,
+        rule: Rule = SLS,
+        lr: float | None = None,
+        *,
+        direction: DirectionOption = "sgd",
+        **options: object,
     ) -> None:
         check_module("LowerStep", module, steps=True)
         self.module = module
-        self.tasks = [Task(Rule("LowerStep", rule, lr, direction, options))]
+        self._task = Task(made_once(lower_recipe("LowerStep", rule, lr, direction, options)))
 
     @property
     def optimizer(self) -> AdaptiveOptimizer | None:
         """The optimizer of the core."""
-        return self.tasks[0].optimizer
+        return self._task.optimizer
 
     def attach(self) -> Callable[..., Tensor]:
         """Begin a lower loop: cut the module's parameters from any graph, and return the step on them.
@@ -67,16 +84,16 @@ class LowerStep(ModuleLower):
             TensorError: A parameter is frozen or has no dimension, both of which TorchOpt differentiates wrongly.
         """
         params = list(self.module.parameters())
-        known = self.tasks[0].params()
-        # After a solve() the parameters are TorchOpt's tensors, which say nothing about what the user wants.
+        known = self._task.params()
+        # After a solve() the parameters are TorchOpt's tensors: whether those are frozen is no choice of the user's.
         if not known or list(map(id, params)) == list(map(id, known)):
             check_lower("LowerStep.attach", params)
         self.cut()
-        self.tasks[0].bind(params)
-        self.tasks[0].begin(list(self.module.meta_parameters()))
+        self._task.step_on(params)
+        self._task.staleness.begin(list(self.module.meta_parameters()))
         return self.step
 
-    def step(self, closure: Callable[[], Tensor], **options: Any) -> Tensor:
+    def step(self, closure: Closure, **options: object) -> Tensor:
         """Take a lower step and return the loss before it.
 
         Args:
@@ -86,17 +103,14 @@ class LowerStep(ModuleLower):
         Raises:
             ClosureError: The objective has a dimension, which TorchOpt's backward refuses.
         """
-        task = self.tasks[0]
+        task = self._task
         if task.optimizer is None:
             raise LowerLevelError("LowerStep.step: call attach() at the beginning of solve()")
-        stepping: Any = task.optimizer
-        loss: Tensor = stepping.step(scalar(closure), **options)
-        task.mark()
-        return loss
+        return task.step(scalar(closure), options)
 
     def mark(self) -> None:
         """Take the present parameters as the solution, where solve() changes them after its last step."""
-        self.tasks[0].mark()
+        self._task.take_solution()
 
     def reset(self, params: Sequence[Tensor] | None = None) -> None:
         """Put other values into the parameters, e.g. for the next task.
@@ -125,27 +139,40 @@ class LowerStep(ModuleLower):
     def cut(self) -> None:
         """Cut the parameters from TorchOpt's graph, e.g. to deepcopy the module after solve()."""
         params = list(self.module.parameters())
-        self.tasks[0].marks.note(params)
+        self._task.staleness.note(params)
         for p in params:
             p.detach_().requires_grad_()
 
-    def ready(self, solution: Any) -> list[Sequence[Tensor]]:
-        """Return the module's parameters after solve()."""
-        refuse_solution(solution)
-        params = list(self.module.parameters())
-        attached("UpperStep", params)
-        self.tasks[0].check("UpperStep", params)
-        return [params]
+    def solved(self, solution: object) -> list[SolvedProblem]:
+        """Return the one lower problem, solved by the module's parameters."""
+        params = solution_of(self.module, solution)
+        self._task.check("UpperStep", params)
+        return [SolvedProblem(params, self._task.staleness, self._task)]
 
-    def backward(self, random: RandomState | None = None) -> contextlib.AbstractContextManager[Any]:
-        """Let TorchOpt's backward see the last lower step's random numbers."""
+    def backward(self) -> contextlib.AbstractContextManager[None]:
+        """Let TorchOpt's backward see the last lower step's random numbers, and leave BatchNorm's statistics alone."""
         sample = None if self.optimizer is None else self.optimizer.sample
-        return super().backward(random if sample is None else sample.random)
+        return as_differentiated(self.module, None if sample is None else sample.random)
 
-    def state_dict(self) -> dict[str, Any]:
+    def registered(self, problems: Sequence[SolvedProblem]) -> list[Tensor]:
+        """Return the module's meta-parameters."""
+        return list(self.module.meta_parameters())
+
+    def solver(self) -> LinearSolver:
+        """Return the solver of the declared kind."""
+        return declared_solver(type(self.module).linear_solve, list(self.module.parameters()))
+
+    def follow(self) -> None:
+        """Let the bound decay with the upper iterations."""
+        self._task.clocked = True
+
+    def done(self) -> None:
+        """Do nothing: the next upper step may follow the same sample."""
+
+    def state_dict(self) -> StateDict:
         """Return the state of the steps: numbers and tensors."""
-        return self.tasks[0].state_dict()
+        return self._task.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Load it; before the first `attach`, it is kept until then."""
-        self.tasks[0].load_state_dict(state)
+        self._task.load_state_dict(state)

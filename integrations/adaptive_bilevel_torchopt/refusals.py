@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 
-from ._host import torchopt
+from ._host import Module, torchopt
 
 __all__ = [
     "attached",
     "check_lower",
     "check_module",
-    "refuse_replaced",
     "refuse_shared",
-    "refuse_solution",
     "refuse_unregistered",
+    "solution_of",
 ]
 
 
-def check_module(owner: str, module: Any, *, steps: bool) -> None:
+def check_module(owner: str, module: object, *, steps: bool) -> None:
     """Refuse modules whose hypergradient TorchOpt computes wrongly without saying so.
 
     Args:
-        owner: Who asks, for errors.
+        owner: Name for errors.
         module: An ``ImplicitMetaGradientModule``.
         steps: Whether lower steps are to be taken, which needs an objective.
 
@@ -109,33 +107,6 @@ def refuse_unregistered(xs: Sequence[Tensor], registered: Sequence[Tensor], loss
         )
 
 
-def refuse_replaced(loss: Tensor, replaced: Sequence[Any]) -> None:
-    """Refuse an upper loss that reads a solution in whose place a later solve() has put another.
-
-    Args:
-        loss: The upper loss with its graph.
-        replaced: The graph's nodes of such solutions.
-
-    Raises:
-        HypergradientError: There is such a solution: TorchOpt would differentiate it at the later one.
-    """
-    met: set[Any] = set()
-    nodes = [loss.grad_fn] if replaced else []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in met:
-            continue
-        if any(node is each for each in replaced):
-            raise HypergradientError(
-                "UpperStep: the upper loss reads a solution whose memory a later solve() of the same module has taken, "
-                "so its hypergradient is lost. One module serves one task of an upper step: make a module for each "
-                "task and pass UpperStep(lower=[...]), or take a FunctionalLowerStep, whose solver may be called for "
-                "each task"
-            )
-        met.add(node)
-        nodes.extend(before for before, _ in node.next_functions)
-
-
 def refuse_shared(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
     """Refuse upper parameters that the module takes for lower ones.
 
@@ -152,17 +123,25 @@ def refuse_shared(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
         )
 
 
-def refuse_solution(solution: Any) -> None:
-    """Refuse a solution where the module holds it.
+def solution_of(module: Module, given: object) -> list[Tensor]:
+    """Return the parameters of a solved module.
+
+    Args:
+        module: The module.
+        given: What the upper step was given as the solution: nothing, since the module holds it.
 
     Raises:
-        OptionError: One was given.
+        OptionError: A solution was given.
+        HypergradientError: The parameters are not the outcome of a differentiable solve().
     """
-    if solution is not None:
+    if given is not None:
         raise OptionError(
-            f"UpperStep.step(solution=...): got a {type(solution).__name__}, but a module holds its own solution; "
+            f"UpperStep.step(solution=...): got a {type(given).__name__}, but a module holds its own solution; "
             "leave it out, it is for functional solvers"
         )
+    params: list[Tensor] = list(module.parameters())
+    attached("UpperStep", params)
+    return params
 
 
 def attached(owner: str, params: Sequence[Tensor]) -> None:

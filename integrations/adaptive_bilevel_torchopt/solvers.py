@@ -13,12 +13,13 @@ TorchOpt's ``ridge`` is kept; its ``init``, its preconditioner ``M`` and ``atol`
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -27,18 +28,21 @@ from adaptive_bilevel.bilevel.inverse import refined
 from adaptive_bilevel.errors import SolverError
 from adaptive_bilevel.evaluation.vectors import inner
 from adaptive_bilevel.hypergradient import CG, LinearSolver, Neumann
-from adaptive_bilevel.hypergradient.solution import MatVec, Solution, SolverStatus
+from adaptive_bilevel.hypergradient.solution import MatVec, Solution, SolverStatus, relative_residual
 
-__all__ = ["Called", "Dense", "NormalCG", "Ridge", "SafeNeumann", "declared_solver"]
+__all__ = ["Called", "DeclaredSolve", "Dense", "NormalCG", "Ridge", "SafeNeumann", "declared_solver"]
+
+DeclaredSolve: TypeAlias = Callable[..., Any]
+"""A module's ``linear_solve``: one of TorchOpt's solvers, or a function ``(matvec, b) -> x`` on tuples of tensors."""
 
 
 @dataclass(frozen=True)
-class _Exact:
+class _Exact(abc.ABC):
     """What the wrappers share: no warm start, and the same matrix in every product."""
 
     @property
     def warm_start(self) -> bool:
-        """The previous solution is not asked for."""
+        """No solve starts from the previous solution."""
         return False
 
     @property
@@ -46,17 +50,22 @@ class _Exact:
         """The same matrix is needed in every product."""
         return False
 
+    @abc.abstractmethod
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return an approximation of ``H^{-1} rhs``."""
 
+
+@final
 @dataclass(frozen=True)
 class Ridge(_Exact):
     """A solver for (H + ridge I) w = b."""
 
-    solver: Any
+    solver: LinearSolver
     ridge: float
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Solve with the shifted matrix."""
-        return _of(self.solver.solve(lambda v: _shifted(matvec(v), v, self.ridge), rhs, initial))
+        return self.solver.solve(lambda v: _shifted(matvec(v), v, self.ridge), rhs, initial)
 
     def refined(self) -> LinearSolver | None:
         """Return the solver solving further."""
@@ -64,6 +73,7 @@ class Ridge(_Exact):
         return None if finer is None else dataclasses.replace(self, solver=finer)
 
 
+@final
 @dataclass(frozen=True)
 class NormalCG(_Exact):
     """CG on the normal equations (H H + ridge I) w = H b: for an H that is symmetric but not positive definite."""
@@ -82,7 +92,7 @@ class NormalCG(_Exact):
 
         squared: MatVec = lambda v: _shifted(once(once(v)), v, self.ridge)  # noqa: E731
         solution = self.solver.solve(squared, once(rhs), initial)
-        residual = _residual(once, solution.tensors, rhs)
+        residual = relative_residual(once, solution.tensors, rhs)
         return solution._replace(iterations=products, residual=residual)
 
     def refined(self) -> LinearSolver | None:
@@ -93,6 +103,7 @@ class NormalCG(_Exact):
         return dataclasses.replace(self, solver=finer)
 
 
+@final
 @dataclass(frozen=True)
 class SafeNeumann(_Exact):
     """`Neumann` that refuses a scale at which TorchOpt's series diverges, alpha ||H|| >= 2."""
@@ -121,6 +132,7 @@ class SafeNeumann(_Exact):
         return dataclasses.replace(self, solver=dataclasses.replace(self.solver, steps=2 * self.solver.steps + 1))
 
 
+@final
 @dataclass(frozen=True)
 class Dense(_Exact):
     """H from as many products as it has columns, and a direct solve."""
@@ -138,11 +150,12 @@ class Dense(_Exact):
         return Solution(_split(solved, shapes), len(columns), 0.0, SolverStatus.converged)
 
 
+@final
 @dataclass(frozen=True)
 class Called(_Exact):
     """A solver of the user's, ``(matvec, b) -> x`` on tuples of tensors."""
 
-    function: Callable[..., Any]
+    function: DeclaredSolve
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Call it, and look at the residual with one product."""
@@ -154,11 +167,11 @@ class Called(_Exact):
             return tuple(matvec(tuple(v)))
 
         found = tuple(self.function(once, tuple(rhs)))
-        residual = _residual(once, found, rhs)
+        residual = relative_residual(once, found, rhs)
         return Solution(tuple(t.detach() for t in found), products, residual, SolverStatus.complete)
 
 
-def declared_solver(linear_solve: Any, lower: Sequence[Tensor]) -> Any:
+def declared_solver(linear_solve: DeclaredSolve | None, lower: Sequence[Tensor]) -> LinearSolver:
     """Return the solver of the response for a module's ``linear_solve``.
 
     Args:
@@ -196,19 +209,8 @@ def declared_solver(linear_solve: Any, lower: Sequence[Tensor]) -> Any:
     return Ridge(solver, ridge) if ridge else solver
 
 
-def _of(solution: Any) -> Solution:
-    assert isinstance(solution, Solution)
-    return solution
-
-
 def _shifted(image: Sequence[Tensor], v: Sequence[Tensor], ridge: float) -> tuple[Tensor, ...]:
     return tuple(image) if ridge == 0.0 else tuple(torch._foreach_add(list(image), list(v), alpha=ridge))
-
-
-def _residual(matvec: Callable[..., Sequence[Tensor]], v: Sequence[Tensor], rhs: Sequence[Tensor]) -> float:
-    left = torch._foreach_sub(list(rhs), list(matvec(tuple(v))))
-    size = float(inner(list(rhs), list(rhs)))
-    return math.sqrt(float(inner(left, left)) / size) if size > 0.0 else 0.0
 
 
 def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:

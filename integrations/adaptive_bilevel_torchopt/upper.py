@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT, StateDict
 
 from adaptive_bilevel import BiSLS, BiSPS
 from adaptive_bilevel.bilevel import LowerLevel
-from adaptive_bilevel.errors import ClosureError, HypergradientError, LowerLevelError, OptionError
+from adaptive_bilevel.bilevel.searching import SearchingOptimizer
+from adaptive_bilevel.errors import ClosureError, LowerLevelError, OptionError
 from adaptive_bilevel.evaluation.counts import Evaluations
-from adaptive_bilevel.evaluation.guard import Guard, Workspace
-from adaptive_bilevel.hypergradient.curvature import LowerCurvature
-from adaptive_bilevel.policies import Record
+from adaptive_bilevel.evaluation.guard import Closure, Guard, Workspace
+from adaptive_bilevel.hypergradient import LinearSolver
+from adaptive_bilevel.policies import Outcome, Record
 
-from .backward import differentiate, fresh
+from ._host import Module
+from .direction import DirectionOption
+from .external_loop import ExternalLoop
+from .first_step import agreed_solver, look
 from .functional import FunctionalLowerStep
-from .refusals import refuse_replaced, refuse_shared, refuse_unregistered
-from .residual import local_objective, refuse_asymmetric
-from .rules import resolve
-from .solvers import Ridge, SafeNeumann
-from .stock import StockLower
-from .task import Lower, Task
+from .hypergradient import explained
+from .lower_level import SolvedLevel
+from .refusals import refuse_shared
+from .rules import Rule, upper_recipe
+from .task import SolvedProblem
+from .upper_loss import Differentiated, differentiate
 
 __all__ = ["UpperStep"]
+
+LowerOption: TypeAlias = "SolvedLevel | Module | Sequence[SolvedLevel | Module]"
+"""The lower level: a lower step, a module that keeps its own loop, or a list of them."""
+
+LowerClosures: TypeAlias = "Closure | Sequence[Closure | None] | None"
+"""A lower closure, or one for each lower problem."""
 
 
 class UpperStep:
     """Automatic upper steps on TorchOpt's meta-parameters.
 
-    `step` takes the hypergradient that TorchOpt computes (a backward of the upper loss through ``solve()``), cuts the
-    lower parameters from TorchOpt's graph, so that the upper loss then has its two partial gradients, and takes a step
-    of `BiSLS` or `BiSPS`.
+    `step` takes the hypergradient that TorchOpt computes (a backward of the upper loss through ``solve()``), of which
+    the partial gradients of the upper loss are parts, cuts the lower parameters from TorchOpt's graph, and takes a step
+    of `BiSLS`, `OneStepBiSLS` or `BiSPS`.
 
     Args:
         params: Meta-parameters, or groups of them.
-        rule: `BiSLS` or `BiSPS` of adaptive_bilevel, or a policy (``policies.Constant(bound=1e-3)``: TorchOpt's step).
+        rule: `BiSLS`, `OneStepBiSLS` or `BiSPS` of adaptive_bilevel, or a policy (``policies.Constant(bound=1e-3)``:
+            TorchOpt's step).
         lr: The first trial (BiSLS) or the bound (BiSPS). Left out, it is found.
         lower: The module's `LowerStep`; a `FunctionalLowerStep`; the module itself if its ``solve()`` keeps a loop of
             its own (the instance's ``solve`` then remembers its last call); or a list of them, one for each task of a
@@ -65,55 +76,36 @@ class UpperStep:
 
     def __init__(
         self,
-        params: Iterable[Any],
-        rule: Any = BiSLS,
+        params: ParamsT,
+        rule: Rule = BiSLS,
         lr: float | None = None,
         *,
-        lower: Any,
-        direction: Any = "sgd",
-        solver: Any = None,
-        **options: Any,
+        lower: LowerOption,
+        direction: DirectionOption = "sgd",
+        solver: LinearSolver | None = None,
+        **options: object,
     ) -> None:
-        listed = lower if isinstance(lower, (list, tuple)) else [lower]
-        if sum(isinstance(given, FunctionalLowerStep) for given in listed) and len(listed) > 1:
-            raise OptionError(
-                f"UpperStep(lower={lower!r}): one FunctionalLowerStep serves all tasks of a meta-batch; pass it alone"
-            )
-        modules = [each.module if isinstance(each, Lower) else each for each in listed]
-        for index, module in enumerate(modules):
-            if any(module is other for other in modules[:index]):
-                raise OptionError(
-                    f"UpperStep(lower=...): a {type(module).__name__} is listed twice, but a module has one solution: "
-                    "make a module for each task, or take a FunctionalLowerStep, whose solver may be called for each"
-                )
-        self._lowers = [given if isinstance(given, Lower) else StockLower(given) for given in listed]
-        cls, lr, options = resolve("UpperStep", rule, lr, {**options, "direction": direction}, upper=True)
+        self._levels = _levels(lower)
         if solver is not None:
             options["solver"] = solver
-        make: Any = cls
-        self.optimizer: BiSLS | BiSPS = make(params, lr, **options)
+        self.optimizer = upper_recipe("UpperStep", rule, lr, direction, options).make(params)
         self._given_solver = solver is not None
         self._workspace = Workspace()
         self._checked = False
-        for each in self._lowers:
-            if each.module is not None:
-                refuse_shared(self._params(), list(each.module.parameters()))
-        if isinstance(self.optimizer, BiSPS):
-            for each in self._lowers:
-                each.follow()
+        for level in self._levels:
+            if level.module is not None:
+                refuse_shared(self._params(), list(level.module.parameters()))
+            if isinstance(self.optimizer, BiSPS):
+                level.follow()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _tasks(self) -> list[Task | None]:
-        """Return the lower problems in order; None for a module that keeps its own loop."""
-        return [task for each in self._lowers for task in ([None] if isinstance(each, StockLower) else each.tasks)]
-
     def step(
         self,
-        closure: Callable[[], Any],
+        closure: Closure,
         *,
-        lower_closure: Any = None,
+        lower_closure: LowerClosures = None,
         solution: Any = None,
         lower_bound: float | None = None,
     ) -> Tensor | float:
@@ -140,145 +132,64 @@ class UpperStep:
             raise ClosureError(
                 f"UpperStep.step(closure={closure!r}): pass a function, e.g. meta.step(lambda: val(inner))"
             )
-        searching = isinstance(self.optimizer, BiSLS)
-        solutions = [tensors for each in self._lowers for tensors in each.ready(solution)]
-        given = self._lower_closures(lower_closure)
-        closures = [
-            local_objective(c, tensors) if task is None and c is not None else c
-            for c, task, tensors in zip(given, self._tasks(), solutions, strict=True)
-        ]
-        loss, hypergradient, registered = self._differentiate(closure, solutions, leave_trace=not searching)
-        for tensors in solutions:
-            for p in tensors:
-                p.detach_().requires_grad_()
-        optimizers = self._bind(solutions)
-        self._check_once(given, closures, optimizers, solutions, registered)
-        params = self._params()
-        before = [p.grad for p in params]
-        try:
-            for p, g in zip(params, hypergradient, strict=True):
-                p.grad = g
-            stepping: Any = self.optimizer
-            stepping.evaluations.upper.gradients += 1
+        levels = [(level, level.solved(solution)) for level in self._levels]
+        problems = [problem for _, each in levels for problem in each]
+        searching, params = isinstance(self.optimizer, SearchingOptimizer), self._params()
+        _set_closures(problems, lower_closure, needed=searching)
+        with Guard([p for p in params if p.requires_grad], self._workspace) as guard:
+            found = differentiate(
+                guard, closure, params, levels, self.evaluations, searching=searching, first=not self._checked
+            )
             if searching:
-                with fresh():
-                    returned: Tensor = stepping.step(closure, closures)
-            else:
-                returned = stepping.step(loss=loss, lower_bound=lower_bound)
-        except BaseException:
-            for p, g in zip(params, before, strict=True):
-                p.grad = g
-            raise
-        for each in self._lowers:
-            each.done()
-        return returned
-
-    def _lower_closures(self, given: Any) -> list[Any]:
-        """Return one lower closure for each lower problem; None where the lower step remembers its own."""
-        own = [closure for each in self._lowers for closure in each.closures()]
-        listed = list(given) if isinstance(given, (list, tuple)) else [given] * len(own)
-        if len(listed) != len(own):
-            raise LowerLevelError(
-                f"UpperStep.step: {len(listed)} lower closures for {len(own)} lower problems; pass one for each"
-            )
-        chosen = [mine if told is None else told for told, mine in zip(listed, own, strict=True)]
-        stock = [task is None for task in self._tasks()]
-        if isinstance(self.optimizer, BiSLS) and any(s and c is None for s, c in zip(stock, chosen, strict=True)):
-            raise LowerLevelError(
-                "UpperStep.step(lower_closure=None): the module was solved before there was an UpperStep, so what its "
-                "solve() was given is not known. Solve after constructing it, or pass the objective on that sample, as "
-                "in meta.step(lambda: val(inner), lower_closure=lambda: inner.objective(batch))"
-            )
-        return chosen
-
-    def _differentiate(
-        self, closure: Callable[[], Any], solutions: Sequence[Sequence[Tensor]], *, leave_trace: bool
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-        """Return the upper loss, TorchOpt's hypergradient, and at the first step the tensors that it differentiates by.
-
-        Whether buffers and random state moved is as asked.
-        """
-        params = self._params()
-        with Guard([p for p in params if p.requires_grad], self._workspace) as guard, ExitStack() as contexts:
-            loss = guard.attached(closure)
-            guard.mark()
-            self._refuse_solved_inside(solutions)
-            refuse_replaced(loss, [each for lower in self._lowers for each in lower.replaced()])
-            for each in self._lowers:
-                contexts.enter_context(each.backward())
-            registered = [] if self._checked else [x for each in self._lowers for x in each.registered(solutions)]
-            hypergradient = differentiate(loss, params)
-            if not leave_trace:
+                guard.rewind()  # the trials are to see what the evaluation saw; what it left comes back at the end
+            self._connect([problem.cut() for problem in problems])
+            if not self._checked:
+                self._look(found, problems)
+            loss = self._stepped(params, found, problems, lower_bound)
+            if searching and self.record is not None and self.record.outcome == Outcome.non_finite:
                 guard.undo()
-        return loss.detach(), hypergradient, registered
+        for level in self._levels:
+            level.done()
+        return loss
 
-    def _refuse_solved_inside(self, solutions: Sequence[Sequence[Tensor]]) -> None:
-        known = {id(p) for tensors in solutions for p in tensors}
-        for each in self._lowers:
-            if each.module is not None and any(id(p) not in known for p in each.module.parameters()):
-                raise HypergradientError(
-                    "UpperStep: the closure called solve(), which every trial would do again. Call it before step()"
-                )
-
-    def _bind(self, solutions: Sequence[Sequence[Tensor]]) -> list[torch.optim.Optimizer]:
-        """Bind the optimizers of both levels to the leaves that the solutions have become."""
-        optimizers: list[torch.optim.Optimizer] = []
-        for task, tensors in zip(self._tasks(), solutions, strict=True):
-            if task is None:
-                optimizers.append(torch.optim.SGD(list(tensors), lr=1.0))  # holds the tensors, and never steps
-            else:
-                optimizers.append(task.bind(tensors))
+    def _connect(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Bind the upper optimizer to the optimizers of the solutions, where they are not those of the last step."""
         level = self.optimizer.lower
         if not isinstance(level, LowerLevel) or [id(o) for o in optimizers] != [id(o) for o in level.optimizers]:
             self.optimizer.bind(optimizers)
-        return optimizers
 
-    def _check_once(
-        self,
-        raw_closures: Sequence[Any],
-        closures: Sequence[Any],
-        optimizers: Sequence[Any],
-        solutions: Sequence[Sequence[Tensor]],
-        registered: Sequence[Tensor],
-    ) -> None:
-        """At the first step: find the declared solver, and look at what TorchOpt takes for granted."""
-        if self._checked:
-            return
-        declared = [each.solver() for each in self._lowers]
+    def _look(self, found: Differentiated, problems: Sequence[SolvedProblem]) -> None:
+        """At the first step: take the declared solver, and look at what TorchOpt takes for granted."""
+        declared = [level.solver() for level in self._levels]
         if isinstance(self.optimizer, BiSLS) and not self._given_solver:
-            if any(other != declared[0] for other in declared):
-                raise OptionError(
-                    f"UpperStep: the modules declare different linear solvers {declared}; pass solver= for the response"
-                )
-            self.optimizer.solver = declared[0]
-        lower = [p for tensors in solutions for p in tensors]
-        upper = self._params()
-        with Guard([*upper, *lower], Workspace()) as guard:
-
-            def total() -> Tensor:
-                losses = []
-                for given, optimizer in zip(closures, optimizers, strict=True):
-                    known = getattr(optimizer, "sample", None)
-                    if given is not None:
-                        losses.append(guard.attached(given))
-                    elif known is not None:
-                        losses.append(guard.attached(known.closure, known.random))
-                return torch.stack([loss.reshape(()) for loss in losses]).sum() if losses else torch.zeros(())
-
-            if isinstance(self.optimizer, BiSLS):
-                for task, given, tensors in zip(self._tasks(), raw_closures, solutions, strict=True):
-                    if task is None:
-                        refuse_asymmetric(given, tensors)
-            refuse_unregistered(upper, registered, total)
-            series = [s for s in declared if isinstance(s.solver if isinstance(s, Ridge) else s, SafeNeumann)]
-            if series:
-                with torch.enable_grad():
-                    loss = total()
-                    if loss.requires_grad:
-                        curvature = LowerCurvature(loss, upper, lower)
-                        series[0].solve(curvature.hvp, tuple(torch.ones_like(p) for p in lower))
-            guard.undo()
+            self.optimizer.solver = agreed_solver(declared)
+        searching = isinstance(self.optimizer, SearchingOptimizer)
+        look(self._params(), found.registered, problems, declared, searching=searching)
         self._checked = True
+
+    def _stepped(
+        self,
+        params: Sequence[Tensor],
+        found: Differentiated,
+        problems: Sequence[SolvedProblem],
+        lower_bound: float | None,
+    ) -> Tensor | float:
+        """Take the step along the hypergradient, which .grad holds from then on, and return the loss before it."""
+        before = [p.grad for p in params]
+        try:
+            for p, g in zip(params, found.hypergradient, strict=True):
+                p.grad = g
+            self.evaluations.upper.gradients += 1
+            step = cast("Callable[..., Tensor | float]", self.optimizer.step)
+            if found.objective is None:
+                return step(loss=found.loss, lower_bound=lower_bound)
+            return step(found.objective, [problem.objective for problem in problems])
+        except BaseException as error:
+            for p, g in zip(params, before, strict=True):
+                p.grad = g
+            if isinstance(error, RuntimeError) and (gone := explained(error)) is not None:
+                raise gone from error
+            raise
 
     # ------------------------------------------------------------------------------------------ the optimizer's own
 
@@ -301,10 +212,49 @@ class UpperStep:
         """Do what optimizers do; no step needs it."""
         self.optimizer.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state: numbers and tensors. That of the lower steps is in their own."""
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Load it."""
         self.optimizer.load_state_dict(state)
+
+
+def _levels(lower: LowerOption) -> list[SolvedLevel]:
+    """Return the lower levels that the option names."""
+    listed = lower if isinstance(lower, Sequence) else [lower]
+    if any(isinstance(given, FunctionalLowerStep) for given in listed) and len(listed) > 1:
+        raise OptionError(
+            f"UpperStep(lower={lower!r}): one FunctionalLowerStep serves all tasks of a meta-batch; pass it alone"
+        )
+    modules = [each.module if isinstance(each, SolvedLevel) else each for each in listed]
+    for index, module in enumerate(modules):
+        if any(module is other for other in modules[:index]):
+            raise OptionError(
+                f"UpperStep(lower=...): a {type(module).__name__} is listed twice, but a module has one solution: "
+                "make a module for each task, or take a FunctionalLowerStep, whose solver may be called for each"
+            )
+    return [given if isinstance(given, SolvedLevel) else ExternalLoop(given) for given in listed]
+
+
+def _set_closures(problems: Sequence[SolvedProblem], given: LowerClosures, *, needed: bool) -> None:
+    """Put the lower closures that a step was given into its problems; where there is none, they keep their own.
+
+    Raises:
+        LowerLevelError: They are not as many, or a module's solve() was not seen and the closure is needed.
+    """
+    listed = list(given) if isinstance(given, Sequence) else [given] * len(problems)
+    if len(listed) != len(problems):
+        raise LowerLevelError(
+            f"UpperStep.step: {len(listed)} lower closures for {len(problems)} lower problems; pass one for each"
+        )
+    for problem, closure in zip(problems, listed, strict=True):
+        if closure is not None:
+            problem.closure = closure
+        if needed and problem.task is None and problem.closure is None:
+            raise LowerLevelError(
+                "UpperStep.step(lower_closure=None): the module was solved before there was an UpperStep, so what its "
+                "solve() was given is not known. Solve after constructing it, or pass the objective on that sample, as "
+                "in meta.step(lambda: val(inner), lower_closure=lambda: inner.objective(batch))"
+            )

@@ -15,7 +15,7 @@ from betty.engine import Engine
 from betty.problems import ImplicitProblem
 from torch import Tensor, nn
 
-from adaptive_bilevel_betty._host import OLD
+from adaptive_bilevel_betty.release import OLD
 from examples.betty_ridge import Batches, Data
 from tests.optim.helpers import plain
 
@@ -25,6 +25,9 @@ only_new = pytest.mark.skipif(OLD, reason="Betty 0.1.x does not offer this")
 only_old = pytest.mark.skipif(not OLD, reason="of Betty 0.1.x")
 
 Loss = Callable[..., Any]
+
+ANY: dict[str, Any] = {"slack": 1e12, "reset": "initial"}
+"""Options of searches that always take one step: whatever is tried is taken, or the bound is."""
 
 
 class Variable(nn.Module):

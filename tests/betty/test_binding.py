@@ -12,24 +12,28 @@ import torch
 from torch import Tensor
 
 import adaptive_bilevel as core
+from adaptive_bilevel import policies
+from adaptive_bilevel.bilevel.options import SearchOptions
+from adaptive_bilevel.bilevel.pace import EveryStep
 from adaptive_bilevel.errors import ClosureError, OptionError
 from adaptive_bilevel.hypergradient import CG, Identity, Neumann
-from adaptive_bilevel_betty import SLS, SLSB, SPSB, AdaptiveEngine, BiSLS, BiSPS, DecSPS, SPSMax, bind
-from adaptive_bilevel_betty.seat import seat_of
+from adaptive_bilevel_betty import SLS, SLSB, SPSB, AdaptiveEngine, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, bind
+from adaptive_bilevel_betty.bound_problem import BoundProblem
 from tests.betty.problems import Ridge, Variable, engine, sgd, state
 from tests.optim.helpers import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave")
 
-ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, BiSPS, BiSLS]
+UPPER = [BiSPS, BiSLS, OneStepBiSLS]
+ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, *UPPER]
 
 
 @pytest.mark.parametrize("cls", ALL)
 def test_an_unbound_step_says_what_to_add(cls: Any) -> None:
-    top, low = Ridge().levels(cls if cls in (BiSLS, BiSPS) else sgd(0.1), SLS if cls in (BiSLS, BiSPS) else cls)
+    top, low = Ridge().levels(cls if cls in UPPER else sgd(0.1), SLS if cls in UPPER else cls)
     made = engine(low, top)
     made.outer.module.zero_grad()
-    optimizer = (made.outer if cls in (BiSLS, BiSPS) else made.inner).optimizer
+    optimizer = (made.outer if cls in UPPER else made.inner).optimizer
     with pytest.raises(ClosureError, match=r"bind\(engine\)"):
         optimizer.step()
     with pytest.raises(ClosureError, match=r"Add  bind\(engine\)  after"):
@@ -87,18 +91,19 @@ def test_every_option_survives_being_built_anew(cls: Any) -> None:
         "c": 0.3, "shrink": 0.6, "grow": 1.5, "reset": "keep", "slack": 0.1, "lower_bound": -1.0, "max_step": 7.0,
         "max_trials": 9, "direction": "adam", "betas": (0.8, 0.9), "eps": 1e-5, "max_skips": 4, "decay": "inverse",
         "floor": 0.01, "floor_decay": "inverse", "response": "tangent", "carry": False, "curvature": 0.4,
-        "baseline": "matched", "response_steps": 3, "lr_min": 0.001, "momentum": False,
+        "baseline": "matched", "response_steps": 3, "lr_min": 0.001, "momentum": False, "pace": "every",
     }  # fmt: skip
-    taken = set(inspect.signature(base.__init__).parameters) & set(options)
-    given: dict[str, Any] = {name: options[name] for name in taken}
+    known = set(inspect.signature(base.__init__).parameters) - {"self", "params", "lr", "lower", "project", "search"}
+    if "options" in known:
+        known = known - {"options"} | set(SearchOptions.__annotations__)
+    given: dict[str, Any] = {name: options[name] for name in known & set(options)}
     if cls is BiSLS:
         given["solver"] = CG(7, 1e-3, warm_start=True)
-    known = set(inspect.signature(base.__init__).parameters) - {"self", "params", "lr", "lower", "project"}
     assert known <= set(given), "an option of the core that this test does not know"
     first = cls([torch.ones(2, requires_grad=True)], 0.7, **given)
     again = cls([torch.ones(2, requires_grad=True)], **first.defaults)
     assert again.defaults == first.defaults
-    assert again._records == first._records
+    assert again.records == first.records
     assert [{**g, "params": 0} for g in again.param_groups] == [{**g, "params": 0} for g in first.param_groups]
     if cls is BiSLS:
         assert again.solver == first.solver == given["solver"]
@@ -123,7 +128,7 @@ def test_a_solver_that_is_set_stays(solver: Any) -> None:
     top.optimizer.solver = solver
     top.optimizer.load_state_dict(top.optimizer.state_dict())
     assert top.optimizer.solver is solver
-    assert seat_of(low).solver is solver
+    assert BoundProblem.of(low).solver is solver
     if isinstance(solver, CG):
         assert copy.deepcopy(top.optimizer).solver == solver
 
@@ -139,6 +144,9 @@ def test_a_solver_that_is_set_stays(solver: Any) -> None:
         (BiSLS, {"lower": None}, "bind"),
         (BiSPS, {"lower": None}, "bind"),
         (BiSLS, {"project": None}, "param_callback"),
+        (BiSLS, {"search": policies.SLS()}, "plain values"),
+        (BiSLS, {"pace": EveryStep()}, "plain values"),
+        (OneStepBiSLS, {"lower": None}, "bind"),
         (SPSB, {"decay": lambda k: 1.0}, "scheduler"),
         (SLS, {"c": 2.0}, "c"),
     ],

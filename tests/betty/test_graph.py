@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.hypergradient import CG, Neumann
-from adaptive_bilevel_betty import SLS, SPSB, BiSLS, BiSPS, bind
-from adaptive_bilevel_betty.seat import edges, lookahead
+from adaptive_bilevel_betty import SLS, SPSB, BiSLS, BiSPS, OneStepBiSLS, bind
+from adaptive_bilevel_betty.graph import edges, lookahead
 from tests.betty.problems import Level, Variable, engine, gradients_of_steps, only_new, sgd
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave")  # at the rounding floor of a minimum
@@ -189,7 +189,7 @@ def test_two_parents_offer_the_point_before_both() -> None:
     made.run()
     assert one.optimizer.record.moved
     assert two.optimizer.record.moved
-    assert torch.equal(low.optimizer.state[low.module.value]["offered"], start[0])
+    assert torch.equal(low.optimizer.state[low.module.value]["warm_start"]["point"], start[0])
 
 
 def test_the_clock_of_a_polyak_rule_counts_one_parent() -> None:
@@ -258,7 +258,7 @@ def test_roll_back(gas: int) -> None:
     made = bind(engine(low, top, steps=5 * gas, roll_back=True))
     made.run()
     assert top.optimizer.record.moved
-    assert "offered" not in low.optimizer.state.get(low.module.value, {})
+    assert "warm_start" not in low.optimizer.state.get(low.module.value, {})
     residual = H @ (T1 - B @ top.value) / gas
     assert torch.allclose(low.value, T1 - low.optimizer.record.step_size * residual, rtol=1e-9)
     made.train_iters = 100 * gas
@@ -280,12 +280,12 @@ def test_gradient_accumulation_sums_what_betty_sums() -> None:
     assert record.value == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("response", ["tangent", "step"])
-def test_stock_optimizers_below(response: str) -> None:
+@pytest.mark.parametrize("rule", [BiSLS, OneStepBiSLS])
+def test_stock_optimizers_below(rule: Any) -> None:
     case = two_children()
     case.levels[0]._optimizer = sgd(0.1)
     case.levels[1]._optimizer = sgd(0.1, momentum=0.5)
-    case.levels[-1]._optimizer = lambda p: BiSLS(p, 0.1, response=response)
+    case.levels[-1]._optimizer = lambda p: rule(p, 0.1)
     for level in case.levels[:2]:
         level._unroll_steps = 30
     bind(engine(*case.levels, steps=600, **case.graph)).run()

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from adaptive_bilevel.policies import Outcome
 from adaptive_bilevel_betty import SLS, SLSB, SPSB, BiSLS, SPSMax, bind
-from tests.betty.problems import Level, Ridge, Variable, engine, sgd
-from tests.betty.test_step import ANY
+from tests.betty.problems import ANY, Level, Ridge, Variable, engine, sgd
 
 # At a minimum, rounding errors have the last word.
 pytestmark = pytest.mark.filterwarnings(

@@ -13,6 +13,7 @@ from torch import nn
 
 from adaptive_bilevel.errors import AdaptiveBilevelError, ClosureError, OptionError, TensorError
 from adaptive_bilevel_betty import SLS, SLSB, SPSB, BiSLS, BiSPS, SPSMax, bind
+from adaptive_bilevel_betty.optimizers import UNBOUND
 from tests.betty.problems import OLD, Level, Ridge, Variable, engine, only_new, only_old, sgd
 
 
@@ -167,7 +168,7 @@ def test_refused(make: Any, error: Any, builtin: Any, cause: str, remedy: str) -
     for problem in made.problems:
         assert not hasattr(problem, "in_trial")
         assert "get_loss" not in vars(problem)
-        assert getattr(problem.optimizer, "_seat", None) is None
+        assert getattr(problem.optimizer, "host", UNBOUND) is UNBOUND
 
 
 @only_old

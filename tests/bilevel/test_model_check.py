@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,10 @@ class Measured:
     """A response whose lower gradients change as they are given, candidate after candidate."""
 
     path: Any = None
-    slope = slope_ratio = 1.0
-    comparable = False
-    offsets = None
+    slope: float = 1.0
+    slope_ratio: float = 1.0
+    comparable: bool = False
+    offsets: Sequence[Tensor] | None = None
 
     def __init__(self, changes: Iterable[Change], correction: float | None = None) -> None:
         self._changes, self._correction = iter(changes), correction
@@ -160,7 +161,7 @@ def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
     target = torch.tensor([1.0])
     adjoint = Adjoint([y - target])
     w = -(x.cos() + 2.0 * x)  # of a move by -a
-    adjoint.observe([w], [2.0 * w], float(2.0 * w @ w))
+    adjoint.observe([w], [2.0 * w])
     errors = []
     for step in (0.02, 0.01):
         there = y + step * w
@@ -178,7 +179,7 @@ def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
 
 def test_direction_of_negative_curvature_is_left_out() -> None:
     adjoint = Adjoint([torch.ones(2)])
-    adjoint.observe([torch.ones(2)], [-torch.ones(2)], -2.0)
+    assert adjoint.observe([torch.ones(2)], [-torch.ones(2)]) == (-2.0, 2.0)
     assert not adjoint.tensors[0].any()
 
 

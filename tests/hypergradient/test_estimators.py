@@ -29,7 +29,7 @@ from adaptive_bilevel.hypergradient import (
     UnrollForward,
     ValueFunction,
     implicit,
-    residual,
+    linear_residual,
 )
 from tests.hypergradient.helpers import B2, GOLDEN, SAMPLE, at, close, estimate, oracle_of, unrolled
 from tests.methods.helpers import Drawn
@@ -157,7 +157,7 @@ def test_the_amortised_estimate_with_the_solution_is_exact() -> None:
     assert v is not None
     tracked = point._replace(v=v)
     assert close(estimate(Amortised(), problem, tracked), B2["exact"])
-    upper, lower = residual(oracle_of(problem), tracked, SAMPLE)
+    upper, lower = linear_residual(oracle_of(problem), tracked, SAMPLE)
     assert float((upper[0] + lower[0]).norm()) < 1e-12
 
 

@@ -25,7 +25,7 @@ from adaptive_bilevel.hypergradient import (
     UnrollForward,
     ValueFunction,
     descend,
-    residual,
+    linear_residual,
 )
 from tests.hypergradient.helpers import SAMPLE, at, oracle_of
 from tests.problems import b2
@@ -73,7 +73,7 @@ def test_the_same_thing_at_the_same_point_is_asked_for_once() -> None:
     problem = b2()
     oracle, point = oracle_of(problem), at(problem)._replace(v=(torch.ones(3),))
     Amortised()(oracle, point, SAMPLE)
-    residual(oracle, point, SAMPLE)
+    linear_residual(oracle, point, SAMPLE)
     oracle.lower_gradients(point.x, point.y, SAMPLE)
     oracle.lower_gradients(point.x, point.y, SAMPLE)
     counts = oracle.evaluations

@@ -8,7 +8,7 @@ import pytest
 
 from adaptive_bilevel import SLS, methods, policies
 from adaptive_bilevel.errors import AdaptiveBilevelError, OptionError
-from adaptive_bilevel.hypergradient import CG, Implicit, ValueFunction
+from adaptive_bilevel.hypergradient import CG, Amortised, Implicit, ValueFunction
 from adaptive_bilevel.methods import rows
 from tests.methods.helpers import finite, run
 from tests.problems import b2, ridge_hpo
@@ -92,6 +92,24 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("stocbio", {"upper_direction": "adam"}, "upper_direction"),
     ("stocbio", {"lower_direction": methods.Adam}, "lower_direction"),
     ("stocbio", {"response": "one"}, "response"),
+    ("bisls-sgd", {"response": "step", "curvature": 9.0}, r"curvature=9.0, response='step'.*leave"),
+    ("bisls-sgd", {"response": "step", "carry": "auto"}, r"carry='auto', response='step'.*leave"),
+    ("bisls-sgd", {"response": "step", "momentum": "auto"}, r"momentum='auto', response='step'.*True or False"),
+    (
+        "bisls-sgd",
+        {"response": "step", "solver": CG(3), "estimator": Amortised(), "order": "yvx"},
+        r"solver=CG\(.*leave",
+    ),
+    ("bisls-sgd", {"response": "step", "upper_step": policies.SLS(max_step=1.0)}, r"max_step=1.0.*leave"),
+    ("bisls-sgd", {"response_steps": 1}, r"response_steps=1, response='tangent'.*leave"),
+    ("bisls-adam", {"baseline": "paper"}, r"baseline='paper', response='tangent'.*leave"),
+    ("bisls-sgd", {"response": "step", "baseline": "none"}, "baseline"),
+    ("bisls-sgd", {"order": "yx", "carry": True}, r"carry=True, order='yx'.*order='y,x'"),
+    ("stocbio", {"response": "step"}, r"response='step'.*not searched.*SLS"),
+    ("stocbio", {"curvature": 0.5}, r"curvature=0.5.*not searched.*SLS"),
+    ("bisps", {"carry": False}, r"carry=False.*not searched.*SLS"),
+    ("soba", {"momentum": True}, r"momentum=True.*not searched.*SLS"),
+    ("stocbio", {"baseline": "matched"}, r"baseline='matched'.*not searched.*SLS"),
     ("stocbio", {"lower": methods.LowerLoss}, "lower"),
     ("stocbio", {"start": {"x": "first"}}, "start"),
     ("soba", {"solver": CG()}, "solves nothing"),

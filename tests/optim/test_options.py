@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler
 
 from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS, policies
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.optim.direction import Descent, sgd
+from adaptive_bilevel.optim.direction import Plain
 from adaptive_bilevel.optim.options import Conduct, merged, placeholder, refuse_unused_moments, replaced
 from tests.optim.helpers import OptimizerInfo, every_class, plain
-
-
-class Plain:
-    """A direction of the user's."""
-
-    kind = "sgd"
-
-    def __call__(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], state: Any) -> Descent:
-        return sgd()
-
-    def __repr__(self) -> str:
-        return "Plain()"
 
 
 def leaf() -> nn.Parameter:

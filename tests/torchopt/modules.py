@@ -11,9 +11,11 @@ from torch import Tensor
 
 from adaptive_bilevel import SLS
 from adaptive_bilevel_torchopt import LowerStep, UpperStep
+from tests.optim.helpers import plain
 from tests.problems import Problem
 
 SOLVE = torchopt.linear_solve
+Base = torchopt.nn.ImplicitMetaGradientModule
 
 
 def implicit_module(linear_solve: Any = None) -> type[Any]:
@@ -83,3 +85,19 @@ def iterate(inner: Any, meta: Any, closure: Callable[[], Tensor] | None = None, 
     inner.solve()
     meta.step(closure or inner.val, **options)
     return meta.record
+
+
+def snapshot(*things: Any) -> Any:
+    return repr(plain([*things, torch.get_rng_state()]))
+
+
+def stock(problem: Problem, **upper: Any) -> tuple[Any, Any, Tensor]:
+    """A module that keeps TorchOpt's own loop, our upper step on x, and x."""
+    x = leaf(problem)
+    inner = implicit_module(EXACT_CG)(x, problem)
+    return inner, UpperStep([x], lower=inner, **upper), x
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(10, 5, generator=rng), torch.randn(10, 2, generator=rng)

@@ -35,6 +35,7 @@ def test_hypergradient_of_hpo_is_the_closed_form(kind: str) -> None:
     expected = data.hypergradient(x.detach())
     slopes = [(data.F(x + 1e-5 * e) - data.F(x - 1e-5 * e)) / 2e-5 for e in torch.eye(len(x))]
     assert (torch.tensor(slopes) - expected).norm() <= 1e-6 * expected.norm()
+    assert inner.lower is not None
     meta = UpperStep([x], lower=inner.lower)
     inner.solve()
     meta.step(inner.validation_loss)

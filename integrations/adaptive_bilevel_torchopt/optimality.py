@@ -29,11 +29,11 @@ def local_objective(closure: Callable[[], Any], params: Sequence[Tensor]) -> Cal
         returned = closure()
         if isinstance(returned, Tensor) and returned.dim() == 0:
             return returned
-        residual = _listed(returned, params)
+        values = _listed(returned, params)
         offset = [p - p.detach() for p in params]
-        pulled = torch.autograd.grad(residual, list(params), offset, create_graph=True)
-        total = torch.zeros((), dtype=residual[0].dtype, device=residual[0].device)
-        for r, j, u in zip(residual, pulled, offset, strict=True):
+        pulled = torch.autograd.grad(values, list(params), offset, create_graph=True)
+        total = torch.zeros((), dtype=values[0].dtype, device=values[0].device)
+        for r, j, u in zip(values, pulled, offset, strict=True):
             total = total + (r * u).sum() - 0.5 * (j * u).sum()
         return total
 
@@ -49,10 +49,10 @@ def refuse_asymmetric(closure: Callable[[], Any], params: Sequence[Tensor]) -> N
     returned = closure()
     if isinstance(returned, Tensor) and returned.dim() == 0:
         return
-    residual = _listed(returned, params)
+    values = _listed(returned, params)
     generator = torch.Generator().manual_seed(0)
     u, v = ([torch.randn(p.shape, generator=generator).to(p) for p in params] for _ in range(2))
-    ju, jv = (list(torch.autograd.grad(residual, list(params), w, retain_graph=True)) for w in (u, v))
+    ju, jv = (list(torch.autograd.grad(values, list(params), w, retain_graph=True)) for w in (u, v))
     left, right = float(inner(ju, v)), float(inner(jv, u))
     scale = max(float(inner(ju, ju)) * float(inner(v, v)), float(inner(jv, jv)) * float(inner(u, u))) ** 0.5
     if abs(left - right) > 1e-3 * scale:
@@ -63,10 +63,10 @@ def refuse_asymmetric(closure: Callable[[], Any], params: Sequence[Tensor]) -> N
 
 
 def _listed(returned: Any, params: Sequence[Tensor]) -> list[Tensor]:
-    residual = [returned] if isinstance(returned, Tensor) else list(returned)
-    if [r.shape for r in residual] != [p.shape for p in params]:
+    values = [returned] if isinstance(returned, Tensor) else list(returned)
+    if [r.shape for r in values] != [p.shape for p in params]:
         raise ClosureError(
-            f"lower_closure returned tensors of shapes {[tuple(r.shape) for r in residual]} for lower parameters of "
+            f"lower_closure returned tensors of shapes {[tuple(r.shape) for r in values]} for lower parameters of "
             f"shapes {[tuple(p.shape) for p in params]}: return the objective (a scalar), or what optimality() returns"
         )
-    return residual
+    return values

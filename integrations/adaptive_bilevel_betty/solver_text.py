@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ast
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import CG, Identity, LinearSolver, Neumann
 
-__all__ = ["solver_from", "solver_text"]
+__all__ = ["SolverOption", "solver_from", "solver_text"]
 
-_SOLVERS: dict[str, Any] = {solver.__name__: solver for solver in (CG, Neumann, Identity)}
+_SOLVERS: dict[str, type[CG] | type[Neumann] | type[Identity]] = {
+    solver.__name__: solver for solver in (CG, Neumann, Identity)
+}
 _REMEDY = (
     "give CG(...), Neumann(...) without generator, or Identity(...), or the same as a string, e.g. "
     "'CG(max_iterations=50)'; any other solver can be set after Engine(...): problem.optimizer.solver = ..."
 )
 
 
-def solver_from(solver: Any) -> LinearSolver:
+def solver_from(solver: object) -> LinearSolver:
     """Return the solver that an option names: a solver, what `solver_text` wrote, or None for CG().
 
     Raises:
@@ -30,9 +33,13 @@ def solver_from(solver: Any) -> LinearSolver:
         return CG()
     if isinstance(solver, str):
         solver = _parse(solver)
-    if type(solver) not in _SOLVERS.values() or getattr(solver, "generator", None) is not None:
+    if not _is_writable(solver):
         raise OptionError(f"BiSLS(solver={solver!r}): Betty builds optimizers anew from plain values; {_REMEDY}")
-    return solver  # type: ignore[no-any-return]
+    return solver
+
+
+def _is_writable(solver: object) -> TypeGuard[LinearSolver]:
+    return type(solver) in _SOLVERS.values() and getattr(solver, "generator", None) is None
 
 
 def solver_text(solver: LinearSolver) -> str | None:
@@ -47,7 +54,7 @@ def solver_text(solver: LinearSolver) -> str | None:
         return None
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str) -> LinearSolver:
     try:
         call = ast.parse(text, mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _SOLVERS):
@@ -59,3 +66,30 @@ def _parse(text: str) -> Any:
         raise
     except (SyntaxError, ValueError, TypeError):
         raise OptionError(f"BiSLS(solver={text!r}): not a solver; {_REMEDY}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOption:
+    """The solver as an option of `BiSLS`.
+
+    Attributes:
+        solver: As plain text, as options are saved; None: it cannot be written so. Another text than that of `used`
+            replaces it.
+        used: The solver. One that cannot be written is not saved, and stays when others load.
+    """
+
+    solver: str | None
+    used: LinearSolver = field(metadata={"option": False})
+
+    @classmethod
+    def of(cls, solver: LinearSolver) -> SolverOption:
+        """Return the option for a solver."""
+        return cls(solver=solver_text(solver), used=solver)
+
+    def __post_init__(self) -> None:
+        """Set both to the same solver."""
+        text = solver_text(self.used)
+        if self.solver is not None and self.solver != text:
+            object.__setattr__(self, "used", solver_from(self.solver))
+        else:
+            object.__setattr__(self, "solver", text)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 
-from ._host import Problem
-from .seat import Seat, lookahead, seat_of
+from .bound_problem import BoundProblem
+from .release import Problem
 
 __all__ = ["total_loss"]
 
@@ -30,23 +30,22 @@ CHORD_STEPS = 2
 """For second derivatives."""
 
 
-def total_loss(seat: Seat) -> Tensor:
+def total_loss(bound_problem: BoundProblem) -> Tensor:
     """Return the loss of a bound problem, attached, as a function of its variable and of those above."""
-    below = lookahead(seat.problem)
     with contextlib.ExitStack() as placed:
-        for problem in below:
-            placed.enter_context(_placed(problem, _solution(seat_of(problem))))
-        return seat.replay.closure()
+        for below in bound_problem.below():
+            placed.enter_context(_placed(below.problem, _solution(below)))
+        return bound_problem.log.replay()
 
 
-def _solution(seat: Seat) -> list[Tensor]:
+def _solution(bound_problem: BoundProblem) -> list[Tensor]:
     """Return z_2, attached to all that the problem's loss depends on."""
-    present = _variable(seat.problem)
-    inverse = _inverse(seat.solver, LowerCurvature(total_loss(seat), [], present))
+    present = _variable(bound_problem.problem)
+    inverse = _inverse(bound_problem.solver, LowerCurvature(total_loss(bound_problem), [], present))
     z: list[Tensor] = [p.detach().requires_grad_() for p in present]
     for _ in range(CHORD_STEPS):
-        with _placed(seat.problem, z):
-            loss = total_loss(seat)
+        with _placed(bound_problem.problem, z):
+            loss = total_loss(bound_problem)
         slopes = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True)
         filled = [torch.zeros_like(p) if slope is None else slope for p, slope in zip(z, slopes, strict=True)]
         z = [p - step for p, step in zip(z, _apply(inverse, filled), strict=True)]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import final
 
 import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError
-from adaptive_bilevel.evaluation.vectors import inner
 
-__all__ = ["Marks"]
+from ._host import Node
+
+__all__ = ["StalenessCheck"]
 
 _CHANGED = (
     "{who} changed between solve() and the upper step: TorchOpt would return a wrong hypergradient without saying so. "
@@ -21,25 +22,24 @@ _CHANGED = (
 )
 
 
-class Marks:
-    """Tells whether upper or lower tensors were changed since the lower loop, in whichever way.
+@final
+class StalenessCheck:
+    """Whether upper or lower tensors were changed since the lower loop, in whichever way.
 
-    Versions of tensors would not: changes through ``.data`` do not count.
+    Versions of tensors would not show it: changes through ``.data`` do not count.
+
+    Attributes:
+        upper: The upper tensors that the loop was begun with.
     """
 
     def __init__(self) -> None:
         self.upper: list[Tensor] = []
-        self._marks: tuple[Tensor, Tensor] | None = None
-        self._present: list[weakref.ref[Any]] = []
-        self._replaced: list[weakref.ref[Any]] = []
+        self._taken: tuple[Tensor, Tensor] | None = None
+        self._present: list[weakref.ref[Node]] = []
+        self._replaced: list[weakref.ref[Node]] = []
 
     @property
-    def known(self) -> bool:
-        """Whether a solution was marked."""
-        return self._marks is not None
-
-    @property
-    def replaced(self) -> list[Any]:
+    def replaced(self) -> list[Node]:
         """The graph's nodes of solutions that later loops have replaced, as far as anything still holds them."""
         return [alive for each in self._replaced if (alive := each()) is not None]
 
@@ -52,41 +52,49 @@ class Marks:
         self._replaced = [each for each in [*self._replaced, *self._present] if each() is not None]
         self._present = []
         self.upper = [x for x in upper if x.is_floating_point()]
-        self._marks = None
+        self._taken = None
         self._at_begin = _fingerprint(self.upper)
 
-    def mark(self, solution: Sequence[Tensor]) -> None:
+    def take(self, solution: Sequence[Tensor]) -> None:
         """Take the present lower tensors as the solution."""
-        self._marks = self._at_begin, _fingerprint(solution)
+        self._taken = self._at_begin, _fingerprint(solution)
 
-    def check(self, who: str, solution: Sequence[Tensor], remedy: str = "") -> None:
+    def check(self, who: str, solution: Sequence[Tensor], remedy: str = "") -> bool:
         """Refuse a solution that TorchOpt's backward would not be taken at.
 
         Args:
-            who: Who asks, for errors.
+            who: Name for errors.
             solution: The lower tensors now.
             remedy: What else to do where the lower tensors have changed.
 
-        Raises:
-            HypergradientError: Upper or lower tensors were changed since they were marked.
-        """
-        if self._marks is None:
-            return
-        if not _same(self._marks[0], _fingerprint(self.upper)):
-            raise HypergradientError(f"{who}: " + _CHANGED.format(who="the upper parameters"))
-        if not _same(self._marks[1], _fingerprint(solution)):
-            raise HypergradientError(f"{who}: " + _CHANGED.format(who="the lower parameters") + remedy)
+        Returns:
+            Whether there was a solution to compare with.
 
-    def __getstate__(self) -> dict[str, Any]:
+        Raises:
+            HypergradientError: Upper or lower tensors were changed since they were taken.
+        """
+        if self._taken is None:
+            return False
+        if not _same(self._taken[0], _fingerprint(self.upper)):
+            raise HypergradientError(f"{who}: " + _CHANGED.format(who="the upper parameters"))
+        if not _same(self._taken[1], _fingerprint(solution)):
+            raise HypergradientError(f"{who}: " + _CHANGED.format(who="the lower parameters") + remedy)
+        return True
+
+    def __getstate__(self) -> dict[str, object]:
         """Return what copying keeps: nothing, since there is no graph either."""
-        return {"_marks": None, "upper": [], "_present": [], "_replaced": []}
+        return {"_taken": None, "upper": [], "_present": [], "_replaced": []}
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of squares of some tensors, and for each of them a sum that tells where in it a value stands."""
-    detached = [t.detach() for t in tensors]
-    squares = inner(detached, detached)
-    return torch.stack([squares, *(_placed(t.reshape(-1)).to(squares) for t in detached)])
+    """Return for each tensor its sum of squares, and a sum that shows where in it a value stands."""
+    flat = [_widened(t.detach().reshape(-1)) for t in tensors]
+    parts = [part for t in flat for part in (torch.dot(t, t), _placed(t))]
+    return torch.stack([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
+
+
+def _widened(flat: Tensor) -> Tensor:
+    return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 
 _BLOCK = 4096
@@ -94,8 +102,6 @@ _BLOCK = 4096
 
 def _placed(flat: Tensor) -> Tensor:
     """Return sum_i w_i t_i with irregular factors w, for long vectors products of those of a block and within it."""
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
     factors = _factors(flat.dtype, flat.device)
     if len(flat) <= _BLOCK:
         return torch.dot(flat, factors[: len(flat)])

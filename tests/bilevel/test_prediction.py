@@ -1,0 +1,81 @@
+"""What the next lower loop is offered: how y answers to one unit of the step that is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptive_bilevel.bilevel import Mix, PredictionContext, RoleState
+from adaptive_bilevel.bilevel.prediction import Always, Never, Offered, prediction_of
+from adaptive_bilevel.optim.state import advanced
+
+BETA = 0.9
+
+
+class Level:
+    """A lower level that remembers what it is asked for."""
+
+    def __init__(self, follows: bool = True) -> None:
+        self.follows, self.calls = follows, list[tuple[str, float]]()
+
+    def carry(self, response: Sequence[Tensor], step: float) -> None:
+        self.calls.append(("carry", step))
+
+    def follow(self, response: Sequence[Tensor], step: float) -> None:
+        self.calls.append(("follow", step))
+
+
+def context(tangent: Tensor, mix: Mix, level: Any = None) -> PredictionContext:
+    lower: Any = level or Level()
+    return PredictionContext([tangent], mix, BETA, lower)
+
+
+@pytest.mark.parametrize("role", [Always(), Offered()], ids=["always", "offered"])
+def test_along_the_mean_of_hypergradients_it_is_the_mean_of_tangents(role: Any) -> None:
+    torch.manual_seed(0)
+    state, mean, count = role.init(), torch.zeros(3), 0
+    for k, weight in enumerate((0.0, 1.0, 0.3, 0.7, 1.0)):
+        tangent, restarted = torch.randn(3), k == 3
+        mean, count = (torch.zeros(3), 0) if restarted else (mean, count)
+        mean, count = BETA * mean + (1 - BETA) * tangent, count + 1
+        given = context(tangent, Mix(weight=weight, averages=True, restarted=restarted))
+        (response,) = role.propose(given, state)
+        torch.testing.assert_close(response, (1 - weight) * tangent + weight * mean / (1 - BETA**count))
+        state = advanced(state, role.commit(given, [response], state))
+        assert state.shared["count"] == count
+
+
+@pytest.mark.parametrize("role", [Always(), Offered()], ids=["always", "offered"])
+def test_without_a_mean_it_is_the_tangent_and_nothing_is_kept(role: Any) -> None:
+    tangent = torch.ones(2)
+    given = context(tangent, Mix())
+    assert role.propose(given, role.init())[0] is tangent
+    assert role.commit(given, [tangent], role.init()) == RoleState()
+
+
+def test_a_level_of_other_shapes_begins_anew() -> None:
+    role, mix = Always(), Mix(weight=1.0, averages=True)
+    state = advanced(role.init(), role.commit(context(torch.ones(2), mix), None, role.init()))
+    (response,) = role.propose(context(torch.full((3,), 2.0), mix), state) or []
+    torch.testing.assert_close(response, torch.full((3,), 2.0))
+
+
+def test_how_it_is_delivered() -> None:
+    level, tangent = Level(), [torch.ones(2)]
+    for role in (Always(), Offered(), Never()):
+        role.deliver(context(tangent[0], Mix(), level), tangent, 0.5)
+    assert level.calls == [("carry", 0.5), ("follow", 0.5)]
+    assert Never().propose(context(tangent[0], Mix()), RoleState()) is None
+    alone = context(tangent[0], Mix(averages=True), Level(follows=False))
+    assert Offered().propose(alone, RoleState()) is None
+    assert Offered().commit(alone, None, RoleState()) == RoleState()
+
+
+def test_the_option_names_it() -> None:
+    assert [type(prediction_of(option)) for option in ("auto", True, False)] == [Offered, Always, Never]
+    own = Never()
+    assert prediction_of(own) is own

@@ -1,0 +1,238 @@
+"""BiSPS, BiSLS, and the implicit hypergradient that both are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient
+from .line_search import SLS, backtrack, is_start
+from .polyak import Bound, polyak_step
+
+__all__ = ["BiSLS", "BiSPS", "hypergradient"]
+
+Function = Callable[[Tensor, Tensor], Tensor]
+"""(x, y) -> f(x, y) or g(x, y), on one sample."""
+
+
+class Lower:
+    """grad_y g and the products with H = grad^2_yy g, C = grad^2_xy g and C^T at one point."""
+
+    def __init__(self, g: Function, x: Tensor, y: Tensor) -> None:
+        self.g, self.x, self.y = g, x.clone().requires_grad_(), y.clone().requires_grad_()
+        self.g_x, self.g_y = torch.autograd.grad(g(self.x, self.y), (self.x, self.y), create_graph=True)
+
+    def H(self, v: Tensor) -> Tensor:
+        return torch.autograd.grad(self.g_y, self.y, v, retain_graph=True)[0]
+
+    def C(self, v: Tensor) -> Tensor:
+        return torch.autograd.grad(self.g_y, self.x, v, retain_graph=True)[0]
+
+    def C_transposed(self, d: Tensor) -> Tensor:
+        return torch.autograd.grad(self.g_x, self.y, d, retain_graph=True)[0]
+
+
+def conjugate_gradients(
+    H: Callable[[Tensor], Tensor], b: Tensor, refined: int = 0, start: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Return w with |b - H w| <= .1 |b|, or after 20 iterations, and |b - H w| / |b|.
+
+    Refined, that is 2 times as many iterations and a tenth of the residual: `refined` times.
+    """
+    w, r = torch.zeros_like(b), b
+    if start is not None:
+        image = H(start)
+        if 0.5 * float(start @ image) < float(b @ start):  # nearer than 0, in the norm of H
+            w, r = start, b - image
+    p = r
+    for _ in range(20 * 2**refined):
+        if float(r @ r) <= (0.1 / 10**refined) ** 2 * float(b @ b):
+            break
+        Hp = H(p)
+        pHp, rr = float(p @ Hp), float(r @ r)
+        assert pHp > 0
+        w, r = w.add(p, alpha=rr / pHp), r.add(Hp, alpha=-rr / pHp)
+        p = r.add(p, alpha=float(r @ r) / rr)
+    return w, (float(r @ r) / float(b @ b)) ** 0.5
+
+
+def partials(f: Function, x: Tensor, y: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Return f, f_x and f_y."""
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    value = f(x, y)
+    f_x, f_y = torch.autograd.grad(value, (x, y), materialize_grads=True)
+    return float(value.detach()), f_x, f_y
+
+
+def hypergradient(f: Function, g: Function, x: Tensor, y: Tensor) -> Tensor:
+    """Return h = f_x - C P f_y, with P the inverse of H by conjugate gradients."""
+    _, f_x, f_y = partials(f, x, y)
+    lower = Lower(g, x, y)
+    return f_x - lower.C(conjugate_gradients(lower.H, f_y)[0])
+
+
+class BiSPS:
+    """x <- x - a e, a = min{f / <h, d>, alpha_b,0 / sqrt(k + 1)}, eq. (12); the first alpha_b,0 is f / <h, d>.
+
+    With a lower SPSB, its bound decays with the upper steps k.
+    """
+
+    def __init__(self, x: Tensor, lower: Any, direction: str = "sgd") -> None:
+        self.x, self.lower, self.direction = x, lower, Direction(direction, x)
+        self.bound, self.k, self.step_size = Bound(), 0, 0.0
+        self.lower.clock = 0
+
+    def step(self, f: Function, g: Function, h: Tensor) -> None:
+        value = float(f(self.x, self.lower.x))
+        d, e = self.direction.at(h)
+        slope = float(h @ d)
+        assert value > 0 and slope > 0
+        bound = self.bound.see(value, slope, value / slope)
+        a = self.step_size = polyak_step(value, slope, bound, self.k)
+        self.x = self.x.add(e, alpha=-a)
+        self.direction.keep(h)
+        self.bound, self.k = bound.take(value, slope, a), self.k + 1
+        self.lower.clock = self.k
+
+
+class Support:
+    """Which part of x a sample covers: entries in which h is not 0 / entries in which it was not 0 lately.
+
+    Once no new entry came for as long as it took to see all of them, counting starts anew, and the last count stands
+    until the new one exceeds it.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.seen, self.age, self.grown, self.before = torch.zeros_like(x, dtype=torch.bool), 0, 0, 0
+
+    def share(self, h: Tensor) -> float:
+        """Return that part, with h among what was seen lately."""
+        now = h != 0
+        seen = now | self.seen
+        count, self.age = int(seen.sum()), self.age + 1
+        if count > int(self.seen.sum()):
+            self.grown = self.age
+        share = int(now.sum()) / max(count, self.before)
+        self.seen = seen
+        if self.age > 2 * self.grown:
+            self.seen, self.age, self.grown, self.before = now, 1, 1, count
+        return share
+
+
+class Tangent:
+    """The model y + a w of y's answer to x - a d, w = P C^T d, and the test of that model at a step.
+
+    v approximates H^{-1} f_y: each p that H is multiplied with makes its error orthogonal to H p.
+    """
+
+    def __init__(self, f_y: Tensor, lower: Lower, share: float, resumed: bool) -> None:
+        self.f_y, self.lower = f_y, lower
+        self.v = torch.zeros_like(f_y)
+        self.tolerance = 0.5 / share
+        self.resumed = self.inside = resumed  # resumed: there was a step before
+
+    def along(self, d: Tensor, f_x: Tensor, refined: int = 0) -> float:
+        """Set w for d and return the slope s = <f_x, d> - <f_y, w>; where it is not positive, w is refined once."""
+        self.d, push = d, self.lower.C_transposed(d)
+        self.push = float(push.norm())
+        self.w, self.residual = conjugate_gradients(self.H, push, refined)
+        if float(f_x @ d) - float(self.f_y @ self.w) <= 0:
+            self.w, self.residual = conjugate_gradients(self.H, push, refined + 1, self.w)
+        return float(f_x @ d) - float(self.f_y @ self.w)
+
+    def H(self, p: Tensor) -> Tensor:
+        Hp = self.lower.H(p)
+        self.v = self.v + p * ((float(p @ self.f_y) - float(Hp @ self.v)) / float(p @ Hp))
+        return Hp
+
+    def change(self, a: float) -> tuple[Tensor, float]:
+        """Return the change of grad_y g from (x, y) to the model's (x - a d, y + a w), and its possible rounding."""
+        x, y = self.lower.x.detach().add(self.d, alpha=-a), self.lower.y.detach().add(self.w, alpha=a)
+        _, g_y = gradient(lambda y: self.lower.g(x, y), y)
+        before = self.lower.g_y.detach()
+        return g_y - before, 8 * EPS * float(g_y.norm() + before.norm())
+
+    def believed(self, a: float, surplus: float) -> bool:
+        """Return whether the change is below (tolerance + residual of w) a |C^T d|, or else excused.
+
+        It is excused, after the first step, if it is smaller than without any answer of y, and phi - <v, change> passes
+        the test of decrease too. It also is if half of the step leaves half of it or more, since then no shorter step
+        is better; but not if it is as large as without any answer, and there was no step nor such a rejection before.
+        """
+        change, rounding = self.change(a)
+        size, without = float(change.norm()), a * self.push
+        limit = (self.tolerance + self.residual) * without + rounding
+        followed = size <= (1 + self.residual) * without + rounding
+        if size <= limit or (self.resumed and followed and -float(self.v @ change) <= surplus):
+            return True
+        if float(self.change(a / 2)[0].norm()) < size / 2:
+            self.inside = True
+            return False
+        return self.inside or followed
+
+
+class BiSLS:
+    """x <- x - a e, with the first a of start, start / 2, ... that passes a test of decrease, and that of `Tangent`.
+
+    phi(a) = f(x - a d, y + a w) <= f(x, y) - c a s, s = <f_x, d> - <f_y, w>, d = h or A^{-1} h, e of `Momentum`.
+    No a above f / (c s) can pass. The first search starts there or at lr, with c = .5; later ones have c = .1 and start
+    at 1.2 times the last step, or at 2 times it until a trial was rejected. Where s is not positive, h is replaced by
+    one of refined solves, twice at most; then nothing moves.
+
+    y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` decides whether it stays there.
+    Once a trial was rejected, a last step that promises less than the rounding of f is taken again without a trial.
+    """
+
+    def __init__(self, x: Tensor, lower: SLS, direction: str = "sgd", lr: float | None = None) -> None:
+        self.x, self.lower, self.lr, self.adam = x, lower, lr, {"sgd": False, "adam": True}[direction]
+        self.second, self.momentum = SecondMoment(torch.zeros_like(x)), Momentum(Mean(torch.zeros_like(x)), x)
+        self.support, self.tangents = Support(x), Mean(torch.zeros_like(lower.x))
+        self.previous, self.step_size, self.rejected = 0.0, 0.0, False
+
+    def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
+        """Return the moments with h in them, d and e."""
+        second = self.second.add(h)
+        A = second.metric if self.adam else torch.ones_like(h)
+        momentum = self.momentum.add(h, A)
+        return second, momentum, h / A, momentum.step(A)
+
+    def step(self, f: Function, g: Function, h: Tensor) -> None:
+        x, y = self.x, self.lower.x
+        value, f_x, f_y = partials(f, x, y)
+        second, momentum, d, e = self.directions(h)
+        share, promised = self.support.share(h), float(h @ d)
+        assert value > 0 and promised > 0
+        a, w = self.previous, None
+        if not (self.rejected and 0 < a * promised < EPS * value):
+            tangent = Tangent(f_y, Lower(g, x, y), share, self.previous > 0)
+            slope = tangent.along(d, f_x)
+            for refined in (1, 2):
+                if slope <= 0:
+                    h = f_x - tangent.lower.C(conjugate_gradients(tangent.lower.H, f_y, refined)[0])
+                    second, momentum, d, e = self.directions(h)
+                    slope = tangent.along(d, f_x, refined)
+            a, w = self.search(f, value, slope, tangent) if slope > 0 else 0.0, tangent.w
+            self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
+        self.second, self.momentum = second, momentum
+        if a > 0:
+            self.x, self.step_size = x.add(e, alpha=-a), a
+            if w is not None:
+                self.lower.other, self.lower.x = y, y + torch.lerp(w, self.tangents.corrected, momentum.theta) * a
+
+    def search(self, f: Function, value: float, slope: float, tangent: Tangent) -> float:
+        """Return the step, 0 if none passes."""
+        x, y, d, w = self.x, self.lower.x, tangent.d, tangent.w
+        c = 0.5 if self.previous == 0 else 0.1
+        longest = value / slope / c
+        first, grow = self.lr or longest, 1.2 if self.rejected else 2.0
+        start = min(first if self.previous == 0 else grow * self.previous, longest)
+        a, trials = backtrack(
+            lambda a: float(f(x.add(d, alpha=-a), y.add(w, alpha=a))), value, slope, start, c, tangent.believed
+        )
+        if a > 0 and is_start(self.previous, trials, c * a * slope, value):
+            self.previous = a
+        self.rejected = self.rejected or trials > 1
+        return a

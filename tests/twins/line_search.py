@@ -1,0 +1,116 @@
+"""SLS and SLSB."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import EPS, Direction, Loss, gradient, longest_without_increase
+from .polyak import Bound
+
+__all__ = ["SLS", "SLSB", "backtrack", "is_start"]
+
+
+def backtrack(
+    phi: Callable[[float], float],
+    f: float,
+    slope: float,
+    start: float,
+    c: float = 0.1,
+    believed: Callable[[float, float], bool] = lambda a, surplus: True,
+) -> tuple[float, int]:
+    """Return the first of start, start / 2, ... with phi(a) <= f - c a slope, up to the rounding of f, and the trials.
+
+    After 40 trials it is 0. `believed` is a further test of (a, how far phi(a) is below what is asked for).
+    """
+    for trials in range(1, 41):
+        a = start / 2 ** (trials - 1)
+        asked = f + EPS * abs(f) - c * a * slope
+        value = phi(a)
+        if value <= asked and believed(a, asked - value):
+            return a, trials
+    return 0.0, 40
+
+
+def is_start(previous: float, trials: int, decrease: float, f: float) -> bool:
+    """Return whether the next search starts from this step: not if, after rejections, rounding accepted it."""
+    return previous == 0 or trials == 1 or decrease > EPS * abs(f)
+
+
+class SLS:
+    """x <- x - a e, with the first a of start, start / 2, ... for which f(x - a d) <= f(x) - .1 a <g, d>.
+
+    No a above f / (.1 <g, d>) can pass. The first search starts there, later ones at 1.2 times the last step.
+
+    `other` is a second starting point that BiSLS offers, the one before its prediction. The next step goes back there
+    if the loss is no larger there, or is no larger after a step of the last length from there.
+    """
+
+    def __init__(self, x: Tensor, direction: str = "sgd") -> None:
+        self.x, self.direction = x, Direction(direction, x)
+        self.previous, self.step_size = 0.0, 0.0
+        self.other: Tensor | None = None
+
+    def choose_start(self, loss: Loss) -> None:
+        if self.other is not None:
+            here, (there, g) = float(loss(self.x)), gradient(loss, self.other)
+            _, e = self.direction.at(g)
+            after_a_step = float(loss(self.other.add(e, alpha=-self.step_size)))
+            if there <= here or after_a_step <= here:
+                self.x = self.other
+        self.other = None
+
+    def step(self, loss: Loss) -> None:
+        self.choose_start(loss)
+        f, g = gradient(loss, self.x)
+        d, e = self.direction.at(g)
+        slope = float(g @ d)
+        if slope == 0:
+            return  # nothing moves at a stationary point
+        longest = f / slope / 0.1
+        start = longest if self.previous == 0 else min(1.2 * self.previous, longest)
+        a, trials = backtrack(lambda a: float(loss(self.x.add(d, alpha=-a))), f, slope, start)
+        if a == 0:
+            return  # nothing moves, and the sample leaves no trace
+        self.x, self.step_size = self.x.add(e, alpha=-a), a
+        self.direction.keep(g)
+        if is_start(self.previous, trials, 0.1 * a * slope, f):
+            self.previous = a
+
+
+class SLSB:
+    """As `SLS`, with no start above gamma_b,0 / sqrt(k + 1).
+
+    gamma_b,0 is the first time the longest of a, a / 2, ... that does not raise f, from a = f / (.1 <g, d>), and then
+    what `Bound` estimates. k counts the steps that moved.
+    """
+
+    def __init__(self, x: Tensor, direction: str = "sgd") -> None:
+        self.x, self.direction = x, Direction(direction, x)
+        self.previous, self.step_size = 0.0, 0.0
+        self.bound, self.k = Bound(), 0
+
+    def step(self, loss: Loss) -> None:
+        f, g = gradient(loss, self.x)
+        d, e = self.direction.at(g)
+        slope = float(g @ d)
+        assert f > 0 and slope > 0
+
+        def phi(a: float) -> float:
+            return float(loss(torch.add(self.x, d, alpha=-a)))
+
+        longest = f / slope / 0.1
+        first = longest_without_increase(phi, f, longest) if self.k == 0 else 0.0
+        bound = self.bound.see(f, slope, first)
+        highest = min(bound.value * (self.k + 1) ** -0.5, longest)
+        start = highest if self.previous == 0 else min(1.2 * self.previous, highest)
+        a, trials = backtrack(phi, f, slope, start)
+        if a == 0:
+            return  # nothing moves, and the sample leaves no trace
+        self.x, self.step_size = self.x.add(e, alpha=-a), a
+        self.direction.keep(g)
+        self.bound, self.k = bound.take(f, slope, a), self.k + 1
+        if is_start(self.previous, trials, 0.1 * a * slope, f):
+            self.previous = a
