@@ -1,11 +1,8 @@
-"""The estimators against the reference's numbers on b2, their identities, and what each costs."""
+"""The estimators against the reference's numbers on b2, and their identities."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaptive_bilevel.errors import AdaptiveBilevelWarning, ClosureError, OptionError, SolverError
 from adaptive_bilevel.hypergradient import (
     CG,
     DARTS,
@@ -32,16 +28,13 @@ from adaptive_bilevel.hypergradient import (
     Unroll,
     UnrollForward,
     ValueFunction,
-    descend,
     implicit,
     linear_residual,
 )
-from tests.methods.test_golden import Drawn
+from tests.hypergradient.helpers import B2, GOLDEN, SAMPLE, at, close, estimate, oracle_of, unrolled
+from tests.methods.helpers import Drawn
 from tests.problems import PROBLEMS, Problem, b1, b2, random_qb, ridge_hpo, softmax_toy
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())
-B2 = GOLDEN["B2_estimators"]
-SAMPLE = Sample()
 SOLVERS: dict[str, Any] = {
     "exact": Exact(),
     "identity_scaled_1/L": None,
@@ -61,34 +54,7 @@ UNROLLED: dict[str, tuple[Any, int]] = {
 }
 
 
-def oracle_of(problem: Problem) -> Oracle:
-    return Oracle(lambda x, y, _: problem.f(x[0], y[0]), lambda x, y, _: problem.g(x[0], y[0]))
-
-
-def at(problem: Problem, *, solved: bool = True, x: Tensor | None = None) -> Point:
-    x = problem.x0 if x is None else x
-    return Point((x,), (problem.ystar(x) if solved else problem.y0,))
-
-
-def estimate(estimator: Any, problem: Problem, point: Point | None = None, sample: Sample = SAMPLE) -> Tensor:
-    point = at(problem) if point is None else point
-    (h,) = estimator(oracle_of(problem), point, sample).hypergradient
-    return h
-
-
-def unrolled(estimator: Any, problem: Problem, steps: int, size: float, y: Tensor | None = None) -> Tensor:
-    oracle, point = oracle_of(problem), at(problem, solved=False)
-    start = point.y if y is None else (y,)
-    end, path = descend(oracle, point.x, start, steps, size, SAMPLE)
-    (h,) = estimator(oracle, point._replace(y=end, path=path), SAMPLE).hypergradient
-    return h
-
-
-def close(left: Tensor, right: Any, tolerance: float = 1e-9) -> bool:
-    return bool(torch.allclose(left, torch.as_tensor(right), rtol=tolerance, atol=tolerance))
-
-
-# ---------------------------------------------------------------------------------------------- golden numbers
+# ----------------------------------------------------------------------------------------------------- golden numbers
 
 
 @pytest.mark.parametrize("key", SOLVERS)
@@ -114,7 +80,7 @@ def test_every_estimator_of_the_reference_is_tested() -> None:
     assert {*SOLVERS, *UNROLLED, "darts_fd", "exact_at_y0"} == set(B2)
 
 
-# ---------------------------------------------------------------------------------------------- identities
+# --------------------------------------------------------------------------------------------------------- identities
 
 
 @given(seed=st.integers(0, 100), terms=st.integers(1, 8))
@@ -269,167 +235,3 @@ def test_a_warm_start_is_taken_from_the_point() -> None:
     assert v is not None
     assert close(estimate(cold, problem), B2["cg1"])
     assert close(estimate(cold, problem, at(problem)._replace(v=v)), B2["exact"])
-
-
-# ---------------------------------------------------------------------------------------------- cost
-
-T, Q = 4, 5
-COSTS: dict[str, tuple[Any, int, tuple[int, ...]]] = {
-    # estimator, lower steps before it, (values of f, gradients of f, gradients of g, HVPs, JVPs)
-    "exact": (Implicit(Exact()), 0, (0, 1, 0, 3, 1)),
-    "cg": (Implicit(CG(2, 0.0)), 0, (0, 1, 0, 2, 1)),
-    "neumann-sum": (Implicit(Neumann(Q, 0.2)), 0, (0, 1, 0, Q, 1)),
-    "identity": (Implicit(Identity(1.0)), 0, (0, 1, 0, 0, 1)),
-    "amortised": (Amortised(), 0, (0, 1, 0, 0, 1)),
-    "unroll": (Unroll(), T, (0, 1, T, T, T)),
-    "unroll-forward": (UnrollForward(), T, (0, 1, T, 2 * T, 2 * T)),
-    "truncated": (Unroll(last=2), T, (0, 1, T, 2, 2)),
-    "darts": (DARTS(0.2), 0, (0, 1, 3, 0, 0)),
-    "pzobo": (PZOBO(directions=3), T, (0, 1, (3 + 1) * T, 0, 0)),
-    "hozog": (HOZOG(), T, (2, 0, 2 * T, 0, 0)),
-    "value-function": (ValueFunction(), 0, (0, 1, 2, 0, 0)),
-    "averaged": (Averaged(), 0, (0, 1, 0, 3, 3)),
-}
-
-
-@pytest.mark.parametrize("key", COSTS)
-def test_costs_are_those_of_the_table(key: str) -> None:
-    estimator, steps, expected = COSTS[key]
-    problem = b2()
-    oracle, point = oracle_of(problem), at(problem, solved=False)
-    y, path = descend(oracle, point.x, point.y, steps, 0.2, SAMPLE)
-    estimator(oracle, point._replace(y=y, path=path, z=(problem.ystar(problem.x0),), multiplier=1.0), SAMPLE)
-    upper, lower = oracle.evaluations.upper, oracle.evaluations.lower
-    assert (upper.values, upper.gradients, lower.gradients, lower.hvps, lower.jvps) == expected
-    assert (lower.values, upper.hvps, upper.jvps) == (0, 0, 0)
-
-
-def test_the_random_term_costs_half_on_average() -> None:
-    problem, N = b2(), 9
-    oracle = oracle_of(problem)
-    for seed in range(200):
-        Implicit(Neumann(N, 0.2, random=True))(oracle, at(problem), Sample(seed=seed))
-    assert oracle.evaluations.lower.hvps / 200 == pytest.approx((N - 1) / 2, rel=0.1)
-
-
-def test_the_same_thing_at_the_same_point_is_asked_for_once() -> None:
-    problem = b2()
-    oracle, point = oracle_of(problem), at(problem)._replace(v=(torch.ones(3),))
-    Amortised()(oracle, point, SAMPLE)
-    linear_residual(oracle, point, SAMPLE)
-    oracle.lower_gradients(point.x, point.y, SAMPLE)
-    oracle.lower_gradients(point.x, point.y, SAMPLE)
-    counts = oracle.evaluations
-    assert (counts.upper.gradients, counts.lower.gradients, counts.lower.hvps, counts.lower.jvps) == (1, 1, 1, 1)
-    oracle.lower_gradients(point.x, (point.y[0].clone(),), SAMPLE)
-    oracle.lower_gradients(point.x, point.y, Sample(seed=1))
-    assert counts.lower.gradients == 3
-
-
-# ---------------------------------------------------------------------------------------------- edges
-
-ALL: tuple[Any, ...] = (
-    *(Implicit(s) for s in (Exact(), CG(), Neumann(3, 0.2), Neumann(3, 0.2, random=True), Identity())),
-    *(Amortised(), Unroll(), Unroll(last=1), UnrollForward(), DARTS(0.2), PZOBO(), HOZOG(), ValueFunction()),
-)
-
-
-@pytest.mark.parametrize("estimator", ALL, ids=str)
-def test_estimators_are_pure(estimator: Any) -> None:
-    """The same point and sample give the same bits; no tensor changes; torch's random numbers stay where they are."""
-    problem = b2()
-    oracle, point = oracle_of(problem), at(problem, solved=False)
-    y, path = descend(oracle, point.x, point.y, 2, 0.2, SAMPLE)
-    point = point._replace(y=y, path=path, z=point.y, v=(torch.ones(3),), multiplier=2.0)
-    before, random = [t.clone() for t in (*point.x, *point.y, *point.z, *point.v)], torch.get_rng_state()
-    sample = Sample(seed=5)
-    first = estimator(oracle, point, sample).hypergradient
-    estimator(oracle, point._replace(x=(point.x[0] + 1,)), Sample(seed=6))
-    oracle.forget()
-    second = estimator(oracle, point, sample).hypergradient
-    assert torch.equal(first[0], second[0])
-    assert all(map(torch.equal, before, (*point.x, *point.y, *point.z, *point.v)))
-    assert torch.equal(random, torch.get_rng_state())
-    assert all(t.grad is None and not t.requires_grad for t in (*point.x, *point.y))
-
-
-@pytest.mark.parametrize("estimator", [Unroll(), Unroll(last=3), UnrollForward()], ids=str)
-def test_without_lower_steps_unrolling_is_the_direct_part(estimator: Any) -> None:
-    problem = b2()
-    point = at(problem, solved=False)
-    fx = torch.func.grad(problem.f)(problem.x0, problem.y0)
-    assert close(estimate(estimator, problem, point), fx, 1e-14)
-
-
-@pytest.mark.parametrize("estimator", [*(Implicit(s) for s in (Exact(), CG())), DARTS(0.2)], ids=str)
-def test_where_f_does_not_use_y_it_is_the_direct_part(estimator: Any) -> None:
-    problem = b2()
-    oracle = Oracle(lambda x, y, _: x[0].square().sum(), lambda x, y, _: problem.g(x[0], y[0]))
-    h = estimator(oracle, at(problem), SAMPLE).hypergradient
-    assert close(h[0], 2 * problem.x0, 1e-14)
-
-
-def test_negative_curvature_stops_cg_with_a_finite_estimate() -> None:
-    oracle = Oracle(lambda x, y, _: y[0].sum() + x[0].sum(), lambda x, y, _: -y[0].square().sum() + x[0] @ y[0])
-    point = Point((torch.ones(2),), (torch.ones(2),))
-    assert close(Implicit(CG())(oracle, point, SAMPLE).hypergradient[0], torch.ones(2))
-
-
-def test_a_neumann_series_that_grows_is_cut_and_said() -> None:
-    with pytest.warns(AdaptiveBilevelWarning, match="made its vector grow"):
-        h = estimate(Implicit(Neumann(50, 1.0)), b2())
-    assert bool(h.isfinite().all())
-
-
-def test_a_singular_hessian_has_no_exact_inverse() -> None:
-    oracle = Oracle(lambda x, y, _: y[0].sum() + x[0].sum(), lambda x, y, _: y[0].sum() ** 2 + x[0] @ y[0])
-    with pytest.raises(SolverError, match="singular"):
-        Implicit(Exact())(oracle, Point((torch.ones(2),), (torch.ones(2),)), SAMPLE)
-
-
-@pytest.mark.parametrize("estimator", ALL, ids=str)
-def test_what_is_not_finite_stays_not_finite(estimator: Any) -> None:
-    problem = b2()
-    oracle = Oracle(lambda x, y, _: problem.f(x[0], y[0]) * math.nan, lambda x, y, _: problem.g(x[0], y[0]))
-    point = at(problem, solved=False)
-    y, path = descend(oracle, point.x, point.y, 1, 0.2, SAMPLE)
-    point = point._replace(y=y, path=path, z=point.y, multiplier=1.0)
-    found = estimator(oracle, point, SAMPLE)
-    assert not bool(found.hypergradient[0].isfinite().all()) or not bool(found.loss.isfinite())
-
-
-WRONG: list[tuple[Any, dict[str, Any]]] = [
-    *((Implicit, {"solver": s}) for s in (CG, "cg", None)),
-    *((Unroll, {"last": k}) for k in (0, -1, 1.5)),
-    *((DARTS, {"step": s}) for s in (0.0, -1.0, math.inf)),
-    (DARTS, {"step": 0.1, "radius": 0.0}),
-    *((kind, {name: 0}) for kind, name in itertools.product((PZOBO, HOZOG), ("directions", "radius"))),
-    (PZOBO, {"probes": "all"}),
-    *((Averaged, {"weight": w}) for w in (0.0, 1.0, -0.5)),
-]
-
-
-@pytest.mark.parametrize(("kind", "options"), WRONG, ids=str)
-def test_wrong_options_name_argument_and_value(kind: Any, options: dict[str, Any]) -> None:
-    name = list(options)[-1]
-    with pytest.raises(OptionError, match=rf"{kind.__name__}\({name}="):
-        kind(**options)
-
-
-@pytest.mark.parametrize("wrong", [lambda x, y, _: 1.0, lambda x, y, _: y[0], lambda x, y, _: y[0].sum().detach()])
-def test_wrong_losses(wrong: Any) -> None:
-    oracle = Oracle(wrong, wrong)
-    x, y = (torch.ones(2),), (torch.ones(2),)
-    with pytest.raises(ClosureError, match="upper_loss returned"):
-        oracle.upper_gradients(x, y, SAMPLE)
-    with pytest.raises(ClosureError, match="lower_loss returned"):
-        oracle.lower_gradients(x, y, SAMPLE)
-
-
-def test_random_numbers_inside_a_loss_belong_to_the_sample() -> None:
-    oracle = Oracle(lambda x, y, _: (x[0] * torch.randn(3)).sum(), lambda x, y, _: (y[0] * torch.rand(3)).sum())
-    x, y = (torch.ones(3),), (torch.ones(3),)
-    state = torch.get_rng_state()
-    values = [float(oracle.upper_value(x, y, Sample(seed=s))) for s in (1, 2, 1)]
-    assert values[0] == values[2] != values[1]
-    assert torch.equal(state, torch.get_rng_state())

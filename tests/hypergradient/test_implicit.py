@@ -1,24 +1,19 @@
-"""The implicit hypergradient and its products against dense derivatives, golden numbers and edge cases."""
+"""The implicit hypergradient against golden numbers and differences, and how its result is arranged."""
 
 from __future__ import annotations
 
-import gc
-import json
 import math
-import weakref
 from collections import OrderedDict, namedtuple
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from adaptive_bilevel.errors import AdaptiveBilevelWarning, ClosureError, HypergradientError, TensorError
+from adaptive_bilevel.errors import AdaptiveBilevelWarning, HypergradientError
 from adaptive_bilevel.hypergradient import (
     CG,
     Identity,
-    LowerCurvature,
     Neumann,
     SolverStatus,
     assign,
@@ -27,9 +22,7 @@ from adaptive_bilevel.hypergradient import (
     partial_gradients,
 )
 from tests import problems
-
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())
-EXACT = CG(100, 1e-13)
+from tests.hypergradient.helpers import EXACT, GOLDEN, Drawn, small_model
 
 
 def test_b2_point_is_the_golden_one():
@@ -39,22 +32,7 @@ def test_b2_point_is_the_golden_one():
     assert problem.y0.tolist() == GOLDEN["B2_point"]["y0"]
 
 
-class Drawn:
-    """`Neumann` with the number of factors given instead of drawn."""
-
-    warm_start = False
-    resamples = True
-
-    def __init__(self, steps: int, scale: float, factors: int) -> None:
-        self.solver, self.factors = Neumann(steps, scale, random=True), factors
-
-    def solve(self, matvec, rhs, initial=None):
-        object.__setattr__(self.solver, "_draw", lambda: self.factors)
-        return self.solver.solve(matvec, rhs, initial)
-
-
 L_B2 = float(torch.linalg.eigvalsh(problems.b2_data().H)[-1])
-
 GOLDEN_SOLVERS: dict[str, Any] = {
     "exact": EXACT,
     "identity": Identity(),
@@ -101,88 +79,6 @@ def test_exact_solver_gives_the_gradient_of_F(build):
     torch.testing.assert_close(h, difference, rtol=1e-6, atol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------- products
-
-
-def small_model():
-    """A nonlinear model whose loss mixes three upper tensors with two lower ones, and leaves one of each out."""
-    torch.manual_seed(1)
-    x = [torch.randn(3, requires_grad=True), torch.randn((), requires_grad=True), torch.randn(2, requires_grad=True)]
-    y = [torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True), torch.randn(2, requires_grad=True)]
-    data, target = torch.randn(5, 3), torch.randn(5, 4)
-
-    def loss(x, y):
-        fit = (torch.tanh((data * x[0]) @ y[0] + y[1]) - target).square().mean()
-        return fit + x[1].exp() * sum((p**4).sum() for p in y[:2]) + y[2].square().sum()
-
-    return x, y, loss
-
-
-@pytest.mark.parametrize("moves", [False, True])
-def test_products_equal_dense_derivatives(moves: bool):
-    x, y, loss = small_model()
-    sizes = [t.numel() for t in (*x, *y)]
-
-    def flat(z):
-        parts = [p.reshape(t.shape) for p, t in zip(z.split(sizes), (*x, *y), strict=True)]
-        return loss(parts[:3], parts[3:])
-
-    z = torch.cat([t.detach().reshape(-1) for t in (*x, *y)])
-    dense, dx = torch.func.jacrev(torch.func.grad(flat))(z), sum(sizes[:3])
-    H, C = dense[dx:, dx:], dense[:dx, dx:]
-    v, d = [torch.randn_like(t) for t in y], [torch.randn_like(t) for t in x]
-
-    def cat(tensors):
-        return torch.cat([t.reshape(-1) for t in tensors])
-
-    curvature = LowerCurvature(loss(x, y), x, y, moves=moves)
-    close = torch.testing.assert_close
-    close(cat(curvature.gradient), torch.func.grad(flat)(z)[dx:])
-    for _ in range(2):  # the graph survives its use
-        close(cat(curvature.hvp(v)), H @ cat(v))
-        close(cat(curvature.cross_vjp(v)), C @ cat(v))
-        close(cat(curvature.cross_jvp(d)), C.T @ cat(d))
-    assert (curvature.gradients, curvature.hvps, curvature.jvps) == (1 if moves else 2, 2, 4)
-    for product, like in ((curvature.hvp(v), y), (curvature.cross_vjp(v), x), (curvature.cross_jvp(d), y)):
-        assert [t.shape for t in product] == [t.shape for t in like]
-        assert not any(t.requires_grad for t in product)
-
-
-def test_lower_loss_that_is_linear_has_no_curvature():
-    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    for moves in (False, True):
-        curvature = LowerCurvature(3 * y.sum() + x.sum(), [x], [y], moves=moves)
-        for product in (curvature.hvp([y]), curvature.cross_vjp([y]), curvature.cross_jvp([x])):
-            assert torch.equal(product[0], torch.zeros(2))
-    _, info = implicit_with_info(lambda: y.sum(), lambda: y.sum(), [x], [y])
-    assert info.solution.status is SolverStatus.negative_curvature
-
-
-def test_memory_goes_with_the_object():
-    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-
-    class Probe(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, t):
-            kept = t.detach() * 1.0
-            ctx.save_for_backward(t)
-            ctx.kept = kept
-            probes.append(weakref.ref(kept))
-            return kept.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad
-
-    probes: list = []
-    gc.disable()  # reference counts have to do it
-    try:
-        implicit(lambda: y.sum(), lambda: (Probe.apply(x * y) ** 2).sum(), [x], [y])
-        assert probes and all(probe() is None for probe in probes)
-    finally:
-        gc.enable()
-
-
 def test_parts_that_do_not_occur_are_zero():
     x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
     loss = partial_gradients((x**2).sum(), [x], [y])
@@ -217,7 +113,7 @@ def test_counts():
     torch.testing.assert_close(info.lower_gradient[0], problems.b2().gradient_y(at.x.detach(), at.y.detach()))
 
 
-# ---------------------------------------------------------------------------------------------- structures
+# --------------------------------------------------------------------------------------------------------- structures
 
 
 def test_the_result_is_arranged_like_upper():
@@ -258,144 +154,7 @@ def test_assign_refuses_what_does_not_fit(given):
         assign([torch.zeros(2, requires_grad=True)], given)
 
 
-# ---------------------------------------------------------------------------------------------- warm start
-
-
-def testlast_solution_in_a_loop():
-    problem = problems.random_qb(0, mu=0.01, dy=20)
-    at = problem.instance()
-    counts = {False: 0, True: 0}
-    for warm in counts:
-        for k in range(5):
-            with torch.no_grad():
-                at.x.copy_(problem.x0 + 1e-4 * k)
-            solver = CG(50, 1e-3, warm_start=warm)  # a new object each time: the state is not in it
-            _, info = implicit_with_info(at.upper, at.lower, [at.x], [at.y], solver)
-            counts[warm] += info.hvps
-            assert info.solution.residual <= 1e-3
-    assert counts[True] < 0.6 * counts[False]
-
-
-def testlast_solution_dies_with_the_lower_tensors():
-    from adaptive_bilevel.hypergradient import last_solution
-
-    at = problems.b2().instance()
-    implicit(at.upper, at.lower, [at.x], [at.y], CG(warm_start=True))
-    before = len(last_solution._solutions)
-    assert last_solution.recall([at.y]) is not None
-    assert last_solution.recall([at.y, at.x]) is None  # does not fit
-    del at
-    gc.collect()
-    assert len(last_solution._solutions) == before - 1
-
-
-def test_a_given_start_resumes_bitwise():
-    at = problems.b2().instance()
-    solver = CG(2, 0.0, warm_start=True)
-    _, first = implicit_with_info(at.upper, at.lower, [at.x], [at.y], solver)
-    (second,) = implicit(at.upper, at.lower, [at.x], [at.y], solver)
-    other = problems.b2().instance()
-    (resumed,) = implicit(other.upper, other.lower, [other.x], [other.y], solver, initial=first.solution.tensors)
-    assert torch.equal(second, resumed)
-
-
-# ---------------------------------------------------------------------------------------------- no trace
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_nothing_is_left_behind(backward):
-    at = problems.b2().instance()
-    at.x.grad, kept = torch.full_like(at.x, 7.0), torch.full_like(at.x, 7.0)
-    held = at.x.grad
-    values, state = (at.x.detach().clone(), at.y.detach().clone()), torch.get_rng_state()
-
-    def with_backward(closure):
-        def call():
-            for t in (at.x, at.y):
-                t.grad = None
-            loss = closure()
-            loss.backward()
-            return loss
-
-        return call if backward else closure
-
-    h = implicit(with_backward(at.upper), with_backward(at.lower), [at.x], [at.y], EXACT)
-    assert at.x.grad is held and torch.equal(held, kept) and at.y.grad is None
-    assert torch.equal(at.x, values[0]) and torch.equal(at.y, values[1])
-    assert torch.equal(state, torch.get_rng_state())
-    assert not h[0].requires_grad
-    torch.testing.assert_close(h[0], problems.b2().hypergradient(*values))
-
-
-def test_each_closure_is_called_once():
-    calls = {"upper": 0, "lower": 0}
-    at = problems.b2().instance()
-
-    def counted(name, closure):
-        def call():
-            calls[name] += 1
-            return closure()
-
-        return call
-
-    upper, lower = counted("upper", at.upper), counted("lower", at.lower)
-    for solver in (EXACT, Neumann(4, 0.2), Identity()):
-        implicit(upper, lower, [at.x], [at.y], solver)
-    assert calls == {"upper": 3, "lower": 3}
-    implicit(upper, lower, [at.x], [at.y], Drawn(5, 0.2, 4))
-    assert calls == {"upper": 4, "lower": 8}  # four factors and C
-
-
-def test_random_neumann_takes_independent_samples():
-    """With one-sample Hessians h_i, the product of factors is (1 - e h_1)(1 - e h_2), not a power of one of them."""
-    x, y = torch.tensor([1.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
-    batches = iter([1.0, 3.0, 2.0])
-
-    def lower():
-        h = next(batches)
-        return (0.5 * h * y**2 - h * x * y).sum()
-
-    (h,) = implicit(lambda: y.sum(), lower, [x], [y], Drawn(3, 0.1, 2))
-    v = 3 * 0.1 * (1 - 0.1 * 1.0) * (1 - 0.1 * 3.0)
-    torch.testing.assert_close(h, torch.tensor([2.0 * v]))
-
-
-def test_batch_norm_and_dropout_see_one_evaluation():
-    torch.manual_seed(0)
-    first, norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
-    net = nn.Sequential(first, norm, nn.Dropout(0.5), nn.Linear(4, 1))
-    x = torch.zeros((), requires_grad=True)
-    data = torch.randn(16, 3)
-
-    def lower():
-        return net(data).square().mean() + x.exp() * sum(p.square().sum() for p in net.parameters())
-
-    implicit(lambda: first.weight.sum(), lower, [x], net.parameters())
-    assert norm.num_batches_tracked == 1
-
-
-def test_an_exception_leaves_everything_as_it_was():
-    at = problems.b2().instance()
-    at.x.grad = held = torch.ones_like(at.x)
-    state = torch.get_rng_state()
-
-    def broken():
-        torch.rand(1)
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        implicit(at.upper, broken, [at.x], [at.y])
-    assert at.x.grad is held and torch.equal(state, torch.get_rng_state())
-
-
-def test_works_under_no_grad():
-    at = problems.b2().instance()
-    with torch.no_grad():
-        (h,) = implicit(at.upper, at.lower, [at.x], [at.y], EXACT)
-    torch.testing.assert_close(h, problems.b2().hypergradient(at.x.detach(), at.y.detach()))
-
-
-# ---------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------------------------ numbers
 
 
 @pytest.mark.parametrize("solver", [CG(), Neumann(3, 0.1), Identity()], ids=repr)
@@ -429,63 +188,3 @@ def test_a_growing_series_is_said_once_and_kept_out():
     with pytest.warns(AdaptiveBilevelWarning, match="scale"):
         (h,) = implicit(at.upper, at.lower, [at.x], [at.y], Neumann(200, 1.0))
     assert h.isfinite().all() and h.norm() < 1e3
-
-
-# ---------------------------------------------------------------------------------------------- wrong use
-
-X, Y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-
-
-def good():
-    return (X * Y).sum() + Y.square().sum()
-
-
-@pytest.mark.parametrize(
-    ("closure", "words"),
-    [
-        (None, "not callable"),
-        (lambda: 1.0, "1.0"),
-        (lambda: None, "None"),
-        (lambda: X * Y, r"shape \(2,\)"),
-        (lambda: good().detach(), "without"),
-        (lambda: torch.ones(3, requires_grad=True).sum(), "depends on no tensor"),
-    ],
-)
-@pytest.mark.parametrize("which", ["upper_closure", "lower_closure"])
-def test_wrong_closures(closure, words, which):
-    closures = {"upper_closure": good, "lower_closure": good, which: closure}
-    with pytest.raises(ClosureError, match=words) as caught:
-        implicit(**closures, upper=[X], lower=[Y])
-    assert which in str(caught.value)
-    assert isinstance(caught.value, TypeError)
-
-
-def test_a_loss_that_was_differentiated_inside():
-    def closure():
-        loss = (X * Y).square().sum()
-        torch.autograd.grad(loss, [Y])
-        return loss
-
-    with pytest.raises(ClosureError, match="freed the graph"):
-        implicit(good, closure, [X], [Y])
-
-
-@pytest.mark.parametrize(
-    ("upper", "lower", "words"),
-    [
-        ([], [Y], r"upper=\[\]"),
-        ([X], [], r"lower=\[\]"),
-        ([X], [X], r"lower\[0\] is the same tensor as upper\[0\]"),
-        ([X, X], [Y], r"upper\[1\] is the same tensor as upper\[0\]"),
-        ([torch.ones(2)], [Y], "No tensor of upper requires a gradient"),
-        ([X], [torch.ones(2)], "No tensor of lower requires a gradient"),
-        ([X, torch.ones(2).to_sparse()], [Y], r"upper\[1\] has layout torch.sparse_coo"),
-        ([X], [torch.ones(2, dtype=torch.complex128, requires_grad=True)], r"lower\[0\] has dtype torch.complex128"),
-        ([X, torch.ones(2, dtype=torch.int64)], [Y], r"upper\[1\] has dtype torch.int64"),
-        ([X, "weight"], [Y], "upper must hold tensors only, got str"),
-        (3, [Y], "upper must hold tensors only, got int"),
-    ],
-)
-def test_wrong_tensors(upper, lower, words):
-    with pytest.raises(TensorError, match=words):
-        implicit(good, good, upper, lower)

@@ -13,25 +13,11 @@ import torch
 from adaptive_bilevel import Box, methods
 from adaptive_bilevel.hypergradient import Exact, Implicit, Neumann
 from adaptive_bilevel.policies import SLSB, SPSB, Constant, Envelope, Outcome, PowerDecay
+from tests.methods.helpers import Drawn
 from tests.problems import b1
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())
 EXACT = Implicit(Exact())
-
-
-class Drawn:
-    """The random Neumann term with the given numbers of factors, one per solve."""
-
-    warm_start, resamples = False, False
-
-    def __init__(self, *factors: int, terms: int = 3, scale: float = 0.25) -> None:
-        self.factors, self.terms, self.scale = iter(factors), terms, scale
-
-    def solve(self, matvec: Any, rhs: Any, initial: Any = None) -> Any:
-        v = rhs
-        for _ in range(next(self.factors)):
-            v = [a - self.scale * b for a, b in zip(v, matvec(v), strict=True)]
-        return Neumann(steps=0, scale=self.terms * self.scale).solve(matvec, v)
 
 
 def close(left: Any, right: Any) -> bool:

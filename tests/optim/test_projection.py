@@ -1,4 +1,4 @@
-"""The projections themselves: nearest points, far points, and numbers beyond a dtype."""
+"""The projections themselves: nearest points, far points, numbers beyond a dtype, and a radius that is none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.optim.projection import Ball, Box, Simplex
 from tests.bilevel.helpers import SETS
 
@@ -66,3 +69,22 @@ def test_the_simplex_projection_of_many_entries(reach: float, dtype: torch.dtype
     Simplex(1.0)([expected])
     assert torch.allclose(x.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
     assert x.count_nonzero() == expected.count_nonzero()
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=4), st.floats(0.1, 10))
+def test_the_ball_is_the_nearest_point(numbers: list[float], radius: float) -> None:
+    x = [torch.tensor(numbers[:1]), torch.tensor(numbers[1:])]
+    flat = torch.cat(x)
+    Ball(radius)(x)
+    projected = torch.cat(x)
+    assert float(projected.norm()) <= radius * (1 + 1e-12)
+    if float(flat.norm()) <= radius:
+        assert torch.equal(projected, flat)
+    else:  # the residual is normal to the ball there
+        assert torch.allclose(projected / projected.norm(), flat / flat.norm())
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), None])
+def test_the_ball_refuses(wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"Ball\(radius="):
+        Ball(wrong)

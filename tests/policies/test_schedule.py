@@ -1,4 +1,4 @@
-"""What the methods need of the core: a cap on a bounded search, schedules with any exponent, the ball."""
+"""Schedules with any exponent, and a cap of one step on a bounded search."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import pickle
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.optim import Ball
 from adaptive_bilevel.policies import SLSB, Constant, PowerDecay
 
 
@@ -35,22 +31,3 @@ def test_power_decay() -> None:
 def test_power_decay_refuses(wrong: Any) -> None:
     with pytest.raises(OptionError, match=r"PowerDecay\(exponent="):
         PowerDecay(wrong)
-
-
-@given(st.lists(st.floats(-5, 5), min_size=2, max_size=4), st.floats(0.1, 10))
-def test_the_ball_is_the_nearest_point(numbers: list[float], radius: float) -> None:
-    x = [torch.tensor(numbers[:1]), torch.tensor(numbers[1:])]
-    flat = torch.cat(x)
-    Ball(radius)(x)
-    projected = torch.cat(x)
-    assert float(projected.norm()) <= radius * (1 + 1e-12)
-    if float(flat.norm()) <= radius:
-        assert torch.equal(projected, flat)
-    else:  # the residual is normal to the ball there
-        assert torch.allclose(projected / projected.norm(), flat / flat.norm())
-
-
-@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), None])
-def test_the_ball_refuses(wrong: Any) -> None:
-    with pytest.raises(OptionError, match=r"Ball\(radius="):
-        Ball(wrong)
