@@ -104,7 +104,7 @@ def test_the_problems_below() -> None:
         two.module.requires_grad_(False)
         with pytest.raises(LowerLevelError, match="'b' is frozen"):
             lower.problems(None, guard)
-    alone = engine(one, Level("above", loss, Variable(torch.ones(2)), BiSLS))
+    alone = engine(*(Level(name, loss, Variable(torch.ones(2)), rule) for name, rule in (("c", SLS), ("above", BiSLS))))
     bind(alone)
     with Guard([], Workspace()) as guard:
         (only,) = LowerProblems(BoundProblem.of(alone.above)).problems(None, guard)
