@@ -40,20 +40,25 @@ class Support(NamedTuple):
         age: Steps since counting began, with this one.
         grown: The age when the last new entry came.
         total: Entries that hypergradients since then support.
+        before: Entries that they supported before counting began.
     """
 
     share: float
     age: int
     grown: int
     total: float
+    before: float
 
     def after(self, entries: Entries, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is kept after the step, see `support`."""
-        here = _support_of(entries)
+        """Return what is kept after the step, see `support`; the mask as a function that computes it."""
         if self.age > 2 * self.grown:
-            return {"mask": here, "age": 1, "grown": 1, "before": self.total}
-        known = _known(saved, here)
-        return {"mask": here | known["mask"], "age": self.age, "grown": self.grown, "before": known["before"]}
+            return {"mask": lambda: _support_of(entries), "age": 1, "grown": 1, "before": self.total}
+
+        def mask() -> Tensor:
+            here = _support_of(entries)
+            return here | _known(saved, here)["mask"]
+
+        return {"mask": mask, "age": self.age, "grown": self.grown, "before": self.before}
 
 
 def support(entries: Entries, saved: Mapping[str, Any]) -> Support:
@@ -72,7 +77,7 @@ def support(entries: Entries, saved: Mapping[str, Any]) -> Support:
     )
     age = known["age"] + 1
     share = min(size / max(both, known["before"]), 1.0) if size > 0.0 else 1.0
-    return Support(share, age, age if both > before else known["grown"], both)
+    return Support(share, age, age if both > before else known["grown"], both, known["before"])
 
 
 def _support_of(entries: Entries) -> Tensor:

@@ -46,7 +46,7 @@ def test_an_option_that_nothing_reads_is_refused(case: str) -> None:
         {"betas": (0.5, 0.9), "eps": 1e-4, "direction": "adam", "momentum": False},
         {"eps": 1e-8},  # what it is anyway
     ],
-    ids=str,
+    ids=["auto", "full", "own", "adam", "default"],
 )
 def test_an_option_that_something_reads_is_taken(options: dict[str, Any]) -> None:
     BiSLS([torch.ones(2, requires_grad=True)], **options)

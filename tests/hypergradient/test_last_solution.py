@@ -10,7 +10,7 @@ from adaptive_bilevel.hypergradient import CG, implicit, implicit_with_info
 from tests import problems
 
 
-def testlast_solution_in_a_loop():
+def test_warm_start_in_a_loop():
     problem = problems.random_qb(0, mu=0.01, dy=20)
     at = problem.instance()
     counts = {False: 0, True: 0}
@@ -25,7 +25,7 @@ def testlast_solution_in_a_loop():
     assert counts[True] < 0.6 * counts[False]
 
 
-def testlast_solution_dies_with_the_lower_tensors():
+def test_warm_start_dies_with_the_lower_tensors():
     from adaptive_bilevel.hypergradient import last_solution
 
     at = problems.b2().instance()
