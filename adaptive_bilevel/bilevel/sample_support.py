@@ -56,7 +56,8 @@ class Support(NamedTuple):
 
         def mask() -> Tensor:
             here = _support_of(entries)
-            return here | _known(saved, here)["mask"]
+            joined: Tensor = here | _known(saved, here)["mask"]
+            return joined
 
         return {"mask": mask, "age": self.age, "grown": self.grown, "before": self.before}
 

@@ -264,8 +264,11 @@ class SearchingOptimizer(UpperOptimizer):
             news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
             news["response"] = answer.state
             if answer.offsets is not None:
-                predicted = PredictionContext(answer.offsets, mix, point.beta, self.lower)
-                news["prediction"] = self._predict(predicted, record.step_size, states["prediction"])
+                news["prediction"] = self._predict(
+                    PredictionContext(answer.offsets, mix, point.beta, self.lower),
+                    record.step_size,
+                    states["prediction"],
+                )
         path.release()
         states.clear()
         del mix, context  # what is written takes the place of what these hold

@@ -54,7 +54,8 @@ def write_states(state: Any, news: dict[str, RoleState], tensors: Sequence[Tenso
         tensors: The parameters that took part in the step.
     """
     while news:
-        name, role = news.popitem()
+        name = next(iter(news))
+        role = news.pop(name)
         if role.shared:
             shared = {key: value() if callable(value) else value for key, value in role.shared.items()}
             state[name] = {**state.get(name, {}), **shared}
