@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -95,31 +95,37 @@ def _mixed(context: PredictionContext, state: RoleState) -> list[Tensor]:
     tangent = list(context.offsets)
     if not context.mix.averages:
         return tangent
-    mean, count = _with(tangent, context, state)
-    torch._foreach_div_(mean, 1.0 - context.beta**count)
-    return list(torch._foreach_lerp(tangent, mean, context.mix.weight))
+    mean = _TangentMean(context, state)
+    corrected = mean.compute()
+    torch._foreach_div_(corrected, 1.0 - context.beta**mean.count)
+    return list(torch._foreach_lerp(tangent, corrected, context.mix.weight))
 
 
 def _averaged(context: PredictionContext, state: RoleState) -> RoleState:
     """Return the mean with this tangent in it; it is computed when it is written."""
     if not context.mix.averages:
         return RoleState()
-    count = _known(list(context.offsets), context, state).get("count", 0) + 1
-    return RoleState({"count": count, "mean": lambda: _with(list(context.offsets), context, state)[0]})
+    mean = _TangentMean(context, state)
+    return RoleState({"count": mean.count, "mean": mean.compute})
 
 
-def _with(tangent: list[Tensor], context: PredictionContext, state: RoleState) -> tuple[list[Tensor], int]:
-    """Return the mean of the tangents with this one in it, and their number."""
-    known = _known(tangent, context, state)
-    mean = known["mean"] if known else torch._foreach_mul(tangent, 0.0)
-    return list(torch._foreach_lerp(list(mean), tangent, 1.0 - context.beta)), known.get("count", 0) + 1
+class _TangentMean:
+    """The mean of the tangents with the present one in it. It holds the tangents, not the step's directions.
 
+    Attributes:
+        count: Number of tangents in it.
+    """
 
-def _known(tangent: list[Tensor], context: PredictionContext, state: RoleState) -> Mapping[str, Any]:
-    """Return the mean so far and its count; {} where it begins with this tangent."""
-    saved = state.shared
-    fits = "mean" in saved and [m.shape for m in saved["mean"]] == [t.shape for t in tangent]
-    return saved if fits and not context.mix.restarted else {}
+    def __init__(self, context: PredictionContext, state: RoleState) -> None:
+        self._tangent, self._beta, saved = list(context.offsets), context.beta, state.shared
+        fits = "mean" in saved and [m.shape for m in saved["mean"]] == [t.shape for t in self._tangent]
+        self._known = saved if fits and not context.mix.restarted else {}  # else it begins with this tangent
+        self.count: int = self._known.get("count", 0) + 1
+
+    def compute(self) -> list[Tensor]:
+        """Return the mean."""
+        mean = self._known["mean"] if self._known else torch._foreach_mul(self._tangent, 0.0)
+        return list(torch._foreach_lerp(list(mean), self._tangent, 1.0 - self._beta))
 
 
 def prediction_of(option: Any) -> Prediction:
