@@ -102,20 +102,35 @@ def imports(path: Path) -> set[str]:
 
 
 HOSTS = ["torchopt", "betty", "adaptive_bilevel_torchopt", "adaptive_bilevel_betty"]
-HIGHER = ["adaptive_bilevel.optim", "adaptive_bilevel.hypergradient"]
-METHODS = ["adaptive_bilevel.methods"]
+CORE = ("errors", "policies", "evaluation", "hypergradient", "optim", "bilevel", "methods")
+SEES: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "policies": ("errors",),
+    "evaluation": ("errors",),
+    "hypergradient": ("errors", "policies", "evaluation"),
+    "optim": ("errors", "policies", "evaluation"),
+    "bilevel": ("errors", "policies", "evaluation", "hypergradient", "optim"),
+    "methods": ("errors", "policies", "evaluation", "hypergradient", "optim", "bilevel"),
+}
+"""Which parts of the core a part imports; none sees the two hosts, nor those in the row below it."""
+
+
+def forbidden(folder: str) -> list[str]:
+    return [f"adaptive_bilevel.{part}" for part in CORE if part not in (folder, *SEES[folder])]
 
 
 @pytest.mark.parametrize(
     ("folder", "banned"),
     [
         ("adaptive_bilevel", [*HOSTS, "jax", "numpy", "examples", "tests", "integrations"]),
-        ("adaptive_bilevel/policies", ["torch", *HIGHER, *METHODS]),
-        ("adaptive_bilevel/hypergradient", METHODS),
-        ("adaptive_bilevel/optim", METHODS),
+        ("adaptive_bilevel/policies", ["torch"]),
+        *((f"adaptive_bilevel/{part}", forbidden(part)) for part in CORE[1:]),
+        ("integrations/adaptive_bilevel_torchopt", ["betty", "adaptive_bilevel_betty", "adaptive_bilevel.methods"]),
+        ("integrations/adaptive_bilevel_betty", ["torchopt", "adaptive_bilevel_torchopt", "adaptive_bilevel.methods"]),
     ],
 )
 def test_arrows_point_one_way(folder: str, banned: list[str]) -> None:
+    """Late imports included."""
     wrong = {
         f"{path.relative_to(ROOT)} imports {name}"
         for path in (ROOT / folder).rglob("*.py")
@@ -123,6 +138,27 @@ def test_arrows_point_one_way(folder: str, banned: list[str]) -> None:
         if any(name == ban or name.startswith(f"{ban}.") for ban in banned)
     }
     assert not wrong
+
+
+PACKAGES = [ROOT / "adaptive_bilevel", *(ROOT / "integrations").glob("adaptive_bilevel_*")]
+SOURCES = [path for package in PACKAGES for path in package.rglob("*.py")]
+
+
+def test_no_private_name_crosses_a_folder() -> None:
+    wrong = set()
+    for path in SOURCES:
+        home = ".".join(path.relative_to(ROOT).parent.parts).removeprefix("integrations.")
+        for name in imports(path):
+            own, *parts = name.split(".")[0], *name.split(".")
+            private = [i for i, part in enumerate(parts) if part.startswith("_") and part != "__future__"]
+            if own.startswith("adaptive_bilevel") and private and ".".join(parts[: private[0]]) != home:
+                wrong.add(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_files_hold_one_idea_each() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 300}
+    assert not long
 
 
 def test_everything_that_is_installed_is_pinned() -> None:
