@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import HypergradientError, TensorError
-from ..evaluation.counts import Evaluations
+from ..evaluation.counts import Counts
 from ..evaluation.guard import Workspace
 from ..optim.base import AdaptiveOptimizer
 from .lower import Lower, as_lower, refuse_shared
@@ -59,8 +59,11 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     def _prepare(self) -> None:
         super()._prepare()
-        self.evaluations = Evaluations()
         self._workspace = Workspace(lasting=False)  # a step has larger things to allocate than the copies
+
+    @property
+    def _own_counts(self) -> Counts:
+        return self.evaluations.upper
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""

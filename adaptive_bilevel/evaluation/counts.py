@@ -24,13 +24,7 @@ class Counts:
 
 @dataclass
 class Evaluations:
-    """Counts since construction. A single-level optimizer has one level, which both names give."""
+    """Counts of both levels since construction. A lower optimizer, or one without a level above, counts as lower."""
 
     upper: Counts = field(default_factory=Counts)
     lower: Counts = field(default_factory=Counts)
-
-    @classmethod
-    def single(cls) -> Evaluations:
-        """Return counts of one level."""
-        counts = Counts()
-        return cls(counts, counts)

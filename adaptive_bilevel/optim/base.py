@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, warn
-from ..evaluation.counts import Evaluations
+from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
@@ -69,7 +69,8 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     Attributes:
         record: The last step's `Record`; None before.
-        evaluations: Every oracle call so far.
+        evaluations: Every oracle call so far; those of the loss that is stepped on are in ``evaluations.lower`` (of the
+            upper optimizers, in ``evaluations.upper``).
         sample: The last sample stepped on; None before.
         host: Who takes a ``step()`` without a closure; None: a closure is required.
     """
@@ -88,9 +89,14 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self._looks = 0
         self._warm_start = WarmStart()
         self.record: Record | None = None
-        self.evaluations = Evaluations.single()
+        self.evaluations = Evaluations()
         self.sample: Replay | None = None
         self.host: Host | None = self.unbound  # a copy is the optimizer of no host yet
+
+    @property
+    def _own_counts(self) -> Counts:
+        """Where oracle calls of the loss that is stepped on are counted."""
+        return self.evaluations.lower
 
     def _restored(self) -> None:
         self._warm_start.restored(self.state, self._parameters())
@@ -159,7 +165,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
             return self._gradient(guard, closure, params) if known is None else known
         guard.copy()
         here = guard.value(closure)
-        self.evaluations.upper.values += 1
+        self._own_counts.values += 1
         torch._foreach_copy_(params, before)
         loss, grads = self._gradient(guard, closure, params, guard.entry)
         here, there = on_host(here, loss)
@@ -185,7 +191,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         stepped = self._measured_along(gradient, descent, closure, loss) if descent.step is None else descent.step
         length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
         descent.move(gradient.tensors, stepped, length, gradient.factors)
-        self.evaluations.upper.values += 1
+        self._own_counts.values += 1
         return float(on_host(guard.value(closure, guard.entry))[0])
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
@@ -196,7 +202,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         self, guard: Guard, closure: Closure, params: list[Tensor], random: RandomState | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return loss and gradients here, as a host would step along them."""
-        self.evaluations.upper.gradients += 1
+        self._own_counts.gradients += 1
         loss, grads = guard.gradient(closure, params, random)
         return loss, closure.processed(params, grads) if isinstance(closure, Objective) else grads
 

@@ -70,7 +70,7 @@ class LineSearch(AdaptiveOptimizer):
             if step_closure is not None:
                 searched, random = require_closure(owner, step_closure), guard.random_state()
                 searched_loss, searched_grads = guard.gradient(searched, params)
-                self.evaluations.upper.gradients += 1
+                self._own_counts.gradients += 1
                 searched_gradient = gradients_of(gradient.tensors, params, searched_grads)
                 searched_loss = tainted(searched_loss, loss, gradient.values)
             guard.mark()
@@ -90,7 +90,7 @@ class LineSearch(AdaptiveOptimizer):
                     guard.put_back()
                 away = True
                 descent.move(gradient.tensors, directions, step, gradient.factors)
-                self.evaluations.upper.values += 1
+                self._own_counts.values += 1
                 return on_host(guard.value(searched, random))[0]
 
             bound, scale = self._bound()

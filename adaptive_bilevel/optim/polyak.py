@@ -82,7 +82,7 @@ class Polyak(PolyakOptimizer):
             if step_closure is not None:
                 sample = guard, require_closure(owner, step_closure), guard.random_state()
                 rule_loss, rule_grads = guard.gradient(step_closure, params)
-                self.evaluations.upper.gradients += 1
+                self._own_counts.gradients += 1
                 rule_gradient = gradients_of(gradient.tensors, params, rule_grads)
                 rule_loss = tainted(rule_loss, loss, gradient.values)
             record, state = self._polyak_step(gradient, rule_gradient, rule_loss, lower_bound, sample)

@@ -103,7 +103,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
 
         def trial(step: float) -> float:
             descent.move(gradient.tensors, directions, step, gradient.factors)
-            self.evaluations.upper.values += 1
+            self._own_counts.values += 1
             value = on_host(guard.value(closure, random))[0]
             guard.put_back()
             return value

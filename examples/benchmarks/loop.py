@@ -92,8 +92,8 @@ def cost(optimizer: Any, gradients: int = 0, values: int = 0) -> float:
     evaluations = getattr(optimizer, "evaluations", None)
     if evaluations is None:
         return Counts(values=values, gradients=gradients).cost
-    levels = {id(level): level for level in (evaluations.upper, evaluations.lower)}  # may be the same
-    return sum(level.cost for level in levels.values())
+    total: float = evaluations.upper.cost + evaluations.lower.cost
+    return total
 
 
 def followed(training: Iterator[Run], run: Run) -> Iterator[Run]:

@@ -109,7 +109,7 @@ def bilevel(method: str, parameters: int, lower_steps: int, solver_steps: int, b
             return counts.cost
         return (
             counts.cost
-            + inner.evaluations.upper.cost
+            + inner.evaluations.lower.cost
             + sum(level.cost for level in (outer.evaluations.upper, outer.evaluations.lower))
         )
 

@@ -274,7 +274,7 @@ def test_gradient_accumulation_sums_what_betty_sums() -> None:
     made = bind(engine(low, steps=4))
     made.run()
     record = low.optimizer.record
-    assert low.optimizer.evaluations.upper.values == record.trials
+    assert low.optimizer.evaluations.lower.values == record.trials
     assert record.slope == pytest.approx(3 * 1.5**2)
     mean = sum(float(half(low.value - b[0])) for b in batches) / 4
     assert record.value == pytest.approx(mean)

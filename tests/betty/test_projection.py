@@ -39,7 +39,7 @@ def test_trials_are_projected(cls: Any, lr: float | None) -> None:
     low.param_callback = clamp
     made = bind(engine(low, steps=30))
     made.run()
-    assert low.optimizer.evaluations.upper.values > 0
+    assert low.optimizer.evaluations.lower.values > 0
     assert torch.allclose(low.value, torch.tensor([0.5, 2.0]), atol=1e-3)
     assert low.optimizer.record.outcome in (Outcome.accepted, Outcome.zero_gradient, Outcome.search_failed)
 

@@ -92,7 +92,7 @@ def test_a_constant_policy_is_sgd_to_the_bit(low: str, high: str, options: dict[
     inner, outer = made.inner.optimizer, made.outer.optimizer
     assert inner.record.outcome in (Outcome.accepted, Outcome.at_bound)
     if low.startswith("SLS"):
-        assert inner.evaluations.upper.values == 100
+        assert inner.evaluations.lower.values == 100
     if high != "BiSPS":
         assert outer.evaluations.upper.values == 100 // options.get("T", 1)
         assert (outer.evaluations.lower.jvps if high == "BiSLS" else outer.evaluations.lower.gradients) > 0

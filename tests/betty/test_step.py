@@ -142,7 +142,7 @@ def test_a_cold_start_voids_the_prediction() -> None:
         low.on_inner_loop_start = lambda low=low: low.module.value.data.zero_()
         made = bind(engine(low, top, steps=100))
         made.run()
-        ends.append((top.value.clone(), low.optimizer.evaluations.upper, low.losses))
+        ends.append((top.value.clone(), low.optimizer.evaluations.lower, low.losses))
         pending = "warm_start" in low.optimizer.state[low.module.value]  # the last one, not looked at yet
         assert pending or carry is False
     assert torch.equal(ends[0][0], ends[1][0])
@@ -156,10 +156,10 @@ def test_a_warm_start_decides_about_the_prediction() -> None:
     moved = low.value.clone()
     before = low.optimizer.state[low.module.value]["warm_start"]["point"]
     assert not torch.equal(moved, before)
-    values = low.optimizer.evaluations.upper.values
+    values = low.optimizer.evaluations.lower.values
     low.step()
     # at the prediction, at the point before, and perhaps after a step from there
-    assert low.optimizer.evaluations.upper.values - values - low.optimizer.record.trials in (2, 3)
+    assert low.optimizer.evaluations.lower.values - values - low.optimizer.record.trials in (2, 3)
     assert "warm_start" not in low.optimizer.state[low.module.value]
 
 

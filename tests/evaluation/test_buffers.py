@@ -79,7 +79,7 @@ def test_side_effects_are_those_of_one_evaluation(info: OptimizerInfo, kind: str
         optimizer.step(closure_of(model, batch))
         assert side_effects(model) == expected
     if info.searches and kind == "net":
-        assert optimizer.evaluations.upper.values > 3
+        assert optimizer.evaluations.lower.values > 3
 
 
 def test_a_module_met_only_later(info: OptimizerInfo = CLASSES[3]) -> None:

@@ -70,7 +70,7 @@ def test_two_samples(info: OptimizerInfo) -> None:
     other.step(lambda: quadratic(y - 1.0))
     assert repr(optimizer.record) == repr(other.record)
     torch.testing.assert_close(x.detach(), torch.tensor([3.0, 2.0]) - other.record.step_size * gradient)
-    assert optimizer.evaluations.upper.gradients == 2
+    assert optimizer.evaluations.lower.gradients == 2
     with pytest.raises(ClosureError, match="needs a closure"):
         optimizer.step(lambda: quadratic(x), step_closure=3)
 

@@ -84,14 +84,14 @@ def test_one_gradient_and_one_value_per_trial(info: OptimizerInfo, lr: float | N
     optimizer = info.make(params, lr)
     for k in range(4):
         closure = Evaluations(params)
-        before = copy.copy(optimizer.evaluations.upper)
+        before = copy.copy(optimizer.evaluations.lower)
         optimizer.step(closure)
         trials = optimizer.record.trials
         assert (trials > 0) is (info.searches or (lr is None and k == 0))
         assert closure.forwards == 1 + trials
         assert closure.with_graph == 1
         assert closure.backwards == len(params)
-        after = optimizer.evaluations.upper
+        after = optimizer.evaluations.lower
         assert (after.values - before.values, after.gradients - before.gradients) == (trials, 1)
         for p in params:
             p._backward_hooks = None

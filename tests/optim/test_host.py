@@ -81,8 +81,8 @@ def test_a_host_takes_a_step_without_a_closure() -> None:
     objective = Loss(x)
     optimizer.host = Framework(objective)
     assert float(optimizer.step()) == float(loss_of(torch.zeros(2)))
-    assert objective.calls == optimizer.evaluations.upper.values
-    assert optimizer.evaluations.upper.gradients == 0
+    assert objective.calls == optimizer.evaluations.lower.values
+    assert optimizer.evaluations.lower.gradients == 0
     assert objective.asked == 0
     calls = objective.calls
     optimizer.step(lambda: loss_of(x))
@@ -94,7 +94,7 @@ def test_what_a_host_does_not_know_is_evaluated_and_processed() -> None:
     optimizer, objective = SPSB([x], 0.25), Loss(x, known=False)
     optimizer.host = Framework(objective)
     optimizer.step()
-    assert objective.asked == optimizer.evaluations.upper.gradients == 1
+    assert objective.asked == optimizer.evaluations.lower.gradients == 1
     assert torch.allclose(x.detach(), 0.25 * AIM)
 
 

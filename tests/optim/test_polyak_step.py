@@ -22,12 +22,12 @@ def test_a_first_step_does_not_ascend(info: OptimizerInfo, where: float) -> None
     x = nn.Parameter(torch.tensor([where]))
     optimizer = info.make([x], None)
     first = float(optimizer.step(lambda: valley(x)))
-    assert optimizer.record.moved and optimizer.record.trials == optimizer.evaluations.upper.values > 1
+    assert optimizer.record.moved and optimizer.record.trials == optimizer.evaluations.lower.values > 1
     assert float(valley(x.detach())) <= first
     assert optimizer._workspace.copies == []
-    tried = optimizer.evaluations.upper.values
+    tried = optimizer.evaluations.lower.values
     optimizer.step(lambda: valley(x))
-    assert optimizer.evaluations.upper.values == tried
+    assert optimizer.evaluations.lower.values == tried
 
 
 @every_polyak

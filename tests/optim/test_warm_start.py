@@ -48,7 +48,7 @@ def test_an_offered_start_is_taken_if_it_is_better(info: OptimizerInfo) -> None:
         direct.step(lambda: (y**2).sum() + 0.0 * torch.rand(()))
         assert x.tolist() == y.tolist()
         assert torch.equal(torch.get_rng_state(), drawn)
-        asked, usual = offered.evaluations.upper, direct.evaluations.upper
+        asked, usual = offered.evaluations.lower, direct.evaluations.lower
         assert asked.values - usual.values == (1 if offset < 0.0 else 2)  # at x; and after another step
         assert asked.gradients - usual.gradients == (0 if offset < 0.0 else 1)
         assert plain(offered.state_dict()["state"]["policy"]) == plain(direct.state_dict()["state"]["policy"])
