@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, final
 from torch.optim.optimizer import ParamsT
 
 from ..errors import OptionError
-from ..hypergradient import CG, LinearSolver
+from ..hypergradient import Lanczos, LinearSolver
+from ..hypergradient.shared_basis import expect
 from ..optim.direction import Direction
 from ..optim.options import Conduct, placeholder, refuse_unused_moments
 from ..optim.projection import Projection, as_projection
@@ -42,6 +43,12 @@ class UpperSearch(SearchingOptimizer):
     @abc.abstractmethod
     def solver(self) -> LinearSolver:
         """P of the tangent."""
+
+    def bind(self, lower: Any) -> None:
+        """Set the lower level, whose hypergradients leave their inverse for the next step from now on."""
+        super().bind(lower)
+        if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
+            expect(self.lower.tensors())
 
     def _make_roles(self) -> None:
         chosen = self.options
@@ -203,11 +210,13 @@ def _records(
 
 
 def _checked_solver(solver: LinearSolver | None, response: str | Response) -> LinearSolver:
-    """Return the solver, `CG` by default."""
+    """Return the solver, `Lanczos` by default."""
     if solver is None:
-        return CG()
+        return Lanczos()
     if isinstance(solver, type) or not callable(getattr(solver, "solve", None)):
-        raise OptionError(f"BiSLS(solver={solver!r}): solver must be CG(...), Neumann(...) or Identity(...)")
+        raise OptionError(
+            f"BiSLS(solver={solver!r}): solver must be Lanczos(...), CG(...), Neumann(...) or Identity(...)"
+        )
     if not isinstance(response, str):
         raise OptionError(f"BiSLS(solver={solver!r}, response={response!r}): a response of yours has its own inverse")
     return solver

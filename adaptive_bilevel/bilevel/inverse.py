@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
+import torch
 from torch import Tensor
 
+from ..evaluation.reductions import agree
+from ..evaluation.vectors import inner
 from ..hypergradient.cg import CG, Adjoint
-from ..hypergradient.solution import LinearSolver, MatVec, Refinable
+from ..hypergradient.lanczos import Lanczos, SpectralInverse
+from ..hypergradient.solution import LinearSolver, MatVec, Refinable, SolverStatus
 from ..hypergradient.solvers import Identity, Neumann
 
-__all__ = ["Inverse", "Solved", "certified", "refined"]
+__all__ = ["Inverse", "IterativeInverse", "SharedInverse", "Solved", "certified", "inverse_of", "refined"]
+
+Left = Callable[[Lanczos], SpectralInverse | None]
+"""Returns what the hypergradient left behind for this point and sample, if it is that of the solver."""
 
 
 class Solved(NamedTuple):
@@ -22,22 +30,139 @@ class Solved(NamedTuple):
     Attributes:
         tensors: w.
         residual: ||b - H w|| / ||b||. A solver that does not know it gets no allowance for it: 0.
+        remainder: b - H w; None: not known.
     """
 
     tensors: Sequence[Tensor]
     residual: float
+    remainder: Sequence[Tensor] | None = None
 
 
-@final
-class Inverse:
-    """P of one upper step: the solver given, or `CG` in the place of one that does not know its error.
-
-    Args:
-        solver: The solver given.
+class Inverse(abc.ABC):
+    """P of one upper step.
 
     Attributes:
         certified: Whether the solver given knows its error, so that its slope can be compared with the user's.
-        adjoint: v = P f_y, see `observe`; None: not known.
+        status: How the last solve ended; None: there was none.
+    """
+
+    certified = True
+    status: SolverStatus | None = None
+
+    @abc.abstractmethod
+    def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
+        """Learn of f_y, so that P f_y takes no product of its own; before any solve.
+
+        Args:
+            functional: f_y.
+            product: v -> H v.
+            left: Returns what the hypergradient left behind.
+        """
+
+    @abc.abstractmethod
+    def solve(
+        self, product: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None, *, finer: bool = False
+    ) -> Solved:
+        """Return P rhs.
+
+        Args:
+            product: v -> H v.
+            rhs: The right side.
+            initial: Where to start.
+            finer: With the next finer solver, this once; see `refinable`.
+        """
+
+    @abc.abstractmethod
+    def dual(self, product: MatVec, functional: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return P f_y, for the hypergradient f_x - C P f_y."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Drop what only solves need."""
+
+    @property
+    @abc.abstractmethod
+    def refinable(self) -> bool:
+        """Whether there is a finer solver."""
+
+    @abc.abstractmethod
+    def refine(self) -> bool:
+        """Solve further from now on; False where that is not possible, or was asked for too often already."""
+
+    @abc.abstractmethod
+    def fall_back(self) -> bool:
+        """Take the solver given from now on, if another one was in its place; return whether it was."""
+
+    @abc.abstractmethod
+    def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float | None:
+        """Return -<v, moved - gradient>, what phi is to be corrected by; None: v = P f_y is not known."""
+
+
+@final
+class SharedInverse(Inverse):
+    """P of `Lanczos`: one basis, built from f_y, for hypergradient and response; one product for the response.
+
+    Args:
+        solver: The solver given.
+    """
+
+    def __init__(self, solver: Lanczos) -> None:
+        self._solver = solver
+        self._basis: SpectralInverse | None = None
+        self._dual: Sequence[Tensor] | None = None
+        self._redirected = False
+
+    def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
+        """Take the basis that the hypergradient left, or build one."""
+        self._basis = left(self._solver) or self._solver.basis(product, functional)
+        self._dual = self._basis.solution.tensors
+
+    def solve(
+        self, product: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None, *, finer: bool = False
+    ) -> Solved:
+        """Return P rhs, with the basis of f_y, or with one of its own if f_y is not known."""
+        if self._basis is None:
+            return _solved(self, self._solver, product, rhs)
+        solution, remainder = self._basis.extend(product, rhs)
+        self.status = solution.status
+        return Solved(solution.tensors, 0.0, remainder)
+
+    def dual(self, product: MatVec, functional: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return P f_y, which the basis has without a product."""
+        return self._solver.solve(product, functional).tensors if self._dual is None else self._dual
+
+    def close(self) -> None:
+        """Drop the basis, and keep P f_y."""
+        self._basis = None
+
+    @property
+    def refinable(self) -> bool:
+        """False: the slope is exactly that of the hypergradient with this P."""
+        return False
+
+    def refine(self) -> bool:
+        """Return True the first time: the hypergradient with this P has a positive slope as it is."""
+        before, self._redirected = self._redirected, True
+        return not before
+
+    def fall_back(self) -> bool:
+        """Return False."""
+        return False
+
+    def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float | None:
+        """Return -<v, moved - gradient>."""
+        if self._dual is None:
+            return None
+        delta = torch._foreach_sub(list(moved), list(gradient))
+        return -float(agree(inner(self._dual, delta))[0])
+
+
+@final
+class IterativeInverse(Inverse):
+    """P of any other solver, or of `CG` in the place of one that does not know its error.
+
+    Args:
+        solver: The solver given.
     """
 
     _MOST_REFINEMENTS = 2
@@ -47,37 +172,26 @@ class Inverse:
         self._solver: LinearSolver = solver if self.certified else CG()
         self._fallback = None if self.certified else solver
         self._refinements = 0
-        self.adjoint: Adjoint | None = None
+        self._adjoint: Adjoint | None = None
 
-    def observe(self, functional: Sequence[Tensor]) -> None:
-        """Let the products of the solves that follow give P `functional`, too, where the solver is `CG`."""
-        self.adjoint = Adjoint(functional) if isinstance(self._solver, CG) else None
+    def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
+        """Let the products of the solves that follow give P f_y, too, where the solver is `CG`."""
+        self._adjoint = Adjoint(functional) if isinstance(self._solver, CG) else None
 
     def solve(
-        self,
-        product: MatVec,
-        rhs: Sequence[Tensor],
-        initial: Sequence[Tensor] | None = None,
-        *,
-        finer: bool = False,
-        observed: bool = True,
+        self, product: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None, *, finer: bool = False
     ) -> Solved:
-        """Return P rhs.
-
-        Args:
-            product: v -> H v.
-            rhs: The right side.
-            initial: Where to start.
-            finer: With the next finer solver, this once; see `refinable`.
-            observed: Whether the products serve the adjoint, too.
-        """
+        """Return P rhs."""
         solver = refined(self._solver) if finer else self._solver
         assert solver is not None
-        if observed and self.adjoint is not None and isinstance(solver, CG):
-            solution = solver.solve(product, rhs, initial, adjoint=self.adjoint)
-        else:
-            solution = solver.solve(product, rhs, initial)
-        return Solved(solution.tensors, 0.0 if math.isnan(solution.residual) else solution.residual)
+        return _solved(self, solver, product, rhs, initial, self._adjoint)
+
+    def dual(self, product: MatVec, functional: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return P f_y by a solve of its own."""
+        return self._solver.solve(product, functional).tensors
+
+    def close(self) -> None:
+        """Do nothing: the solver keeps nothing."""
 
     @property
     def refinable(self) -> bool:
@@ -96,8 +210,33 @@ class Inverse:
         """Take the solver given from now on, if `CG` was in its place; return whether it was."""
         if self._fallback is None:
             return False
-        self._solver, self._fallback, self.adjoint = self._fallback, None, None
+        self._solver, self._fallback, self._adjoint = self._fallback, None, None
         return True
+
+    def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float | None:
+        """Return -<v, moved - gradient>, where the solver is `CG`."""
+        return None if self._adjoint is None else self._adjoint.correction(moved, gradient)
+
+
+def inverse_of(solver: LinearSolver) -> Inverse:
+    """Return P of one upper step."""
+    return SharedInverse(solver) if isinstance(solver, Lanczos) else IterativeInverse(solver)
+
+
+def _solved(
+    inverse: Inverse,
+    solver: LinearSolver,
+    product: MatVec,
+    rhs: Sequence[Tensor],
+    initial: Sequence[Tensor] | None = None,
+    adjoint: Adjoint | None = None,
+) -> Solved:
+    if adjoint is not None and isinstance(solver, CG):
+        solution = solver.solve(product, rhs, initial, adjoint=adjoint)
+    else:
+        solution = solver.solve(product, rhs, initial)
+    inverse.status = solution.status
+    return Solved(solution.tensors, 0.0 if math.isnan(solution.residual) else solution.residual)
 
 
 def certified(solver: LinearSolver) -> bool:

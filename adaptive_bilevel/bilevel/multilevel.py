@@ -88,7 +88,7 @@ class MultilevelTangent(TangentModel):
         with torch.enable_grad():
             for j in reversed(range(len(self._blocks))):
                 block = self._blocks[j]
-                v = self._inverse.solve(block.curvature.hvp, adjoints[j]).tensors
+                v = self._inverse.dual(block.curvature.hvp, adjoints[j])
                 back = list(block.curvature.cross_vjp(v))
                 if block.follows_upper:
                     total = list(torch._foreach_sub(total, back[: len(total)]))

@@ -22,7 +22,7 @@ from ..hypergradient.solution import LinearSolver
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
 from .context import Change, Point, Redirect
-from .inverse import Inverse
+from .inverse import inverse_of
 from .multilevel import MultilevelTangent
 from .roles import ResponseModel
 from .tangent import JointTangent, TangentModel
@@ -91,7 +91,7 @@ class Tangent:
         Raises:
             LowerLevelError: There is no lower level, and f does not depend on x directly.
         """
-        problems, inverse = point.problems(), Inverse(self.solver)
+        problems, inverse = point.problems(), inverse_of(self.solver)
         if not problems:
             return _direct(point, path)
         several = any(problem.answers is not None for problem in problems)

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, inners
 from ..hypergradient.curvature import LowerCurvature
+from ..hypergradient.lanczos import Lanczos, SpectralInverse
+from ..hypergradient.shared_basis import expect, take
 from ..optim.search_path import SearchPath
 from .context import Change, Point
 from .inverse import Inverse
@@ -35,6 +37,7 @@ class TangentModel(abc.ABC):
     slope_ratio: float
     comparable: bool
     offsets: Sequence[Tensor] | None = None
+    _step = 0.0
 
     def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
         self._guard, self._counts = point.guard, point.counts.lower
@@ -61,6 +64,7 @@ class TangentModel(abc.ABC):
     def answer(self, step: float) -> None:
         """Move y by step * w (it is at y)."""
         assert self.offsets is not None
+        self._step = step
         torch._foreach_add_(list(self._lower), list(self.offsets), alpha=step)
 
     @abc.abstractmethod
@@ -91,6 +95,7 @@ class TangentModel(abc.ABC):
     def close(self) -> None:
         """Drop the graph and what only solves need: parameters are about to move."""
         self._drop_graph()
+        self._inverse.close()
         self._f_x, self._f_y = [], []
 
     @abc.abstractmethod
@@ -112,12 +117,19 @@ class JointTangent(TangentModel):
         self._upper = point.gradient.tensors
         self._curvature = self._differentiated()
         self._pushed = False
-        inverse.observe(point.f_y)
+        inverse.observe(point.f_y, self._curvature.hvp, self._left)
 
     def _differentiated(self) -> LowerCurvature:
         with torch.enable_grad():
             losses = [self._guard.attached(p.closure, p.random).reshape(()) for p in self._problems]
-            return LowerCurvature(torch.stack(losses).sum(), self._upper, self._lower, moves=True)
+            loss = torch.stack(losses).sum()
+            self._loss = loss.detach()
+            return LowerCurvature(loss, self._upper, self._lower, moves=True)
+
+    def _left(self, solver: Lanczos) -> SpectralInverse | None:
+        """Return the inverse that the hypergradient left for this point and sample."""
+        expect(self._lower)
+        return take(self._lower, solver, self._f_y, self._loss)
 
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
         if self._pushed:
@@ -130,13 +142,13 @@ class JointTangent(TangentModel):
     def _solve(self, *, finer: bool = False) -> None:
         initial = self.offsets if finer else None
         solved = self._inverse.solve(self._curvature.hvp, self._push, initial, finer=finer)
-        self._residual = solved.residual
+        self._residual, self._remainder = solved.residual, solved.remainder
         self._set_slope(solved.tensors)
 
     def hypergradient(self) -> list[Tensor]:
         """Return f_x - C P f_y."""
         with torch.enable_grad():
-            v = self._inverse.solve(self._curvature.hvp, self._f_y, observed=False).tensors
+            v = self._inverse.dual(self._curvature.hvp, self._f_y)
             return list(torch._foreach_sub(list(self._f_x), list(self._curvature.cross_vjp(v))))
 
     def close(self) -> None:
@@ -157,13 +169,14 @@ class JointTangent(TangentModel):
             moved = filled if moved is None else tuple(torch._foreach_add(list(moved), list(filled)))
         self._counts.gradients += 1
         assert moved is not None
-        self._moved = moved
-        return [change_between(self._gradient, moved, self._push, self._residual)]
+        self._moved, expected = moved, self._gradient
+        if self._remainder is not None:  # what a linear lower gradient would do is known, so it is no surprise
+            expected = torch._foreach_sub(list(expected), list(self._remainder), alpha=self._step)
+        return [change_between(expected, moved, self._push, self._residual)]
 
     def correction(self) -> float | None:
         """Return -<v, delta>."""
-        v = self._inverse.adjoint
-        return None if v is None else v.correction(self._moved, self._gradient)
+        return self._inverse.correction(self._moved, self._gradient)
 
 
 def change_between(old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], residual: float) -> Change:

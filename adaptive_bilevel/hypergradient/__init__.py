@@ -22,6 +22,7 @@ from .estimate import Estimate, Estimator, Point, Visit, descend
 from .estimators import Amortised, Averaged, Implicit, linear_residual
 from .exact import Exact
 from .implicit import ImplicitInfo, assign, implicit, implicit_with_info
+from .lanczos import Lanczos
 from .oracle import LowerGradients, Oracle
 from .penalty import ValueFunction
 from .sample import Sample
@@ -44,6 +45,7 @@ __all__ = [
     "Identity",
     "Implicit",
     "ImplicitInfo",
+    "Lanczos",
     "LinearSolver",
     "LowerCurvature",
     "LowerGradients",

@@ -10,15 +10,16 @@ from torch import Tensor
 from adaptive_bilevel.errors import HypergradientError, warn
 
 from ..evaluation.vectors import Vector, add
-from .cg import CG
 from .curvature import LowerCurvature, partial_gradients
+from .lanczos import Lanczos
 from .last_solution import recall, remember
+from .shared_basis import leave
 from .solution import LinearSolver, Solution, SolverStatus
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
 __all__ = ["ImplicitInfo", "assign", "implicit", "implicit_with_info"]
 
-DEFAULT_SOLVER = CG()
+DEFAULT_SOLVER = Lanczos()
 
 
 class ImplicitInfo(NamedTuple):
@@ -91,7 +92,8 @@ def implicit(
         upper: The tensors of x: a list, ``model.parameters()``, a mapping, or any nesting of these. They must be the
             very objects that the closures use. Frozen ones, and those a loss does not use, contribute zeros.
         lower: The tensors of y, likewise.
-        solver: `CG`, `Neumann`, `Identity`, or any `LinearSolver`.
+        solver: `Lanczos`, `CG`, `Neumann`, `Identity`, or any `LinearSolver`. The products of `Lanczos` also serve
+            the response of a `BiSLS` above these lower tensors.
         initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the
             last solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint,
             save ``info.solution.tensors`` of `implicit_with_info` and pass them here.
@@ -168,7 +170,12 @@ def _differentiate(
             lower_loss, curvature = sample()
         else:
             lower_loss, curvature = sample()
-            solution = solver.solve(curvature.hvp, rhs, start)
+            if isinstance(solver, Lanczos):
+                inverse = solver.basis(curvature.hvp, rhs)
+                leave(y, solver, inverse, lower_loss)
+                solution = inverse.solution
+            else:
+                solution = solver.solve(curvature.hvp, rhs, start)
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
     if solver.warm_start:
         remember(y, solution.tensors)

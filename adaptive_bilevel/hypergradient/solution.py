@@ -39,6 +39,10 @@ class SolverStatus(IntEnum):
     zero_rhs = 4
     non_finite = 5
     complete = 6
+    indefinite = 7
+    singular = 8
+    flat = 9
+    asymmetric = 10
 
     @property
     def sentence(self) -> str:
@@ -60,6 +64,20 @@ _SENTENCES = {
     SolverStatus.zero_rhs: "the right side is zero, so the solution is zero",
     SolverStatus.non_finite: "a number that is not finite came up: what was computed before it is kept",
     SolverStatus.complete: "all terms were taken",
+    SolverStatus.indefinite: (
+        "the lower Hessian is indefinite here: directions of negative curvature count with its absolute value"
+    ),
+    SolverStatus.singular: (
+        "the lower Hessian is singular here, or has directions flatter than the solver resolves: the solution is "
+        "bounded along them"
+    ),
+    SolverStatus.flat: (
+        "the lower loss has no curvature in y, as a loss that is linear in y: there is no solution, zero is returned"
+    ),
+    SolverStatus.asymmetric: (
+        "the products are not those of one symmetric matrix: the lower loss changes between products; the solution is "
+        "that of a symmetric mean of them"
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptive_bilevel import BiSLS
 from adaptive_bilevel.bilevel import LowerProblem
-from adaptive_bilevel.bilevel.inverse import Inverse, certified, refined
+from adaptive_bilevel.bilevel.inverse import IterativeInverse, certified, refined
 from adaptive_bilevel.errors import LowerLevelError
 from adaptive_bilevel.evaluation.guard import Guard
 from adaptive_bilevel.hypergradient import CG, Identity, Neumann
@@ -113,7 +113,7 @@ def test_a_hypergradient_of_the_wrong_sign_is_replaced_by_that_of_the_response(s
 def test_an_inverse_that_does_not_know_its_error_is_replaced_until_it_is_needed() -> None:
     H = torch.diag(torch.tensor([1.0, 4.0]))
     rhs, product = [torch.ones(2)], lambda v: [H @ v[0]]
-    inverse = Inverse(Identity(0.5))
+    inverse = IterativeInverse(Identity(0.5))
     assert not inverse.certified
     torch.testing.assert_close(inverse.solve(product, rhs).tensors[0], torch.tensor([1.0, 0.25]), rtol=0.1, atol=0.1)
     assert inverse.fall_back() and not inverse.fall_back()
@@ -122,7 +122,7 @@ def test_an_inverse_that_does_not_know_its_error_is_replaced_until_it_is_needed(
 
 
 def test_an_inverse_is_refined_twice() -> None:
-    inverse = Inverse(Neumann(1, 0.1))
+    inverse = IterativeInverse(Neumann(1, 0.1))
     assert [inverse.refine() for _ in range(3)] == [True, True, False]
     finer = refined(CG(max_iterations=3, tolerance=0.1))
     assert finer == CG(max_iterations=6, tolerance=0.01)

@@ -67,11 +67,10 @@ def partials(f: Function, x: Tensor, y: Tensor) -> tuple[float, Tensor, Tensor]:
     return float(value.detach()), f_x, f_y
 
 
-def hypergradient(f: Function, g: Function, x: Tensor, y: Tensor) -> Tensor:
-    """Return h = f_x - C P f_y, with P the inverse of H by conjugate gradients."""
+def hypergradient(f: Function, g: Function, x: Tensor, y: Tensor, tangent: type[Tangent] | None = None) -> Tensor:
+    """Return h = f_x - C P f_y, with P that of a tangent."""
     _, f_x, f_y = partials(f, x, y)
-    lower = Lower(g, x, y)
-    return f_x - lower.C(conjugate_gradients(lower.H, f_y)[0])
+    return (tangent or Tangent)(f_y, Lower(g, x, y), 1.0, True).hypergradient(f_x, 0)
 
 
 class BiSPS:
@@ -148,11 +147,19 @@ class Tangent:
         self.v = self.v + p * ((float(p @ self.f_y) - float(Hp @ self.v)) / float(p @ Hp))
         return Hp
 
+    def hypergradient(self, f_x: Tensor, refined: int) -> Tensor:
+        """Return f_x - C P f_y, with P of refined solves."""
+        return f_x - self.lower.C(conjugate_gradients(self.lower.H, self.f_y, refined)[0])
+
+    def expected(self, a: float) -> Tensor:
+        """Return grad_y g as the model has it at a step: as at (x, y)."""
+        return self.lower.g_y.detach()
+
     def change(self, a: float) -> tuple[Tensor, float]:
-        """Return the change of grad_y g from (x, y) to the model's (x - a d, y + a w), and its possible rounding."""
+        """Return how grad_y g differs from what is expected at (x - a d, y + a w), and the possible rounding of that."""
         x, y = self.lower.x.detach().add(self.d, alpha=-a), self.lower.y.detach().add(self.w, alpha=a)
         _, g_y = gradient(lambda y: self.lower.g(x, y), y)
-        before = self.lower.g_y.detach()
+        before = self.expected(a)
         return g_y - before, 8 * EPS * float(g_y.norm() + before.norm())
 
     def believed(self, a: float, surplus: float) -> bool:
@@ -186,6 +193,8 @@ class BiSLS:
     Once a trial was rejected, a last step that promises less than the rounding of f is taken again without a trial.
     """
 
+    tangent: type[Tangent] = Tangent
+
     def __init__(self, x: Tensor, lower: SLS, direction: str = "sgd", lr: float | None = None) -> None:
         self.x, self.lower, self.lr, self.adam = x, lower, lr, {"sgd": False, "adam": True}[direction]
         self.second, self.momentum = SecondMoment(torch.zeros_like(x)), Momentum(Mean(torch.zeros_like(x)), x)
@@ -207,11 +216,11 @@ class BiSLS:
         assert value > 0 and promised > 0
         a, w = self.previous, None
         if not (self.rejected and 0 < a * promised < EPS * value):
-            tangent = Tangent(f_y, Lower(g, x, y), share, self.previous > 0)
+            tangent = self.tangent(f_y, Lower(g, x, y), share, self.previous > 0)
             slope = tangent.along(d, f_x)
             for refined in (1, 2):
                 if slope <= 0:
-                    h = f_x - tangent.lower.C(conjugate_gradients(tangent.lower.H, f_y, refined)[0])
+                    h = tangent.hypergradient(f_x, refined)
                     second, momentum, d, e = self.directions(h)
                     slope = tangent.along(d, f_x, refined)
             a, w = self.search(f, value, slope, tangent) if slope > 0 else 0.0, tangent.w

@@ -1,0 +1,156 @@
+"""Vectors of several tensors as flat ones, so that a projection on many of them is two products with a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..evaluation.vectors import Vector, widen
+
+__all__ = ["Flat", "Layout", "Rows", "dot", "on_host", "square"]
+
+Flat = list[Tensor]
+"""A vector: one 1-dimensional tensor for each device and dtype, in at least float32."""
+
+
+@final
+class Layout:
+    """Where the tensors of a vector lie in its flat form.
+
+    Args:
+        like: Tensors with the shapes, dtypes and devices of the vector.
+    """
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._forms = [(t.shape, t.dtype) for t in like]
+        wide = widen(like)
+        self._wide = [t.dtype for t in wide]
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, t in enumerate(wide):
+            groups.setdefault((t.device, t.dtype), []).append(i)
+        self._members = [(members, [wide[i].numel() for i in members]) for members in groups.values()]
+        self.blocks = [(sum(sizes), *key) for key, (_, sizes) in zip(groups, self._members, strict=True)]
+        self.size = sum(size for size, _, _ in self.blocks)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether the tensors have the shapes and dtypes of the vector, in this order."""
+        return [(t.shape, t.dtype) for t in tensors] == self._forms
+
+    def flat(self, tensors: Sequence[Tensor]) -> Flat:
+        """Return the flat form, which may share memory with ``tensors``."""
+        parts = [t.detach().to(wide).reshape(-1) for t, wide in zip(tensors, self._wide, strict=True)]
+        return [
+            parts[members[0]] if len(members) == 1 else torch.cat([parts[i] for i in members])
+            for members, _ in self._members
+        ]
+
+    def shaped(self, flat: Flat) -> Vector:
+        """Return the tensors of a flat form, which may share memory with it."""
+        found: dict[int, Tensor] = {}
+        for block, (members, sizes) in zip(flat, self._members, strict=True):
+            found.update(zip(members, block.split(sizes), strict=True))
+        return tuple(found[i].view(shape).to(dtype) for i, (shape, dtype) in enumerate(self._forms))
+
+
+@final
+class Rows:
+    """Orthonormal flat vectors, the rows of one matrix for each device and dtype.
+
+    Args:
+        layout: Of the vectors.
+        most: Most rows. There is room for one more, which may be appended and dropped.
+        dtype: What the rows are stored in; None: as they are. They are used as they were stored.
+    """
+
+    def __init__(self, layout: Layout, most: int, dtype: torch.dtype | None) -> None:
+        self._kept = [torch.empty(most + 1, n, device=device, dtype=dtype or own) for n, device, own in layout.blocks]
+        self._wide = [own for _, _, own in layout.blocks]
+        self.unit = max(torch.finfo(kept.dtype).eps for kept in self._kept)
+        self._home = layout.blocks[0][1]
+        self.most, self.count = most, 0
+
+    def append(self, row: Flat) -> Flat:
+        """Store a row, and return it as it was stored."""
+        for kept, block in zip(self._kept, row, strict=True):
+            kept[self.count].copy_(block)
+        self.count += 1
+        return self.row(self.count - 1)
+
+    def drop(self) -> None:
+        """Drop the last row."""
+        self.count -= 1
+
+    def row(self, index: int) -> Flat:
+        """Return a row as it was stored; the one at ``count`` is the one that was dropped."""
+        return [kept[index].to(wide) for kept, wide in zip(self._kept, self._wide, strict=True)]
+
+    def dots(self, flat: Flat, start: int = 0) -> Tensor:
+        """Return the inner products with the rows from ``start`` on."""
+        total: Tensor | None = None
+        for kept, block in zip(self._kept, flat, strict=True):
+            rows = kept[start : self.count]
+            if kept.dtype == block.dtype:
+                found = rows @ block
+            else:  # one row at a time is raised, so that the memory saved is not taken again
+                found = torch.stack([torch.dot(row.to(block.dtype), block) for row in rows])
+            found = found.to(self._home)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
+
+    def combine(self, coefficients: Tensor) -> Flat:
+        """Return the combination of all rows with these coefficients."""
+        return self._add([None] * len(self._kept), coefficients)
+
+    def outside(self, flat: Flat, start: int = 0) -> tuple[Tensor, Flat]:
+        """Return the coefficients of the projection on the rows, and what is left, orthogonal to them.
+
+        Projected twice, which is enough for orthogonality to rounding (Giraud et al., 2005).
+
+        Args:
+            flat: The vector.
+            start: The first projection is on the rows from here on; for a product of a symmetric matrix with the last
+                row, which is orthogonal to all rows but the last two, these are enough.
+        """
+        if self.count == 0:
+            return torch.zeros(0, dtype=flat[0].dtype, device=self._home), flat
+        exact = all(kept.dtype == wide for kept, wide in zip(self._kept, self._wide, strict=True))
+        start = max(start, 0) if exact else 0  # rows that were rounded are not orthogonal enough for less
+        first = self.dots(flat, start)
+        rest = self._add(flat, -first, start)
+        second = self.dots(rest)
+        coefficients = second.clone()
+        coefficients[start:] += first
+        return coefficients, self._add(rest, -second)
+
+    def _add(self, to: Sequence[Tensor | None], coefficients: Tensor, start: int = 0) -> Flat:
+        result = []
+        for kept, wide, block in zip(self._kept, self._wide, to, strict=True):
+            rows, weights = kept[start : self.count], coefficients.to(device=kept.device, dtype=wide)
+            if kept.dtype == wide:
+                result.append(weights @ rows if block is None else torch.addmv(block, rows.T, weights))
+                continue
+            total = kept.new_zeros(kept.shape[1], dtype=wide) if block is None else block.clone()
+            for row, weight in zip(rows, weights, strict=True):
+                total.add_(row.to(wide) * weight)
+            result.append(total)
+        return result
+
+
+def dot(left: Flat, right: Flat) -> Tensor:
+    """Return <left, right> on the device of the first block."""
+    products = [torch.dot(a, b) for a, b in zip(left, right, strict=True)]
+    return products[0] if len(products) == 1 else torch.stack([p.to(products[0]) for p in products]).sum()
+
+
+def square(flat: Flat) -> Tensor:
+    """Return <flat, flat>."""
+    return dot(flat, flat)
+
+
+def on_host(coefficients: Tensor) -> Tensor:
+    """Return coefficients of rows in double precision on the host; waits for the device."""
+    return coefficients.to(device="cpu", dtype=torch.float64)

@@ -1,0 +1,277 @@
+"""One inverse for hypergradient and response that holds where the lower Hessian H is indefinite or singular.
+
+k steps of Lanczos' method on (H, f_y) give V, whose columns are an orthonormal basis of the Krylov space, and
+T = V^T H V, whose eigenvalues t are the Ritz values. The inverse is
+
+    P      = V phi(T) V^T + c (I - V V^T)            symmetric and positive definite, whatever H is
+    phi(t) = (1 - exp(-tau |t|)) / |t|               1/t where k steps resolve it, |t| for negative curvature, and at
+                                                     most tau for flat directions
+    tau    = k^2 / max |t|                           k^2 is about the condition number that k steps of CG resolve
+    c      = phi(sqrt(|<u, H u>| ||H u||))           u being the unit vector along the part of another right side that
+                                                     is outside of V
+
+phi(t) is what gradient flow of duration tau makes of an eigenvector. The hypergradient's ``v = P f_y`` takes k
+products; the response's ``w = P C^T d`` takes one more, H u. Because v is in the span of V, the slope of the searched
+function, ``<f_x, d> - <f_y, w>``, is that of the hypergradient whatever c is.
+
+Why not c = 1 / <u, H u>: positive and negative curvature of a network cancel in it, w is far too long, and the first
+searches are cut to steps of 1e-5, from which later ones do not recover. 1 / ||H u|| is too short where H is definite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..evaluation.vectors import Vector, rounding, zeros_like
+from ..policies.validation import count
+from .flat import Flat, Layout, Rows, dot, on_host, square
+from .solution import MatVec, Solution, SolverStatus
+from .spectrum import Spectrum
+
+__all__ = ["Extension", "Lanczos", "SpectralInverse"]
+
+
+@final
+@dataclass(frozen=True)
+class Lanczos:
+    """An inverse from what k products show of the spectrum of H: symmetric and positive definite for every H.
+
+    Where H is positive definite and k iterations of `CG` resolve it, the solution is about theirs. Where H is
+    indefinite (a network) or singular (a sample with fewer rows than y has columns), it is bounded. Without curvature
+    along the right side (a lower loss that is linear in y) it is zero. Formulas: the module's docstring.
+
+    `solve` is that of any linear solver. `basis` returns the inverse; further right sides take one product each.
+
+    Cost: k products, or fewer where the Krylov space is exhausted. Memory: k + 1 vectors of the size of y.
+
+    Args:
+        k: Most products, at least 1; at most the size of y of them are taken.
+        dtype: What the k vectors are stored in; ``torch.bfloat16`` takes half of the memory of float32. None: the dtype
+            of y, in at least float32.
+
+    Raises:
+        OptionError: An option is outside its range.
+
+    >>> import torch
+    >>> H = torch.diag(torch.tensor([1.0, 4.0, -2.0]))
+    >>> solution = Lanczos().solve(lambda v: (H @ v[0],), (torch.ones(3),))
+    >>> solution.tensors[0], solution.iterations, solution.status.name
+    (tensor([1.0000, 0.2500, 0.5000]), 3, 'indefinite')
+    """
+
+    k: int = 10
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        count("Lanczos", "k", self.k)
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise OptionError(f"Lanczos(dtype={self.dtype!r}): pass a floating dtype such as torch.bfloat16, or None")
+
+    @property
+    def warm_start(self) -> bool:
+        """P is that of one point: a solution for another one is of no use."""
+        return False
+
+    @property
+    def resamples(self) -> bool:
+        """Lanczos' method needs the same matrix in every product."""
+        return False
+
+    def refined(self) -> Lanczos:
+        """Return the solver with twice the products."""
+        return Lanczos(2 * self.k, self.dtype)
+
+    def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
+        """Return ``P rhs``.
+
+        Args:
+            matvec: The product with H, symmetric.
+            rhs: The right side b. If it is not finite, it is returned unchanged with the status ``non_finite``.
+            initial: Without effect, since P would not be symmetric.
+        """
+        return self.basis(matvec, rhs).solution
+
+    def basis(self, matvec: MatVec, rhs: Sequence[Tensor]) -> SpectralInverse:
+        """Return the inverse P that the Krylov space of ``rhs`` gives.
+
+        Args:
+            matvec: The product with H, symmetric. One that is not finite ends the basis before it.
+            rhs: The right side b.
+        """
+        layout, unit = Layout(rhs), 16.0 * rounding(rhs)
+        following = layout.flat(rhs)
+        size = length = math.sqrt(float(square(following)))
+        finite = math.isfinite(size)
+        rows = Rows(layout, min(self.k, layout.size) if finite and size > 0.0 else 0, self.dtype)
+        columns: list[list[float]] = []  # V^T H v_j, and below it the norm of what H v_j has outside of V
+        products, scale = 0, 0.0
+        while finite and rows.count < rows.most:
+            vector = rows.append([block / length for block in following])
+            inside, following = rows.outside(layout.flat(matvec(layout.shaped(vector))), rows.count - 2)
+            products += 1
+            column: list[float] = torch.cat([inside, square(following).to(inside).reshape(1)]).tolist()
+            finite = all(map(math.isfinite, column))
+            if not finite:
+                rows.drop()
+                break
+            length = column[-1] = math.sqrt(column[-1])
+            scale = max(scale, math.hypot(*column))
+            columns.append(column)
+            if length <= unit * scale or rows.count == layout.size:
+                column[-1] = 0.0  # the Krylov space is exhausted
+                break
+        if finite and columns and columns[-1][-1] > 0.0:
+            rows.append([block / length for block in following])  # H V = V T + below v_{k+1} e_k^T
+            rows.drop()
+        spectrum = Spectrum.of(columns, self.k, unit)
+        if not math.isfinite(size):
+            first = Solution(tuple(t.detach().clone() for t in rhs), 0, math.nan, SolverStatus.non_finite)
+        elif not columns:
+            status = SolverStatus.zero_rhs if size == 0.0 else SolverStatus.non_finite
+            first = Solution(zeros_like(rhs), products, float(size > 0.0), status)
+        else:
+            coefficients = spectrum.inverse()[:, 0]
+            first = Solution(
+                layout.shaped(rows.combine(size * coefficients)),
+                products,
+                spectrum.residual(coefficients),
+                spectrum.status if finite else SolverStatus.non_finite,
+            )
+        return SpectralInverse(self.k, layout, rows, spectrum, size, first)
+
+
+class Extension(NamedTuple):
+    """What `SpectralInverse.extend` returns for a right side b.
+
+    Attributes:
+        solution: ``w = P b``. Its status is ``zero_rhs`` for zeros; ``non_finite`` where b is not finite (then it is
+            passed on), or the product is not (then the part of b outside of V is left out); otherwise the basis's.
+        remainder: ``b - H w``, what the solution leaves undone, without a product of its own. With b = C^T d, a step a
+            along (-d, w) changes the lower gradient by ``-a remainder`` to first order.
+    """
+
+    solution: Solution
+    remainder: Vector
+
+
+@final
+class SpectralInverse:
+    """The P of `Lanczos`, for the right side b of `Lanczos.basis` and for others.
+
+    Args:
+        k: Of the solver.
+        layout: Of the vectors.
+        rows: V^T.
+        spectrum: Of H in V.
+        size: ||b||.
+        solution: P b.
+
+    Attributes:
+        solution: ``P b``; its status says what was found of H.
+        spectrum: The Ritz values and what belongs to them: `smallest`, `largest` and `negative` are its facts.
+        outside: c. Before `extend`, phi at the mean of |t|; after it, that of its right side.
+
+    >>> import torch
+    >>> H = torch.diag(torch.tensor([1.0, 4.0, 2.0]))
+    >>> inverse = Lanczos(3).basis(lambda v: (H @ v[0],), (torch.tensor([0.0, 2.0, 0.0]),))
+    >>> w, _ = inverse.extend(lambda v: (H @ v[0],), (torch.tensor([0.0, 4.0, 1.0]),))
+    >>> inverse.solution.tensors, w.tensors, w.iterations
+    ((tensor([0.0000, 0.5000, 0.0000]),), (tensor([0.0000, 1.0000, 0.4944]),), 1)
+    """
+
+    def __init__(self, k: int, layout: Layout, rows: Rows, spectrum: Spectrum, size: float, solution: Solution) -> None:
+        self._k, self._layout, self._rows, self._size = k, layout, rows, size
+        self._inverse = spectrum.inverse()
+        self.spectrum = spectrum
+        self.solution = solution
+        self.outside = spectrum.phi(float(spectrum.values.abs().mean())) if rows.count else 0.0
+
+    @property
+    def smallest(self) -> float:
+        """The smallest Ritz value, NaN if there is none."""
+        return float(self.spectrum.values[0]) if self._rows.count else math.nan
+
+    @property
+    def largest(self) -> float:
+        """The largest Ritz value, NaN if there is none."""
+        return float(self.spectrum.values[-1]) if self._rows.count else math.nan
+
+    @property
+    def negative(self) -> float:
+        """The share of ``||b||^2`` that lies along negative curvature, in [0, 1]."""
+        return self.spectrum.negative
+
+    def built_from(self, rhs: Sequence[Tensor]) -> bool:
+        """Return whether ``rhs`` is the right side b up to rounding; False where b was zero or not finite."""
+        if not self._rows.count or not self._layout.fits(rhs):
+            return False
+        change = torch._foreach_sub(self._layout.flat(rhs), torch._foreach_mul(self._rows.row(0), self._size))
+        return math.sqrt(float(square(list(change)))) <= 16.0 * self._rows.unit * self._size
+
+    def apply(self, vectors: Sequence[Tensor]) -> Vector:
+        """Return ``P vectors`` without any product: exact in the span of V, with `outside` as it stands beyond it."""
+        inside, rest = self._rows.outside(self._layout.flat(vectors))
+        answer = self._rows.combine(self._inverse @ on_host(inside))
+        torch._foreach_add_(answer, rest, alpha=self.outside)
+        return self._layout.shaped(answer)
+
+    def extend(self, matvec: MatVec, rhs: Sequence[Tensor]) -> Extension:
+        """Return ``P rhs`` with c measured on the part of ``rhs`` outside of V: one product, or none if there is none.
+
+        Args:
+            matvec: The product with the same H.
+            rhs: Another right side, of the same shapes.
+        """
+        b = self._layout.flat(rhs)
+        inside, rest = self._rows.outside(b)
+        within, beyond = torch.stack([inside.square().sum(), square(rest).to(inside)]).tolist()
+        size, length = math.sqrt(within + beyond), math.sqrt(beyond)
+        if size == 0.0:
+            return Extension(Solution(zeros_like(rhs), 0, 0.0, SolverStatus.zero_rhs), zeros_like(rhs))
+        if not math.isfinite(size):
+            passed, left = (tuple(t.detach().clone() for t in rhs) for _ in range(2))
+            return Extension(Solution(passed, 0, math.nan, SolverStatus.non_finite), left)
+        coefficients = self._inverse @ on_host(inside)
+        answer, image = self._rows.combine(coefficients), self._image(coefficients)
+        status, products = self.solution.status, 0
+        if length > self.spectrum.unit * size:
+            direction = [block / length for block in rest]
+            further = self._layout.flat(matvec(self._layout.shaped(direction)))
+            products = 1
+            curvature, squared = torch.stack([dot(direction, further), square(further)]).tolist()
+            if math.isfinite(curvature) and math.isfinite(squared):
+                self.outside = self._measured(curvature, math.sqrt(squared))
+                if status in (SolverStatus.zero_rhs, SolverStatus.flat):  # these say something of the basis only
+                    status = SolverStatus.complete if self.outside > 0.0 else SolverStatus.flat
+                torch._foreach_add_(answer, rest, alpha=self.outside)
+                torch._foreach_add_(image, further, alpha=self.outside * length)
+            else:
+                self.outside, status = 0.0, SolverStatus.non_finite
+        remainder = list(torch._foreach_sub(b, image))
+        residual = math.sqrt(float(square(remainder))) / size
+        shaped = self._layout.shaped
+        return Extension(Solution(shaped(answer), products, residual, status), shaped(remainder))
+
+    def _measured(self, curvature: float, norm: float) -> float:
+        """Return c from <u, H u> and ||H u||."""
+        spectrum = self.spectrum
+        if math.isinf(spectrum.horizon) and norm > 0.0:
+            spectrum = spectrum._replace(horizon=self._k**2 / norm)
+        return spectrum.phi(math.sqrt(abs(curvature) * norm))
+
+    def _image(self, coefficients: Tensor) -> Flat:
+        """Return ``H V coefficients``."""
+        image = self._rows.combine(self.spectrum.matrix() @ coefficients)
+        if self.spectrum.below > 0.0:
+            torch._foreach_add_(
+                image, self._rows.row(self._rows.count), alpha=self.spectrum.below * float(coefficients[-1])
+            )
+        return image

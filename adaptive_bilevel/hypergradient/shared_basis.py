@@ -1,0 +1,79 @@
+"""Where a hypergradient leaves its inverse for the response of the upper step that follows.
+
+Both take P from the same products, but they are two calls of the user's, with nothing handed from one to the other.
+What they have in common is the lower tensors: an inverse is kept under the first of them, weakly, and for those only
+for which an upper step `expect`s one. It is given away once, and only if it is that of the same point and sample:
+
+* the right side f_y is the one that the basis was built from;
+* the lower loss g(x, y) has the value that it had then: another batch, another dropout mask, or an x or y that has
+  moved, have another one;
+* the solver is the same.
+
+Otherwise the step builds a basis of its own, for k products more. Nothing wrong comes of a miss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..evaluation.vectors import rounding
+from .lanczos import Lanczos, SpectralInverse
+
+__all__ = ["expect", "leave", "take"]
+
+
+class _Left(NamedTuple):
+    solver: Lanczos
+    inverse: SpectralInverse
+    loss: float
+
+
+_left: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def expect(lower: Sequence[Tensor]) -> None:
+    """Keep the inverses that will be left for these lower tensors; before it, none is."""
+    if lower:
+        _left.setdefault(lower[0], None)
+
+
+def leave(lower: Sequence[Tensor], solver: Lanczos, inverse: SpectralInverse, loss: Tensor | float) -> None:
+    """Leave an inverse for the next `take`, in place of the one before; nothing happens if none is expected.
+
+    Args:
+        lower: The tensors of y.
+        solver: Whose inverse it is.
+        inverse: At this y.
+        loss: The lower loss that its products are those of.
+    """
+    if lower and lower[0] in _left:
+        _left[lower[0]] = _Left(solver, inverse, _number(loss))
+
+
+def take(
+    lower: Sequence[Tensor], solver: Lanczos, rhs: Sequence[Tensor], loss: Tensor | float
+) -> SpectralInverse | None:
+    """Return the inverse that was left if it is that of this right side and loss, else None; it is gone then.
+
+    Args:
+        lower: The tensors of y.
+        solver: What a basis would be built with otherwise.
+        rhs: The right side f_y.
+        loss: The lower loss.
+    """
+    left: _Left | None = _left.get(lower[0]) if lower else None
+    if left is None:
+        return None
+    _left[lower[0]] = None
+    unit = 16.0 * rounding(lower)
+    fits = left.solver == solver and math.isclose(left.loss, _number(loss), rel_tol=unit, abs_tol=0.0)
+    return left.inverse if fits and left.inverse.built_from(rhs) else None
+
+
+def _number(loss: Tensor | float) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else loss
