@@ -253,7 +253,7 @@ CASES: list[tuple[str, Callable[[int], Bilevel], int, float | None]] = [
     ("BiSLS-SLS", cleaning, 1, None),
     ("BiSLS-SLS", cleaning, 2, None),
 ]
-CASES += [("BiSLS-SLS-Lanczos", *case) for rule, *case in CASES if rule == "BiSLS-SLS" and case[2] != 1e-3]
+CASES += [("BiSLS-SLS-Lanczos", p, seed, lr) for rule, p, seed, lr in CASES if rule == "BiSLS-SLS" and lr != 1e-3]
 """The rules of both levels, problem, seed, and the first trial of the upper level if it is given."""
 
 

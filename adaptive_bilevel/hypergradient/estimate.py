@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..evaluation.vectors import Vector, add
 from .curvature import PartialGradients
+from .lanczos import SpectralInverse
 from .oracle import Oracle
 from .sample import Sample
 
@@ -61,6 +62,7 @@ class Estimate(NamedTuple):
         partials: f_x and f_y at (x, y); None if they were not needed.
         v: The approximation of H^{-1} f_y that was used; None if there was none.
         memory: What `Point.memory` should be next time.
+        inverse: P, where it can serve the response of the same point and sample too.
     """
 
     upper_part: Vector
@@ -69,6 +71,7 @@ class Estimate(NamedTuple):
     partials: PartialGradients | None = None
     v: Vector | None = None
     memory: object = None
+    inverse: SpectralInverse | None = None
 
     @property
     def hypergradient(self) -> Vector:

@@ -20,9 +20,9 @@ from adaptive_bilevel.errors import OptionError, warn
 from adaptive_bilevel.policies.validation import fraction
 
 from ..evaluation.vectors import Vector, add, negate, zeros_like
-from .cg import CG
 from .dense import columns, dense_solve, flat, shaped
 from .estimate import Estimate, Point
+from .lanczos import Lanczos
 from .oracle import Oracle
 from .sample import Sample
 from .solution import LinearSolver, SolverStatus
@@ -43,7 +43,7 @@ class Implicit:
     (tensor([0.5000]),)
     """
 
-    solver: LinearSolver = CG()  # noqa: RUF009 - frozen options
+    solver: LinearSolver = Lanczos()  # noqa: RUF009 - frozen options
 
     cost: ClassVar[str] = "1 gradient of f, the solver's HVPs, 1 JVP"
     needs_path: ClassVar[bool] = False
@@ -53,16 +53,22 @@ class Implicit:
         """Validate the solver."""
         if isinstance(self.solver, type) or not callable(getattr(self.solver, "solve", None)):
             raise OptionError(
-                f"Implicit(solver={self.solver!r}): solver must be CG(...), Neumann(...), Identity(...) or Exact()"
+                f"Implicit(solver={self.solver!r}): solver must be Lanczos(...), CG(...), Neumann(...), "
+                "Identity(...) or Exact()"
             )
 
     def __call__(self, oracle: Oracle, point: Point, sample: Sample) -> Estimate:
         """Return the estimate; `Estimate.v` is v."""
         loss, partials = oracle.upper_gradients(point.x, point.y, sample)
         initial = point.v if self.solver.warm_start and point.v else None
-        v = self._solve(oracle, point, sample, partials.lower, initial)
+        inverse = None
+        if isinstance(self.solver, Lanczos):
+            inverse = self.solver.basis(lambda u: oracle.hvp(point.x, point.y, sample, u), partials.lower)
+            v = inverse.solution.tensors
+        else:
+            v = self._solve(oracle, point, sample, partials.lower, initial)
         implicit = negate(oracle.cross_vjp(point.x, point.y, sample, v))
-        return Estimate(add(partials.upper, implicit), None, loss, partials, v)
+        return Estimate(add(partials.upper, implicit), None, loss, partials, v, inverse=inverse)
 
     def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: object = None) -> Vector:
         """Return P C^T d: how y*(x) answers to a move of x by -d, with the same inverse P."""

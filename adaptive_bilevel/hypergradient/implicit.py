@@ -13,7 +13,7 @@ from ..evaluation.vectors import Vector, add
 from .curvature import LowerCurvature, partial_gradients
 from .lanczos import Lanczos
 from .last_solution import recall, remember
-from .shared_basis import leave
+from .shared_basis import solve
 from .solution import LinearSolver, Solution, SolverStatus
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
@@ -170,12 +170,7 @@ def _differentiate(
             lower_loss, curvature = sample()
         else:
             lower_loss, curvature = sample()
-            if isinstance(solver, Lanczos):
-                inverse = solver.basis(curvature.hvp, rhs)
-                leave(y, solver, inverse, lower_loss)
-                solution = inverse.solution
-            else:
-                solution = solver.solve(curvature.hvp, rhs, start)
+            solution = solve(solver, curvature.hvp, rhs, y, lower_loss, start)
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
     if solver.warm_start:
         remember(y, solution.tensors)

@@ -23,14 +23,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..evaluation.vectors import rounding
 from .lanczos import Lanczos, SpectralInverse
+from .solution import LinearSolver, MatVec, Solution
 
-__all__ = ["expect", "leave", "take"]
+__all__ = ["expect", "leave", "solve", "take"]
 
 
 class _Left(NamedTuple):
     solver: Lanczos
     inverse: SpectralInverse
-    loss: float
+    loss: float | None
 
 
 _left: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -42,17 +43,42 @@ def expect(lower: Sequence[Tensor]) -> None:
         _left.setdefault(lower[0], None)
 
 
-def leave(lower: Sequence[Tensor], solver: Lanczos, inverse: SpectralInverse, loss: Tensor | float) -> None:
+def leave(lower: Sequence[Tensor], solver: Lanczos, inverse: SpectralInverse, loss: Tensor | float | None) -> None:
     """Leave an inverse for the next `take`, in place of the one before; nothing happens if none is expected.
 
     Args:
         lower: The tensors of y.
         solver: Whose inverse it is.
         inverse: At this y.
-        loss: The lower loss that its products are those of.
+        loss: The lower loss that its products are those of; None: the next `take` is known to be at the same point.
     """
     if lower and lower[0] in _left:
-        _left[lower[0]] = _Left(solver, inverse, _number(loss))
+        _left[lower[0]] = _Left(solver, inverse, None if loss is None else _number(loss))
+
+
+def solve(
+    solver: LinearSolver,
+    matvec: MatVec,
+    rhs: Sequence[Tensor],
+    lower: Sequence[Tensor],
+    loss: Tensor,
+    initial: Sequence[Tensor] | None = None,
+) -> Solution:
+    """Return P rhs for a hypergradient, and leave the inverse if it is one that can serve the response too.
+
+    Args:
+        solver: P.
+        matvec: The product with H.
+        rhs: f_y.
+        lower: The tensors of y.
+        loss: The lower loss.
+        initial: Where the solver starts.
+    """
+    if not isinstance(solver, Lanczos):
+        return solver.solve(matvec, rhs, initial)
+    inverse = solver.basis(matvec, rhs)
+    leave(lower, solver, inverse, loss)
+    return inverse.solution
 
 
 def take(
@@ -70,9 +96,12 @@ def take(
     if left is None:
         return None
     _left[lower[0]] = None
-    unit = 16.0 * rounding(lower)
-    fits = left.solver == solver and math.isclose(left.loss, _number(loss), rel_tol=unit, abs_tol=0.0)
+    fits = left.solver == solver and (left.loss is None or _same(left.loss, _number(loss), 16.0 * rounding(lower)))
     return left.inverse if fits and left.inverse.built_from(rhs) else None
+
+
+def _same(one: float, other: float, unit: float) -> bool:
+    return math.isclose(one, other, rel_tol=unit, abs_tol=0.0)
 
 
 def _number(loss: Tensor | float) -> float:

@@ -91,7 +91,7 @@ def _check_parts(row: Row) -> None:
     if isinstance(row.estimator, type) or not hasattr(row.estimator, "needs_path"):
         raise OptionError(
             f"methods.run(estimator={row.estimator!r}): pass an estimator of adaptive_bilevel.hypergradient, such as "
-            "Implicit(CG()), Amortised() or Unroll()"
+            "Implicit(), Amortised() or Unroll()"
         )
     for name in ("upper_direction", "lower_direction", "auxiliary_direction"):
         direction = getattr(row, name)

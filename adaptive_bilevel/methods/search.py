@@ -14,8 +14,10 @@ from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Evaluated, Objective
 from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Estimate, Point
+from ..hypergradient.lanczos import Lanczos
 from ..hypergradient.oracle import Oracle
 from ..hypergradient.sample import Sample
+from ..hypergradient.shared_basis import leave
 from ..policies import SLS, Record
 from .checks import SEARCHES
 from .directions import Adam
@@ -72,6 +74,9 @@ class UpperSearch:
             torch._foreach_copy_([*x, *y], [*point.x, *point.y])
         for p, h in zip(x, estimate.hypergradient, strict=True):
             p.grad = h
+        solver = self._optimizer.solver if isinstance(self._optimizer, BiSLS) else None
+        if estimate.inverse is not None and isinstance(solver, Lanczos):
+            leave(y, solver, estimate.inverse, None)
         self._optimizer.step(
             _Estimated(self._oracle, x, y, sample, estimate),
             lambda: self._oracle.lower_loss(tuple(x), tuple(y), sample),

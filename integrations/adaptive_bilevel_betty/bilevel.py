@@ -35,8 +35,8 @@ class BiSLS(UpperSearch):
     """`adaptive_bilevel.BiSLS` as a problem's optimizer: its options, but `lower`, `project`, `search` and `solver`.
 
     The lower level is what the problem's paths say, and is set by `bind`. A ``param_callback`` of the problem takes the
-    place of `project`. The solver is CG, Neumann or Identity, or the same written as a string, since Betty builds
-    optimizers anew from plain values.
+    place of `project`. The solver is Lanczos, CG, Neumann or Identity, or the same written as a string, since Betty
+    builds optimizers anew from plain values.
 
     Attributes:
         inverse: The record of the solver.

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from adaptive_bilevel.bilevel import Lower
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.hypergradient import CG, LinearSolver
+from adaptive_bilevel.hypergradient import Lanczos, LinearSolver
 from adaptive_bilevel.optim.polyak_step import PolyakOptimizer
 
 from .bilevel import BiSLS, BiSPS, OneStepBiSLS
@@ -40,7 +40,7 @@ def bind(engine: E, *, solver: LinearSolver | None = None) -> E:
     Args:
         engine: A `betty.engine.Engine` whose problems are `ImplicitProblem`s.
         solver: The solver of ``Config(type="adaptive_cg")``. Left out: that of the `BiSLS` that looks ahead into the
-            problem, or CG().
+            problem, or Lanczos().
 
     Raises:
         OptionError: A problem, or the engine, is configured in a way that no step size can be found for (see
@@ -52,7 +52,9 @@ def bind(engine: E, *, solver: LinearSolver | None = None) -> E:
     if not problems or not all(hasattr(problem, "get_loss") for problem in problems):
         raise OptionError(f"bind({type(engine).__name__}): pass the engine, after engine = Engine(...)")
     if not (solver is None or callable(getattr(solver, "solve", None))):
-        raise OptionError(f"bind(solver={solver!r}): solver must be CG(...), Neumann(...) or Identity(...)")
+        raise OptionError(
+            f"bind(solver={solver!r}): solver must be Lanczos(...), CG(...), Neumann(...) or Identity(...)"
+        )
     ours = [problem for problem in problems if isinstance(problem.optimizer, _OURS)]
     refuse(engine, problems, ours)
     register()
@@ -90,13 +92,13 @@ def _clocked(problem: BoundProblem, ours: list[Problem]) -> list[PolyakOptimizer
 
 
 def _solver_of(problem: Problem, ours: list[Problem], given: LinearSolver | None) -> LinearSolver:
-    """Return the solver that `bind` was given, or that of the BiSLS above as it is now, or CG()."""
+    """Return the solver that `bind` was given, or that of the BiSLS above as it is now, or Lanczos()."""
     if given is not None:
         return given
     for upper in ours:
         if isinstance(upper.optimizer, BiSLS) and problem in lookahead(upper):
             return upper.optimizer.solver
-    return CG()
+    return Lanczos()
 
 
 class AdaptiveEngine(Engine):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
+from adaptive_bilevel.hypergradient.shared_basis import solve
 
 from .bound_problem import BoundProblem
 from .release import Problem, answering, jvp_fn_mapping
@@ -51,7 +52,7 @@ def adaptive_cg(
             loss = guard.attached(lambda: total_loss(lower_problem))
             guard.mark()
             curvature = LowerCurvature(loss, upper, lower)
-            solution = solver.solve(curvature.hvp, vector, lower_problem.solution)
+            solution = solve(solver, curvature.hvp, vector, lower, loss.detach(), lower_problem.solution)
             change = torch._foreach_neg(list(curvature.cross_vjp(solution.tensors)))
     finally:
         before.restore()

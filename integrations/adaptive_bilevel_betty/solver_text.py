@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.hypergradient import CG, Identity, LinearSolver, Neumann
+from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, LinearSolver, Neumann
 
 __all__ = ["SolverOption", "solver_from", "solver_text"]
 
-_SOLVERS: dict[str, type[CG] | type[Neumann] | type[Identity]] = {
-    solver.__name__: solver for solver in (CG, Neumann, Identity)
+_SOLVERS: dict[str, type[Lanczos] | type[CG] | type[Neumann] | type[Identity]] = {
+    solver.__name__: solver for solver in (Lanczos, CG, Neumann, Identity)
 }
 _REMEDY = (
-    "give CG(...), Neumann(...) without generator, or Identity(...), or the same as a string, e.g. "
+    "give Lanczos(...), CG(...), Neumann(...) without generator, or Identity(...), or the same as a string, e.g. "
     "'CG(max_iterations=50)'; any other solver can be set after Engine(...): problem.optimizer.solver = ..."
 )
 
 
 def solver_from(solver: object) -> LinearSolver:
-    """Return the solver that an option names: a solver, what `solver_text` wrote, or None for CG().
+    """Return the solver that an option names: a solver, what `solver_text` wrote, or None for Lanczos().
 
     Raises:
         OptionError: It is something else, or cannot be written as plain values.
@@ -30,7 +30,7 @@ def solver_from(solver: object) -> LinearSolver:
     CG(max_iterations=3, tolerance=0.1, warm_start=False)
     """
     if solver is None:
-        return CG()
+        return Lanczos()
     if isinstance(solver, str):
         solver = _parse(solver)
     if not _is_writable(solver):
@@ -39,7 +39,8 @@ def solver_from(solver: object) -> LinearSolver:
 
 
 def _is_writable(solver: object) -> TypeGuard[LinearSolver]:
-    return type(solver) in _SOLVERS.values() and getattr(solver, "generator", None) is None
+    plain = all(getattr(solver, name, None) is None for name in ("generator", "dtype"))
+    return plain and type(solver) in _SOLVERS.values()
 
 
 def solver_text(solver: LinearSolver) -> str | None:

@@ -156,7 +156,7 @@ class Tangent:
         return self.lower.g_y.detach()
 
     def change(self, a: float) -> tuple[Tensor, float]:
-        """Return how grad_y g differs from what is expected at (x - a d, y + a w), and the possible rounding of that."""
+        """Return how grad_y g differs from what is expected at (x - a d, y + a w), and the possible rounding."""
         x, y = self.lower.x.detach().add(self.d, alpha=-a), self.lower.y.detach().add(self.w, alpha=a)
         _, g_y = gradient(lambda y: self.lower.g(x, y), y)
         before = self.expected(a)

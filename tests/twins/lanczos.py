@@ -11,7 +11,7 @@ from torch import Tensor
 from . import EPS
 from .bilevel import Lower, Tangent
 
-__all__ = ["SpectralTangent", "SpectralInverse"]
+__all__ = ["SpectralInverse", "SpectralTangent"]
 
 K = 10
 

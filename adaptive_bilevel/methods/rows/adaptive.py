@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...hypergradient import CG, Amortised, Implicit
+from ...hypergradient import Amortised, Implicit, Lanczos
 from ...policies import SLS, SPSB, Envelope, GradientNorm
 from ..directions import Adam
 from ..row import Row
@@ -55,7 +55,7 @@ ROWS = (
         source="Fan et al., 2023, arXiv 2305.18666, Algorithms 2, 3 (response='step'); see the README for the tangent",
         assumes=f"{STRONG}; no rate proved",
         order="y,x",
-        estimator=Implicit(CG()),
+        estimator=Implicit(Lanczos()),
         upper_step=SLS(c=0.5),
         lower_step=SLS(),
         lower_steps=10,
@@ -66,7 +66,7 @@ ROWS = (
         source="Fan et al., 2023, arXiv 2305.18666, Algorithm 2",
         assumes=f"{STRONG}; no rate proved",
         order="y,x",
-        estimator=Implicit(CG()),
+        estimator=Implicit(Lanczos()),
         upper_step=SLS(c=0.1),
         lower_step=SLS(),
         upper_direction=Adam(),
