@@ -113,9 +113,10 @@ class BiSLS(UpperSearch):
             first sample is smaller there than at y, and than after a lower step from y; else it goes back to y (lower
             optimizers of this package; for others False). Or a `Prediction`.
         curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
-            curvature * a ||C^T d||, which it does where the tangent does not hold; with `CG`, unless f corrected for
-            that change passes the test of decrease too. Where a sample supports a part of x only, it counts for less
-            (`adaptive_bilevel.bilevel.sample_support`). inf: no such test. Or a `ModelCheck`. See
+            curvature * (a ||C^T d|| + ||grad_y g||), which it does where the tangent does not hold; with `Lanczos`
+            and `CG`, unless f corrected for that change passes the test of decrease too. Where a sample supports a
+            part of x only, it counts for less (`adaptive_bilevel.bilevel.sample_support`). inf: no such test. Or a
+            `ModelCheck`. See
             `adaptive_bilevel.bilevel.model_check`.
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of it is projected first, the
             search stays in it, and parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.

@@ -78,12 +78,14 @@ class Change(NamedTuple):
         push: ||C^T d||: without any answer of y, the change would be step * push to first order.
         residual: ||C^T d - H w|| / ||C^T d||: with the answer w, it still is that part of it.
         rounding: What of `size` may be rounding.
+        before: The norm of the lower gradient at (x, y), which is 0 where the lower problem is solved.
     """
 
     size: float
     push: float
     residual: float
     rounding: float
+    before: float = 0.0
 
 
 class MomentumContext(NamedTuple):

@@ -50,10 +50,10 @@ class NoCheck:
 
 @final
 class CurvatureCheck:
-    """A candidate is rejected if the lower gradient has changed by more than tolerance * step * ||C^T d||.
+    """A candidate is rejected if the lower gradient has changed by more than tolerance (step ||C^T d|| + ||grad_y g||).
 
-    See `TangentCheck`. On a sample that supports only a share of x, the tolerance is divided by that share (see
-    `adaptive_bilevel.bilevel.sample_support`, whose counts are the state).
+    See `TangentCheck`. On a sample that supports only a share of x, the tolerance of the first term is divided by
+    that share (see `adaptive_bilevel.bilevel.sample_support`, whose counts are the state).
 
     Args:
         tolerance: > 0.
@@ -71,7 +71,7 @@ class CurvatureCheck:
         if not point.lower:
             return NoCheck()
         found = support(point.moving, state.shared)
-        return TangentCheck(self._tolerance / found.share, point.scale.resumed, found)
+        return TangentCheck(self._tolerance / found.share, point.scale.resumed, found, self._tolerance)
 
     def commit(self, point: Point, check: StepCheck, state: RoleState) -> RoleState:
         """Return the entries with those of this sample."""
@@ -84,10 +84,13 @@ class TangentCheck:
     """Whether a tangent holds at a step: what its linear model ignores must be small.
 
     Along the exact tangent the lower gradient does not change to first order, so a change below (tolerance + residual)
-    * step * ||C^T d|| passes. A larger one is measured again at half of the step. What a smooth lower loss adds is of
-    second order: there it is a quarter, and the search goes on to shorter steps. Where it is half or more, no shorter
-    step holds any better, so this one passes: samples cross kinks of a ReLU network, by which its gradient jumps.
-    Rejected for them, steps would shrink until not one sample crosses a kink any more.
+    * step * ||C^T d|| passes. So does one below unsolved * ||grad_y g||: where the lower problem is not solved, the
+    model is no better than that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the
+    kinks of a few samples in an unsolved ReLU network cut a first search to steps of 1e-5.) A larger one is measured
+    again at half of the step. What a smooth lower loss adds is of second order: there it is a quarter, and the search
+    goes on to shorter steps. Where it is half or more, no shorter step holds any better, so this one passes: samples
+    cross kinks of a ReLU network, by which its gradient jumps. Rejected for them, steps would shrink until not one
+    sample crosses a kink any more.
 
     One that is not finite never passes.
 
@@ -102,13 +105,15 @@ class TangentCheck:
         resumed: Whether the search starts from a step that was accepted before. If not, nothing is excused: how far a
             linear model reaches is not known, and a correction of first order knows it no better.
         found: Of the sample.
+        unsolved: As above.
 
     Attributes:
         tolerance: As above.
         support: Of the sample.
     """
 
-    def __init__(self, tolerance: float, resumed: bool, found: Support | None = None) -> None:
+    def __init__(self, tolerance: float, resumed: bool, found: Support | None = None, unsolved: float = 0.0) -> None:
+        self._unsolved = unsolved
         self.tolerance, self._resumed, self._inside, self.support = tolerance, resumed, resumed, found
 
     def __call__(self, step: float, surplus: float, model: ResponseModel, place: Place) -> bool:
@@ -124,7 +129,9 @@ class TangentCheck:
         if not all(math.isfinite(c.size) for c in changes):
             self._inside = True
             return False
-        limits = [(self.tolerance + c.residual) * step * c.push + c.rounding for c in changes]
+        limits = [
+            (self.tolerance + c.residual) * step * c.push + self._unsolved * c.before + c.rounding for c in changes
+        ]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
         followed = all(c.residual >= 1.0 or c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes)

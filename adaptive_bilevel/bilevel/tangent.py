@@ -169,21 +169,27 @@ class JointTangent(TangentModel):
             moved = filled if moved is None else tuple(torch._foreach_add(list(moved), list(filled)))
         self._counts.gradients += 1
         assert moved is not None
-        self._moved, expected = moved, self._gradient
+        self._moved, expected = moved, None
         if self._remainder is not None:  # what a linear lower gradient would do is known, so it is no surprise
-            expected = torch._foreach_sub(list(expected), list(self._remainder), alpha=self._step)
-        return [change_between(expected, moved, self._push, self._residual)]
+            expected = torch._foreach_sub(list(self._gradient), list(self._remainder), alpha=self._step)
+        return [change_between(self._gradient, moved, self._push, self._residual, expected)]
 
     def correction(self) -> float | None:
         """Return -<v, delta>."""
         return self._inverse.correction(self._moved, self._gradient)
 
 
-def change_between(old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], residual: float) -> Change:
-    """Return the change from one lower gradient to another."""
-    delta = torch._foreach_sub(list(new), list(old))
+def change_between(
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    push: Sequence[Tensor],
+    residual: float,
+    expected: Sequence[Tensor] | None = None,
+) -> Change:
+    """Return the change from one lower gradient, or from what is expected in its place, to another."""
+    delta = torch._foreach_sub(list(new), list(old if expected is None else expected))
     squares = torch.stack(inners((new, new), (old, old), (delta, delta), (push, push))).tolist()
     after, before, change, pushed = (math.sqrt(square) if square > 0.0 else max(square, 0.0) for square in squares)
     rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (after + before)
-    size, pushed = (float(v) for v in agree(change, pushed))
-    return Change(size, pushed, residual, rounding)
+    size, pushed, before = (float(v) for v in agree(change, pushed, before))
+    return Change(size, pushed, residual, rounding, before)

@@ -160,10 +160,10 @@ class Tangent:
         x, y = self.lower.x.detach().add(self.d, alpha=-a), self.lower.y.detach().add(self.w, alpha=a)
         _, g_y = gradient(lambda y: self.lower.g(x, y), y)
         before = self.expected(a)
-        return g_y - before, 8 * EPS * float(g_y.norm() + before.norm())
+        return g_y - before, 8 * EPS * float(g_y.norm() + self.lower.g_y.detach().norm())
 
     def believed(self, a: float, surplus: float) -> bool:
-        """Return whether the change is below (tolerance + residual of w) a |C^T d|, or else excused.
+        """Return whether the change is below (tolerance + residual of w) a |C^T d| + |grad_y g| / 2, or else excused.
 
         It is excused, after the first step, if it is smaller than without any answer of y, and phi - <v, change> passes
         the test of decrease too. It also is if half of the step leaves half of it or more, since then no shorter step
@@ -171,7 +171,7 @@ class Tangent:
         """
         change, rounding = self.change(a)
         size, without = float(change.norm()), a * self.push
-        limit = (self.tolerance + self.residual) * without + rounding
+        limit = (self.tolerance + self.residual) * without + 0.5 * float(self.lower.g_y.detach().norm()) + rounding
         followed = size <= (1 + self.residual) * without + rounding
         if size <= limit or (self.resumed and followed and -float(self.v @ change) <= surplus):
             return True
