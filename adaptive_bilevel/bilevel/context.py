@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Closure, Guard
+from ..hypergradient.solution import HessianReport
 from ..optim.direction import Descent, Gradient
 from ..optim.search_path import SearchPath
 from ..policies import Record
@@ -143,8 +144,10 @@ class Taken(NamedTuple):
         record: Its record.
         comparable: Whether ``record.slope_ratio`` says something of the user's hypergradient.
         solver: The response's solver, for messages.
+        hessian: What its solve has shown of the lower Hessian; None: not known.
     """
 
     record: Record
     comparable: bool
     solver: Any
+    hessian: HessianReport | None = None

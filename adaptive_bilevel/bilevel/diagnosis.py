@@ -6,10 +6,78 @@ import math
 from collections.abc import Sequence
 from typing import final
 
+from ..hypergradient.solution import SolverStatus
 from ..optim.state import RoleState
 from .context import Taken
+from .roles import Diagnosis
 
-__all__ = ["SlopeDiagnosis"]
+__all__ = ["Diagnoses", "SlopeDiagnosis", "SolveDiagnosis"]
+
+
+@final
+class Diagnoses:
+    """Several diagnoses, one after the other; the entries of their states have different names.
+
+    Args:
+        parts: The diagnoses.
+    """
+
+    def __init__(self, parts: Sequence[Diagnosis]) -> None:
+        self.parts = tuple(parts)
+
+    def init(self) -> RoleState:
+        """Return the entries of all."""
+        return self._together([part.init() for part in self.parts])
+
+    def propose(self, taken: Taken, state: RoleState) -> list[str]:
+        """Return the messages of all."""
+        return [text for part in self.parts for text in part.propose(taken, state)]
+
+    def commit(self, taken: Taken, messages: Sequence[str], state: RoleState) -> RoleState:
+        """Return the new entries of all."""
+        return self._together([part.commit(taken, messages, state) for part in self.parts])
+
+    @staticmethod
+    def _together(states: Sequence[RoleState]) -> RoleState:
+        return RoleState({name: value for state in states for name, value in state.shared.items()})
+
+
+@final
+class SolveDiagnosis:
+    """Reports once a solver that is no inverse here: solves with negative curvature, or a series that grows.
+
+    It does when there were 10 more such steps than others. `Lanczos` holds there, so that nothing is said of it;
+    `SearchingOptimizer.hessian` has what it saw. The state has that difference, "unsolved", in 0 to 10; at 10 it stays.
+    """
+
+    _STEPS = 10
+    _BAD = (SolverStatus.negative_curvature, SolverStatus.diverging)
+
+    def init(self) -> RoleState:
+        """Return a difference of 0."""
+        return RoleState({"unsolved": 0})
+
+    def propose(self, taken: Taken, state: RoleState) -> list[str]:
+        """Return the message in the step that makes 10 of them."""
+        hessian, count = taken.hessian, self._count(taken, state)
+        if hessian is None or count != self._STEPS or count == state.shared["unsolved"]:
+            return []
+        return [
+            f"in most steps, the solve of {taken.solver} for the response {hessian.status.sentence} (relative "
+            f"residual now {hessian.residual:.3g}). The lower Hessian is not "
+            "positive definite on these samples: leave solver= out, here and in implicit(), for Lanczos, which holds "
+            "there"
+        ]
+
+    def commit(self, taken: Taken, messages: Sequence[str], state: RoleState) -> RoleState:
+        """Return the difference with this step in it."""
+        return RoleState({"unsolved": self._count(taken, state)})
+
+    def _count(self, taken: Taken, state: RoleState) -> int:
+        count: int = state.shared["unsolved"]
+        if taken.hessian is None or count == self._STEPS:
+            return count
+        return count + 1 if taken.hessian.status in self._BAD else max(count - 1, 0)
 
 
 @final

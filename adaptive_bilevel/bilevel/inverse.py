@@ -15,7 +15,7 @@ from ..evaluation.reductions import agree
 from ..evaluation.vectors import inner
 from ..hypergradient.cg import CG, Adjoint
 from ..hypergradient.lanczos import Lanczos, SpectralInverse
-from ..hypergradient.solution import LinearSolver, MatVec, Refinable, SolverStatus
+from ..hypergradient.solution import HessianReport, LinearSolver, MatVec, Refinable
 from ..hypergradient.solvers import Identity, Neumann
 
 __all__ = ["Inverse", "IterativeInverse", "SharedInverse", "Solved", "certified", "inverse_of", "refined"]
@@ -43,11 +43,11 @@ class Inverse(abc.ABC):
 
     Attributes:
         certified: Whether the solver given knows its error, so that its slope can be compared with the user's.
-        status: How the last solve ended; None: there was none.
+        report: What the last solve has shown of H; None: there was none.
     """
 
     certified = True
-    status: SolverStatus | None = None
+    report: HessianReport | None = None
 
     @abc.abstractmethod
     def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
@@ -115,7 +115,7 @@ class SharedInverse(Inverse):
     def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
         """Take the basis that the hypergradient left, or build one."""
         self._basis = left(self._solver) or self._solver.basis(product, functional)
-        self._dual = self._basis.solution.tensors
+        self._dual, self.report = self._basis.solution.tensors, self._basis.report()
 
     def solve(
         self, product: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None, *, finer: bool = False
@@ -124,7 +124,6 @@ class SharedInverse(Inverse):
         if self._basis is None:
             return _solved(self, self._solver, product, rhs)
         solution, remainder = self._basis.extend(product, rhs)
-        self.status = solution.status
         return Solved(solution.tensors, 0.0, remainder)
 
     def dual(self, product: MatVec, functional: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -235,7 +234,7 @@ def _solved(
         solution = solver.solve(product, rhs, initial, adjoint=adjoint)
     else:
         solution = solver.solve(product, rhs, initial)
-    inverse.status = solution.status
+    inverse.report = HessianReport(solution.status, solution.residual)
     return Solved(solution.tensors, 0.0 if math.isnan(solution.residual) else solution.residual)
 
 

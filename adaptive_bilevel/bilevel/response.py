@@ -45,6 +45,7 @@ class Unanswered:
     """
 
     comparable = True
+    hessian = None
     offsets: Sequence[Tensor] | None = None
 
     def __init__(self, path: SearchPath, slope: float) -> None:

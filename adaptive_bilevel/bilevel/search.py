@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..evaluation.reductions import agree
+from ..hypergradient.solution import HessianReport
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
@@ -63,11 +64,13 @@ class Answer(NamedTuple):
         offsets: w, see `ResponseModel`.
         comparable: See `ResponseModel`.
         state: The response's state after the step.
+        hessian: What the response's solve has shown of the lower Hessian; None: not known.
     """
 
     offsets: Sequence[Tensor] | None
     comparable: bool
     state: RoleState
+    hessian: HessianReport | None = None
 
 
 class Found(NamedTuple):

@@ -15,6 +15,7 @@ from ..evaluation.guard import Guard
 from ..evaluation.objective import Objective
 from ..evaluation.reductions import agree
 from ..evaluation.tensors import gradients_of
+from ..hypergradient.solution import HessianReport
 from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
@@ -22,7 +23,7 @@ from ..optim.state import RoleState, read_states, write_states
 from ..policies import Outcome, validation
 from ..policies.scalars import resolution
 from .context import MomentumContext, Point, PredictionContext, Taken
-from .diagnosis import SlopeDiagnosis
+from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .scale import Scale
 from .search import Answer, Found, Limits, nothing_to_search, search
@@ -49,12 +50,14 @@ class SearchingOptimizer(UpperOptimizer):
         roles: The roles of the step, as the options name them.
         diagnosis: The Diagnosis role; another one may be set.
         project: The convex set of the upper variable; None: there is none.
+        hessian: What the last step's solve has shown of the lower Hessian; None: there was no solve.
     """
 
     mixes_momentum = True
     roles: Roles
     project: Any = None
-    _diagnosis: Diagnosis = SlopeDiagnosis()
+    hessian: HessianReport | None = None
+    _diagnosis: Diagnosis = Diagnoses((SlopeDiagnosis(), SolveDiagnosis()))
     _kept: ClassVar[tuple[str, ...]] = ("project", "_diagnosis")
     """Attributes that copying keeps, beside the options."""
 
@@ -132,6 +135,7 @@ class SearchingOptimizer(UpperOptimizer):
                 guard.undo()
             elif found.record.outcome != Outcome.zero_gradient:
                 messages = self._take(point, found, check, states)
+        self.hessian = None if found.answer is None else found.answer.hessian
         self._conclude(found.record, found.state)
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
@@ -224,18 +228,18 @@ class SearchingOptimizer(UpperOptimizer):
         def redirect(hypergradient: list[Tensor]) -> SearchPath:
             return within(self._path(point.gradient._replace(values=_processed(point, hypergradient)), states))
 
-        kept = roles.pace.propose(point, path, states["pace"])
+        step = roles.pace.propose(point, path, states["pace"])
         path = within(path)
-        if kept is not None:
-            return Found(limits.keep(path, kept), path, limits.state)
+        if step is not None:
+            return Found(limits.keep(path, step), path, limits.state)
         record = nothing_to_search(point, path) if path.cut else None
         if record is not None:
             return Found(record, path, limits.state)
         model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
         record, after = search(point, model, check, limits)
-        answer = Answer(model.offsets, model.comparable, roles.response.commit(point, model, states["response"]))
-        return Found(record, model.path, after, answer)
+        kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
+        return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian))
 
     # ------------------------------------------------------------------------------------------ what is left behind
 
@@ -259,7 +263,7 @@ class SearchingOptimizer(UpperOptimizer):
         }
         if answer is not None:
             comparable = answer.comparable and not getattr(point.objective, "rescaled", False)
-            taken = Taken(record, comparable, getattr(roles.response, "solver", None))
+            taken = Taken(record, comparable, getattr(roles.response, "solver", None), answer.hessian)
             messages = roles.diagnosis.propose(taken, states["diagnosis"])
             news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
             news["response"] = answer.state

@@ -15,6 +15,7 @@ from ..evaluation.vectors import Vector, inners
 from ..hypergradient.curvature import LowerCurvature
 from ..hypergradient.lanczos import Lanczos, SpectralInverse
 from ..hypergradient.shared_basis import expect, take
+from ..hypergradient.solution import HessianReport
 from ..optim.search_path import SearchPath
 from .context import Change, Point
 from .inverse import Inverse
@@ -44,6 +45,11 @@ class TangentModel(abc.ABC):
         self._problems, self._inverse = problems, inverse
         self.comparable = inverse.certified
         self._lower, self._f_x, self._f_y = point.lower, point.f_x, point.f_y
+
+    @property
+    def hessian(self) -> HessianReport | None:
+        """What the last solve has shown of the lower Hessian."""
+        return self._inverse.report
 
     def along(self, path: SearchPath) -> None:
         """Solve for w and the slope s along a path."""

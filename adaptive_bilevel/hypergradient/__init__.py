@@ -26,7 +26,7 @@ from .lanczos import Lanczos
 from .oracle import LowerGradients, Oracle
 from .penalty import ValueFunction
 from .sample import Sample
-from .solution import LinearSolver, Solution, SolverStatus
+from .solution import HessianReport, LinearSolver, Solution, SolverStatus
 from .solvers import Identity, Neumann
 from .unroll import Unroll, UnrollForward
 
@@ -42,6 +42,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Exact",
+    "HessianReport",
     "Identity",
     "Implicit",
     "ImplicitInfo",

@@ -107,7 +107,8 @@ def implicit(
         TensorError: A level is empty or frozen, holds a sparse, complex or integer tensor, or a tensor occurs twice.
 
     Warns:
-        AdaptiveBilevelWarning: A Neumann series was stopped because it grows.
+        AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative curvature: the lower
+            loss is not convex in y here. The default, `Lanczos`, holds there.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -174,7 +175,7 @@ def _differentiate(
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
     if solver.warm_start:
         remember(y, solution.tensors)
-    if solution.status is SolverStatus.diverging:
+    if solution.status in (SolverStatus.diverging, SolverStatus.negative_curvature):
         warn(f"{solver}: {solution.status.sentence}.")
     info = ImplicitInfo(
         solution=solution,

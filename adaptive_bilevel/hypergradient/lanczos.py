@@ -32,7 +32,7 @@ from ..errors import OptionError
 from ..evaluation.vectors import Vector, rounding, zeros_like
 from ..policies.validation import count
 from .flat import Flat, Layout, Rows, dot, on_host, square
-from .solution import MatVec, Solution, SolverStatus
+from .solution import HessianReport, MatVec, Solution, SolverStatus
 from .spectrum import Spectrum
 
 __all__ = ["Extension", "Lanczos", "SpectralInverse"]
@@ -208,6 +208,11 @@ class SpectralInverse:
     def negative(self) -> float:
         """The share of ``||b||^2`` that lies along negative curvature, in [0, 1]."""
         return self.spectrum.negative
+
+    def report(self) -> HessianReport:
+        """Return what the basis has shown of H."""
+        first = self.solution
+        return HessianReport(first.status, first.residual, self.smallest, self.largest, self.negative)
 
     def built_from(self, rhs: Sequence[Tensor]) -> bool:
         """Return whether ``rhs`` is the right side b up to rounding; False where b was zero or not finite."""

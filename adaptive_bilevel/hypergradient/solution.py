@@ -13,6 +13,7 @@ from torch import Tensor
 from ..evaluation.vectors import Vector, dot, zeros_like
 
 __all__ = [
+    "HessianReport",
     "LinearSolver",
     "MatVec",
     "Refinable",
@@ -96,6 +97,24 @@ class Solution(NamedTuple):
     iterations: int
     residual: float
     status: SolverStatus
+
+
+class HessianReport(NamedTuple):
+    """What a solve has shown of the lower Hessian H on its sample.
+
+    Attributes:
+        status: A `SolverStatus`: `indefinite` and `singular` are known to `Lanczos`, `negative_curvature` to `CG`.
+        residual: ||b - H v|| / ||b|| of the solve, NaN where it is not known.
+        smallest: The smallest Ritz value; NaN where there is none, as with other solvers than `Lanczos`.
+        largest: The largest Ritz value, likewise.
+        negative: The share of ||f_y||^2 along negative curvature, in [0, 1], likewise.
+    """
+
+    status: SolverStatus
+    residual: float
+    smallest: float = math.nan
+    largest: float = math.nan
+    negative: float = math.nan
 
 
 class LinearSolver(Protocol):

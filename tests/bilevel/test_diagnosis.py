@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
+from adaptive_bilevel import SLS, BiSLS
 from adaptive_bilevel.bilevel import Taken
-from adaptive_bilevel.bilevel.diagnosis import SlopeDiagnosis
-from adaptive_bilevel.hypergradient import CG
+from adaptive_bilevel.bilevel.diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis
+from adaptive_bilevel.hypergradient import CG, HessianReport, Lanczos, SolverStatus, assign, implicit
 from adaptive_bilevel.optim.state import advanced
 from adaptive_bilevel.policies import Outcome, Record
 
@@ -41,3 +45,56 @@ def test_near(near: float) -> None:
 
 def test_an_inverse_that_does_not_know_its_error_says_nothing() -> None:
     assert messages([-1.0] * 40, comparable=False) == []
+
+
+def solved(statuses: Sequence[SolverStatus]) -> list[int]:
+    """The steps in which a solver is reported."""
+    role, found = Diagnoses((SlopeDiagnosis(), SolveDiagnosis())), []
+    state = role.init()
+    for k, status in enumerate(statuses):
+        taken = Taken(Record(1.0, 1.0, 1.0, Outcome.accepted), True, CG(), HessianReport(status, 2.0))
+        text = role.propose(taken, state)
+        state = advanced(state, role.commit(taken, text, state))
+        found += [k] * len(text)
+        assert all("positive definite" in line and "Lanczos" in line for line in text)
+    return found
+
+
+def test_a_solver_that_is_no_inverse_is_reported_once() -> None:
+    bad, good = SolverStatus.negative_curvature, SolverStatus.converged
+    assert solved([bad] * 40) == [9]
+    assert solved([bad] * 9 + [good] * 9 + [bad] * 9) == []
+    assert solved([bad, bad, good] * 20) == [25]
+    assert solved([SolverStatus.indefinite] * 40) == []
+
+
+@pytest.mark.parametrize("solver", [CG(5), Lanczos(5)])
+def test_a_network_below(solver: CG | Lanczos) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    data, labels = torch.randn(40, 4, dtype=torch.float64), torch.randint(3, (40,))
+    x = torch.zeros(20, dtype=torch.float64, requires_grad=True)
+
+    def lower() -> torch.Tensor:
+        return (x.sigmoid() * cross_entropy(net(data[:20]), labels[:20], reduction="none")).mean()
+
+    def upper() -> torch.Tensor:
+        return cross_entropy(net(data[20:]), labels[20:])
+
+    inner = SLS(net.parameters())
+    outer = BiSLS([x], lower=inner, solver=solver)
+    assert outer.hessian is None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(40):
+            inner.step(lower)
+            assign([x], implicit(upper, lower, [x], list(net.parameters()), solver))
+            outer.step(upper)
+    said = [str(w.message) for w in caught if "positive definite" in str(w.message)]
+    assert outer.hessian is not None
+    if isinstance(solver, Lanczos):
+        assert not caught and outer.hessian.status is SolverStatus.indefinite
+        assert outer.hessian.smallest < 0.0 < outer.hessian.largest and 0.0 < outer.hessian.negative < 1.0
+    else:
+        assert math.isnan(outer.hessian.smallest) and len(said) == 1
+        assert any("implicit" not in str(w.message) and "strongly convex" in str(w.message) for w in caught)

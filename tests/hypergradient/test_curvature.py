@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
@@ -49,7 +50,8 @@ def test_lower_loss_that_is_linear_has_no_curvature():
         for product in (curvature.hvp([y]), curvature.cross_vjp([y]), curvature.cross_jvp([x])):
             assert torch.equal(product[0], torch.zeros(2))
     for solver, status in ((CG(), SolverStatus.negative_curvature), (Lanczos(), SolverStatus.flat)):
-        _, info = implicit_with_info(lambda: y.sum(), lambda: y.sum(), [x], [y], solver)
+        with contextlib.nullcontext() if isinstance(solver, Lanczos) else pytest.warns(match="strongly convex"):
+            _, info = implicit_with_info(lambda: y.sum(), lambda: y.sum(), [x], [y], solver)
         assert info.solution.status is status and torch.equal(info.solution.tensors[0], torch.zeros(2))
 
 
