@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.hypergradient import CG, Identity, LinearSolver, Neumann
+from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, LinearSolver, Neumann
 
 Batch = Any
 Evaluation = dict[str, float]
@@ -58,6 +58,7 @@ SOLVERS: dict[str, Callable[[Settings], LinearSolver | None]] = {
     "cg": lambda s: CG(max_iterations=s.solver_steps, tolerance=s.solver_tolerance),
     "default": lambda s: None,
     "identity": lambda s: Identity(scale=s.solver_scale),
+    "lanczos": lambda s: Lanczos(k=s.solver_steps),
     "neumann": lambda s: Neumann(steps=s.solver_steps, scale=s.solver_scale),
     "unroll": lambda s: None,
 }
