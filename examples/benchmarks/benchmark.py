@@ -150,9 +150,34 @@ def _distillation(title: str, **settings: Any) -> Benchmark:
     )  # fmt: skip
 
 
+def _below(title: str, task: str, **settings: Any) -> Benchmark:
+    """A network below: ours with no number against coarse grids with three kinds of hypergradients."""
+    kinds: tuple[dict[str, Any], ...] = ({}, {"solver": "neumann"}, {"solver": "unroll"})
+    grids = {"adam": (1e-2, 1e-1, 1.0), "sgd": (1e-1, 1.0, 10.0)}
+    return Benchmark(
+        title=f"{title}, T=10",
+        task=task,
+        ours=("bisls-adam", "bisls-sgd"),
+        first_trials=(),
+        others=(),
+        grids=tuple(Grid(name, lrs, (), kind) for kind in kinds for name, lrs in grids.items()),
+        settings=settings,
+    )
+
+
 QUICK = (  # one of a kind
-    "hyper-cleaning", "penalties-a9a", "hyper-representation", "distillation", "few-shot", "phishing", "lenet-mnist",
+    "hyper-cleaning", "penalties-a9a", "hyper-representation", "distillation", "few-shot", "label-noise", "phishing",
+    "lenet-mnist",
 )  # fmt: skip
+BELOW: dict[str, tuple[str, str, dict[str, Any]]] = {  # on digits, each by full batch and by minibatches
+    "label-noise": ("Label noise, MLP 64-32-10", "label-noise", {}),
+    "label-noise-tanh": ("Label noise, tanh 64-32-32-10", "label-noise", {"model": "tanh"}),
+    "weight-decay-tensor": ("Weight decay per tensor, MLP 64-32-32-10", "weight-decay", {}),
+    "weight-decay-layer": ("Weight decay per layer, MLP 64-32-32-10", "weight-decay", {"per_layer": True}),
+    "meta-weight": ("Meta-weight-net, MLP 64-32-10", "meta-weight", {}),
+    "architecture": ("Architecture search, cell of three edges", "architecture", {}),
+    "smoothing": ("Label smoothing and input noise, MLP 64-32-10", "smoothing", {}),
+}
 _STEP = "response=step,baseline=matched,response_steps=20"
 BENCHMARKS: dict[str, Benchmark] = {
     "hyper-cleaning": _cleaning("MNIST, 40 % noise, full batch"),
@@ -187,6 +212,23 @@ BENCHMARKS: dict[str, Benchmark] = {
         "Few-shot, Omniglot, 5-way 5-shot, T=5, CG 5", "few-shot",
         adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-2, 1e-1, 1.0, 10.0), lowers=("search", 0.01, 0.1, 1.0),
     ),
+    **{
+        name if batch == 0 else f"{name}-minibatch": _below(
+            f"{title}, {f'batches of {batch}' if batch else 'full batch'}", task,
+            **({"lower_batch": batch, "upper_batch": batch} if batch else {}), **settings,
+        )
+        for name, (title, task, settings) in BELOW.items()
+        for batch in (0, 128)
+    },
+    "label-noise-lenet": _below(
+        "Label noise, MNIST, LeNet, batches of 64", "label-noise", name="mnist", model="lenet",
+        lower_batch=64, upper_batch=64,
+    ),
+    "label-noise-lenet-fashion": _below(
+        "Label noise, Fashion-MNIST, LeNet, batches of 64", "label-noise", name="fashion_mnist", model="lenet",
+        lower_batch=64, upper_batch=64,
+    ),
+    "start-of-few-shot": _below("Start of few-shot networks, Omniglot, 5-way 5-shot", "start-of-few-shot"),
     **{
         name: single(f"Logistic regression, {name}, batch 100, 10 epochs", "logistic-regression", name=name)
         for name in ("w8a", "a9a", "mushrooms", "phishing")

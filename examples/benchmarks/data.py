@@ -52,14 +52,14 @@ def images(given: str | Path | None = None, name: str = "mnist", *, pooled: bool
 
     Args:
         given: the folder; None looks at the environment variable.
-        name: "mnist" or "fashion_mnist".
+        name: "mnist", "fashion_mnist", or "digits", which need no folder.
         pooled: average over 2x2 blocks, which gives 14x14; else 28x28. Digits are 8x8, or are resized to 28x28.
 
     Raises:
         FileNotFoundError: a folder is named and holds no such set.
     """
     where = folder(given)
-    if where is None:
+    if where is None or name == "digits":
         return _digits(pooled)
     mean, deviation = STANDARD[name]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import NonFiniteError
 from adaptive_bilevel.evaluation.counts import Counts
-from adaptive_bilevel.hypergradient import assign, implicit_with_info
+from adaptive_bilevel.hypergradient import Oracle, Point, Sample, Unroll, Visit, assign, implicit_with_info
 from adaptive_bilevel.methods import BilevelProblem
 from adaptive_bilevel.methods import run as methods_run
 from methods import Hooks, SingleStep
@@ -32,6 +32,7 @@ class Run:
     """What is kept of a run: `step_sizes` has an entry per (upper) iteration, `evaluations` one per evaluation.
 
     `cost` is that of all oracle calls in gradients, by level: "lower" steps, "hypergradient", "upper" steps.
+    `products` is that of Hessian-vector products among them; `first` is how the first upper step came out.
     """
 
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -39,6 +40,8 @@ class Run:
     lower_step_sizes: list[float] = field(default_factory=list)
     trials: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
+    first: str = ""
+    products: int = 0
     cost: dict[str, float] = field(default_factory=lambda: {"lower": 0.0, "hypergradient": 0.0, "upper": 0.0})
     seconds: float = 0.0
 
@@ -50,6 +53,7 @@ class Run:
             self.trials += int(record.trials)
             name = getattr(record.outcome, "name", str(record.outcome))
             self.outcomes[name] = self.outcomes.get(name, 0) + 1
+            self.first = self.first or name
 
     def evaluate(self, iteration: int, evaluation: Evaluation) -> None:
         self.evaluations.append({"iteration": iteration, "seconds": round(self.seconds, 4), **evaluation})
@@ -76,6 +80,8 @@ class Run:
             "trials_per_iteration": self.trials / iterations,
             "failed": self.outcomes.get("search_failed", 0) / steps if steps else 0.0,
             "moved": sum(self.outcomes.get(name, 0) for name in MOVED) / steps if steps else 1.0,
+            "first": self.first,
+            "products_per_iteration": self.products / iterations,
             "cost_per_iteration": sum(self.cost.values()) / iterations,
             "seconds": round(self.seconds, 3),
         }
@@ -96,6 +102,12 @@ def cost(optimizer: Any, gradients: int = 0, values: int = 0) -> float:
     return total
 
 
+def products(optimizer: Any) -> int:
+    """The Hessian-vector products that the optimizer itself took."""
+    evaluations = getattr(optimizer, "evaluations", None)
+    return 0 if evaluations is None else int(evaluations.upper.hvps + evaluations.lower.hvps)
+
+
 def followed(training: Iterator[Run], run: Run) -> Iterator[Run]:
     """The training; where an optimizer gives up on a loss that is not finite, that is its last evaluation."""
     try:
@@ -112,9 +124,13 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int, run: Run) -> Iterator[Run
     generator = torch.Generator().manual_seed(seed)
     second_generator = torch.Generator().manual_seed(seed + 10_000)
     spent = Counts()
+    unrolling = Unrolling(task, spent) if settings.solver == "unroll" else None
 
-    def differentiate(upper_closure: Callable[[], Tensor], lower_closure: Callable[[], Tensor]) -> Any:
-        h, info = implicit_with_info(upper_closure, lower_closure, task.upper, task.lower, solver=solver)
+    def differentiate(upper_closure: Any, lower_closure: Any) -> Any:
+        if unrolling is not None:
+            return unrolling.differentiate(upper_closure.args, lower_closure.args, step_size(hooks.inner))
+        chosen = {} if solver is None else {"solver": solver}
+        h, info = implicit_with_info(upper_closure, lower_closure, task.upper, task.lower, **chosen)
         spent.gradients, spent.hvps, spent.jvps = (
             spent.gradients + info.gradients, spent.hvps + info.hvps, spent.jvps + info.jvps,
         )  # fmt: skip
@@ -131,6 +147,8 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int, run: Run) -> Iterator[Run
             if step and settings.fresh_lower_batches:
                 train = task.sample_lower(generator)
             lower_closure = partial(task.lower_loss, train)
+            if unrolling is not None:
+                unrolling.remember()
             hooks.lower_step(lower_closure)
         upper_closure = partial(task.upper_loss, task.sample_upper(generator))
         assign(task.upper, differentiate(upper_closure, lower_closure)[1])
@@ -147,9 +165,49 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int, run: Run) -> Iterator[Run
                 "hypergradient": spent.cost,
                 "upper": cost(hooks.outer, values=iteration * hooks.values),
             }
+            run.products = spent.hvps + products(hooks.outer)
             yield run
             if run.hopeless():
                 return
+
+
+def at(task: Task, loss: Callable[[Any], Tensor]) -> Callable[[Any, Any, Any], Tensor]:
+    """The loss as a function of x and y, for tasks whose losses read `upper` and `lower` from their lists."""
+
+    def evaluated(x: Any, y: Any, batch: Any) -> Tensor:
+        task.upper[:], task.lower[:] = x, y
+        return loss(batch)
+
+    return evaluated
+
+
+class Unrolling:
+    """The hypergradient through the last lower step alone, y - b grad_y g(x, y) with the b that was taken."""
+
+    def __init__(self, task: Task, spent: Counts) -> None:
+        self.task, self.spent, self.before = task, spent, ()
+        self.estimator = Unroll(last=1)
+
+    def remember(self) -> None:
+        """Keeps y as it is before a lower step."""
+        self.before = tuple(tensor.detach().clone() for tensor in self.task.lower)
+
+    def differentiate(self, upper_batch: tuple[Any], lower_batch: tuple[Any], step: float) -> Any:
+        """Loss and hypergradient; the task's tensors are in their lists again afterwards."""
+        task = self.task
+        upper, lower = list(task.upper), list(task.lower)
+        oracle = Oracle(at(task, task.upper_loss), at(task, task.lower_loss))
+        sample = Sample(*upper_batch, *lower_batch)
+        x, y = (tuple(tensor.detach() for tensor in level) for level in (upper, lower))
+        try:
+            estimate = self.estimator(oracle, Point(x, y, path=(Visit(self.before, step, sample),)), sample)
+        finally:
+            task.upper[:], task.lower[:] = upper, lower
+        for found in (oracle.evaluations.upper, oracle.evaluations.lower):
+            self.spent.gradients += found.gradients
+            self.spent.hvps += found.hvps
+            self.spent.jvps += found.jvps
+        return estimate.loss, estimate.hypergradient
 
 
 def train_row(task: Task, name: str, seed: int, run: Run, **options: Any) -> Iterator[Run]:
@@ -163,18 +221,11 @@ def train_row(task: Task, name: str, seed: int, run: Run, **options: Any) -> Ite
     budget = settings.iterations * Counts(gradients=settings.lower_steps + 2, hvps=products, jvps=1).cost
     generator = torch.Generator().manual_seed(seed)
 
-    def at(loss: Callable[[Any], Tensor]) -> Callable[[Any, Any, Any], Tensor]:
-        def evaluated(x: Any, y: Any, batch: Any) -> Tensor:
-            task.upper[:], task.lower[:] = x, y
-            return loss(batch)
-
-        return evaluated
-
     def pairs() -> Iterator[Any]:
         while True:
             yield task.sample_upper(generator), task.sample_lower(generator)
 
-    problem = BilevelProblem(at(task.upper_loss), at(task.lower_loss))
+    problem = BilevelProblem(at(task, task.upper_loss), at(task, task.lower_loss))
     records = methods_run(
         name, problem, task.upper, task.lower, iterations=100 * settings.iterations, batches=pairs(), **options
     )

@@ -10,6 +10,7 @@ hypergradient, and the options come from the command line (``--method NAME:key=v
 
 Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search", "slsb" and
 "spsb" are this package's `SLS`, `SLSB` and `SPSB` with no number given; without it the task's own rule is used.
+The option ``solver`` takes the place of the task's setting of that name: the kind of hypergradient.
 ``bisls-sgd:response=step`` and ``bisls-adam:response=step`` are the paper's search, `OneStepBiSLS`, as in
 `adaptive_bilevel.methods`.
 """

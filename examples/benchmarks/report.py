@@ -86,7 +86,8 @@ class Table:
         losses = [finite(summary["loss"]) for summary in summaries]
         middle = {
             key: median(finite(summary[key]) for summary in summaries)
-            for key in ("trials_per_iteration", "cost_per_iteration", "seconds")
+            for key in ("trials_per_iteration", "products_per_iteration", "cost_per_iteration", "seconds")
+            if all(key in summary for summary in summaries)
         }
         return {
             "label": label(method),
@@ -105,6 +106,7 @@ class Table:
             "diverged": sum(summary["diverged"] for summary in summaries),
             "failed": sum(summary["failed"] for summary in summaries) / len(runs),
             "moved": sum(summary["moved"] for summary in summaries) / len(runs),
+            "first": [summary.get("first", "") for summary in summaries],
             **middle,
         }
 
@@ -148,9 +150,10 @@ def bilevel_bars(table: Table) -> list[Row]:
         found.append({"bar": f"the {rival} grid / one run of {method.name}: seconds",
                       "measured": table.grid_seconds(rival) / own})  # fmt: skip
         swept = [m for m in table.named(benchmark.first_trials) if m.name == method.name]
-        scores = [table.score(m, seeds) for m in swept]
-        found.append(_bar(f"{method.name}, first trials {_ends(swept)}: largest / smallest final loss",
-                          max(scores) / min(scores), benchmark.spread))  # fmt: skip
+        if swept:
+            scores = [table.score(m, seeds) for m in swept]
+            found.append(_bar(f"{method.name}, first trials {_ends(swept)}: largest / smallest final loss",
+                              max(scores) / min(scores), benchmark.spread))  # fmt: skip
         rows = table.rows([method, *swept])
         found += [
             _bar(f"{method.name}, with and without a first trial: diverged runs", sum(r["diverged"] for r in rows), 0),
@@ -214,12 +217,13 @@ def text(rows: Sequence[Row]) -> str:
     """The table for a terminal or a page of Markdown."""
     resolved, accuracy = any(RESOLVED in row for row in rows), any("accuracy" in row for row in rows)
     head = ["method", "loss", "[min, max]"] + ["F(x)"] * resolved + ["accuracy"] * accuracy
-    lines = [[*head, "diverged", "trials", "cost", "seconds"]]
+    lines = [[*head, "diverged", "trials", "failed", "first", "products", "cost", "seconds"]]
     for row in rows:
         line = [row["label"], f"{row['median']:.4g}", f"[{row['min']:.4g}, {row['max']:.4g}]"]
         line += [f"{median(row.get(RESOLVED, [math.nan])):.4g}"] * resolved
         line += [f"{median(row.get('accuracy', [math.nan])):.3f}"] * accuracy
-        line += [f"{row['diverged']}/{len(row['seeds'])}", f"{row['trials_per_iteration']:.2f}"]
+        line += [f"{row['diverged']}/{len(row['seeds'])}", f"{row['trials_per_iteration']:.2f}", f"{row['failed']:.2f}"]
+        line += [" ".join(dict.fromkeys(row["first"])), f"{row.get('products_per_iteration', math.nan):.1f}"]
         lines.append([*line, f"{row['cost_per_iteration']:.1f}", f"{row['seconds']:.2f}"])
     lines.insert(1, ["-" * len(word) for word in lines[0]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Job:
                 task,
                 followed(train_row(task, self.method.name, self.seed, state, **options), state),
             )
+        if "solver" in options:
+            task.settings = replace(task.settings, solver=options.pop("solver"))
         rule = lower_rule(options.pop("lower", None), task.lower_rule)
         make = _lookup(BILEVEL_METHODS, self.method.name)
         hooks = make(task.upper, task.lower, rule, task.settings.make_solver(), **options)

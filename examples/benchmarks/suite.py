@@ -26,6 +26,7 @@ import report
 from benchmark import BENCHMARKS, QUICK, Benchmark
 from grid import best
 from runs import Job, Method, assignments, run
+from tasks.base import SOLVERS
 
 
 def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Table:
@@ -63,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder for tables and figures (else that of the runs)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the benchmark's own")
     parser.add_argument("--method", action="append", help="NAME or NAME:key=value,key=value; repeatable")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the task and its settings")
+    parser.add_argument("--set", nargs="+", default=(), metavar="KEY=VALUE", help="of the task and its settings")
+    parser.add_argument("--solver", choices=SOLVERS, help="the inverse of the lower Hessian, as --set solver=NAME")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    options.set = [*options.set, *([f"solver={options.solver}"] if options.solver else [])]
     torch.set_num_threads(options.threads)
     folder = data.folder(options.data)
     folder = None if folder is None else str(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ import runs
 import scaling
 import suite
 import tasks
+from adaptive_bilevel.evaluation.counts import Counts
 from benchmark import BENCHMARKS
 from grid import HALF, Grid
-from loop import Run
+from loop import Run, Unrolling
+from tasks import network, start_of_few_shot
 
 SHORT: dict[str, Any] = {"iterations": 2, "evaluate_every": 1}
 OWN = [name for name in methods.BILEVEL if name not in methods.PEERS]
@@ -64,6 +67,14 @@ def test_every_benchmark_starts(name: str) -> None:
         ("regularisation", "s-tfbo", {"iterations": 10, "evaluate_every": 5}),
         ("hyper-cleaning", "d-tfbo", {"iterations": 10, "evaluate_every": 5}),
         ("wide-quadratic", "bisls-adam", {}),
+        ("architecture", "bisls-adam", {"lower_batch": 64, "upper_batch": 64}),
+        ("label-noise", "bisls-adam", {}),
+        ("label-noise", "bisls-sgd", {"model": "tanh", "lower_batch": 64, "upper_batch": 64}),
+        ("meta-weight", "bisls-adam", {}),
+        ("smoothing", "bisls-sgd", {"solver": "neumann"}),
+        ("start-of-few-shot", "bisls-adam", {"episodes": 2}),
+        ("weight-decay", "bisls-adam", {}),
+        ("weight-decay", "bisls-sgd", {"per_layer": True, "lower_batch": 64}),
         ("logistic-regression", "slsb", {}),
         ("lenet", "sls", {"iterations": 6, "rows": 500}),
         ("two-quadratics", "spsb", {"iterations": 20}),
@@ -100,6 +111,55 @@ def test_a_constant_step_costs_what_it_should(tmp_path: Path) -> None:
     (row,), _ = runs.run([job("regularisation", "sgd:lr=1e-3,lower=1e-3", **settings)], tmp_path, None)
     # 3 lower gradients; for the hypergradient a gradient of each level, 4 Hessian-vector products, one with C
     assert row["summary"]["cost_per_iteration"] == pytest.approx(3 + 2 + 4 * 2.2 + 1)
+
+
+@pytest.mark.parametrize(("solver", "products"), [("unroll", 1), ("neumann", 10), ("lanczos", 10)])
+def test_the_products_of_a_kind_of_hypergradient(solver: str, products: int, tmp_path: Path) -> None:
+    chosen = job("hyper-cleaning", f"adam:lr=0.1,solver={solver}", solver_scale=1e-3)  # a series that does not grow
+    (row,), _ = runs.run([chosen], tmp_path, None)
+    assert row["summary"]["products_per_iteration"] == products
+
+
+def test_the_solver_by_default_is_the_package_s() -> None:
+    task = tasks.BILEVEL["weight-decay"](0)
+    assert task.settings.solver == "default" and task.settings.make_solver() is None
+    with pytest.raises(ValueError, match="choose one of cg, default"):
+        replace(task.settings, solver="nonsense").make_solver()
+
+
+@pytest.mark.parametrize("task", tasks.NETWORK_BELOW)
+def test_unrolling_one_step_is_the_derivative_through_it(task: str) -> None:
+    """Against autograd through y - b grad_y g; the lists of the task hold the same tensors afterwards."""
+    chosen = tasks.BILEVEL[task](0)
+    generator, spent = torch.Generator().manual_seed(0), Counts()
+    lower_batch = chosen.sample_lower(generator)
+    upper_batch = chosen.sample_upper(generator)
+    unrolling, upper, lower = Unrolling(chosen, spent), list(chosen.upper), list(chosen.lower)
+    unrolling.remember()
+    gradients = torch.autograd.grad(chosen.lower_loss(lower_batch), lower, create_graph=True)
+    chosen.lower[:] = [y - 0.1 * gradient for y, gradient in zip(lower, gradients, strict=True)]
+    expected = torch.autograd.grad(chosen.upper_loss(upper_batch), upper)
+    with torch.no_grad():
+        for y, moved in zip(lower, chosen.lower, strict=True):
+            y.copy_(moved)
+    chosen.lower[:] = lower
+    _, found = unrolling.differentiate((upper_batch,), (lower_batch,), 0.1)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    assert all(a is b for a, b in zip([*chosen.upper, *chosen.lower], [*upper, *lower], strict=True))
+    assert spent.hvps == 1
+
+
+@pytest.mark.parametrize("task", tasks.NETWORK_BELOW)
+def test_resolving_leaves_the_point_as_it_is(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (network, start_of_few_shot):
+        monkeypatch.setattr(module, "RESOLVING", 3)
+    chosen = tasks.BILEVEL[task](0)
+    chosen.sample_lower(torch.Generator().manual_seed(0))
+    before, evaluated = [tensor.clone() for tensor in chosen.lower], chosen.evaluate()
+    resolved = chosen.resolve()
+    assert all(torch.equal(a, b) for a, b in zip(before, chosen.lower, strict=True))
+    assert {f"resolved_{key}" for key in evaluated} == set(resolved) and resolved["resolved_loss"] != evaluated["loss"]
 
 
 def test_the_same_job_gives_the_same_run_in_any_company(tmp_path: Path) -> None:
@@ -194,8 +254,10 @@ def test_the_suite_writes_a_table_and_a_figure(tmp_path: Path) -> None:
 
 def test_methods_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suite.main(["--task", "hyper-cleaning", "--method", "bisls-sgd", "--set", "iterations=2", "--seeds", "1",
-                "--output", str(tmp_path)])  # fmt: skip
+                "--solver", "neumann", "--output", str(tmp_path)])  # fmt: skip
     assert "| bisls-sgd" in capsys.readouterr().out
+    (path,) = (tmp_path / "hyper-cleaning").glob("*.json")
+    assert json.loads(path.read_text())["settings"]["solver"] == "neumann"
     with pytest.raises(SystemExit, match="choose from"):
         suite.main(["--task", "hyper-cleaning", "--method", "nonsense", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="write key=value"):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.hypergradient import CG, Identity, Neumann
+from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, LinearSolver, Neumann
 
 Batch = Any
 Evaluation = dict[str, float]
@@ -27,7 +27,8 @@ class Settings:
         lower_batch: minibatch of the lower level; 0 for full batch.
         fresh_lower_batches: draw a minibatch for each lower step instead of one for each upper iteration.
         lower_lr: step, or first trial, of the task's lower rule.
-        solver: "cg", "neumann" or "identity": the inverse in the hypergradient and in the response.
+        solver: the inverse in the hypergradient and in the response, a name of `SOLVERS`; "default" is the package's
+            own. "unroll" differentiates through the last lower step instead, and a response then has the default.
         solver_steps: Hessian-vector products that it may use.
         solver_tolerance: relative residual at which CG stops; 0 makes `solver_steps` of them whatever happens.
         solver_scale: scale of Neumann and Identity.
@@ -46,15 +47,21 @@ class Settings:
     solver_scale: float = 1.0
     evaluate_every: int = 10
 
-    def make_solver(self) -> CG | Neumann | Identity:
-        """The linear solver that these settings name."""
-        if self.solver == "cg":
-            return CG(max_iterations=self.solver_steps, tolerance=self.solver_tolerance)
-        if self.solver == "neumann":
-            return Neumann(steps=self.solver_steps, scale=self.solver_scale)
-        if self.solver == "identity":
-            return Identity(scale=self.solver_scale)
-        raise ValueError(f"solver={self.solver!r}: choose 'cg', 'neumann' or 'identity'.")
+    def make_solver(self) -> LinearSolver | None:
+        """The linear solver that these settings name; None: the package's own, or not a solver's matter."""
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r}: choose one of {', '.join(SOLVERS)}.")
+        return SOLVERS[self.solver](self)
+
+
+SOLVERS: dict[str, Callable[[Settings], LinearSolver | None]] = {
+    "cg": lambda s: CG(max_iterations=s.solver_steps, tolerance=s.solver_tolerance),
+    "default": lambda s: None,
+    "identity": lambda s: Identity(scale=s.solver_scale),
+    "lanczos": lambda s: Lanczos(k=s.solver_steps),
+    "neumann": lambda s: Neumann(steps=s.solver_steps, scale=s.solver_scale),
+    "unroll": lambda s: None,
+}
 
 
 class Task(Protocol):

@@ -32,6 +32,20 @@ class Episodes(NamedTuple):
     query: Tensor
 
 
+def draw_episodes(
+    drawings: Tensor, count: int, ways: int, shots: int, queries: int, generator: torch.Generator
+) -> Episodes:
+    """`count` episodes of `ways` characters, of which `shots` and `queries` drawings each are chosen."""
+    chosen = [
+        drawings[torch.randperm(len(drawings), generator=generator)[:ways]][
+            :, torch.randperm(drawings.shape[1], generator=generator)[: shots + queries]
+        ]
+        for _ in range(count)
+    ]
+    content = torch.stack(chosen)  # episodes, ways, drawings, height, width
+    return Episodes(content[:, :, :shots].flatten(1, 2), content[:, :, shots:].flatten(1, 2))
+
+
 @dataclass
 class FewShot:
     """`upper` is the embedding; `lower` is episodes x (features + 1) x ways, at zero when an iteration begins.
@@ -54,15 +68,7 @@ class FewShot:
     now: Episodes | None = field(default=None, init=False)
 
     def draw(self, drawings: Tensor, count: int, generator: torch.Generator) -> Episodes:
-        each = self.shots + self.queries
-        chosen = [
-            drawings[torch.randperm(len(drawings), generator=generator)[: self.ways]][
-                :, torch.randperm(drawings.shape[1], generator=generator)[:each]
-            ]
-            for _ in range(count)
-        ]
-        content = torch.stack(chosen)  # episodes, ways, drawings, height, width
-        return Episodes(content[:, :, : self.shots].flatten(1, 2), content[:, :, self.shots :].flatten(1, 2))
+        return draw_episodes(drawings, count, self.ways, self.shots, self.queries, generator)
 
     def features(self, drawings: Tensor) -> Tensor:
         embedded = self.network(drawings.flatten(0, 1)).unflatten(0, drawings.shape[:2])
