@@ -80,6 +80,7 @@ class Change(NamedTuple):
         residual: ||C^T d - H w|| / ||C^T d||: with the answer w, it still is that part of it.
         rounding: What of `size` may be rounding.
         before: The norm of the lower gradient at (x, y), which is 0 where the lower problem is solved.
+        along: The part of the change along C^T d: what of the effect of x the linear model overstates.
     """
 
     size: float
@@ -87,6 +88,7 @@ class Change(NamedTuple):
     residual: float
     rounding: float
     before: float = 0.0
+    along: float = 0.0
 
 
 class MomentumContext(NamedTuple):

@@ -84,8 +84,9 @@ class TangentCheck:
     """Whether a tangent holds at a step: what its linear model ignores must be small.
 
     Along the exact tangent the lower gradient does not change to first order, so a change below (tolerance + residual)
-    * step * ||C^T d|| passes. So does one below unsolved * ||grad_y g||: where the lower problem is not solved, the
-    model is no better than that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the
+    * step * ||C^T d|| passes. So does one below that plus unsolved * ||grad_y g||, if the part of it along C^T d is
+    below it alone (x in log space has less and less effect): where the lower problem is not solved, the model is no
+    better than that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the
     kinks of a few samples in an unsolved ReLU network cut a first search to steps of 1e-5.) A larger one is measured
     again at half of the step. What a smooth lower loss adds is of second order: there it is a quarter, and the search
     goes on to shorter steps. Where it is half or more, no shorter step holds any better, so this one passes: samples
@@ -129,9 +130,9 @@ class TangentCheck:
         if not all(math.isfinite(c.size) for c in changes):
             self._inside = True
             return False
-        limits = [
-            (self.tolerance + c.residual) * step * c.push + self._unsolved * c.before + c.rounding for c in changes
-        ]
+        linear = [(self.tolerance + c.residual) * step * c.push + c.rounding for c in changes]
+        faithful = all(c.along <= limit for c, limit in zip(changes, linear, strict=True))
+        limits = [limit + self._unsolved * c.before * faithful for c, limit in zip(changes, linear, strict=True)]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
         followed = all(c.residual >= 1.0 or c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes)
@@ -142,7 +143,7 @@ class TangentCheck:
             if not (c.size <= limit or (half.size >= 0.5 * c.size and math.isfinite(half.size))):
                 self._inside = True
                 return False
-        return self._inside or followed
+        return self._inside or (followed and faithful)
 
 
 def _measured(model: ResponseModel) -> list[Change]:

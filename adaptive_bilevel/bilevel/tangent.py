@@ -194,8 +194,9 @@ def change_between(
 ) -> Change:
     """Return the change from one lower gradient, or from what is expected in its place, to another."""
     delta = torch._foreach_sub(list(new), list(old if expected is None else expected))
-    squares = torch.stack(inners((new, new), (old, old), (delta, delta), (push, push))).tolist()
+    *squares, mixed = torch.stack(inners((new, new), (old, old), (delta, delta), (push, push), (delta, push))).tolist()
     after, before, change, pushed = (math.sqrt(square) if square > 0.0 else max(square, 0.0) for square in squares)
+    along = abs(mixed) / pushed if pushed > 0.0 else 0.0
     rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (after + before)
-    size, pushed, before = (float(v) for v in agree(change, pushed, before))
-    return Change(size, pushed, residual, rounding, before)
+    size, pushed, before, along = (float(v) for v in agree(change, pushed, before, along))
+    return Change(size, pushed, residual, rounding, before, along)

@@ -136,7 +136,7 @@ class Tangent:
     def along(self, d: Tensor, f_x: Tensor, refined: int = 0) -> float:
         """Set w for d and return the slope s = <f_x, d> - <f_y, w>; where it is not positive, w is refined once."""
         self.d, push = d, self.lower.C_transposed(d)
-        self.push = float(push.norm())
+        self.pushed, self.push = push, float(push.norm())
         self.w, self.residual = conjugate_gradients(self.H, push, refined)
         if float(f_x @ d) - float(self.f_y @ self.w) <= 0:
             self.w, self.residual = conjugate_gradients(self.H, push, refined + 1, self.w)
@@ -165,20 +165,24 @@ class Tangent:
     def believed(self, a: float, surplus: float) -> bool:
         """Return whether the change is below (tolerance + residual of w) a |C^T d| + |grad_y g| / 2, or else excused.
 
+        |grad_y g| / 2 counts only if the part of the change along C^T d is small without it.
+
         It is excused, after the first step, if it is smaller than without any answer of y, and phi - <v, change> passes
         the test of decrease too. It also is if half of the step leaves half of it or more, since then no shorter step
         is better; but not if it is as large as without any answer, and there was no step nor such a rejection before.
         """
         change, rounding = self.change(a)
         size, without = float(change.norm()), a * self.push
-        limit = (self.tolerance + self.residual) * without + 0.5 * float(self.lower.g_y.detach().norm()) + rounding
+        linear = (self.tolerance + self.residual) * without + rounding
+        faithful = abs(float(change @ self.pushed)) <= linear * self.push
+        limit = linear + 0.5 * float(self.lower.g_y.detach().norm()) * faithful
         followed = size <= (1 + self.residual) * without + rounding
         if size <= limit or (self.resumed and followed and -float(self.v @ change) <= surplus):
             return True
         if float(self.change(a / 2)[0].norm()) < size / 2:
             self.inside = True
             return False
-        return self.inside or followed
+        return self.inside or (followed and faithful)
 
 
 class BiSLS:

@@ -67,7 +67,7 @@ class SpectralTangent(Tangent):
 
     def along(self, d: Tensor, f_x: Tensor, refined: int = 0) -> float:
         self.d, push = d, self.lower.C_transposed(d)
-        self.push = float(push.norm())
+        self.pushed, self.push = push, float(push.norm())
         self.w = self.P.apply(push)
         self.remainder = push - self.lower.H(self.w)
         return float(f_x @ d) - float(self.f_y @ self.w)
