@@ -136,7 +136,7 @@ class SearchingOptimizer(UpperOptimizer):
             elif found.record.outcome != Outcome.zero_gradient:
                 messages = self._take(point, found, check, states)
         self.hessian = None if found.answer is None else found.answer.hessian
-        self._conclude(found.record, found.state)
+        self._conclude(self._scheduled(found.record), found.state)
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
         return point.loss
@@ -246,14 +246,14 @@ class SearchingOptimizer(UpperOptimizer):
     def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
-        tensors, moved = path.gradient.tensors, record.moved
+        tensors, moved, step = path.gradient.tensors, record.moved, self._scheduled(record).step_size
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
         mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:
             mix = mix._replace(along=None, weight=0.0)
         if moved:
-            path.take(record.step_size, mix.along)
+            path.take(step, mix.along)
         direction, messages = self._direction(), list[str]()
         news = {
             "check": roles.check.commit(point, check, states["check"]),
@@ -270,7 +270,7 @@ class SearchingOptimizer(UpperOptimizer):
             if answer.offsets is not None:
                 news["prediction"] = self._predict(
                     PredictionContext(answer.offsets, mix, point.beta, self.lower),
-                    record.step_size,
+                    step,
                     states["prediction"],
                 )
         path.release()

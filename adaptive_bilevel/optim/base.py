@@ -13,7 +13,7 @@ from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
-from ..policies import Outcome, Record, State, validation
+from ..policies import SLS, Outcome, Record, State, validation
 from ..policies.scalars import Scalar
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
 from .groups import PolicyOptimizer
@@ -63,9 +63,11 @@ class Host(Protocol):
 class AdaptiveOptimizer(PolicyOptimizer):
     """A policy as a `torch.optim.Optimizer`; the concrete rules derive from it.
 
-    `param_groups[i]["lr"]` scales the bound (or first trial) of the rule, so schedulers act on it; left out, it is 1
-    and `param_groups[i]["scale"]` holds the bound (or first trial) that the rule found. Groups with different lr share
-    one step: group i moves by step * lr_i / lr_0. All other options are the same for all groups.
+    `param_groups[i]["lr"]` is the bound (or first trial) of the rule; left out, it is 1 and scales the one that the
+    rule found, `param_groups[i]["scale"]`. A schedule is a factor: it scales the bound, and where lr is a first trial,
+    the step taken (the search goes on in the length found; a factor above 1 makes the first trial longer, and no step
+    longer than the search has found it may be). Groups with different lr share one step: group i moves by step * lr_i /
+    lr_0. All other options are the same for all groups.
 
     Attributes:
         record: The last step's `Record`; None before.
@@ -231,8 +233,21 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def _bound(self) -> tuple[float | None, float]:
         """Return bound and scale of a step's `Context`: lr is one of them, None and 1 the other."""
-        lr = self._reference_lr()
+        lr = self._schedule()[0] if self._unbounded else self._reference_lr()
         return (None, lr) if self.param_groups[0]["automatic"] else (lr, 1.0)
+
+    @property
+    def _unbounded(self) -> bool:
+        """Whether lr bounds no step but the first: what a scheduler takes from it is then taken from the step found."""
+        return isinstance(self.policy, SLS)
+
+    def _scheduled(self, found: Record) -> Record:
+        """Return the record of the step taken: of one found without a bound, the part that a scheduler has left.
+
+        Searches go on in the length found, since the next one would undo whatever is taken from that.
+        """
+        left = self._schedule()[1] if self._unbounded else 1.0
+        return found if left == 1.0 else found._replace(step_size=found.step_size * left)
 
     def _conclude(self, record: Record, state: State) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""

@@ -146,6 +146,7 @@ class PolicyOptimizer(Hooked):
             group.pop("differentiable", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, 1.0 if name == "lr" and value is None else value)
+            group.setdefault("unscheduled_lr", group["lr"])
         if "_workspace" not in self.__dict__:
             self._prepare()
         self._restored()
@@ -183,7 +184,10 @@ class PolicyOptimizer(Hooked):
         if not (isinstance(lr, Real) and float(lr) >= 0.0):
             raise OptionError(f"{owner}: a parameter group has lr={lr!r}; lr must be a number at or above 0")
         super().add_param_group(
-            {"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": validation.plain(lr)}
+            {
+                **{"scale": scale, "automatic": automatic, "step_size": 0.0, "unscheduled_lr": validation.plain(lr)},
+                **{**param_group, "lr": validation.plain(lr)},
+            }
         )
         try:
             for p in self.param_groups[-1]["params"]:
@@ -253,6 +257,15 @@ class PolicyOptimizer(Hooked):
     def _reference_lr(self) -> float:
         """Return lr_0: that of the first group whose lr is not 0."""
         return next((float(g["lr"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
+
+    def _schedule(self) -> tuple[float, float]:
+        """Return lr_0 without what a scheduler has taken from it, and the part of that which it has left."""
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            if lr != 0.0:
+                whole = max(lr, float(group["unscheduled_lr"]))
+                return whole, lr / whole
+        return 0.0, 1.0
 
     def _factors(self) -> list[float]:
         """Return lr_i / lr_0 of each group."""

@@ -108,9 +108,11 @@ class LineSearch(AdaptiveOptimizer):
                 elif record.outcome == Outcome.no_descent:
                     self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
-                if descent.step is not None or step_closure is not None:
+                found, record = record, self._scheduled(record)
+                if descent.step is not None or step_closure is not None or record is not found:
                     guard.put_back()
-                    stepped = gradient.values if descent.step is None else descent.step
+                    stepped = directions if step_closure is None else gradient.values
+                    stepped = stepped if descent.step is None else descent.step
                     descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
                 self._commit_direction(gradient, proposed)
                 self._save_rule_state(state)
