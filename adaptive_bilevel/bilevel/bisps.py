@@ -104,7 +104,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
                 value = guard.value(require_closure("BiSPS", upper_closure))
             self.evaluations.upper.values += loss is None
             gradient = self._with_gradient(params, grads)
-            record, state = self._polyak_step(gradient, gradient.values, value, lower_bound)
+            record, state = self._polyak_step(gradient, gradient.values, gradient.values, value, lower_bound)
             if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
                 guard.undo()
         if isinstance(record.outcome, Tensor) or record.moved:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, warn
+from ..evaluation.closures import Differentiated
 from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
@@ -155,7 +156,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     # ------------------------------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
         """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction.
 
         The prediction has to be worth more than a step of the usual length from there, of which there will be some
@@ -164,25 +165,25 @@ class AdaptiveOptimizer(PolicyOptimizer):
         before = self._warm_start.point(self.state, params)
         if before is None:
             known = closure.evaluated(params) if isinstance(closure, Objective) else None
-            return self._gradient(guard, closure, params) if known is None else known
+            return self._gradient(guard, closure, params) if known is None else Differentiated(*known)
         guard.copy()
         here = guard.value(closure)
         self._own_counts.values += 1
         torch._foreach_copy_(params, before)
-        loss, grads = self._gradient(guard, closure, params, guard.entry)
-        here, there = on_host(here, loss)
+        found = self._gradient(guard, closure, params, guard.entry)
+        here, there = on_host(here, found.loss)
         preferred = there <= here or here != here
         if there == there and not preferred:
             guard.mark()
-            preferred = self._after_another_step(guard, closure, params, loss, grads) <= here
+            preferred = self._after_another_step(guard, closure, params, found.loss, found.gradients) <= here
             guard.recall()
             torch._foreach_copy_(params, before)
         if preferred:
             guard.rebase()
-            return loss, grads
+            return found
         guard.put_back()
         known = closure.evaluated(params) if isinstance(closure, Objective) else None
-        return self._gradient(guard, closure, params, guard.entry) if known is None else known
+        return self._gradient(guard, closure, params, guard.entry) if known is None else Differentiated(*known)
 
     def _after_another_step(
         self, guard: Guard, closure: Closure, params: list[Tensor], loss: Tensor, grads: Sequence[Tensor | None]
@@ -202,11 +203,13 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def _gradient(
         self, guard: Guard, closure: Closure, params: list[Tensor], random: RandomState | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> Differentiated:
         """Return loss and gradients here, as a host would step along them."""
         self._own_counts.gradients += 1
-        loss, grads = guard.gradient(closure, params, random)
-        return loss, closure.processed(params, grads) if isinstance(closure, Objective) else grads
+        found = guard.differentiated(closure, params, random)
+        if isinstance(closure, Objective):
+            found = found._replace(gradients=closure.processed(params, found.gradients))
+        return found
 
     @property
     def offered(self) -> list[Tensor] | None:

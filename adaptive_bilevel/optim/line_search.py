@@ -64,9 +64,10 @@ class LineSearch(AdaptiveOptimizer):
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
         with torch.no_grad(), Guard(params, self._workspace) as guard:
-            loss, grads = self._evaluate(guard, closure, params)
+            loss, grads, own, _ = self._evaluate(guard, closure, params)
             gradient = self._with_gradient(params, grads)
-            searched, random, searched_loss, searched_gradient = closure, guard.entry, loss, gradient.values
+            searched, random, searched_loss = closure, guard.entry, loss
+            searched_gradient = gradient.values if own is None else gradients_of(gradient.tensors, params, own)
             if step_closure is not None:
                 searched, random = require_closure(owner, step_closure), guard.random_state()
                 searched_loss, searched_grads = guard.gradient(searched, params)

@@ -39,11 +39,15 @@ class PolyakOptimizer(AdaptiveOptimizer):
         self,
         gradient: Gradient,
         rule_gradient: Sequence[Tensor],
+        along: Sequence[Tensor],
         loss: Tensor | float,
         lower_bound: float | None,
         sample: tuple[Guard, Closure, RandomState] | None = None,
     ) -> tuple[Record, State]:
-        """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
+        """Take the step and return its record and the rule's state after it; a first bound is tried on the sample.
+
+        The slope is that of `rule_gradient` along `along`, in the direction's metric.
+        """
         if lower_bound is None and self.rule.lower_bound is None:
             raise OptionError(
                 f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
@@ -53,7 +57,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         descent = proposed.descent
         value: Scalar
         slope: Scalar
-        directions = descent.precondition(rule_gradient)
+        directions = descent.precondition(along)
         if self._on_host(gradient.tensors):
             value, slope = on_host_with_inner(loss, rule_gradient, directions, gradient.factors)
         else:
