@@ -2,6 +2,7 @@
 
 * `guard`: one step's evaluations; parameters, buffers, random state and ``.grad`` come back exactly.
 * `closures`: how a closure may be written, and what it says of its loss.
+* `attempts`: trials that cannot be computed.
 * `interception`: what stands between closures and torch while they run.
 * `buffers`: the buffers of the modules that a closure runs.
 * `counts`: the number of oracle calls.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, warn
+from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
 from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
@@ -167,7 +168,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
             known = closure.evaluated(params) if isinstance(closure, Objective) else None
             return self._gradient(guard, closure, params) if known is None else Differentiated(*known)
         guard.copy()
-        here = guard.value(closure)
+        here = Attempts().value(lambda: guard.value(closure))
         self._own_counts.values += 1
         torch._foreach_copy_(params, before)
         found = self._gradient(guard, closure, params, guard.entry)
@@ -195,7 +196,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
         descent.move(gradient.tensors, stepped, length, gradient.factors)
         self._own_counts.values += 1
-        return float(on_host(guard.value(closure, guard.entry))[0])
+        return float(on_host(Attempts().value(lambda: guard.value(closure, guard.entry)))[0])
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
         """Return what the length of a step is found along, without the factors of groups."""

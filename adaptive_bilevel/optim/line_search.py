@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
+from ..evaluation.attempts import Attempts
 from ..evaluation.closures import require_closure
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Objective, Replay
@@ -83,7 +84,7 @@ class LineSearch(AdaptiveOptimizer):
                 directions = descent.precondition(searched_gradient)
             value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, gradient.factors)
 
-            away = False
+            away, attempts = False, Attempts()
 
             def trial(step: float) -> float:
                 nonlocal away
@@ -92,7 +93,7 @@ class LineSearch(AdaptiveOptimizer):
                 away = True
                 descent.move(gradient.tensors, directions, step, gradient.factors)
                 self._own_counts.values += 1
-                return on_host(guard.value(searched, random))[0]
+                return on_host(attempts.value(lambda: guard.value(searched, random)))[0]
 
             bound, scale = self._bound()
             if bound == 0.0 or scale == 0.0:
@@ -102,6 +103,7 @@ class LineSearch(AdaptiveOptimizer):
                 rounding = resolution(searched_loss)
                 sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
                 record, state = self.policy.propose(self._rule_state(), sample)
+                attempts.conclude(record.moved)
             if not record.moved:
                 guard.put_back()
                 if record.outcome == Outcome.non_finite:

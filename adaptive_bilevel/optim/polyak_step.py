@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..evaluation.attempts import Attempts
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.reductions import agree, on_host, on_host_with_inner
 from ..evaluation.tensors import slope_of
@@ -65,12 +66,13 @@ class PolyakOptimizer(AdaptiveOptimizer):
         state, clock = self._rule_state(), self.clock
         if clock >= 0:
             state = state._replace(count=clock)
-        trial = None
+        trial, attempts = None, Attempts()
         if sample is not None and self._seeks_bound():
-            trial = self._trial(*sample, gradient, directions, descent)
+            trial = self._trial(*sample, gradient, directions, descent, attempts)
         bound, scale = self._bound()
         context = Context(value, slope, trial, lower_bound, None, bound, scale)
         record, state = self.policy.propose(state, context)
+        attempts.conclude(trial is None or record.moved)
         stepped = gradient.values if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):
             _move_by_tensor(gradient.tensors, stepped, record.step_size, gradient.factors)
@@ -100,6 +102,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         gradient: Gradient,
         directions: Sequence[Tensor],
         descent: Descent,
+        attempts: Attempts,
     ) -> Trial:
         guard.mark()
         guard.copy()
@@ -108,7 +111,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         def trial(step: float) -> float:
             descent.move(gradient.tensors, directions, step, gradient.factors)
             self._own_counts.values += 1
-            value = on_host(guard.value(closure, random))[0]
+            value = on_host(attempts.value(lambda: guard.value(closure, random)))[0]
             guard.put_back()
             return value
 
