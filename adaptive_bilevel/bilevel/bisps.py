@@ -80,6 +80,8 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
             NonFiniteError: max_skips steps in a row were not finite.
         """
         upper_closure = self._one_closure(upper_closure, closure)
+        if loss is None and self._is_prepared_only(upper_closure):
+            return 0.0
         if upper_closure is None and loss is None and self.host is not None:
             taken: Tensor | float = self.host.step(self)
             return taken

@@ -118,6 +118,8 @@ class SearchingOptimizer(UpperOptimizer):
             NonFiniteError: max_skips steps in a row were not finite.
         """
         upper_closure = self._one_closure(upper_closure, closure)
+        if self._is_prepared_only(upper_closure):
+            return torch.zeros(())
         if upper_closure is None and self.host is not None:
             loss: Tensor = self.host.step(self)
             return loss

@@ -29,6 +29,7 @@ from .direction import Gradient
 from .group_options import refuse_lr, refuse_options
 from .hooks import Hooked
 from .options import CALLABLE, Conduct, is_plain, merged, on_numbers, placeholder, refuse_unused_moments, replaced
+from .saved_state import packed, unpacked
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -171,11 +172,9 @@ class PolicyOptimizer(Hooked):
         else:
             lr, scale, automatic = (1.0, 0.0, True) if given is None else (given, 1.0, False)
         refuse_lr(owner, lr, self._check_lr)
+        lr = validation.plain(lr)
         super().add_param_group(
-            {
-                **{"scale": scale, "automatic": automatic, "step_size": 0.0, "unscheduled_lr": validation.plain(lr)},
-                **{**param_group, "lr": validation.plain(lr)},
-            }
+            {"scale": scale, "automatic": automatic, "step_size": 0.0, "unscheduled_lr": lr, **param_group, "lr": lr}
         )
         try:
             for p in self.param_groups[-1]["params"]:
@@ -215,7 +214,17 @@ class PolicyOptimizer(Hooked):
         saved: StateDict = super().state_dict()
         for group in saved["param_groups"]:
             group.update({name: validation.plain(value) for name, value in group.items() if name != "params"})
-        return saved
+        return packed(saved)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict` returned, also with names in the place of parameters' numbers."""
+        super().load_state_dict(unpacked(state_dict))
+
+    def _is_prepared_only(self, closure: object) -> bool:
+        """Return whether a step is asked for nothing, as ``torch.distributed.checkpoint`` does."""
+        if closure is not None or self.state or self._reference_lr() != 0.0:
+            return False
+        return all(p.grad is None or not p.grad.any() for p in self._parameters())
 
     def _entries(self) -> dict[object, StateDict]:
         """Return the state: entries of parameters, and of words, for which torch has no type."""

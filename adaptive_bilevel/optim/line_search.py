@@ -51,6 +51,8 @@ class LineSearch(AdaptiveOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        if self._is_prepared_only(closure):
+            return torch.zeros(())
         if closure is None and self.host is not None:
             loss: Tensor = self.host.step(self)
             return loss

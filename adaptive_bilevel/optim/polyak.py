@@ -51,6 +51,8 @@ class Polyak(PolyakOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        if loss is None and self._is_prepared_only(closure):
+            return 0.0
         if closure is None and loss is None and self.host is not None:
             taken: Tensor | float = self.host.step(self)
             return taken

@@ -69,11 +69,11 @@ def test_warm_up_starts_at_zero(info: OptimizerInfo, lr: float | None) -> None:
     x = leaf()
     optimizer = info.make([x], lr)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda k: min(k / 2, 1.0))
-    before = plain(optimizer.state_dict()["state"])
+    before = plain(optimizer.state)
     optimizer.step(lambda: quadratic(x))
     assert x.tolist() == [3.0, 2.0]
     assert optimizer.record.step_size == 0.0
-    assert plain(optimizer.state_dict()["state"]) == before
+    assert plain(optimizer.state) == before
     scheduler.step()
     optimizer.step(lambda: quadratic(x))
     assert optimizer.record.step_size > 0.0
