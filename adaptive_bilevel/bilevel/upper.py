@@ -90,4 +90,9 @@ class UpperOptimizer(AdaptiveOptimizer):
                 "hypergradient there first, e.g. by adaptive_bilevel.hypergradient.implicit, and do not call zero_grad "
                 "in between"
             )
+        if all(not p.requires_grad for p, g in zip(params, grads, strict=True) if g is not None):
+            raise HypergradientError(
+                f"{type(self).__name__}.step: .grad of upper parameters is set, but each of them has "
+                "requires_grad=False, so none moves. Call requires_grad_() on those that should"
+            )
         return grads
