@@ -78,6 +78,11 @@ class Recorder:
         self._losses: list[Tensor] = []  # of the backwards that ran, in parts; without inputs, with their graphs
         self._root: Any = None  # of the graph of the first of them
         self._own: list[Tensor | None] | None = None  # None: no backward of the closure's ran
+        self._hides = False
+
+    def hide(self) -> None:
+        """Take notice that a part of the graph (a reentrant checkpoint) hides which tensors are in it."""
+        self._hides = True
 
     def backward(
         self,
@@ -113,7 +118,10 @@ class Recorder:
     ) -> None:
         if inputs:  # an empty list would mean all leaves
             with Watched(None, None, True):  # a backward may call backward (checkpointing does), or run modules again
-                installed.backward(loss, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
+                if self._hides:
+                    _to_all_leaves(loss, inputs, retain_graph, create_graph)
+                else:
+                    installed.backward(loss, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
         self._losses.append(loss.detach())
 
     def _untouched(self) -> bool:
@@ -180,6 +188,29 @@ def value(closure: Closure, buffers: Buffers, stand_ins: StandIns, *, with_grad:
     recorder = Recorder(None, stand_ins)
     with Watched(recorder, buffers, with_grad):
         return recorder.value(closure())
+
+
+def _to_all_leaves(loss: Tensor, inputs: Sequence[Tensor], retain_graph: bool | None, create_graph: bool) -> None:
+    """Differentiate by all that a graph has, since a part of it is hidden; only the inputs keep what they get."""
+    wanted, seen, found = {id(p) for p in inputs}, set(), list[Tensor]()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in wanted:
+            found.append(leaf)
+        nodes += [following for following, _ in node.next_functions]
+    held = [(p, p.grad) for p in found]
+    try:
+        for p in found:
+            p.grad = None
+        installed.backward(loss, retain_graph=retain_graph, create_graph=create_graph)
+    finally:
+        for p, grad in held:
+            p.grad = grad
 
 
 def _added(own: Tensor | None, before: Tensor | None, after: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from .buffers import Buffers, enter_module, leave_module, watching
@@ -28,6 +29,10 @@ class Listener(Protocol):
 
     def backward(self, tensors: Any, *args: Any, **kwargs: Any) -> None:
         """Take a backward call."""
+        ...
+
+    def hide(self) -> None:
+        """Take notice that a part of the graph is hidden: what its tensors are, only its backward knows."""
         ...
 
 
@@ -68,6 +73,7 @@ class _Interception:
             # For good: changing a class voids the interpreter's caches, which would cost more than all the rest.
             for owner in (nn.Module, torch.optim.Optimizer):
                 owner.zero_grad = _zero_grad(owner.zero_grad)  # type: ignore[method-assign]
+            CheckpointFunction.apply = _hiding(CheckpointFunction.apply)  # type: ignore[method-assign]
             self._hooks = [
                 *_registered(register_module_forward_pre_hook(enter_module)),
                 *_registered(register_module_forward_hook(leave_module, always_call=True)),
@@ -109,6 +115,17 @@ def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
             original(self, *args, **kwargs)
 
     return zero_grad
+
+
+def _hiding(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if _here.recorder is not None:
+            if not torch.is_grad_enabled():
+                return function(*args)  # torch would warn that there will be no gradients
+            _here.recorder.hide()
+        return original(function, preserve_rng_state, *args)
+
+    return apply
 
 
 _ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
