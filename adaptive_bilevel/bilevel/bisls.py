@@ -75,7 +75,7 @@ class UpperSearch(SearchingOptimizer):
 
     def _limits(self, point: Point, path: SearchPath) -> Limits:
         """Return limits under which no step is excluded that could pass: the slope is that of phi."""
-        bound, scale = (None, point.lr) if self.param_groups[0]["automatic"] else (point.lr, 1.0)
+        bound, scale = self._bound()
         most = self.policy.max_step if isinstance(self.policy, SLS) else None
         return Limits(
             policy=point.scale.policy(self.policy),

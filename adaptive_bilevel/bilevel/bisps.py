@@ -60,6 +60,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         upper_closure: Closure | None = None,
         lower_closure: Any = None,
         *,
+        closure: Closure | None = None,
         loss: Tensor | float | None = None,
         lower_bound: float | None = None,
     ) -> Tensor | float:
@@ -69,6 +70,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
             upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, without
                 gradients.
             lower_closure: Unused: the rule needs no response. Taken so that a call is the same as for `BiSLS`.
+            closure: Another name of `upper_closure`, that of torch's optimizers.
             loss: In the place of a closure: that loss.
             lower_bound: Overrides the option for this sample.
 
@@ -77,6 +79,9 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
             ClosureError: Neither closure nor loss.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        upper_closure = self._one_closure(upper_closure, closure)
+        if loss is None and self._is_prepared_only(upper_closure):
+            return 0.0
         if upper_closure is None and loss is None and self.host is not None:
             taken: Tensor | float = self.host.step(self)
             return taken
@@ -101,7 +106,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
                 value = guard.value(require_closure("BiSPS", upper_closure))
             self.evaluations.upper.values += loss is None
             gradient = self._with_gradient(params, grads)
-            record, state = self._polyak_step(gradient, gradient.values, value, lower_bound)
+            record, state = self._polyak_step(gradient, gradient.values, gradient.values, value, lower_bound)
             if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
                 guard.undo()
         if isinstance(record.outcome, Tensor) or record.moved:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Closure, Guard
+from ..evaluation.objective import Objective
 from ..hypergradient.solution import HessianReport
 from ..optim.direction import Descent, Gradient
 from ..optim.search_path import SearchPath
@@ -69,6 +71,14 @@ class Point:
     def release(self) -> None:
         """Drop the partial gradients, which only the response needs."""
         self.f_x, self.f_y = [], []
+
+    def processed(self, hypergradient: list[Tensor]) -> list[Tensor]:
+        """Return a hypergradient of the response's as whoever steps would have changed the user's."""
+        if not isinstance(self.objective, Objective):
+            return hypergradient
+        tensors = self.gradient.tensors
+        changed = self.objective.processed(tensors, hypergradient)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, changed, strict=True)]
 
 
 class Change(NamedTuple):

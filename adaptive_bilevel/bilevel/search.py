@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..evaluation.attempts import Attempts
 from ..evaluation.reductions import agree
 from ..hypergradient.solution import HessianReport
 from ..optim.projection import Section
@@ -109,27 +110,30 @@ def nothing_to_search(point: Point, path: SearchPath) -> Record | None:
 def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits) -> tuple[Record, Any]:
     """Return the record of a search along the model's path, and the policy's state after it."""
     guard, path, policy = point.guard, model.path, limits.policy
-    value, there = point.value, math.nan
+    value, there, attempts = point.value, math.nan, Attempts()
 
     def place(step: float) -> None:
         guard.put_back()
         path.go(step)
         model.answer(step)
 
-    def trial(step: float) -> float:
-        nonlocal there
+    def evaluate(step: float) -> Tensor | float:
         place(step)
         point.counts.upper.values += 1
-        there = float(agree(guard.value(point.objective, guard.entry))[0])
+        return guard.value(point.objective, guard.entry)
+
+    def trial(step: float) -> float:
+        nonlocal there
+        there = float(agree(attempts.value(lambda: evaluate(step)))[0])
         return there
 
     def certify(step: float) -> bool:
         asked = armijo_threshold(value, model.slope, step, c=policy.c, slack=policy.slack, rounding=limits.rounding)
-        return check(step, asked - there, model, place)
+        return attempts.holds(lambda: check(step, asked - there, model, place))
 
     guard.copy()
     if limits.baseline:
-        value = trial(0.0)
+        value = there = float(agree(evaluate(0.0))[0])
     context = Context(
         value,
         model.slope,
@@ -141,4 +145,5 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
         certify=certify,
     )
     record, state = policy.propose(limits.state, context)
+    attempts.conclude(record.moved)
     return record._replace(slope=model.slope, slope_ratio=model.slope_ratio), state

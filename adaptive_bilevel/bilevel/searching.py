@@ -96,7 +96,11 @@ class SearchingOptimizer(UpperOptimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, upper_closure: Closure | None = None, lower_closure: Closure | Sequence[Closure | None] | None = None
+        self,
+        upper_closure: Closure | None = None,
+        lower_closure: Closure | Sequence[Closure | None] | None = None,
+        *,
+        closure: Closure | None = None,
     ) -> Tensor:
         """Search and take one upper step along .grad, and return the upper loss before it.
 
@@ -105,6 +109,7 @@ class SearchingOptimizer(UpperOptimizer):
                 gradients for x and y, and once per trial.
             lower_closure: Returns the lower loss g(x, y), or a list for several lower optimizers. Left out: the last
                 closure that the lower optimizer stepped on (for stock optimizers, required).
+            closure: Another name of `upper_closure`, that of torch's optimizers.
 
         Raises:
             HypergradientError: No upper parameter has a .grad.
@@ -112,6 +117,9 @@ class SearchingOptimizer(UpperOptimizer):
             ClosureError: A closure is missing or does not return an attached scalar.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        upper_closure = self._one_closure(upper_closure, closure)
+        if self._is_prepared_only(upper_closure):
+            return torch.zeros(())
         if upper_closure is None and self.host is not None:
             loss: Tensor = self.host.step(self)
             return loss
@@ -136,7 +144,7 @@ class SearchingOptimizer(UpperOptimizer):
             elif found.record.outcome != Outcome.zero_gradient:
                 messages = self._take(point, found, check, states)
         self.hessian = None if found.answer is None else found.answer.hessian
-        self._conclude(found.record, found.state)
+        self._conclude(self._scheduled(found.record), found.state)
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
         return point.loss
@@ -226,7 +234,7 @@ class SearchingOptimizer(UpperOptimizer):
             return path if section is None else limits.within(point, path, section)
 
         def redirect(hypergradient: list[Tensor]) -> SearchPath:
-            return within(self._path(point.gradient._replace(values=_processed(point, hypergradient)), states))
+            return within(self._path(point.gradient._replace(values=point.processed(hypergradient)), states))
 
         step = roles.pace.propose(point, path, states["pace"])
         path = within(path)
@@ -246,14 +254,14 @@ class SearchingOptimizer(UpperOptimizer):
     def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
-        tensors, moved = path.gradient.tensors, record.moved
+        tensors, moved, step = path.gradient.tensors, record.moved, self._scheduled(record).step_size
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
         mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:
             mix = mix._replace(along=None, weight=0.0)
         if moved:
-            path.take(record.step_size, mix.along)
+            path.take(step, mix.along)
         direction, messages = self._direction(), list[str]()
         news = {
             "check": roles.check.commit(point, check, states["check"]),
@@ -270,7 +278,7 @@ class SearchingOptimizer(UpperOptimizer):
             if answer.offsets is not None:
                 news["prediction"] = self._predict(
                     PredictionContext(answer.offsets, mix, point.beta, self.lower),
-                    record.step_size,
+                    step,
                     states["prediction"],
                 )
         path.release()
@@ -290,11 +298,3 @@ class SearchingOptimizer(UpperOptimizer):
         if response is not None and step > 0.0:
             role.deliver(context, response, step)
         return news
-
-
-def _processed(point: Point, hypergradient: list[Tensor]) -> list[Tensor]:
-    """Return a hypergradient of the response's as whoever steps would have changed the user's."""
-    if not isinstance(point.objective, Objective):
-        return hypergradient
-    changed = point.objective.processed(point.gradient.tensors, hypergradient)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(point.gradient.tensors, changed, strict=True)]

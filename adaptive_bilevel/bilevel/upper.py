@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import HypergradientError, TensorError
+from ..errors import ClosureError, HypergradientError, TensorError
 from ..evaluation.counts import Counts
-from ..evaluation.guard import Workspace
+from ..evaluation.guard import Closure, Workspace
 from ..optim.base import AdaptiveOptimizer
 from .lower import Lower, as_lower, refuse_shared
 
@@ -69,6 +69,17 @@ class UpperOptimizer(AdaptiveOptimizer):
         """Return what copying and pickling keep."""
         return {**super().__getstate__(), "lower": self.lower}
 
+    def _one_closure(self, upper_closure: Closure | None, closure: Closure | None) -> Closure | None:
+        """Return the closure of a step, under either of its names."""
+        if closure is None:
+            return upper_closure
+        if upper_closure is not None:
+            raise ClosureError(
+                f"{type(self).__name__}.step(upper_closure=..., closure=...): two names of the upper loss; give one of "
+                "the two, and the lower loss as lower_closure="
+            )
+        return closure
+
     def _hypergradient(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """Return .grad of the upper parameters, which must have been set."""
         refuse_shared(self.lower, params)  # again: its optimizers may have new groups
@@ -78,5 +89,10 @@ class UpperOptimizer(AdaptiveOptimizer):
                 f"{type(self).__name__}.step: .grad of all {len(params)} upper parameters is None. Put the "
                 "hypergradient there first, e.g. by adaptive_bilevel.hypergradient.implicit, and do not call zero_grad "
                 "in between"
+            )
+        if all(not p.requires_grad for p, g in zip(params, grads, strict=True) if g is not None):
+            raise HypergradientError(
+                f"{type(self).__name__}.step: .grad of upper parameters is set, but each of them has "
+                "requires_grad=False, so none moves. Call requires_grad_() on those that should"
             )
         return grads

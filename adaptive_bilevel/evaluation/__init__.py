@@ -1,7 +1,9 @@
 """Evaluating the user's losses without leaving a trace, and the arithmetic on what they return.
 
 * `guard`: one step's evaluations; parameters, buffers, random state and ``.grad`` come back exactly.
-* `closures`: what a closure does while it runs, and how it may be written.
+* `closures`: how a closure may be written, and what it says of its loss.
+* `attempts`: trials that cannot be computed.
+* `interception`: what stands between closures and torch while they run.
 * `buffers`: the buffers of the modules that a closure runs.
 * `counts`: the number of oracle calls.
 * `reductions`: from tensors to scalars, over all tensors of a level and over all processes.

@@ -1,169 +1,97 @@
-"""What a closure does while it is evaluated, whichever way it is written.
+"""How a closure may be written, and what it says of its loss: the value, the loss's gradient, and ``.grad``.
 
 A closure may call backward or not, once or once per micro-batch, and zero_grad before; it may return the loss, its
-value, or (after a backward) nothing. While one runs, this thread's ``backward()`` goes to a `Recorder` and its
-``zero_grad()`` does nothing, since gradients are the guard's affair: code between ``backward()`` and the return sees no
-``.grad``. Other threads, and code outside of closures, notice nothing.
+value, or (after a backward) nothing. A backward of its own leaves its gradient in ``.grad``, where the closure may read
+and change it (clipping, masks, noise): what is there when it returns is what a step goes along, as with every optimizer
+of torch, and the slope along it is that of the loss itself, whose gradient is kept beside it.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import threading
-import warnings
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from ..errors import ClosureError
-from .buffers import Buffers, enter_module, leave_module, watching
+from .buffers import Buffers
+from .interception import Watched, installed
 
-__all__ = ["Closure", "attached", "differentiated", "installed", "require_closure", "value", "value_of"]
+__all__ = ["Closure", "Differentiated", "attached", "differentiated", "require_closure", "value", "value_of"]
 
 Closure = Callable[[], Any]
 """A zero-argument function returning the loss; with or without zero_grad and backward inside."""
 
+StandIns = Callable[[], Sequence[tuple[Tensor, Tensor | None]]]
+"""Returns tensors with a gradient (None: zeros) for their ``.grad`` where none is computed."""
 
-class _Thread(threading.local):
-    """What this thread evaluates at present."""
-
-    recorder: Recorder | None = None
-
-
-_here = _Thread()
-
-
-class _Interception:
-    """Stands between closures and torch for as long as any thread has a guard open."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._hooks: list[tuple[dict[int, Any], int, Any]] = []
-        self.backward: Callable[..., None] = torch.autograd.backward
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._install()
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._remove()
-
-    def _install(self) -> None:
-        self.backward = torch.autograd.backward
-        torch.autograd.backward = _backward
-        if not self._hooks:
-            # For good: changing a class voids the interpreter's caches, which would cost more than all the rest.
-            for owner in (nn.Module, torch.optim.Optimizer):
-                owner.zero_grad = _zero_grad(owner.zero_grad)  # type: ignore[method-assign]
-            self._hooks = [
-                *_registered(register_module_forward_pre_hook(enter_module)),
-                *_registered(register_module_forward_hook(leave_module, always_call=True)),
-            ]
-        for hooks, number, hook in self._hooks:
-            hooks[number] = hook
-        _silence_the_warning_about_hooks()
-
-    def _remove(self) -> None:
-        torch.autograd.backward = self.backward
-        for hooks, number, _ in self._hooks:
-            hooks.pop(number, None)
+_LINEAR = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Mul",
+        "Div",
+        "Neg",
+        "ToCopy",
+        "Sum",
+        "View",
+        "ReshapeAlias",
+        "Squeeze",
+        "Unsqueeze",
+        "Clone",
+        "Select",
+    )
+)
+"""Operations that make a multiple of one scalar, if they have one input with a graph."""
 
 
-def _registered(handle: RemovableHandle) -> list[tuple[dict[int, Any], int, Any]]:
-    """Return what torch has entered where, to be entered again under the same number at each step.
+class Differentiated(NamedTuple):
+    """What a closure left when it returned.
 
-    Registering anew would change the numbers, and compiled code is compiled anew when they change.
-    """
-    found = [hooks for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref) if (hooks := ref()) is not None]
-    return [(hooks, handle.id, hooks[handle.id]) for hooks in found]
-
-
-installed = _Interception()
-"""``with installed:`` around everything that evaluates closures; it nests."""
-
-
-def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    if _here.recorder is None:
-        installed.backward(tensors, *args, **kwargs)
-    else:
-        _here.recorder.backward(tensors, *args, **kwargs)
-
-
-def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
-        if _here.recorder is None:
-            original(self, *args, **kwargs)
-
-    return zero_grad
-
-
-_ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
-_NO_WARNING = ("ignore", re.compile(_ABOUT_HOOKS, re.IGNORECASE), UserWarning, None, 0)
-
-
-def _silence_the_warning_about_hooks() -> None:
-    """Let torch.compile not warn of hooks that are meant to see what it made."""
-    if _NO_WARNING not in warnings.filters:
-        warnings.filterwarnings("ignore", message=_ABOUT_HOOKS, category=UserWarning)
-
-
-class Watched:
-    """Send this thread's backward and zero_grad calls to a recorder, and its module calls to buffers.
-
-    Args:
-        recorder: None: they do what they always do.
-        buffers: None: nobody looks at module calls.
-        with_grad: Whether graphs are built.
+    Attributes:
+        loss: The loss, detached.
+        gradients: ``.grad`` of each tensor that was asked for; None where there is none.
+        own: The loss's own gradients, where those are others; None: they are the same.
+        looked: Whether the closure called backward, so that it may have looked at ``.grad``.
     """
 
-    def __init__(self, recorder: Recorder | None, buffers: Buffers | None, with_grad: bool) -> None:
-        self._recorder, self._buffers, self._with_grad = recorder, buffers, with_grad
-
-    def __enter__(self) -> None:
-        self._outer = _here.recorder, watching.buffers, torch.is_grad_enabled()
-        _here.recorder, watching.buffers = self._recorder, self._buffers
-        torch.set_grad_enabled(self._with_grad)
-        if self._buffers is not None:
-            self._buffers.depth = 0
-
-    def __exit__(self, *error: object) -> None:
-        _here.recorder, watching.buffers, with_grad = self._outer
-        torch.set_grad_enabled(with_grad)
-        if self._buffers is not None and self._buffers.depth > 0:
-            self._buffers.end()
+    loss: Tensor
+    gradients: list[Tensor | None]
+    own: list[Tensor | None] | None = None
+    looked: bool = False
 
 
 class Recorder:
     """What a closure did and returned: the loss, whichever way the closure is written.
 
-    A backward is put off until the closure has returned, since an attached loss is differentiated directly (and not,
-    for example, the scaled loss of a GradScaler). A second backward in one closure is gradient accumulation: from then
-    on each runs at once, so that no more than two micro-batches' graphs are ever alive.
+    A backward of the closure's runs at once. Without one, the loss is differentiated when it is returned.
 
     Args:
         inputs: What to differentiate by, into ``.grad``; None: nothing is differentiated.
+        stand_ins: Without `inputs`: what a closure finds after a backward, to read and change to no effect.
     """
 
-    def __init__(self, inputs: list[Tensor] | None) -> None:
-        self._inputs = inputs
-        self._waiting: tuple[Tensor, bool] | None = None
-        self._losses: list[Tensor] = []  # of the backwards that ran; without inputs, of all
+    def __init__(self, inputs: list[Tensor] | None, stand_ins: StandIns = tuple) -> None:
+        self._inputs, self._stand_ins = inputs, stand_ins
+        self._losses: list[Tensor] = []  # of the backwards that ran, in parts; without inputs, with their graphs
+        self._root: Any = None  # of the graph of the first of them
+        self._own: list[Tensor | None] | None = None  # None: no backward of the closure's ran
+        self._hides = False
+
+    def hide(self) -> None:
+        """Take notice that a part of the graph (a reentrant checkpoint) hides which tensors are in it."""
+        self._hides = True
 
     def backward(
-        self, tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, *args: Any, **kwargs: Any
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
     ) -> None:
         """Take a backward call of the closure."""
         many = tuple(tensors) if isinstance(tensors, (tuple, list)) else (tensors,)
@@ -171,44 +99,68 @@ class Recorder:
         loss = _total([_scalar(t if w is None else (t * w).sum()) for t, w in zip(many, weights, strict=True)])
         if self._inputs is None:
             self._losses.append(loss)
-        elif self._waiting is None and not self._losses:
-            self._waiting = loss, bool(retain_graph)
-        else:
-            if self._waiting is not None:
-                self._run(*self._waiting)
-                self._waiting = None
-            self._run(loss, bool(retain_graph))
+            for p, g in self._stand_ins():
+                p.grad = torch.zeros_like(p) if g is None else g.clone()
+            return
+        asked = None if inputs is None else {id(p) for p in ((inputs,) if isinstance(inputs, Tensor) else inputs)}
+        self._root = loss.grad_fn if not self._losses else None
+        before = None
+        if self._own is not None and not self._untouched():
+            before = [None if p.grad is None else p.grad.detach().clone() for p in self._inputs]
+        self._run(loss, [p for p in self._inputs if asked is None or id(p) in asked], retain_graph, create_graph)
+        after = [None if p.grad is None else p.grad.detach().clone() for p in self._inputs]
+        if before is not None and self._own is not None:
+            after = [_added(*parts) for parts in zip(self._own, before, after, strict=True)]
+        self._own = after
 
-    def _run(self, loss: Tensor, retain_graph: bool = False) -> None:
-        if self._inputs:  # an empty list would mean all leaves
+    def _run(
+        self, loss: Tensor, inputs: list[Tensor], retain_graph: bool | None = None, create_graph: bool = False
+    ) -> None:
+        if inputs:  # an empty list would mean all leaves
             with Watched(None, None, True):  # a backward may call backward (checkpointing does), or run modules again
-                installed.backward(loss, retain_graph=retain_graph, inputs=self._inputs)
+                if self._hides:
+                    _to_all_leaves(loss, inputs, retain_graph, create_graph)
+                else:
+                    installed.backward(loss, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
         self._losses.append(loss.detach())
+
+    def _untouched(self) -> bool:
+        """Return whether ``.grad`` is what the backwards have left there."""
+        assert self._own is not None and self._inputs is not None
+        pairs = zip(self._inputs, self._own, strict=True)
+        return all(p.grad is g if p.grad is None or g is None else torch.equal(p.grad, g) for p, g in pairs)
 
     def attached(self, returned: Any) -> Tensor:
         """Return the loss with its graph."""
         if isinstance(returned, Tensor) and returned.requires_grad:
             return _scalar(returned)
-        losses = [*self._losses, *([] if self._waiting is None else [self._waiting[0]])]
-        if not losses:
+        if not self._losses:
             value_of(returned)
             raise ClosureError(
                 f"the closure returned {_kind(returned)} and called no backward: return the loss itself, attached to "
                 "its graph (no .item(), .detach() or torch.no_grad())"
             )
-        return _total(losses)
+        return _total(self._losses)
 
-    def differentiated(self, returned: Any) -> Tensor:
-        """Run what was put off, and return the detached loss."""
-        if not self._losses:
+    def differentiated(self, returned: Any) -> Differentiated:
+        """Differentiate a loss on which no backward was called, and return what the closure left."""
+        assert self._inputs is not None
+        if self._own is None:
             loss = self.attached(returned)
-            self._run(loss)
-            if returned is None or (isinstance(returned, Tensor) and returned.requires_grad):
-                return loss.detach()
-        loss = _total(self._losses)
-        if returned is not None:
+            self._run(loss, self._inputs)
+            return Differentiated(loss.detach(), [p.grad for p in self._inputs])
+        loss, own, left = _total(self._losses), self._own, [p.grad for p in self._inputs]
+        untouched = self._untouched()
+        node = returned.grad_fn if isinstance(returned, Tensor) and returned.numel() == 1 else None
+        if node is not None and node is not self._root and _is_multiple(node, self._root):
+            # A GradScaler's scaled loss, or one divided by a number of batches.
+            returned = returned.detach().reshape(())
+            scale = float(returned / loss) if bool(loss.isfinite()) and bool(loss != 0) else math.nan
+            own, loss = [None if g is None else g * scale for g in own], returned
+            left, untouched = (own, True) if untouched else (left, False)
+        elif returned is not None and (node is None or node is not self._root):
             _compare(value_of(returned), loss)
-        return loss
+        return Differentiated(loss, left, None if untouched else own, True)
 
     def value(self, returned: Any) -> Tensor | float:
         """Return the loss without its graph."""
@@ -217,25 +169,71 @@ class Recorder:
         return value_of(returned)
 
 
-def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> Tensor:
-    """Call the closure, differentiate its loss into ``.grad`` of the inputs, and return the detached loss."""
+def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> Differentiated:
+    """Call the closure, differentiate its loss into ``.grad`` of the inputs, and return what it left."""
     recorder = Recorder(inputs)
     with Watched(recorder, buffers, True):
         return recorder.differentiated(closure())
 
 
-def attached(closure: Closure, buffers: Buffers) -> Tensor:
+def attached(closure: Closure, buffers: Buffers, stand_ins: StandIns) -> Tensor:
     """Call the closure, and return its loss with its graph."""
-    recorder = Recorder(None)
+    recorder = Recorder(None, stand_ins)
     with Watched(recorder, buffers, True):
         return recorder.attached(closure())
 
 
-def value(closure: Closure, buffers: Buffers, *, with_grad: bool = False) -> Tensor | float:
+def value(closure: Closure, buffers: Buffers, stand_ins: StandIns, *, with_grad: bool = False) -> Tensor | float:
     """Call the closure, and return its loss without a graph."""
-    recorder = Recorder(None)
+    recorder = Recorder(None, stand_ins)
     with Watched(recorder, buffers, with_grad):
         return recorder.value(closure())
+
+
+def _to_all_leaves(loss: Tensor, inputs: Sequence[Tensor], retain_graph: bool | None, create_graph: bool) -> None:
+    """Differentiate by all that a graph has, since a part of it is hidden; only the inputs keep what they get."""
+    wanted, seen, found = {id(p) for p in inputs}, set(), list[Tensor]()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in wanted:
+            found.append(leaf)
+        nodes += [following for following, _ in node.next_functions]
+    held = [(p, p.grad) for p in found]
+    try:
+        for p in found:
+            p.grad = None
+        installed.backward(loss, retain_graph=retain_graph, create_graph=create_graph)
+    finally:
+        for p, grad in held:
+            p.grad = grad
+
+
+def _added(own: Tensor | None, before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """Return the loss's own gradient with what a backward has added to ``.grad``."""
+    if after is None:
+        return own
+    fresh = after if before is None else after - before
+    return fresh if own is None else own + fresh
+
+
+def _is_multiple(one: Any, other: Any) -> bool:
+    """Return whether one node of a graph is a multiple of the other, as the graph itself shows."""
+    lines = []
+    for node in (one, other):
+        line = [node]
+        while node is not None and node.name() in _LINEAR:
+            inputs = [found for found, _ in node.next_functions if found is not None]
+            if len(inputs) != 1:
+                break
+            (node,) = inputs
+            line.append(node)
+        lines.append(line)
+    return any(a is b for a in lines[0] for b in lines[1] if a is not None)
 
 
 def _total(losses: list[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ everything back by copy (never by adding and subtracting), whatever happens, exc
 * parameters: copied into a workspace that is allocated once;
 * buffers: of every module that runs inside a closure (found by hooks), BatchNorm's counters included;
 * random state: of the CPU and of the parameters' devices; every trial replays the same dropout mask;
-* gradients: backward and zero_grad inside a closure reach no ``.grad`` but through this module.
+* gradients: backward and zero_grad inside a closure reach no ``.grad`` of the user's, which is put aside meanwhile.
 
 What it cannot see: random generators other than torch's default ones, modules that run only inside a compiled function
 (compile the module, not a function around it), and what the closure does to Python objects.
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .buffers import Buffers
-from .closures import Closure, attached, differentiated, installed, value
+from .closures import Closure, Differentiated, StandIns, attached, differentiated, value
+from .interception import installed
 from .vectors import on_cpu
 
 __all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace"]
@@ -110,6 +111,7 @@ class Guard:
             self._devices = sorted((d for d in {p.device for p in tensors} if d.type not in ("cpu", "meta")), key=str)
         self._buffers = Buffers()
         self._marked: RandomState | None = None
+        self._stand_ins: list[tuple[Tensor, Tensor | None]] = []
 
     def __enter__(self) -> Guard:
         installed.__enter__()
@@ -197,37 +199,56 @@ class Guard:
     def gradient(
         self, closure: Closure, inputs: Sequence[Tensor], random: RandomState | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return the loss at the present point and its gradients (None for frozen tensors); no ``.grad`` changes.
+        """Return the loss at the present point and its own gradients (None for frozen tensors)."""
+        found = self.differentiated(closure, inputs, random)
+        return found.loss, found.gradients if found.own is None else found.own
+
+    def differentiated(
+        self, closure: Closure, inputs: Sequence[Tensor], random: RandomState | None = None
+    ) -> Differentiated:
+        """Return the loss at the present point, and the gradients that the closure left; no ``.grad`` changes.
 
         The backward is a true one restricted to `inputs`, so hooks (DistributedDataParallel's among them) run.
         """
         wanted = [p for p in inputs if p.requires_grad]
         with self._gradients_aside(inputs):
             self._prepare(random)
-            loss = differentiated(closure, wanted, self._buffers)
-            return loss, [p.grad for p in inputs]
+            found = differentiated(closure, wanted, self._buffers)
+        if len(wanted) < len(inputs):
+            found = found._replace(
+                gradients=_spread(inputs, wanted, found.gradients),
+                own=None if found.own is None else _spread(inputs, wanted, found.own),
+            )
+        self._stand_ins = list(zip(inputs, found.gradients, strict=True)) if found.looked else []
+        return found
+
+    def _in_the_place_of_gradients(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what a closure that calls backward finds in ``.grad`` where nothing is differentiated."""
+        known = {id(p): g for p, g in self._stand_ins}
+        return [(p, known.get(id(p))) for p in self._tensors if p.requires_grad]
 
     def attached(self, closure: Closure, random: RandomState | None = None) -> Tensor:
         """Return the loss at the present point with its graph."""
         with self._gradients_aside():
             self._prepare(random)
-            return attached(closure, self._buffers)
+            return attached(closure, self._buffers, self._in_the_place_of_gradients)
 
     def value(self, closure: Closure, random: RandomState | None = None) -> Tensor | float:
         """Return the loss at the present point (one forward)."""
+        stand_ins: StandIns = self._in_the_place_of_gradients
         with self._gradients_aside():
             if not self._workspace.trials_need_grad:
                 random = random or RandomState(self._devices)
                 try:
                     self._prepare(random)
-                    return value(closure, self._buffers)
+                    return value(closure, self._buffers, stand_ins)
                 except RuntimeError as error:
                     # A closure that differentiates inside (an unrolled loop) cannot run without gradients.
                     if "require grad" not in str(error):
                         raise
                     self._workspace.trials_need_grad = True
             self._prepare(random)
-            return value(closure, self._buffers, with_grad=True)
+            return value(closure, self._buffers, stand_ins, with_grad=True)
 
     def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> _Aside:
         """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""
@@ -245,6 +266,14 @@ class Guard:
             random.restore()
         # Autocast caches casts of the parameters for as long as its outermost block lasts; ours have moved since.
         torch.clear_autocast_cache()
+
+
+def _spread(
+    inputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return a gradient for each input, None for those that were not wanted."""
+    known = {id(p): g for p, g in zip(wanted, gradients, strict=True)}
+    return [known.get(id(p)) for p in inputs]
 
 
 class _Aside:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, warn
+from ..evaluation.attempts import Attempts
+from ..evaluation.closures import Differentiated
 from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
-from ..policies import Outcome, Record, State, validation
+from ..policies import SLS, Outcome, Record, State, validation
 from ..policies.scalars import Scalar
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
 from .groups import PolicyOptimizer
@@ -63,9 +65,11 @@ class Host(Protocol):
 class AdaptiveOptimizer(PolicyOptimizer):
     """A policy as a `torch.optim.Optimizer`; the concrete rules derive from it.
 
-    `param_groups[i]["lr"]` scales the bound (or first trial) of the rule, so schedulers act on it; left out, it is 1
-    and `param_groups[i]["scale"]` holds the bound (or first trial) that the rule found. Groups with different lr share
-    one step: group i moves by step * lr_i / lr_0. All other options are the same for all groups.
+    `param_groups[i]["lr"]` is the bound (or first trial) of the rule; left out, it is 1 and scales the one that the
+    rule found, `param_groups[i]["scale"]`. A schedule is a factor: it scales the bound, and where lr is a first trial,
+    the step taken (the search goes on in the length found; a factor above 1 makes the first trial longer, and no step
+    longer than the search has found it may be). Groups with different lr share one step: group i moves by step * lr_i /
+    lr_0. All other options are the same for all groups.
 
     Attributes:
         record: The last step's `Record`; None before.
@@ -153,7 +157,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     # ------------------------------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
         """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction.
 
         The prediction has to be worth more than a step of the usual length from there, of which there will be some
@@ -162,25 +166,25 @@ class AdaptiveOptimizer(PolicyOptimizer):
         before = self._warm_start.point(self.state, params)
         if before is None:
             known = closure.evaluated(params) if isinstance(closure, Objective) else None
-            return self._gradient(guard, closure, params) if known is None else known
+            return self._gradient(guard, closure, params) if known is None else Differentiated(*known)
         guard.copy()
-        here = guard.value(closure)
+        here = Attempts().value(lambda: guard.value(closure))
         self._own_counts.values += 1
         torch._foreach_copy_(params, before)
-        loss, grads = self._gradient(guard, closure, params, guard.entry)
-        here, there = on_host(here, loss)
+        found = self._gradient(guard, closure, params, guard.entry)
+        here, there = on_host(here, found.loss)
         preferred = there <= here or here != here
         if there == there and not preferred:
             guard.mark()
-            preferred = self._after_another_step(guard, closure, params, loss, grads) <= here
+            preferred = self._after_another_step(guard, closure, params, found.loss, found.gradients) <= here
             guard.recall()
             torch._foreach_copy_(params, before)
         if preferred:
             guard.rebase()
-            return loss, grads
+            return found
         guard.put_back()
         known = closure.evaluated(params) if isinstance(closure, Objective) else None
-        return self._gradient(guard, closure, params, guard.entry) if known is None else known
+        return self._gradient(guard, closure, params, guard.entry) if known is None else Differentiated(*known)
 
     def _after_another_step(
         self, guard: Guard, closure: Closure, params: list[Tensor], loss: Tensor, grads: Sequence[Tensor | None]
@@ -192,7 +196,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
         length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
         descent.move(gradient.tensors, stepped, length, gradient.factors)
         self._own_counts.values += 1
-        return float(on_host(guard.value(closure, guard.entry))[0])
+        return float(on_host(Attempts().value(lambda: guard.value(closure, guard.entry)))[0])
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
         """Return what the length of a step is found along, without the factors of groups."""
@@ -200,11 +204,13 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def _gradient(
         self, guard: Guard, closure: Closure, params: list[Tensor], random: RandomState | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> Differentiated:
         """Return loss and gradients here, as a host would step along them."""
         self._own_counts.gradients += 1
-        loss, grads = guard.gradient(closure, params, random)
-        return loss, closure.processed(params, grads) if isinstance(closure, Objective) else grads
+        found = guard.differentiated(closure, params, random)
+        if isinstance(closure, Objective):
+            found = found._replace(gradients=closure.processed(params, found.gradients))
+        return found
 
     @property
     def offered(self) -> list[Tensor] | None:
@@ -231,8 +237,21 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def _bound(self) -> tuple[float | None, float]:
         """Return bound and scale of a step's `Context`: lr is one of them, None and 1 the other."""
-        lr = self._reference_lr()
+        lr = self._schedule()[0] if self._unbounded else self._reference_lr()
         return (None, lr) if self.param_groups[0]["automatic"] else (lr, 1.0)
+
+    @property
+    def _unbounded(self) -> bool:
+        """Whether lr bounds no step but the first: what a scheduler takes from it is then taken from the step found."""
+        return isinstance(self.policy, SLS)
+
+    def _scheduled(self, found: Record) -> Record:
+        """Return the record of the step taken: of one found without a bound, the part that a scheduler has left.
+
+        Searches go on in the length found, since the next one would undo whatever is taken from that.
+        """
+        left = self._schedule()[1] if self._unbounded else 1.0
+        return found if left == 1.0 else found._replace(step_size=found.step_size * left)
 
     def _conclude(self, record: Record, state: State) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,8 +26,10 @@ from ..evaluation.tensors import refuse_unsupported
 from ..policies import Policy, State, validation
 from ..policies.scalars import Scalar
 from .direction import Gradient
+from .group_options import refuse_lr, refuse_options
 from .hooks import Hooked
 from .options import CALLABLE, Conduct, is_plain, merged, on_numbers, placeholder, refuse_unused_moments, replaced
+from .saved_state import packed, unpacked
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -146,6 +147,7 @@ class PolicyOptimizer(Hooked):
             group.pop("differentiable", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, 1.0 if name == "lr" and value is None else value)
+            group.setdefault("unscheduled_lr", group["lr"])
         if "_workspace" not in self.__dict__:
             self._prepare()
         self._restored()
@@ -157,22 +159,11 @@ class PolicyOptimizer(Hooked):
             param_group: "params" and, optionally, "lr"; left out, lr is that of the optimizer or of the first group.
 
         Raises:
-            OptionError: lr is out of range, or another option differs from the optimizer's.
+            OptionError: lr is out of range, or another option differs from the optimizer's, or is none.
             TensorError: A parameter is complex, sparse or not floating-point.
         """
         owner = type(self).__name__
-        for name, value in self.defaults.items():
-            if name != "lr" and param_group.get(name, value) != value:
-                raise OptionError(
-                    f"{owner}: a parameter group has {name}={param_group[name]!r} where the optimizer has {value!r}; "
-                    "one rule steps all groups, so they may only differ in lr"
-                )
-        remedies = {"weight_decay": "add the penalty to the loss, where the search sees it", "momentum": "leave it out"}
-        for name, remedy in remedies.items():
-            if param_group.get(name):
-                raise OptionError(
-                    f"{owner}: a parameter group has {name}={param_group[name]!r}, which no rule here has; {remedy}"
-                )
+        refuse_options(owner, param_group, self.defaults)
         given = param_group.get("lr", self.defaults["lr"])
         if self.param_groups:
             first = self.param_groups[0]
@@ -180,10 +171,10 @@ class PolicyOptimizer(Hooked):
             automatic = first["automatic"]
         else:
             lr, scale, automatic = (1.0, 0.0, True) if given is None else (given, 1.0, False)
-        if not (isinstance(lr, Real) and float(lr) >= 0.0):
-            raise OptionError(f"{owner}: a parameter group has lr={lr!r}; lr must be a number at or above 0")
+        refuse_lr(owner, lr, self._check_lr)
+        lr = validation.plain(lr)
         super().add_param_group(
-            {"scale": scale, "automatic": automatic, "step_size": 0.0, **param_group, "lr": validation.plain(lr)}
+            {"scale": scale, "automatic": automatic, "step_size": 0.0, "unscheduled_lr": lr, **param_group, "lr": lr}
         )
         try:
             for p in self.param_groups[-1]["params"]:
@@ -223,7 +214,17 @@ class PolicyOptimizer(Hooked):
         saved: StateDict = super().state_dict()
         for group in saved["param_groups"]:
             group.update({name: validation.plain(value) for name, value in group.items() if name != "params"})
-        return saved
+        return packed(saved)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict` returned, also with names in the place of parameters' numbers."""
+        super().load_state_dict(unpacked(state_dict))
+
+    def _is_prepared_only(self, closure: object) -> bool:
+        """Return whether a step is asked for nothing, as ``torch.distributed.checkpoint`` does."""
+        if closure is not None or self.state or self._reference_lr() != 0.0:
+            return False
+        return all(p.grad is None or not p.grad.any() for p in self._parameters())
 
     def _entries(self) -> dict[object, StateDict]:
         """Return the state: entries of parameters, and of words, for which torch has no type."""
@@ -250,14 +251,30 @@ class PolicyOptimizer(Hooked):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _rates(self) -> list[float]:
+        """Return the lr of each group, which a scheduler may have written."""
+        lrs = [float(g["lr"]) for g in self.param_groups]
+        for lr in lrs:
+            if not 0.0 <= lr < math.inf:
+                refuse_lr(type(self).__name__, lr, self._check_lr)
+        return lrs
+
     def _reference_lr(self) -> float:
         """Return lr_0: that of the first group whose lr is not 0."""
-        return next((float(g["lr"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
+        return next((lr for lr in self._rates() if lr != 0.0), 0.0)
+
+    def _schedule(self) -> tuple[float, float]:
+        """Return lr_0 without what a scheduler has taken from it, and the part of that which it has left."""
+        for lr, group in zip(self._rates(), self.param_groups, strict=True):
+            if lr != 0.0:
+                whole = max(lr, float(group["unscheduled_lr"]))
+                return whole, lr / whole
+        return 0.0, 1.0
 
     def _factors(self) -> list[float]:
         """Return lr_i / lr_0 of each group."""
-        lrs = [float(g["lr"]) for g in self.param_groups]
-        if len(lrs) == 1 and not math.isnan(lrs[0]):
+        lrs = self._rates()
+        if len(lrs) == 1:
             return [1.0]
         reference = next((lr for lr in lrs if lr != 0.0), 0.0)
         return [1.0 if lr == reference else lr / reference for lr in lrs]

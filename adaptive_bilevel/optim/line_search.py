@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
+from ..evaluation.attempts import Attempts
 from ..evaluation.closures import require_closure
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Objective, Replay
@@ -50,6 +51,8 @@ class LineSearch(AdaptiveOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        if self._is_prepared_only(closure):
+            return torch.zeros(())
         if closure is None and self.host is not None:
             loss: Tensor = self.host.step(self)
             return loss
@@ -64,9 +67,10 @@ class LineSearch(AdaptiveOptimizer):
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
         with torch.no_grad(), Guard(params, self._workspace) as guard:
-            loss, grads = self._evaluate(guard, closure, params)
+            loss, grads, own, _ = self._evaluate(guard, closure, params)
             gradient = self._with_gradient(params, grads)
-            searched, random, searched_loss, searched_gradient = closure, guard.entry, loss, gradient.values
+            searched, random, searched_loss = closure, guard.entry, loss
+            searched_gradient = gradient.values if own is None else gradients_of(gradient.tensors, params, own)
             if step_closure is not None:
                 searched, random = require_closure(owner, step_closure), guard.random_state()
                 searched_loss, searched_grads = guard.gradient(searched, params)
@@ -82,7 +86,7 @@ class LineSearch(AdaptiveOptimizer):
                 directions = descent.precondition(searched_gradient)
             value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, gradient.factors)
 
-            away = False
+            away, attempts = False, Attempts()
 
             def trial(step: float) -> float:
                 nonlocal away
@@ -91,7 +95,7 @@ class LineSearch(AdaptiveOptimizer):
                 away = True
                 descent.move(gradient.tensors, directions, step, gradient.factors)
                 self._own_counts.values += 1
-                return on_host(guard.value(searched, random))[0]
+                return on_host(attempts.value(lambda: guard.value(searched, random)))[0]
 
             bound, scale = self._bound()
             if bound == 0.0 or scale == 0.0:
@@ -101,6 +105,7 @@ class LineSearch(AdaptiveOptimizer):
                 rounding = resolution(searched_loss)
                 sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
                 record, state = self.policy.propose(self._rule_state(), sample)
+                attempts.conclude(record.moved)
             if not record.moved:
                 guard.put_back()
                 if record.outcome == Outcome.non_finite:
@@ -108,9 +113,11 @@ class LineSearch(AdaptiveOptimizer):
                 elif record.outcome == Outcome.no_descent:
                     self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
-                if descent.step is not None or step_closure is not None:
+                found, record = record, self._scheduled(record)
+                if descent.step is not None or step_closure is not None or record is not found:
                     guard.put_back()
-                    stepped = gradient.values if descent.step is None else descent.step
+                    stepped = directions if step_closure is None else gradient.values
+                    stepped = stepped if descent.step is None else descent.step
                     descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
                 self._commit_direction(gradient, proposed)
                 self._save_rule_state(state)

@@ -51,6 +51,8 @@ class Polyak(PolyakOptimizer):
             TensorError: A gradient is sparse.
             NonFiniteError: max_skips steps in a row were not finite.
         """
+        if loss is None and self._is_prepared_only(closure):
+            return 0.0
         if closure is None and loss is None and self.host is not None:
             taken: Tensor | float = self.host.step(self)
             return taken
@@ -70,22 +72,24 @@ class Polyak(PolyakOptimizer):
         params = self._parameters()
         with torch.no_grad(), Guard(params, self._workspace) as guard:
             grads: list[Tensor | None]
-            evaluated, sample = None, None
+            evaluated, sample, own = None, None, None
             if loss is None:
                 evaluated = require_closure(owner, closure)
-                loss, grads = self._evaluate(guard, evaluated, params)
+                loss, grads, own, _ = self._evaluate(guard, evaluated, params)
                 sample = guard, evaluated, guard.entry
             else:
                 loss, grads = _given(owner, closure, loss, [p.grad for p in params])
             gradient = self._with_gradient(params, grads)
-            rule_loss, rule_gradient = loss, gradient.values
+            rule_loss, rule_gradient, along = loss, gradient.values, gradient.values
+            if own is not None:
+                rule_gradient = gradients_of(gradient.tensors, params, own)
             if step_closure is not None:
                 sample = guard, require_closure(owner, step_closure), guard.random_state()
                 rule_loss, rule_grads = guard.gradient(step_closure, params)
                 self._own_counts.gradients += 1
-                rule_gradient = gradients_of(gradient.tensors, params, rule_grads)
+                rule_gradient = along = gradients_of(gradient.tensors, params, rule_grads)
                 rule_loss = tainted(rule_loss, loss, gradient.values)
-            record, state = self._polyak_step(gradient, rule_gradient, rule_loss, lower_bound, sample)
+            record, state = self._polyak_step(gradient, rule_gradient, along, rule_loss, lower_bound, sample)
             if isinstance(record.outcome, Tensor):
                 guard.keep_buffers_if(record.outcome != int(Outcome.non_finite))
                 self._drop_offer()

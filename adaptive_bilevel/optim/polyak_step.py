@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..evaluation.attempts import Attempts
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.reductions import agree, on_host, on_host_with_inner
 from ..evaluation.tensors import slope_of
@@ -39,11 +40,15 @@ class PolyakOptimizer(AdaptiveOptimizer):
         self,
         gradient: Gradient,
         rule_gradient: Sequence[Tensor],
+        along: Sequence[Tensor],
         loss: Tensor | float,
         lower_bound: float | None,
         sample: tuple[Guard, Closure, RandomState] | None = None,
     ) -> tuple[Record, State]:
-        """Take the step and return its record and the rule's state after it; a first bound is tried on the sample."""
+        """Take the step and return its record and the rule's state after it; a first bound is tried on the sample.
+
+        The slope is that of `rule_gradient` along `along`, in the direction's metric.
+        """
         if lower_bound is None and self.rule.lower_bound is None:
             raise OptionError(
                 f"{type(self).__name__}(lower_bound=None): the rule needs a lower bound of the loss; give one to the "
@@ -53,7 +58,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         descent = proposed.descent
         value: Scalar
         slope: Scalar
-        directions = descent.precondition(rule_gradient)
+        directions = descent.precondition(along)
         if self._on_host(gradient.tensors):
             value, slope = on_host_with_inner(loss, rule_gradient, directions, gradient.factors)
         else:
@@ -61,12 +66,13 @@ class PolyakOptimizer(AdaptiveOptimizer):
         state, clock = self._rule_state(), self.clock
         if clock >= 0:
             state = state._replace(count=clock)
-        trial = None
+        trial, attempts = None, Attempts()
         if sample is not None and self._seeks_bound():
-            trial = self._trial(*sample, gradient, directions, descent)
+            trial = self._trial(*sample, gradient, directions, descent, attempts)
         bound, scale = self._bound()
         context = Context(value, slope, trial, lower_bound, None, bound, scale)
         record, state = self.policy.propose(state, context)
+        attempts.conclude(trial is None or record.moved)
         stepped = gradient.values if descent.step is None else descent.step
         if isinstance(record.step_size, Tensor):
             _move_by_tensor(gradient.tensors, stepped, record.step_size, gradient.factors)
@@ -96,6 +102,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         gradient: Gradient,
         directions: Sequence[Tensor],
         descent: Descent,
+        attempts: Attempts,
     ) -> Trial:
         guard.mark()
         guard.copy()
@@ -104,7 +111,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         def trial(step: float) -> float:
             descent.move(gradient.tensors, directions, step, gradient.factors)
             self._own_counts.values += 1
-            value = on_host(guard.value(closure, random))[0]
+            value = on_host(attempts.value(lambda: guard.value(closure, random)))[0]
             guard.put_back()
             return value
 

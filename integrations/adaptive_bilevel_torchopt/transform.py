@@ -27,6 +27,7 @@ from torch import Tensor
 
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import ClosureError, OptionError
+from adaptive_bilevel.evaluation.attempts import Attempts
 from adaptive_bilevel.policies import Context, Policy, Record
 from adaptive_bilevel.policies.scalars import resolution
 
@@ -125,17 +126,20 @@ def scale_by_policy(policy: AnyPolicy, *, differentiable: bool = False) -> Gradi
         loss = torch.as_tensor(value)
         if not differentiable:
             loss, slope = loss.detach(), slope.detach()
+        attempts = Attempts()
         if searches:
             _require(name, params=params, value_fn=value_fn)
             assert value_fn is not None
-            trial = _trial(updates, params, value_fn)
+            trial = _trial(updates, params, value_fn, attempts)
             context = Context(float(loss), float(slope), trial, rounding=resolution(loss))
             record, after = policy.propose(state.policy, context)
+            attempts.conclude(record.moved)
         else:
             trial = None
             if value_fn is not None and params is not None and not differentiable and _is_first(state.policy):
-                trial = _trial(updates, params, value_fn)
+                trial = _trial(updates, params, value_fn, attempts)
             record, after = policy.propose(state.policy, Context(loss, slope, trial))
+            attempts.conclude(trial is None or record.moved)
             if trial is not None and not record.moved:
                 after = state.policy  # the same, and its numbers still tell that there was no step
         return scaled(updates, record.step_size, inplace), ScaleByPolicyState(after, without_graphs(record))
@@ -206,12 +210,12 @@ def _is_first(state: object) -> bool:
     return isinstance(found, float) and found == 0.0
 
 
-def _trial(updates: Tree, params: Tree, value_fn: LossFunction) -> Callable[[float], float]:
+def _trial(updates: Tree, params: Tree, value_fn: LossFunction, attempts: Attempts) -> Callable[[float], float]:
     def trial(step: float) -> float:
         # Scaled, then added, as the step that is taken will be.
         with torch.no_grad():
             candidate = torchopt.apply_updates(params, scaled(updates, step, inplace=False), inplace=False)
-            return float(value_fn(candidate))
+            return float(attempts.value(lambda: value_fn(candidate)))
 
     return trial
 

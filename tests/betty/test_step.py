@@ -64,6 +64,15 @@ def test_schedulers_scale_the_bound() -> None:
     assert low.optimizer.param_groups[0]["step_size"] == pytest.approx(0.25e-3)
 
 
+def test_schedulers_scale_the_step_that_a_search_finds() -> None:
+    low = Level("inner", lambda p, b: p.module().square().sum(), Variable(torch.ones(1)), SLS)
+    low.configure_scheduler = lambda: torch.optim.lr_scheduler.LambdaLR(low.optimizer, lambda k: 0.1**k)
+    made = bind(engine(low, steps=3))
+    made.run()
+    found = low.optimizer.state["policy"]["previous"]
+    assert low.optimizer.param_groups[0]["step_size"] == pytest.approx(0.01 * found)
+
+
 @only_new
 def test_parameter_groups_of_the_problem() -> None:
     low = Level(

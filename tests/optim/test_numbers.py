@@ -107,7 +107,7 @@ def test_a_schedule_in_numpy(lr: float | None, kind: Any) -> None:
     for optimizer, z in ((straight, x), (again, y)):
         optimizer.step(lambda: 0.5 * (z**2).sum())
     assert torch.equal(x, y)
-    assert {type(v) for v in straight.state_dict()["state"]["policy"].values()} <= {int, float}
+    assert {type(v) for v in straight.state["policy"].values()} <= {int, float}
     assert type(straight.param_groups[0]["step_size"]) is float
 
 
@@ -119,7 +119,7 @@ def test_a_schedule_that_returns_no_number(info: OptimizerInfo) -> None:
     optimizer = info.make([x], decay=lambda k: None)
     with pytest.raises(ValueError, match=r"decay=<function .*returned None for k=0; it must return a number"):
         optimizer.step(lambda: 0.5 * (x**2).sum())
-    assert x.tolist() == [3.0, 2.0] and "policy" not in optimizer.state_dict()["state"]
+    assert x.tolist() == [3.0, 2.0] and "policy" not in optimizer.state
 
 
 @pytest.mark.parametrize(

@@ -60,4 +60,4 @@ def test_no_first_step_without_descent(info: OptimizerInfo, value: float) -> Non
         optimizer.step(wrong)
     assert optimizer.record.outcome == Outcome.search_failed
     assert x.item() == 1.0
-    assert "policy" not in optimizer.state_dict()["state"]
+    assert "policy" not in optimizer.state

@@ -60,9 +60,9 @@ def test_state_dict_is_not_changed_by_later_steps(info: OptimizerInfo) -> None:
     optimizer = info.make([x], None)
     optimizer.step(lambda: quadratic(x))
     saved = optimizer.state_dict()
-    before = plain(saved["state"]["policy"])
+    before = plain(saved["param_groups"][0]["shared_state"]["policy"])
     optimizer.step(lambda: quadratic(x))
-    assert plain(saved["state"]["policy"]) == before
+    assert plain(saved["param_groups"][0]["shared_state"]["policy"]) == before
 
 
 @every_class

@@ -51,7 +51,7 @@ def test_an_offered_start_is_taken_if_it_is_better(info: OptimizerInfo) -> None:
         asked, usual = offered.evaluations.lower, direct.evaluations.lower
         assert asked.values - usual.values == (1 if offset < 0.0 else 2)  # at x; and after another step
         assert asked.gradients - usual.gradients == (0 if offset < 0.0 else 1)
-        assert plain(offered.state_dict()["state"]["policy"]) == plain(direct.state_dict()["state"]["policy"])
+        assert plain(offered.state["policy"]) == plain(direct.state["policy"])
 
 
 @every_optimizer
@@ -76,7 +76,7 @@ def test_a_prediction_has_to_be_worth_more_than_a_step(info: OptimizerInfo, gain
         if offers:
             optimizer.offer([stay])
         optimizer.step(loss)
-        ends.append(plain([x, *norm.buffers(), torch.get_rng_state(), optimizer.state_dict()["state"]["policy"]]))
+        ends.append(plain([x, *norm.buffers(), torch.get_rng_state(), optimizer.state["policy"]]))
     assert ends[0] == ends[1]
 
 

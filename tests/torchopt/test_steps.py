@@ -47,6 +47,19 @@ def test_bounds_of_polyak_rules_follow_the_upper_iterations_of_bisps() -> None:
     assert bounds == pytest.approx([1e-3 / (k + 1) ** 0.5 for k in range(4)])
 
 
+@pytest.mark.parametrize("level", ["lower", "upper"])
+def test_schedulers_scale_the_step_that_a_search_finds(level: str) -> None:
+    inner, meta, _ = pair(ridge_hpo(), lower={"rule": SLS}, rule=BiSLS)
+    iterate(inner, meta)
+    optimizer: Any = inner.lower.optimizer if level == "lower" else meta.optimizer
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    for factor in (1.0, 0.1, 0.01):
+        iterate(inner, meta)
+        scheduler.step()
+        found = optimizer.state["policy"]["previous"]
+        assert optimizer.param_groups[0]["step_size"] == pytest.approx(factor * found)
+
+
 def test_policies_name_a_rule_with_its_options() -> None:
     inner, meta, _ = pair(
         ridge_hpo(),

@@ -1,0 +1,164 @@
+"""What stands between closures and torch while they run: backward, zero_grad, and the modules that are called.
+
+This thread's ``backward()`` goes to whoever listens to the closure, and its ``zero_grad()`` does nothing, since every
+``.grad`` has been put aside. Other threads, and code outside of closures, notice nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
+
+from .buffers import Buffers, enter_module, leave_module, watching
+
+__all__ = ["Listener", "Watched", "installed"]
+
+
+class Listener(Protocol):
+    """Who takes the backward calls of a closure."""
+
+    def backward(self, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        """Take a backward call."""
+        ...
+
+    def hide(self) -> None:
+        """Take notice that a part of the graph is hidden: what its tensors are, only its backward knows."""
+        ...
+
+
+class _Thread(threading.local):
+    """What this thread evaluates at present."""
+
+    recorder: Listener | None = None
+
+
+_here = _Thread()
+
+
+class _Interception:
+    """Stands between closures and torch for as long as any thread has a guard open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._hooks: list[tuple[dict[int, Any], int, Any]] = []
+        self.backward: Callable[..., None] = torch.autograd.backward
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._install()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._remove()
+
+    def _install(self) -> None:
+        self.backward = torch.autograd.backward
+        torch.autograd.backward = _backward
+        if not self._hooks:
+            # For good: changing a class voids the interpreter's caches, which would cost more than all the rest.
+            for owner in (nn.Module, torch.optim.Optimizer):
+                owner.zero_grad = _zero_grad(owner.zero_grad)  # type: ignore[method-assign]
+            CheckpointFunction.apply = _hiding(CheckpointFunction.apply)  # type: ignore[method-assign]
+            self._hooks = [
+                *_registered(register_module_forward_pre_hook(enter_module)),
+                *_registered(register_module_forward_hook(leave_module, always_call=True)),
+            ]
+        for hooks, number, hook in self._hooks:
+            hooks[number] = hook
+        _silence_the_warning_about_hooks()
+
+    def _remove(self) -> None:
+        torch.autograd.backward = self.backward
+        for hooks, number, _ in self._hooks:
+            hooks.pop(number, None)
+
+
+def _registered(handle: RemovableHandle) -> list[tuple[dict[int, Any], int, Any]]:
+    """Return what torch has entered where, to be entered again under the same number at each step.
+
+    Registering anew would change the numbers, and compiled code is compiled anew when they change.
+    """
+    found = [hooks for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref) if (hooks := ref()) is not None]
+    return [(hooks, handle.id, hooks[handle.id]) for hooks in found]
+
+
+installed = _Interception()
+"""``with installed:`` around everything that evaluates closures; it nests."""
+
+
+def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    if _here.recorder is None:
+        installed.backward(tensors, *args, **kwargs)
+    else:
+        _here.recorder.backward(tensors, *args, **kwargs)
+
+
+def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _here.recorder is None:
+            original(self, *args, **kwargs)
+
+    return zero_grad
+
+
+def _hiding(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if _here.recorder is not None:
+            if not torch.is_grad_enabled():
+                return function(*args)  # torch would warn that there will be no gradients
+            _here.recorder.hide()
+        return original(function, preserve_rng_state, *args)
+
+    return apply
+
+
+_ABOUT_HOOKS = r"Using `torch\.compile\(module\)` when there are global hooks"
+_NO_WARNING = ("ignore", re.compile(_ABOUT_HOOKS, re.IGNORECASE), UserWarning, None, 0)
+
+
+def _silence_the_warning_about_hooks() -> None:
+    """Let torch.compile not warn of hooks that are meant to see what it made."""
+    if _NO_WARNING not in warnings.filters:
+        warnings.filterwarnings("ignore", message=_ABOUT_HOOKS, category=UserWarning)
+
+
+class Watched:
+    """Send this thread's backward and zero_grad calls to a recorder, and its module calls to buffers.
+
+    Args:
+        recorder: None: they do what they always do.
+        buffers: None: nobody looks at module calls.
+        with_grad: Whether graphs are built.
+    """
+
+    def __init__(self, recorder: Listener | None, buffers: Buffers | None, with_grad: bool) -> None:
+        self._recorder, self._buffers, self._with_grad = recorder, buffers, with_grad
+
+    def __enter__(self) -> None:
+        self._outer = _here.recorder, watching.buffers, torch.is_grad_enabled()
+        _here.recorder, watching.buffers = self._recorder, self._buffers
+        torch.set_grad_enabled(self._with_grad)
+        if self._buffers is not None:
+            self._buffers.depth = 0
+
+    def __exit__(self, *error: object) -> None:
+        _here.recorder, watching.buffers, with_grad = self._outer
+        torch.set_grad_enabled(with_grad)
+        if self._buffers is not None and self._buffers.depth > 0:
+            self._buffers.end()
