@@ -112,7 +112,7 @@ class SLSB:
         first = longest_without_increase(phi, f, longest) if self.k == 0 else 0.0
         bound = self.bound.see(f, slope, first)
         highest = self.highest(f, bound.value, longest)
-        start = highest if self.previous == 0 else min(1.2 * self.previous, highest)
+        start = min(bound.value if self.previous == 0 else 1.2 * self.previous, highest)
         a, trials = backtrack(phi, f, slope, start)
         if a == 0:
             return  # nothing moves, and the sample leaves no trace
@@ -132,9 +132,9 @@ class AutoSLS(SLSB):
     """
 
     def highest(self, f: float, bound: float, longest: float) -> float:
-        M = 0.0
+        M, sums = 0.0, list(itertools.accumulate(self.gains))
         for j, (before, after) in enumerate(itertools.pairwise([*self.losses, f])):
-            most = max(self.gains[j], sum(self.gains[: j + 1]) / (j + 1))
+            most = max(self.gains[j], sums[j] / (j + 1))
             fall = min(max(before - after, -most), most)
             M = M + fall - 0.1 * self.gains[j] + EPS * abs(before)
         return super().highest(f, bound, longest) if M < 0 else longest
