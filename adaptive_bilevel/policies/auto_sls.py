@@ -12,7 +12,8 @@ rule is `SLS`; where M < 0 the bound of `SLSB` holds. On full batches M never is
 The a_j of one variable add up to f_0(x_0) - f_k(x_k), so that noise in the losses cancels. An upper variable that
 moves, or a lower one that starts anew, changes the loss without a step being at fault. Therefore a_j is cut to
 [-r_j, r_j], r_j the larger of gamma_j n_j (what the step could gain at most if f_j is convex) and of their mean so far:
-once per lower loop it then weighs no more than a step. M needs the losses and slopes of the search alone: no
+once per lower loop it then weighs no more than a step. (Loops of one or two steps that each start anew from the same
+point do show as disagreement: there, `SLS` is the rule for full batches.) M needs the losses and slopes of the search alone: no
 evaluation, no copy of x, no number of its own.
 """
 

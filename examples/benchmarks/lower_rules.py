@@ -99,6 +99,9 @@ def logistic(make: Make, seed: int, size: int, noise: float, epochs: int) -> tup
     def loss(rows: Tensor | slice = slice(None)) -> Tensor:
         return softplus(-y[rows] * (x[rows] @ w)).mean()
 
+    def now() -> float:
+        return float(loss().detach())
+
     least = 0.0
     if noise:
         solver = torch.optim.LBFGS([w], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-7)
@@ -110,13 +113,13 @@ def logistic(make: Make, seed: int, size: int, noise: float, epochs: int) -> tup
             return value
 
         solver.step(closure)
-        least = float(loss())
+        least = now()
         w.data.zero_()
     step = make([w])
     for _ in range(epochs * 500 // size):
         drawn = torch.randint(500, (size,), generator=random)
         step(lambda rows=drawn: loss(rows))
-    return (float(loss()) - least,)
+    return (now() - least,)
 
 
 def full_batch(make: Make, seed: int, kind: str, steps: int) -> tuple[float, ...]:
@@ -136,7 +139,7 @@ def full_batch(make: Make, seed: int, kind: str, steps: int) -> tuple[float, ...
     step = make(params)
     for _ in range(steps):
         step(loss)
-    return (float(loss()),)
+    return (float(loss().detach()),)
 
 
 def rows(make: Make, seed: int, name: str, folder: str, epochs: int) -> tuple[float, ...]:
@@ -146,7 +149,7 @@ def rows(make: Make, seed: int, name: str, folder: str, epochs: int) -> tuple[fl
     for _ in range(epochs):
         for batch in torch.randperm(len(y), generator=random).split(100):
             step(lambda b=batch: softplus(-y[b] * (x[b] @ w)).mean())
-    return (float(softplus(-y * (x @ w)).mean()),)
+    return (float(softplus(-y * (x @ w.detach())).mean()),)
 
 
 def problems(folder: str | None, quick: bool) -> dict[str, Callable[[Make, int], tuple[float, ...]]]:
