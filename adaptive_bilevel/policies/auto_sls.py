@@ -11,9 +11,9 @@ rule is `SLS`; where M < 0 the bound of `SLSB` holds. On full batches M never is
 
 The a_j of one variable add up to f_0(x_0) - f_k(x_k), so that noise in the losses cancels. An upper variable that
 moves, or a lower one that starts anew, changes the loss without a step being at fault. Therefore a_j is cut to
-[-r_j, r_j], r_j the larger of gamma_j n_j (what the step could gain at most if f_j is convex) and of their mean so far:
-once per lower loop it then weighs no more than a step. (Loops of one or two steps that each start anew from the same
-point do show as disagreement: there, `SLS` is the rule for full batches.) M needs the losses and slopes of the search alone: no
+[-r_j, r_j], r_j the largest gamma_i n_i so far (what a step could gain at most if f_i is convex): once per lower loop
+it weighs no more than a step. Loops that each start anew from the same point may still show as disagreement, most of
+all short ones; there, `SLS` is the rule for full batches. M needs the losses and slopes of the search alone: no
 evaluation, no copy of x, no number of its own.
 """
 
@@ -59,18 +59,19 @@ class AutoSLS(SLSB):
         if not record.moved:
             return record, state
         gain = float(record.step_size) * slope
-        return record, after._replace(last_loss=loss, last_gain=gain, gains=after.gains + gain)
+        return record, after._replace(last_loss=loss, last_gain=gain, largest_gain=max(after.largest_gain, gain))
 
     def _compared(self, state: SearchState, loss: float, rounding: float) -> SearchState:
         """Return the state with the loss of this sample in the margin."""
         if state.last_gain == 0.0 or not math.isfinite(loss):
             return state
-        most = max(state.last_gain, state.gains / state.count)
+        most = state.largest_gain
         decrease = min(max(state.last_loss - loss, -most), most)
         allowed = self.slack + rounding * abs(state.last_loss)
         return state._replace(margin=state.margin + decrease - self.c * state.last_gain + allowed)
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
+        limits = super()._limits(state, initial, context)
         if state.margin < 0.0:
-            return super()._limits(state, initial, context)
+            return limits
         return initial, math.inf if context.cap is None else context.cap

@@ -65,7 +65,7 @@ class SearchState(NamedTuple):
         squares: See `BoundState`.
         last_loss: f_{k-1}, the loss before the last step; this and what follows is used by `AutoSLS`.
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
-        gains: sum_j gamma_j n_j.
+        largest_gain: The largest gamma_j n_j so far.
         margin: M, by how much the losses fell more than the steps promised; see `adaptive_bilevel.policies.AutoSLS`.
     """
 
@@ -82,5 +82,5 @@ class SearchState(NamedTuple):
     squares: float = 0.0
     last_loss: float = 0.0
     last_gain: float = 0.0
-    gains: float = 0.0
+    largest_gain: float = 0.0
     margin: float = 0.0

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 LOWER: dict[str, Any] = {
     "SLS": lambda y: SLS([y], 1.0, lower_bound=None),
     "SLSB": lambda y: SLSB([y], 1.0, lower_bound=None),
-    "AutoSLS": lambda y: AutoSLS([y]),
+    "AutoSLS": lambda y: AutoSLS([y], 1.0, lower_bound=None),
     "SPSB": lambda y: SPSB([y], lower_bound=-100.0),
     "SLS adam": lambda y: SLS([y], 1.0, lower_bound=None, direction="adam"),
 }

@@ -43,13 +43,13 @@ CLASSES = [
     OptimizerInfo(SPSB, decays=True),
     OptimizerInfo(SLS, searches=True),
     OptimizerInfo(SLSB, searches=True, decays=True),
-    OptimizerInfo(AutoSLS, searches=True, decays=True),
+    OptimizerInfo(AutoSLS, searches=True),
 ]
 INFOS = [
     *CLASSES,
     OptimizerInfo(SPSB, {"direction": "adam"}, decays=True),
     OptimizerInfo(SLS, {"direction": "adam"}, searches=True),
-    OptimizerInfo(AutoSLS, {"direction": "adam"}, searches=True, decays=True),
+    OptimizerInfo(AutoSLS, {"direction": "adam"}, searches=True),
 ]
 
 every_class = pytest.mark.parametrize("info", CLASSES, ids=lambda i: i.name)

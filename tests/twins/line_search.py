@@ -128,13 +128,13 @@ class SLSB:
 class AutoSLS(SLSB):
     """As `SLSB` while M < 0, else as `SLS`, where M sums over the steps so far how much more than .1 a <g, d> f fell.
 
-    Each fall is f at the step less f at the next one, and at most as large as a <g, d> there or on average so far.
+    Each fall is f at the step less f at the next one, and at most as large as the largest a <g, d> so far.
     """
 
     def highest(self, f: float, bound: float, longest: float) -> float:
-        M, sums = 0.0, list(itertools.accumulate(self.gains))
+        M = 0.0
         for j, (before, after) in enumerate(itertools.pairwise([*self.losses, f])):
-            most = max(self.gains[j], sums[j] / (j + 1))
+            most = max(self.gains[: j + 1])
             fall = min(max(before - after, -most), most)
             M = M + fall - 0.1 * self.gains[j] + EPS * abs(before)
         return super().highest(f, bound, longest) if M < 0 else longest
