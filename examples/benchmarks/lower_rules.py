@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import statistics
 import warnings
@@ -79,10 +80,14 @@ def mlp(make: Make, seed: int, parts: str, noise: float, epochs: int) -> tuple[f
     y = torch.where(drawn, torch.randint(10, (len(y),), generator=random), y)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def loss(rows: Tensor) -> Tensor:
+        return cross_entropy(model(x[rows]), y[rows])
+
     step = make(list(model.parameters()))
     for _ in range(epochs):
         for batch in torch.randperm(len(y), generator=random).split(32):
-            step(lambda b=batch: cross_entropy(model(x[b]), y[b]))
+            step(partial(loss, batch))
     with torch.no_grad():
         accuracy = (model(test_x).argmax(1) == test_y).double().mean()
         return float(cross_entropy(model(x), y)), float(accuracy)
@@ -118,7 +123,7 @@ def logistic(make: Make, seed: int, size: int, noise: float, epochs: int) -> tup
     step = make([w])
     for _ in range(epochs * 500 // size):
         drawn = torch.randint(500, (size,), generator=random)
-        step(lambda rows=drawn: loss(rows))
+        step(partial(loss, drawn))
     return (now() - least,)
 
 
@@ -128,7 +133,7 @@ def full_batch(make: Make, seed: int, kind: str, steps: int) -> tuple[float, ...
     torch.manual_seed(seed)
     hidden = [nn.Linear(64, 64), nn.ReLU()] if kind == "network" else []
     model = nn.Sequential(*hidden, nn.Linear(64, 1 if kind == "ridge" else 10))
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
 
     def loss() -> Tensor:
         penalty = 1e-3 * torch.stack([p.square().sum() for p in params]).sum()
@@ -142,14 +147,18 @@ def full_batch(make: Make, seed: int, kind: str, steps: int) -> tuple[float, ...
     return (float(loss().detach()),)
 
 
-def rows(make: Make, seed: int, name: str, folder: str, epochs: int) -> tuple[float, ...]:
+def rows(make: Make, seed: int, name: str, folder: str | None, epochs: int) -> tuple[float, ...]:
     (x, y), _ = data.classification(name, folder)
     random, w = torch.Generator().manual_seed(seed), torch.zeros(x.shape[1], requires_grad=True)
+
+    def loss(rows: Tensor | slice) -> Tensor:
+        return softplus(-y[rows] * (x[rows] @ w)).mean()
+
     step = make([w])
     for _ in range(epochs):
         for batch in torch.randperm(len(y), generator=random).split(100):
-            step(lambda b=batch: softplus(-y[b] * (x[b] @ w)).mean())
-    return (float(softplus(-y * (x @ w.detach())).mean()),)
+            step(partial(loss, batch))
+    return (float(loss(slice(None)).detach()),)
 
 
 def problems(folder: str | None, quick: bool) -> dict[str, Callable[[Make, int], tuple[float, ...]]]:
@@ -201,7 +210,9 @@ def main(given: Sequence[str] | None = None) -> None:
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     content = {"command": shlex.join(words), **versions, "problems": table}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[\s+([^]]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)  # figures on one line
+    arguments.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":
