@@ -1,9 +1,9 @@
 """Automatic step sizes for bilevel optimization.
 
 Optimizers (they need PyTorch, which is imported when one is first named): `SPSMax`, `DecSPS`, `SPSB` (Polyak steps),
-`SLS`, `SLSB` (line searches), `BiSPS`, `BiSLS` (upper levels; `Box`, `Ball` and `Simplex` constrain them). The rules
-themselves are in `adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`, and
-the literature's algorithms, to compare with, in `adaptive_bilevel.methods`.
+`SLS`, `SLSB`, `AutoSLS` (line searches), `BiSPS`, `BiSLS` (upper levels; `Box`, `Ball` and `Simplex` constrain them).
+The rules themselves are in `adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`,
+and the literature's algorithms, to compare with, in `adaptive_bilevel.methods`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import hypergradient, methods, policies
     from .bilevel import BiSLS, BiSPS, OneStepBiSLS
-    from .optim import SLS, SLSB, SPSB, Ball, Box, DecSPS, Simplex, SPSMax
+    from .optim import SLS, SLSB, SPSB, AutoSLS, Ball, Box, DecSPS, Simplex, SPSMax
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "bilevel": ("BiSPS", "BiSLS", "OneStepBiSLS"),
-    "optim": ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "Ball", "Box", "Simplex"),
+    "optim": ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "AutoSLS", "Ball", "Box", "Simplex"),
 }
 _SUBPACKAGES = ("bilevel", "errors", "evaluation", "hypergradient", "methods", "optim", "policies")
 
@@ -28,6 +28,7 @@ __all__ = [
     "SLS",
     "SLSB",
     "SPSB",
+    "AutoSLS",
     "Ball",
     "BiSLS",
     "BiSPS",

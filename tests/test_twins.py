@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS
 from adaptive_bilevel.hypergradient import CG, Lanczos, assign, implicit
 
 from .twins import Loss, bilevel, line_search, polyak
@@ -26,7 +26,7 @@ from .twins.lanczos import SpectralTangent
 STEPS = 100
 LOWER_STEPS = 2
 
-pytestmark = pytest.mark.filterwarnings("ignore:(Bi)?S(LS|PS)")  # failed searches are part of the comparison
+pytestmark = pytest.mark.filterwarnings("ignore:(Bi|Auto)?S(LS|PS)")  # failed searches are part of the comparison
 
 directions = pytest.mark.parametrize("direction", ["sgd", "adam"])
 
@@ -115,6 +115,7 @@ def first_three(early: float, late: float) -> Iterator[float]:
 RULES: dict[str, tuple[Any, Any]] = {
     "SLS": (SLS, line_search.SLS),
     "SLSB": (SLSB, line_search.SLSB),
+    "AutoSLS": (AutoSLS, line_search.AutoSLS),
     "SPSB": (SPSB, polyak.SPSB),
 }
 

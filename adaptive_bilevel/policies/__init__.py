@@ -6,11 +6,12 @@ Losses and slopes may be Python numbers, or 0-dim arrays and tensors of NumPy, P
 also run inside ``vmap``, ``jit`` and ``torch.compile``. Policies never raise or warn at a step: they report
 (`Outcome`).
 
-Rules, by their names in the literature: `SPSMax`, `DecSPS`, `SPSB` (Polyak), `SLS`, `SLSB` (line search), `Envelope`
-(any raw step between a floor and a bound), `GradientNorm` (tuning-free), `Constant`.
+Rules, by their names in the literature: `SPSMax`, `DecSPS`, `SPSB` (Polyak), `SLS`, `SLSB`, `AutoSLS` (line
+search), `Envelope` (any raw step between a floor and a bound), `GradientNorm` (tuning-free), `Constant`.
 """
 
 from .armijo import armijo_ceiling, armijo_threshold
+from .auto_sls import AutoSLS
 from .context import Certificate, Context, Policy, Trial
 from .envelope import Constant, Envelope
 from .gradient_norm import GradientNorm, GradientNormState
@@ -25,6 +26,7 @@ __all__ = [
     "SLS",
     "SLSB",
     "SPSB",
+    "AutoSLS",
     "BoundState",
     "Certificate",
     "Constant",

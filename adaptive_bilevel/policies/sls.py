@@ -80,11 +80,12 @@ class SLSB(Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validation.positive("SLSB", "bound", self.bound, optional=True, below_infinity=True)
-        validation.choice("SLSB", "decay", self.decay, DECAYS, or_callable=True)
+        owner = type(self).__name__
+        validation.positive(owner, "bound", self.bound, optional=True, below_infinity=True)
+        validation.choice(owner, "decay", self.decay, DECAYS, or_callable=True)
         if self.bound is None and self.lower_bound is None:
             raise OptionError(
-                "SLSB(bound=None, lower_bound=None): without a lower bound of the loss the bound cannot be found; "
+                f"{owner}(bound=None, lower_bound=None): without a lower bound of the loss the bound cannot be found; "
                 "give one of the two"
             )
 

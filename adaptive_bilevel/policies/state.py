@@ -55,7 +55,7 @@ class SearchState(NamedTuple):
         count: Number of steps that moved; the k of the schedules.
         found: The initial bound or first trial that the search found by itself; 0 before, and when one was given.
         previous: The last accepted step; 0 before there was one.
-        seen: This and what follows are the estimates of `BoundState`, used by `SLSB` without a bound.
+        seen: This and what follows are the estimates of `BoundState`, used by `SLSB` and `AutoSLS` without a bound.
         mean_loss: See `BoundState`.
         loss_variance: See `BoundState`.
         mean_slope: See `BoundState`.
@@ -63,6 +63,10 @@ class SearchState(NamedTuple):
         weighted_loss: See `BoundState`.
         path: See `BoundState`.
         squares: See `BoundState`.
+        last_loss: f_{k-1}, the loss before the last step; this and what follows is used by `AutoSLS`.
+        last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
+        largest_gain: The largest gamma_j n_j so far.
+        margin: M, by how much the losses fell more than the steps promised; see `adaptive_bilevel.policies.AutoSLS`.
     """
 
     count: int = 0  # type: ignore[assignment]
@@ -76,3 +80,7 @@ class SearchState(NamedTuple):
     weighted_loss: float = 0.0
     path: float = 0.0
     squares: float = 0.0
+    last_loss: float = 0.0
+    last_gain: float = 0.0
+    largest_gain: float = 0.0
+    margin: float = 0.0

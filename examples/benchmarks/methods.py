@@ -8,9 +8,9 @@ To add one, write a function that makes its hooks and enter it in a table:
 hypergradient, and the options come from the command line (``--method NAME:key=value,key=value``). When
 `Hooks.upper_step` is called, the hypergradient is in `.grad`.
 
-Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search", "slsb" and
-"spsb" are this package's `SLS`, `SLSB` and `SPSB` with no number given; without it the task's own rule is used.
-The option ``solver`` takes the place of the task's setting of that name: the kind of hypergradient.
+Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search", "slsb",
+"spsb" and "auto" are this package's `SLS`, `SLSB`, `SPSB` and `AutoSLS` with no number given; without it the task's own
+rule is used. The option ``solver`` takes the place of the task's setting of that name: the kind of hypergradient.
 ``bisls-sgd:response=step`` and ``bisls-adam:response=step`` are the paper's search, `OneStepBiSLS`, as in
 `adaptive_bilevel.methods`.
 """
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, policies
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, policies
 
 Closure = Callable[[], Tensor]
 Params = list[Tensor]
@@ -80,7 +80,7 @@ def decay_lr(optimizer: torch.optim.Optimizer, decay: str) -> Callable[[], None]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[decay]).step
 
 
-LOWER_RULES: dict[Any, LowerRule] = {"search": SLS, "slsb": SLSB, "spsb": SPSB}
+LOWER_RULES: dict[Any, LowerRule] = {"search": SLS, "slsb": SLSB, "spsb": SPSB, "auto": AutoSLS}
 
 
 def lower_rule(choice: float | str | None, own: LowerRule) -> LowerRule:
@@ -276,5 +276,6 @@ SINGLE_LEVEL: dict[str, Callable[..., Single]] = {
     "spsb": partial(adaptive, SPSB),
     "sls": partial(adaptive, SLS),
     "slsb": partial(adaptive, SLSB),
+    "auto-sls": partial(adaptive, AutoSLS),
     **{name: partial(single_peer, *where) for name, where in PEERS.items() if name != "schedule-free"},
 }

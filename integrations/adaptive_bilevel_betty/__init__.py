@@ -23,13 +23,14 @@ Problems, configs and the engine stay as they are. ``Config(type="adaptive_cg")`
 from .bilevel import BiSLS, BiSPS, OneStepBiSLS
 from .binding import AdaptiveEngine, bind
 from .hypergradient import adaptive_cg
-from .optimizers import SLS, SLSB, SPSB, DecSPS, SPSMax
+from .optimizers import SLS, SLSB, SPSB, AutoSLS, DecSPS, SPSMax
 
 __all__ = [
     "SLS",
     "SLSB",
     "SPSB",
     "AdaptiveEngine",
+    "AutoSLS",
     "BiSLS",
     "BiSPS",
     "DecSPS",

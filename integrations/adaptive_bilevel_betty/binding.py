@@ -16,7 +16,7 @@ from .evaluation_log import EvaluationLog
 from .graph import edges, lookahead
 from .hypergradient import register
 from .lower_problems import LowerProblems
-from .optimizers import SLS, SLSB, SPSB, DecSPS, SPSMax
+from .optimizers import SLS, SLSB, SPSB, AutoSLS, DecSPS, SPSMax
 from .refusals import refuse
 from .release import BettyEngine, Engine, Problem, rolls_back
 
@@ -24,7 +24,7 @@ __all__ = ["AdaptiveEngine", "bind"]
 
 E = TypeVar("E", bound=BettyEngine)
 
-_OURS = (SPSMax, DecSPS, SPSB, SLS, SLSB, BiSPS, BiSLS, OneStepBiSLS)
+_OURS = (SPSMax, DecSPS, SPSB, SLS, SLSB, AutoSLS, BiSPS, BiSLS, OneStepBiSLS)
 
 
 def bind(engine: E, *, solver: LinearSolver | None = None) -> E:

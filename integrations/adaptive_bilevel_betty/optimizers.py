@@ -15,7 +15,7 @@ from adaptive_bilevel.optim.line_search import LineSearch
 from adaptive_bilevel.optim.options import CALLABLE, is_role, merged
 from adaptive_bilevel.optim.polyak import DecreasingPolyak, Polyak
 
-__all__ = ["SLS", "SLSB", "SPSB", "UNBOUND", "DecSPS", "SPSMax", "records_of"]
+__all__ = ["SLS", "SLSB", "SPSB", "UNBOUND", "AutoSLS", "DecSPS", "SPSMax", "records_of"]
 
 
 @final
@@ -106,3 +106,13 @@ class SLSB(LineSearch):
 
     def __init__(self, params: ParamsT, lr: float | None = None, **options: object) -> None:
         super().__init__(params, lr, **records_of(core.SLSB, lr, options))
+
+
+@final
+class AutoSLS(LineSearch):
+    """`adaptive_bilevel.AutoSLS` as a problem's optimizer: the same options, and ``step()`` after `bind`."""
+
+    unbound = UNBOUND
+
+    def __init__(self, params: ParamsT, lr: float | None = None, **options: object) -> None:
+        super().__init__(params, lr, **records_of(core.AutoSLS, lr, options))

@@ -34,7 +34,7 @@ class LowerStep(SolvedLevel):
 
     Args:
         module: The module; in its ``__init__``: self.
-        rule: `SLS`, `SLSB`, `SPSB`, `SPSMax` or `DecSPS` of adaptive_bilevel, or a policy.
+        rule: `SLS`, `SLSB`, `AutoSLS`, `SPSB`, `SPSMax` or `DecSPS` of adaptive_bilevel, or a policy.
         lr: The bound (Polyak rules, SLSB) or the first trial (SLS). Left out, it is found.
         direction: "sgd", "adam" or a GradientTransformation of TorchOpt with learning rate 1.
         options: Options of the rule.

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeAlias, TypeVar, final
 import torch
 from torch.optim.optimizer import ParamsT
 
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, SPSMax, policies
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, DecSPS, SPSMax, policies
 from adaptive_bilevel.bilevel.upper import UpperOptimizer
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
@@ -30,6 +30,7 @@ _LOWER: dict[type, type[AdaptiveOptimizer]] = {
     policies.SPSB: SPSB,
     policies.SLS: SLS,
     policies.SLSB: SLSB,
+    policies.AutoSLS: AutoSLS,
 }
 _UPPER: dict[type, type[UpperOptimizer]] = {policies.SLS: BiSLS, policies.Envelope: BiSPS}
 _NO_BOUND = -1e300  # Polyak's ratio then is above any bound, so the step is the bound
@@ -72,7 +73,7 @@ def lower_recipe(
         return Recipe(SPSMax, rule.bound, {**floor, **_constant(direction, options)})
     known = _LOWER.get(type(rule))
     if known is None:
-        raise _unknown(owner, rule, "SPSMax, DecSPS, SPSB, SLS or SLSB", "LowerStep(self, SLS)")
+        raise _unknown(owner, rule, "SPSMax, DecSPS, SPSB, SLS, SLSB or AutoSLS", "LowerStep(self, SLS)")
     number, chosen = _of_policy(owner, rule, lr)
     if known is DecSPS:
         chosen.pop("decay")

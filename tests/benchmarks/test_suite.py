@@ -17,6 +17,7 @@ pytest.importorskip("sklearn")
 
 import data
 import figures
+import lower_rules
 import methods
 import report
 import runs
@@ -297,3 +298,13 @@ def test_scaling_measures_in_a_process_of_its_own(method: str) -> None:
     found = scaling.child(method=method, iterations=3, **sizes, **({} if method in scaling.SINGLE else LOOPS))
     assert found["seconds"] > 0.0 and found["peak"] >= 1.0
     assert (found["cost"] > LOOPS["lower_steps"]) is (method not in scaling.SINGLE)
+
+
+def test_the_rules_of_the_lower_level_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("SLS, sgd", "AutoSLS, sgd")
+    monkeypatch.setattr(lower_rules, "METHODS", {name: lower_rules.METHODS[name] for name in names})
+    lower_rules.main(["--quick", "--seeds", "0", "--output", str(tmp_path / "rules.json")])
+    problems = json.loads((tmp_path / "rules.json").read_text())["problems"]
+    assert all(tuple(row) == names for row in problems.values())
+    same = [row for problem, row in problems.items() if problem.startswith("full batch")]
+    assert all(row["SLS, sgd"] == pytest.approx(row["AutoSLS, sgd"], rel=1e-2) for row in same)

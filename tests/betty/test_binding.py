@@ -17,7 +17,19 @@ from adaptive_bilevel.bilevel.options import SearchOptions
 from adaptive_bilevel.bilevel.pace import EveryStep
 from adaptive_bilevel.errors import ClosureError, OptionError
 from adaptive_bilevel.hypergradient import CG, Identity, Neumann
-from adaptive_bilevel_betty import SLS, SLSB, SPSB, AdaptiveEngine, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, bind
+from adaptive_bilevel_betty import (
+    SLS,
+    SLSB,
+    SPSB,
+    AdaptiveEngine,
+    AutoSLS,
+    BiSLS,
+    BiSPS,
+    DecSPS,
+    OneStepBiSLS,
+    SPSMax,
+    bind,
+)
 from adaptive_bilevel_betty.bound_problem import BoundProblem
 from tests.betty.problems import Ridge, Variable, engine, sgd, state
 from tests.optim.helpers import plain
@@ -25,7 +37,7 @@ from tests.optim.helpers import plain
 pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave")
 
 UPPER = [BiSPS, BiSLS, OneStepBiSLS]
-ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, *UPPER]
+ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, AutoSLS, *UPPER]
 
 
 @pytest.mark.parametrize("cls", ALL)

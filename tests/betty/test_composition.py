@@ -15,7 +15,7 @@ from adaptive_bilevel.errors import LowerLevelError, OptionError
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient import CG
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
-from adaptive_bilevel_betty import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, bind
+from adaptive_bilevel_betty import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, bind
 from adaptive_bilevel_betty.bound_problem import BoundProblem
 from adaptive_bilevel_betty.lower_problems import LowerProblems
 from adaptive_bilevel_betty.optimizers import UNBOUND
@@ -24,7 +24,7 @@ from tests.betty.problems import Level, Ridge, Variable, engine, only_new, sgd
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no trial step gave")
 
-ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, BiSPS, BiSLS, OneStepBiSLS]
+ALL = [SPSMax, SPSB, DecSPS, SLS, SLSB, AutoSLS, BiSPS, BiSLS, OneStepBiSLS]
 
 
 @pytest.mark.parametrize("cls", ALL)

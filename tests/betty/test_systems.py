@@ -13,7 +13,7 @@ from betty.engine import Engine
 from torch import Tensor, distributed, multiprocessing, nn
 
 from adaptive_bilevel.policies import Outcome
-from adaptive_bilevel_betty import SLS, SLSB, SPSB, BiSLS, BiSPS, bind
+from adaptive_bilevel_betty import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, bind
 from tests.betty.problems import OLD, Level, Ridge, Variable, engine, only_new, sgd
 from tests.optim.test_distributed import free_port
 
@@ -71,7 +71,7 @@ def with_scaler(level: Level, scale: float) -> Level:
     return level
 
 
-@pytest.mark.parametrize("rule", [SLS, SLSB, SPSB])
+@pytest.mark.parametrize("rule", [SLS, SLSB, SPSB, AutoSLS])
 @pytest.mark.parametrize("gas", [1, 2])
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_a_scaler_changes_nothing(rule: Any, gas: int) -> None:
@@ -146,7 +146,7 @@ def remember(problem: Any, decisions: list[Any]) -> None:
     problem.optimizer.step = spy
 
 
-RULES = {"SLS": SLS, "SLSB": SLSB, "SPSB": SPSB}
+RULES = {"SLS": SLS, "SLSB": SLSB, "SPSB": SPSB, "AutoSLS": AutoSLS}
 
 
 def work(rank: int, port: int, results: Any) -> None:

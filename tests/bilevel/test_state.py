@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, OneStepBiSLS
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.bilevel.options import SearchOptions
 from adaptive_bilevel.errors import LowerLevelError, OptionError
 from adaptive_bilevel.hypergradient import CG
@@ -38,6 +38,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 LOWER: dict[str, Any] = {
     "SLS": lambda y: SLS([y], 1.0, lower_bound=None),
     "SLSB": lambda y: SLSB([y], 1.0, lower_bound=None),
+    "AutoSLS": lambda y: AutoSLS([y], 1.0, lower_bound=None),
     "SPSB": lambda y: SPSB([y], lower_bound=-100.0),
     "SLS adam": lambda y: SLS([y], 1.0, lower_bound=None, direction="adam"),
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_bilevel import SLS, SLSB, SPSB, DecSPS, SPSMax
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, DecSPS, SPSMax
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ CLASSES = [
     OptimizerInfo(SPSB, decays=True),
     OptimizerInfo(SLS, searches=True),
     OptimizerInfo(SLSB, searches=True, decays=True),
+    OptimizerInfo(AutoSLS, searches=True),
 ]
 INFOS = [
     *CLASSES,
     OptimizerInfo(SPSB, {"direction": "adam"}, decays=True),
     OptimizerInfo(SLS, {"direction": "adam"}, searches=True),
+    OptimizerInfo(AutoSLS, {"direction": "adam"}, searches=True),
 ]
 
 every_class = pytest.mark.parametrize("info", CLASSES, ids=lambda i: i.name)

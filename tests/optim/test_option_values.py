@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptive_bilevel import SLS, SLSB, SPSB, DecSPS, SPSMax
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, DecSPS, SPSMax
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies import Outcome
 from tests.optim.helpers import (
@@ -46,6 +46,7 @@ OWN: dict[type, dict[str, list[Any]]] = {
         "lr": [math.inf],
     },
     SLSB: {"shrink": [1.0], "grow": [0.5], "reset": ["x"], "slack": [math.nan], "max_trials": [0], "decay": ["x"]},
+    AutoSLS: {"shrink": [1.0], "grow": [0.5], "reset": ["x"], "slack": [math.nan], "max_trials": [0], "decay": ["x"]},
 }
 
 

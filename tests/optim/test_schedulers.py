@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from adaptive_bilevel import SLS, SLSB, SPSB, DecSPS
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, DecSPS
 from tests.optim.helpers import OptimizerInfo, every_class, every_optimizer, leaf, plain, quadratic
 
 
@@ -32,7 +32,7 @@ def test_lr_is_a_number_from_construction_on(info: OptimizerInfo, lr: float | No
 @every_class
 @pytest.mark.parametrize("lr", [1e-4, None])
 def test_a_scheduler_scales_the_bound(info: OptimizerInfo, lr: float | None) -> None:
-    if info.cls is SLS:
+    if info.cls in (SLS, AutoSLS):
         pytest.skip("lr is the first trial only")
     options: dict[str, Any] = {} if info.searches or info.cls is DecSPS else {"decay": "constant"}
     bounds = []
@@ -80,7 +80,7 @@ def test_warm_up_starts_at_zero(info: OptimizerInfo, lr: float | None) -> None:
     full, y = info.make([leaf()], lr), x
     y = full.param_groups[0]["params"][0]
     full.step(lambda: quadratic(y))
-    if info.cls is not SLS:
+    if info.cls not in (SLS, AutoSLS):
         assert optimizer.record.bound == pytest.approx(0.5 * full.record.bound)
 
 

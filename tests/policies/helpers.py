@@ -10,6 +10,7 @@ from adaptive_bilevel.policies import (
     SLS,
     SLSB,
     SPSB,
+    AutoSLS,
     Constant,
     DecSPS,
     Envelope,
@@ -27,7 +28,12 @@ CLOSED: dict[str, Policy[Any]] = {
     "envelope": Envelope(bound=0.5, floor=0.1),
     "gradient_norm": GradientNorm(),
 }
-SEARCHES: dict[str, Policy[Any]] = {"sls": SLS(start=0.5), "slsb": SLSB(bound=0.5), "sls_found": SLS()}
+SEARCHES: dict[str, Policy[Any]] = {
+    "sls": SLS(start=0.5),
+    "slsb": SLSB(bound=0.5),
+    "sls_found": SLS(),
+    "auto_sls": AutoSLS(),
+}
 POLICIES = {**CLOSED, **SEARCHES}
 
 BOUNDED = {name: policy for name, policy in POLICIES.items() if name != "gradient_norm"}

@@ -16,6 +16,7 @@ from adaptive_bilevel.policies import (
     SLS,
     SLSB,
     SPSB,
+    AutoSLS,
     Constant,
     DecSPS,
     Envelope,
@@ -29,12 +30,13 @@ from tests.policies.helpers import (
 WRONG: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     *[
         (family, {"bound": value})
-        for family in (Constant, SPSMax, SPSB, DecSPS, Envelope, SLSB)
+        for family in (Constant, SPSMax, SPSB, DecSPS, Envelope, SLSB, AutoSLS)
         for value in (0.0, -1.0, math.nan, "1", True)
     ],
     (Constant, {"bound": None}),
     (Constant, {"bound": math.inf}),
     (SLSB, {"bound": math.inf}),
+    (AutoSLS, {"bound": math.inf}),
     *[(SLS, {"start": value}) for value in (0.0, -1.0, math.nan, math.inf, "1")],
     *[(SLS, {"max_step": value}) for value in (0.0, -1.0, math.nan)],
     *[(SPSB, {"c": value}) for value in (0.0, -1.0, math.nan, math.inf, "sqrt", None)],
@@ -46,7 +48,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     *[(SLS, {"slack": value}) for value in (-1e-9, math.inf, math.nan)],
     *[(SLS, {"max_trials": value}) for value in (0, -1, 2.5, True)],
     *[(family, {"lower_bound": value}) for family in (SPSB, SLS) for value in (math.nan, math.inf, -math.inf, "0")],
-    *[(family, {"decay": value}) for family in (SPSB, SLSB, Constant) for value in ("linear", None, 0.5)],
+    *[(family, {"decay": value}) for family in (SPSB, SLSB, AutoSLS, Constant) for value in ("linear", None, 0.5)],
     (DecSPS, {"decay": "inverse"}),
     *[(Envelope, {"floor": value}) for value in (-0.1, math.inf, math.nan)],
     (Envelope, {"floor_decay": "linear"}),
@@ -67,7 +69,7 @@ def test_wrong_options(family: Any, option: dict[str, Any]) -> None:
     assert said.split(": ", 1)[1]  # the remedy
 
 
-@pytest.mark.parametrize("family", [SLS, SLSB])
+@pytest.mark.parametrize("family", [SLS, SLSB, AutoSLS])
 def test_a_search_needs_a_start_or_a_lower_bound(family: Any) -> None:
     with pytest.raises(OptionError, match=r"None, lower_bound=None.*give one of the two"):
         family(lower_bound=None)

@@ -15,6 +15,7 @@ from adaptive_bilevel.policies import (
     SLS,
     SLSB,
     SPSB,
+    AutoSLS,
     Constant,
     DecSPS,
     Envelope,
@@ -265,6 +266,8 @@ ALL: tuple[Policy[Any], ...] = (
     SLS(),
     SLSB(bound=0.5),
     SLSB(),
+    AutoSLS(bound=0.5),
+    AutoSLS(),
     GradientNorm(),
 )
 

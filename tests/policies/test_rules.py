@@ -14,6 +14,7 @@ from adaptive_bilevel.policies import (
     SLS,
     SLSB,
     SPSB,
+    AutoSLS,
     Constant,
     DecSPS,
     Envelope,
@@ -123,8 +124,8 @@ def test_no_slope_no_move_no_state(policy: Policy[Any], slope: float, outcome: O
     assert after == state
 
 
-@pytest.mark.parametrize("policy", [SLS(), SLSB()], ids=repr)
-def test_a_search_that_starts_at_a_solution_has_nothing_to_descend_along(policy: SLS | SLSB) -> None:
+@pytest.mark.parametrize("policy", [SLS(), SLSB(), AutoSLS()], ids=repr)
+def test_a_search_that_starts_at_a_solution_has_nothing_to_descend_along(policy: SLS | SLSB | AutoSLS) -> None:
     """The slope is one of rounding errors: it gives no scale for a first trial, whatever the lower bound is."""
     record, state = take(policy, loss=0.5, slope=1e-31)
     assert (record.step_size, record.trials, record.outcome) == (0.0, 0, Outcome.zero_gradient)

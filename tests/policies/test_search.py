@@ -12,6 +12,7 @@ from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies import (
     SLS,
     SLSB,
+    AutoSLS,
     Outcome,
     Policy,
     reset,
@@ -30,7 +31,7 @@ def test_a_search_without_a_trial_function_is_refused(policy: Policy[Any]) -> No
 
 
 @pytest.mark.parametrize("option", ["initial", "keep", "grow"])
-@pytest.mark.parametrize("family", [SLS, SLSB])
+@pytest.mark.parametrize("family", [SLS, SLSB, AutoSLS])
 def test_no_trial_is_above_the_ceiling(family: Any, option: str) -> None:
     """f(x) = |x|, which allows steps of nearly (f - l) / (c s), so that the starts run into the ceiling."""
     name = "start" if family is SLS else "bound"

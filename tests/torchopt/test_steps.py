@@ -11,14 +11,14 @@ import torchopt
 from torch import Tensor
 
 import adaptive_bilevel as ab
-from adaptive_bilevel import SLS, SLSB, SPSB, BiSLS, BiSPS, DecSPS, SPSMax
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, DecSPS, SPSMax
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
 from adaptive_bilevel_torchopt import LowerStep, UpperStep
 from tests.optim.helpers import plain
 from tests.problems import ridge_hpo
 from tests.torchopt.modules import EXACT_CG, SOLVE, implicit_module, iterate, leaf, pair
 
-LOWER_RULES = [SPSMax, DecSPS, SPSB, SLS, SLSB]
+LOWER_RULES = [SPSMax, DecSPS, SPSB, SLS, SLSB, AutoSLS]
 
 
 @pytest.mark.parametrize("upper", [BiSLS, BiSPS])

@@ -1,7 +1,8 @@
-"""SLS and SLSB."""
+"""SLS, SLSB and AutoSLS."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from . import EPS, Direction, Loss, gradient, longest_without_increase
 from .polyak import Bound
 
-__all__ = ["SLS", "SLSB", "backtrack", "is_start"]
+__all__ = ["SLS", "SLSB", "AutoSLS", "backtrack", "is_start"]
 
 
 def backtrack(
@@ -91,6 +92,12 @@ class SLSB:
         self.x, self.direction = x, Direction(direction, x)
         self.previous, self.step_size = 0.0, 0.0
         self.bound, self.k = Bound(), 0
+        self.losses: list[float] = []
+        self.gains: list[float] = []
+
+    def highest(self, f: float, bound: float, longest: float) -> float:
+        """Return what no start is above."""
+        return min(bound * (self.k + 1) ** -0.5, longest)
 
     def step(self, loss: Loss) -> None:
         f, g = gradient(loss, self.x)
@@ -104,13 +111,30 @@ class SLSB:
         longest = f / slope / 0.1
         first = longest_without_increase(phi, f, longest) if self.k == 0 else 0.0
         bound = self.bound.see(f, slope, first)
-        highest = min(bound.value * (self.k + 1) ** -0.5, longest)
-        start = highest if self.previous == 0 else min(1.2 * self.previous, highest)
+        highest = self.highest(f, bound.value, longest)
+        start = min(bound.value if self.previous == 0 else 1.2 * self.previous, highest)
         a, trials = backtrack(phi, f, slope, start)
         if a == 0:
             return  # nothing moves, and the sample leaves no trace
         self.x, self.step_size = self.x.add(e, alpha=-a), a
         self.direction.keep(g)
         self.bound, self.k = bound.take(f, slope, a), self.k + 1
+        self.losses.append(f)
+        self.gains.append(a * slope)
         if is_start(self.previous, trials, 0.1 * a * slope, f):
             self.previous = a
+
+
+class AutoSLS(SLSB):
+    """As `SLSB` while M < 0, else as `SLS`, where M sums over the steps so far how much more than .1 a <g, d> f fell.
+
+    Each fall is f at the step less f at the next one, and at most as large as the largest a <g, d> so far.
+    """
+
+    def highest(self, f: float, bound: float, longest: float) -> float:
+        M = 0.0
+        for j, (before, after) in enumerate(itertools.pairwise([*self.losses, f])):
+            most = max(self.gains[: j + 1])
+            fall = min(max(before - after, -most), most)
+            M = M + fall - 0.1 * self.gains[j] + EPS * abs(before)
+        return super().highest(f, bound, longest) if M < 0 else longest
