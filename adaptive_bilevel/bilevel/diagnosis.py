@@ -46,8 +46,9 @@ class Diagnoses:
 class SolveDiagnosis:
     """Reports once a solver that is no inverse here: solves with negative curvature, or a series that grows.
 
-    It does when there were 10 more such steps than others. `Lanczos` holds there, so that nothing is said of it;
-    `SearchingOptimizer.hessian` has what it saw. The state has that difference, "unsolved", in 0 to 10; at 10 it stays.
+    It does when there were 10 more such steps than others, for solvers that know their error. `Lanczos` holds there, so
+    that nothing is said of it; `SearchingOptimizer.hessian` has what it saw. The state has that difference, "unsolved",
+    in 0 to 10; at 10 it stays.
     """
 
     _STEPS = 10
@@ -75,7 +76,7 @@ class SolveDiagnosis:
 
     def _count(self, taken: Taken, state: RoleState) -> int:
         count: int = state.shared["unsolved"]
-        if taken.hessian is None or count == self._STEPS:
+        if taken.hessian is None or not taken.comparable or count == self._STEPS:
             return count
         return count + 1 if taken.hessian.status in self._BAD else max(count - 1, 0)
 
