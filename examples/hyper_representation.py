@@ -188,7 +188,7 @@ def draw_figure(histories: dict[str, History], title: str, path: Path) -> None:
             right.plot(*zip(*moved, strict=True), color=colors[name], lw=width)
     bottom = min(run.final for run in histories.values() if math.isfinite(run.final)) / 1.3
     left.set(yscale="log", ylim=(bottom, TOP), xlabel="upper iteration", ylabel="validation loss", title=title)
-    left.legend(frameon=False, loc="lower left")
+    left.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
     right.set(yscale="log", xlabel="upper iteration", ylabel="upper step size", title="step sizes: fixed, and found")
     for axes in (left, right):
         axes.grid(alpha=0.25)
