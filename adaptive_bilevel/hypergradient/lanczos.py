@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import OptionError
 from ..evaluation.vectors import Vector, rounding, zeros_like
 from ..policies.validation import count
-from .flat import Flat, Layout, Rows, dot, on_host, square
+from .krylov import Flat, Layout, Rows, dot, on_host, square
 from .solution import HessianReport, MatVec, Solution, SolverStatus
 from .spectrum import Spectrum
 
@@ -111,26 +111,7 @@ class Lanczos:
         size = length = math.sqrt(float(square(following)))
         finite = math.isfinite(size)
         rows = Rows(layout, min(self.k, layout.size) if finite and size > 0.0 else 0, self.dtype)
-        columns: list[list[float]] = []  # V^T H v_j, and below it the norm of what H v_j has outside of V
-        products, scale = 0, 0.0
-        while finite and rows.count < rows.most:
-            vector = rows.append([block / length for block in following])
-            inside, following = rows.outside(layout.flat(matvec(layout.shaped(vector))), rows.count - 2)
-            products += 1
-            column: list[float] = torch.cat([inside, square(following).to(inside).reshape(1)]).tolist()
-            finite = all(map(math.isfinite, column))
-            if not finite:
-                rows.drop()
-                break
-            length = column[-1] = math.sqrt(column[-1])
-            scale = max(scale, math.hypot(*column))
-            columns.append(column)
-            if length <= unit * scale or rows.count == layout.size:
-                column[-1] = 0.0  # the Krylov space is exhausted
-                break
-        if finite and columns and columns[-1][-1] > 0.0:
-            rows.append([block / length for block in following])  # H V = V T + below v_{k+1} e_k^T
-            rows.drop()
+        columns, products, finite = rows.grow(matvec, following, length, unit) if finite else ([], 0, False)
         spectrum = Spectrum.of(columns, self.k, unit)
         if not math.isfinite(size):
             first = Solution(tuple(t.detach().clone() for t in rhs), 0, math.nan, SolverStatus.non_finite)

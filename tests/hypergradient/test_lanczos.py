@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import CG, SolverStatus
-from adaptive_bilevel.hypergradient.flat import Layout, Rows
+from adaptive_bilevel.hypergradient.krylov import Layout, Rows
 from adaptive_bilevel.hypergradient.lanczos import Lanczos, SpectralInverse
 
 SEEDS = st.integers(0, 10_000)

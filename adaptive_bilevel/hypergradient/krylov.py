@@ -1,7 +1,11 @@
-"""Vectors of several tensors as flat ones, so that a projection on many of them is two products with a matrix."""
+"""An orthonormal basis of a Krylov space: vectors of several tensors as flat ones, the rows of one matrix.
+
+So a projection on many of them is two products with that matrix.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.vectors import Vector, widen
+from .solution import MatVec
 
 __all__ = ["Flat", "Layout", "Rows", "dot", "on_host", "square"]
 
@@ -66,6 +71,7 @@ class Rows:
     """
 
     def __init__(self, layout: Layout, most: int, dtype: torch.dtype | None) -> None:
+        self._layout = layout
         self._kept = [torch.empty(most + 1, n, device=device, dtype=dtype or own) for n, device, own in layout.blocks]
         self._wide = [own for _, _, own in layout.blocks]
         self.unit = max(torch.finfo(kept.dtype).eps for kept in self._kept)
@@ -78,6 +84,40 @@ class Rows:
             kept[self.count].copy_(block)
         self.count += 1
         return self.row(self.count - 1)
+
+    def grow(self, matvec: MatVec, following: Flat, length: float, unit: float) -> tuple[list[list[float]], int, bool]:
+        """Append rows by Lanczos' method until there are `most`, or the Krylov space is exhausted.
+
+        Args:
+            matvec: The product with H.
+            following: The first row times its length; finite.
+            length: Its length.
+            unit: What counts as rounding, relative to the norm of H.
+
+        Returns:
+            The columns of V^T H V, each with the norm of what H v_j has outside of V below it, 0 in an exhausted space;
+            the number of products; and whether all of them were finite. One that is not ends the basis before it.
+        """
+        columns: list[list[float]] = []
+        products, scale = 0, 0.0
+        while self.count < self.most:
+            vector = self.append([block / length for block in following])
+            inside, following = self.outside(self._layout.flat(matvec(self._layout.shaped(vector))), self.count - 2)
+            products += 1
+            column: list[float] = torch.cat([inside, square(following).to(inside).reshape(1)]).tolist()
+            if not all(map(math.isfinite, column)):
+                self.drop()
+                return columns, products, False
+            length = column[-1] = math.sqrt(column[-1])
+            scale = max(scale, math.hypot(*column))
+            columns.append(column)
+            if length <= unit * scale or self.count == self._layout.size:
+                column[-1] = 0.0  # the Krylov space is exhausted
+                break
+        if columns and columns[-1][-1] > 0.0:
+            self.append([block / length for block in following])  # H V = V T + below v_{k+1} e_k^T
+            self.drop()
+        return columns, products, True
 
     def drop(self) -> None:
         """Drop the last row."""
