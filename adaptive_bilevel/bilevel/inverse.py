@@ -8,12 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
-import torch
 from torch import Tensor
 
-from ..evaluation.reductions import agree
-from ..evaluation.vectors import inner
-from ..hypergradient.cg import CG, Adjoint
+from ..hypergradient.cg import CG, Adjoint, dual_correction
 from ..hypergradient.lanczos import Lanczos, SpectralInverse
 from ..hypergradient.solution import HessianReport, LinearSolver, MatVec, Refinable
 from ..hypergradient.solvers import Identity, Neumann
@@ -150,10 +147,7 @@ class SharedInverse(Inverse):
 
     def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float | None:
         """Return -<v, moved - gradient>."""
-        if self._dual is None:
-            return None
-        delta = torch._foreach_sub(list(moved), list(gradient))
-        return -float(agree(inner(self._dual, delta))[0])
+        return None if self._dual is None else dual_correction(self._dual, moved, gradient)
 
 
 @final

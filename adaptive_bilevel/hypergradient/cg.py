@@ -16,7 +16,7 @@ from ..evaluation.vectors import Vector, add, cast_like, dot, inner, inners, rou
 from ..policies.validation import count, non_negative
 from .solution import MatVec, Solution, SolverStatus, trivial_solution
 
-__all__ = ["CG", "Adjoint"]
+__all__ = ["CG", "Adjoint", "dual_correction"]
 
 
 @final
@@ -63,8 +63,13 @@ class Adjoint:
             moved: The lower gradient at the candidate.
             gradient: The lower gradient at (x, y).
         """
-        delta = torch._foreach_sub(list(moved), list(gradient))
-        return -float(agree(inner(self.tensors, delta))[0])
+        return dual_correction(self.tensors, moved, gradient)
+
+
+def dual_correction(v: Sequence[Tensor], moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
+    """Return -<v, moved - gradient> with v = P f_y: what a change of the lower gradient means for f, to first order."""
+    delta = torch._foreach_sub(list(moved), list(gradient))
+    return -float(agree(inner(v, delta))[0])
 
 
 @final

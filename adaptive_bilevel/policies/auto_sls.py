@@ -1,13 +1,13 @@
 """A line search that is bounded once its samples have disagreed: SLS where they agree, SLSB where they do not.
 
-Every step of a search leaves f_j(x_{j+1}) <= f_j(x_j) - c gamma_j n_j + slack, eq. (8) of Fan et al. (2023). Were all
-samples one function, the next sample would start there, and the losses seen would fall by as much,
+Every step of a search leaves f_j(x_{j+1}) <= f_j(x_j) - c gamma_j n_j + slack, eq. (8) of Fan et al. (2023). If all
+samples were one function, the next sample would start there, and the losses would fall by as much,
 
     a_j = f_j(x_j) - f_{j+1}(x_{j+1}) >= c gamma_j n_j - slack        for each j.
 
-So the margin of the run, M = sum_j (a_j - c gamma_j n_j + slack), can only become negative where samples differ: steps
-that each sample certified for itself have not, in sum, brought the decrease that they promised. As long as M >= 0 the
-rule is `SLS`; where M < 0 the bound of `SLSB` holds. On full batches M never is negative, so the step is that of SLS.
+So the margin of the run, M = sum_j (a_j - c gamma_j n_j + slack), can become negative only where samples differ: the
+steps passed the test on their own samples, and the losses fell by less than the tests require. As long as M >= 0 the
+rule is `SLS`; where M < 0 the bound of `SLSB` holds. On full batches M is never negative, so the step is that of SLS.
 
 The a_j of one variable add up to f_0(x_0) - f_k(x_k), so that noise in the losses cancels. An upper variable that
 moves, or a lower one that starts anew, changes the loss without a step being at fault. Therefore a_j is cut to
