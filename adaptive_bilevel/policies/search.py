@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -148,13 +149,13 @@ class Search(Policy[SearchState]):
             accepted = math.isfinite(value) and value <= most and (certify is None or certify(step))
         return step, accepted, trials, value
 
+    @abc.abstractmethod
     def _given(self, context: Context) -> float | None:
         """Return the bound or first trial that was given; None: it is to be found."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         """Return that length at this step, and what no trial is above, beside the ceiling of the sample."""
-        raise NotImplementedError
 
     def _find(self, state: SearchState, point: Point, ceiling: float, trial: Trial) -> Found:
         """Return the bound or first trial that this point shows: the longest step that could pass."""

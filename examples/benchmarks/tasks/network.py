@@ -6,6 +6,7 @@ that the losses read `lower` from its list.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ Predict = Callable[[list[Tensor], Tensor], Tensor]
 
 
 @dataclass
-class NetworkBelow:
+class NetworkBelow(abc.ABC):
     """`lower` is the weights of the network, which start at random and stay warm.
 
     "loss" is f(x, y) at the present y. "resolved_loss" is F after 200 more lower steps on the full batch from there:
@@ -53,8 +54,9 @@ class NetworkBelow:
         x, y = batch
         return cross_entropy(self.predict(self.lower, x), y)
 
+    @abc.abstractmethod
     def lower_loss(self, batch: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """g(x, y) on a lower batch."""
 
     def rows(self, batch: Tensor | None) -> Tensor | slice:
         """The training rows of a lower batch."""
