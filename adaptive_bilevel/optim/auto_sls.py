@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from torch.optim.optimizer import ParamsT
+
 from .. import policies
-from .line_search import BoundedLineSearch
+from ..policies.schedule import Decay
+from .direction import Direction
+from .line_search import LineSearch
+from .options import Conduct, placeholder
 
 __all__ = ["AutoSLS"]
 
 
-class AutoSLS(BoundedLineSearch):
+class AutoSLS(LineSearch):
     """Stochastic line search, bounded as by `SLSB` as long as samples disagree and as `SLS` else: for the lower level.
 
     Samples disagree while the losses of the run so far have fallen by less than the steps have promised, each on its
@@ -45,4 +50,34 @@ class AutoSLS(BoundedLineSearch):
     True
     """
 
-    _rule = policies.AutoSLS
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        decay: Decay = "inverse_sqrt",
+        c: float = 0.1,
+        shrink: float = 0.5,
+        grow: float = 1.2,
+        reset: str = "grow",
+        slack: float = 0.0,
+        lower_bound: float | None = 0.0,
+        max_trials: int | None = None,
+        direction: str | Direction = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        rule = policies.AutoSLS(
+            bound=placeholder(lower_bound),
+            decay=decay,
+            c=c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=lower_bound,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .options import Conduct, placeholder
 from .projection import Section
 from .search_path import SearchPath, scaled
 
-__all__ = ["SLS", "SLSB", "BoundedLineSearch", "LineSearch"]
+__all__ = ["SLS", "SLSB", "LineSearch"]
 
 
 class LineSearch(AdaptiveOptimizer):
@@ -216,45 +216,7 @@ class SLS(LineSearch):
         super().__init__(params, lr, rule, conduct)
 
 
-class BoundedLineSearch(LineSearch):
-    """A search under a bound that `lr` and `decay` describe. Abstract: `SLSB` and `AutoSLS` say when it holds."""
-
-    _rule: ClassVar[type[policies.SLSB]]
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | None = None,
-        *,
-        decay: Decay = "inverse_sqrt",
-        c: float = 0.1,
-        shrink: float = 0.5,
-        grow: float = 1.2,
-        reset: str = "grow",
-        slack: float = 0.0,
-        lower_bound: float | None = 0.0,
-        max_trials: int | None = None,
-        direction: str | Direction = "sgd",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        max_skips: int = 100,
-    ) -> None:
-        rule = self._rule(
-            bound=placeholder(lower_bound),
-            decay=decay,
-            c=c,
-            shrink=shrink,
-            grow=grow,
-            reset=reset,
-            slack=slack,
-            lower_bound=lower_bound,
-            max_trials=max_trials,
-        )
-        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
-        super().__init__(params, lr, rule, conduct)
-
-
-class SLSB(BoundedLineSearch):
+class SLSB(LineSearch):
     """Stochastic line search under a decaying bound: step_k <= lr decay(k), eq. (8) with gamma_b,k.
 
     Options as in `SLS`, with:
@@ -281,4 +243,34 @@ class SLSB(BoundedLineSearch):
         OptionError: An option is out of range (also a ValueError).
     """
 
-    _rule = policies.SLSB
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        *,
+        decay: Decay = "inverse_sqrt",
+        c: float = 0.1,
+        shrink: float = 0.5,
+        grow: float = 1.2,
+        reset: str = "grow",
+        slack: float = 0.0,
+        lower_bound: float | None = 0.0,
+        max_trials: int | None = None,
+        direction: str | Direction = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skips: int = 100,
+    ) -> None:
+        rule = policies.SLSB(
+            bound=placeholder(lower_bound),
+            decay=decay,
+            c=c,
+            shrink=shrink,
+            grow=grow,
+            reset=reset,
+            slack=slack,
+            lower_bound=lower_bound,
+            max_trials=max_trials,
+        )
+        conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
+        super().__init__(params, lr, rule, conduct)
