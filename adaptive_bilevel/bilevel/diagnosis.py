@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import final
 
-from ..hypergradient.solution import SolverStatus
 from ..optim.state import RoleState
 from .context import Taken
 from .roles import Diagnosis
@@ -44,7 +43,7 @@ class Diagnoses:
 
 @final
 class SolveDiagnosis:
-    """Reports once a solver that is no inverse here: solves with negative curvature, or a series that grows.
+    """Reports once a solver that is no inverse here: solves that `SolverStatus.ended_by_curvature`.
 
     It does when there were 10 more such steps than others, for solvers that know their error. `Lanczos` holds there, so
     that nothing is said of it; `SearchingOptimizer.hessian` has what it saw. The state has that difference, "unsolved",
@@ -52,7 +51,6 @@ class SolveDiagnosis:
     """
 
     _STEPS = 10
-    _BAD = (SolverStatus.negative_curvature, SolverStatus.diverging)
 
     def init(self) -> RoleState:
         """Return a difference of 0."""
@@ -78,7 +76,7 @@ class SolveDiagnosis:
         count: int = state.shared["unsolved"]
         if taken.hessian is None or not taken.comparable or count == self._STEPS:
             return count
-        return count + 1 if taken.hessian.status in self._BAD else max(count - 1, 0)
+        return count + 1 if taken.hessian.status.ended_by_curvature else max(count - 1, 0)
 
 
 @final

@@ -53,7 +53,7 @@ class Adjoint:
         curvature, square, value, known = inners(*pairs)
         numbers = torch.stack([curvature, square, value - known]).tolist()
         if numbers[0] > 0.0 and math.isfinite(numbers[0]):
-            torch._foreach_add_(self.tensors, list(p), alpha=numbers[2] / numbers[0])
+            self.tensors = list(torch._foreach_add(self.tensors, list(p), alpha=numbers[2] / numbers[0]))
         return numbers[0], numbers[1]
 
     def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
@@ -81,10 +81,20 @@ class CG:
     ``2 ((sqrt(k) - 1) / (sqrt(k) + 1))^Q`` times the first one after Q iterations, k being the condition number of H.
     The returned iterate is the one after the last update.
 
-    A direction p with ``<p, H p> <= 0`` up to rounding ends the solve with the iterate so far, which is zero in the
-    first iteration of a cold start: then the hypergradient is its direct part alone, and the response is none. Adding
-    ``(damping / 2) ||y||^2`` to the lower loss, `Neumann` or `Identity` are the ways out for a lower loss that is not
-    convex.
+    Three kinds of directions p end a solve, with L the largest ``||H p|| / ||p||`` seen:
+
+    * ``negative_curvature``: ``<p, H p> < 0`` beyond rounding. H is indefinite.
+    * ``vanishing_curvature``: ``<p, H p> / ||p||^2`` is rounding beside L; or it is below ``L / max_iterations^2``,
+      what as many iterations resolve (of more entries than that), and the step along p would leave a residual longer
+      than b. H is singular, or nearly.
+    * ``flat``: ``H p = 0`` and L = 0. The lower loss is linear in y.
+
+    Then the iterate with the smallest residual is returned. It is the first one or a later one; zero is returned where
+    the first direction has no positive curvature: the hypergradient is its direct part alone then, and the response is
+    none. (Later iterates are nearer in the norm of H, but up to 300 times as long as those of ``|H|``'s inverse.)
+    `Lanczos` takes such directions into account instead of ending there.
+
+    Memory: 4 vectors of the size of y, and one more for the iterate with the smallest residual.
 
     Solving further from a solution is ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with that
     solution's ``tensors`` as ``initial``.
@@ -155,8 +165,13 @@ class CG:
         target = max(self.tolerance, unit) ** 2 * size
         p, square, norm = residual, size if residual is b else dot(residual, residual), 0.0
         length = square  # ||p||^2, by recurrence: the residual is orthogonal to the last p
+        # As many iterations as y has entries resolve every curvature.
+        resolved = self.max_iterations**-2 if sum(t.numel() for t in b) > self.max_iterations else 0.0
         status = SolverStatus.converged
         iteration = 0
+        least = math.inf if start is None or v is not start else square  # any iterate is better than no answer
+        best: Vector = v
+        dual = None if adjoint is None else adjoint.tensors
         while square > target:
             if iteration == self.max_iterations:
                 status = SolverStatus.iteration_limit
@@ -171,7 +186,7 @@ class CG:
             # Below unit * ||H|| ||p||^2 the sign of the curvature is rounding, and dividing by it would throw v far
             # away.
             if curvature <= unit * norm * length:
-                status = SolverStatus.negative_curvature
+                status = _ended(curvature, unit * norm * length)
                 break
             step = square / curvature
             shorter = torch._foreach_add(residual, list(image), alpha=-step)
@@ -179,13 +194,29 @@ class CG:
             if not math.isfinite(following):
                 status = SolverStatus.non_finite
                 break
+            if iteration > 1 and curvature < resolved * norm * length and following > size:
+                status = SolverStatus.vanishing_curvature
+                break
             v, residual = torch._foreach_add(v, p, alpha=step), shorter
+            if following < least:
+                least, best, dual = following, v, None if adjoint is None else adjoint.tensors
             ratio = following / square
             p = torch._foreach_add(shorter, list(p), alpha=ratio)
             length, square = following + ratio**2 * length, following
+        if status.ended_by_curvature:
+            v, square = best, min(least, square)
+            if adjoint is not None and dual is not None:
+                adjoint.tensors = dual
         if v is start:
             v = tuple(tensor.clone() for tensor in v)
         return Solution(cast_like(v, rhs), taken, math.sqrt(square / size), status)
+
+
+def _ended(curvature: float, rounding: float) -> SolverStatus:
+    """Return what a curvature that is not positive says."""
+    if rounding == 0.0:
+        return SolverStatus.flat
+    return SolverStatus.negative_curvature if curvature < -rounding else SolverStatus.vanishing_curvature
 
 
 def _measured(p: Sequence[Tensor], image: Sequence[Tensor]) -> tuple[float, float]:

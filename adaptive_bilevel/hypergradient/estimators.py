@@ -16,7 +16,7 @@ from typing import ClassVar, TypedDict, cast, final
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import OptionError, warn
+from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies.validation import fraction
 
 from ..evaluation.vectors import Vector, add, negate, zeros_like
@@ -25,7 +25,7 @@ from .estimate import Estimate, Point
 from .lanczos import Lanczos
 from .oracle import Oracle
 from .sample import Sample
-from .solution import LinearSolver, SolverStatus
+from .solution import LinearSolver, report
 
 __all__ = ["Amortised", "Averaged", "Implicit", "linear_residual"]
 
@@ -65,6 +65,7 @@ class Implicit:
         if isinstance(self.solver, Lanczos):
             inverse = self.solver.basis(lambda u: oracle.hvp(point.x, point.y, sample, u), partials.lower)
             v = inverse.solution.tensors
+            report(self.solver, inverse.solution)
         else:
             v = self._solve(oracle, point, sample, partials.lower, initial)
         implicit = negate(oracle.cross_vjp(point.x, point.y, sample, v))
@@ -84,8 +85,7 @@ class Implicit:
 
         with seeded(sample.seed) if self.solver.resamples else contextlib.nullcontext():
             solution = self.solver.solve(product, rhs, initial)
-        if solution.status is SolverStatus.diverging:
-            warn(f"{self.solver}: {solution.status.sentence}.")
+        report(self.solver, solution)
         return solution.tensors
 
 

@@ -7,14 +7,14 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from adaptive_bilevel.errors import HypergradientError, warn
+from adaptive_bilevel.errors import HypergradientError
 
 from ..evaluation.vectors import Vector, add
 from .curvature import LowerCurvature, partial_gradients
 from .lanczos import Lanczos
 from .last_solution import recall, remember
 from .shared_basis import solve
-from .solution import LinearSolver, Solution, SolverStatus
+from .solution import LinearSolver, Solution, report
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
 __all__ = ["ImplicitInfo", "assign", "implicit", "implicit_with_info"]
@@ -107,8 +107,8 @@ def implicit(
         TensorError: A level is empty or frozen, holds a sparse, complex or integer tensor, or a tensor occurs twice.
 
     Warns:
-        AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative curvature: the lower
-            loss is not convex in y here. The default, `Lanczos`, holds there.
+        AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative or vanishing curvature:
+            H is indefinite or singular here. The default, `Lanczos`, holds there.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -175,8 +175,7 @@ def _differentiate(
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
     if solver.warm_start:
         remember(y, solution.tensors)
-    if solution.status in (SolverStatus.diverging, SolverStatus.negative_curvature):
-        warn(f"{solver}: {solution.status.sentence}.")
+    report(solver, solution)
     info = ImplicitInfo(
         solution=solution,
         upper_loss=upper_loss.detach(),

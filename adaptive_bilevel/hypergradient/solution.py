@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..errors import warn
 from ..evaluation.vectors import Vector, dot, zeros_like
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Solution",
     "SolverStatus",
     "relative_residual",
+    "report",
     "trivial_solution",
 ]
 
@@ -30,7 +32,7 @@ class SolverStatus(IntEnum):
     """Why a solve ended; `sentence` says it in words.
 
     >>> SolverStatus.negative_curvature.sentence
-    'met a direction without positive curvature: the lower loss is not strongly convex here, the iterate so far is kept'
+    'met a direction of negative curvature: the lower Hessian is indefinite here, the best iterate so far is kept'
     """
 
     converged = 0
@@ -44,19 +46,31 @@ class SolverStatus(IntEnum):
     singular = 8
     flat = 9
     asymmetric = 10
+    vanishing_curvature = 11
 
     @property
     def sentence(self) -> str:
         """The sentence a user reads."""
         return _SENTENCES[self]
 
+    @property
+    def ended_by_curvature(self) -> bool:
+        """Whether the solver is no inverse of this H, for want of positive curvature."""
+        return self in _NO_INVERSE
+
+
+_NO_INVERSE = (
+    SolverStatus.negative_curvature,
+    SolverStatus.vanishing_curvature,
+    SolverStatus.diverging,
+    SolverStatus.flat,
+)
 
 _SENTENCES = {
     SolverStatus.converged: "the relative residual met the tolerance",
     SolverStatus.iteration_limit: "the iteration limit came before the tolerance",
     SolverStatus.negative_curvature: (
-        "met a direction without positive curvature: the lower loss is not strongly convex here, "
-        "the iterate so far is kept"
+        "met a direction of negative curvature: the lower Hessian is indefinite here, the best iterate so far is kept"
     ),
     SolverStatus.diverging: (
         "a factor (I - scale H) made its vector grow: scale is above 2 / (largest eigenvalue of H), or H is "
@@ -78,6 +92,10 @@ _SENTENCES = {
     SolverStatus.asymmetric: (
         "the products are not those of one symmetric matrix: the lower loss changes between products; the solution is "
         "that of a symmetric mean of them"
+    ),
+    SolverStatus.vanishing_curvature: (
+        "met a direction with next to no curvature: the lower Hessian is singular here, or flatter than the iterations "
+        "resolve; the best iterate so far is kept"
     ),
 }
 
@@ -142,6 +160,12 @@ class Refinable(Protocol):
     def refined(self) -> LinearSolver | None:
         """Return the solver solving further, or None if that is not possible."""
         ...
+
+
+def report(solver: LinearSolver, solution: Solution) -> None:
+    """Warn if the solver is no inverse of H."""
+    if solution.status.ended_by_curvature:
+        warn(f"{solver}: {solution.status.sentence}.")
 
 
 def trivial_solution(rhs: Sequence[Tensor], size: float) -> Solution | None:
