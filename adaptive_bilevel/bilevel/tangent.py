@@ -10,11 +10,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..evaluation.guard import RandomState
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, inners
 from ..hypergradient.curvature import LowerCurvature
 from ..hypergradient.lanczos import Lanczos, SpectralInverse
-from ..hypergradient.shared_basis import expect, take
+from ..hypergradient.shared_basis import expect, random_state, take
 from ..hypergradient.solution import HessianReport
 from ..optim.search_path import SearchPath
 from .context import Change, Point
@@ -121,6 +122,7 @@ class JointTangent(TangentModel):
     def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
         super().__init__(point, problems, inverse)
         self._upper = point.gradient.tensors
+        self._problems = _under(random_state(point.lower), problems)
         self._curvature = self._differentiated()
         self._pushed = False
         inverse.observe(point.f_y, self._curvature.hvp, self._left)
@@ -183,6 +185,17 @@ class JointTangent(TangentModel):
     def correction(self) -> float | None:
         """Return -<v, delta>."""
         return self._inverse.correction(self._moved, self._gradient)
+
+
+def _under(random: RandomState | None, problems: Sequence[LowerProblem]) -> Sequence[LowerProblem]:
+    """Return the problems as the hypergradient saw them: one after the other from a random state, if there is one."""
+    if random is None:
+        return problems
+    states = [random, *[None] * (len(problems) - 1)]
+    return [
+        problem if problem.random is None else problem._replace(random=state)  # without one, the closure sees to it
+        for problem, state in zip(problems, states, strict=True)
+    ]
 
 
 def change_between(

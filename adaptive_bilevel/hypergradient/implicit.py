@@ -93,7 +93,7 @@ def implicit(
             very objects that the closures use. Frozen ones, and those a loss does not use, contribute zeros.
         lower: The tensors of y, likewise.
         solver: `Lanczos`, `CG`, `Neumann`, `Identity`, or any `LinearSolver`. The products of `Lanczos` also serve
-            the response of a `BiSLS` above these lower tensors.
+            the response of a `BiSLS` above these lower tensors, which sees the lower loss with the same random numbers.
         initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the
             last solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint,
             save ``info.solution.tensors`` of `implicit_with_info` and pass them here.
@@ -170,8 +170,9 @@ def _differentiate(
             solution = solver.solve(lambda v: sample()[1].hvp(v), rhs, start)
             lower_loss, curvature = sample()
         else:
+            random = guard.random_state()
             lower_loss, curvature = sample()
-            solution = solve(solver, curvature.hvp, rhs, y, lower_loss, start)
+            solution = solve(solver, curvature.hvp, rhs, y, lower_loss, start, random)
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
     if solver.warm_start:
         remember(y, solution.tensors)

@@ -5,11 +5,13 @@ What they have in common is the lower tensors: an inverse is kept under the firs
 for which an upper step `expect`s one. It is given away once, and only if it is that of the same point and sample:
 
 * the right side f_y is the one that the basis was built from;
-* the lower loss g(x, y) has the value that it had then: another batch, another dropout mask, or an x or y that has
-  moved, have another one;
+* the lower loss g(x, y) has the value that it had then: another batch, or an x or y that has moved, have another one;
 * the solver is the same.
 
 Otherwise the step builds a basis of its own, for k products more. Nothing wrong comes of a miss.
+
+A lower loss that draws random numbers (dropout, noise, a batch) is another one at each evaluation. So the random state
+before its evaluation is left, too: under it, the step evaluates the same loss again.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..evaluation.guard import RandomState
 from ..evaluation.vectors import rounding
 from .lanczos import Lanczos, SpectralInverse
 from .solution import LinearSolver, MatVec, Solution
 
-__all__ = ["expect", "leave", "solve", "take"]
+__all__ = ["expect", "leave", "random_state", "solve", "take"]
 
 
 class _Left(NamedTuple):
     solver: Lanczos
     inverse: SpectralInverse
     loss: float | None
+    random: RandomState | None
 
 
 _left: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -43,7 +47,13 @@ def expect(lower: Sequence[Tensor]) -> None:
         _left.setdefault(lower[0], None)
 
 
-def leave(lower: Sequence[Tensor], solver: Lanczos, inverse: SpectralInverse, loss: Tensor | float | None) -> None:
+def leave(
+    lower: Sequence[Tensor],
+    solver: Lanczos,
+    inverse: SpectralInverse,
+    loss: Tensor | float | None,
+    random: RandomState | None = None,
+) -> None:
     """Leave an inverse for the next `take`, in place of the one before; nothing happens if none is expected.
 
     Args:
@@ -51,9 +61,19 @@ def leave(lower: Sequence[Tensor], solver: Lanczos, inverse: SpectralInverse, lo
         solver: Whose inverse it is.
         inverse: At this y.
         loss: The lower loss that its products are those of; None: the next `take` is known to be at the same point.
+        random: Random state before the lower loss was evaluated; None: the next `take` knows how to evaluate it again.
     """
     if lower and lower[0] in _left:
-        _left[lower[0]] = _Left(solver, inverse, None if loss is None else _number(loss))
+        _left[lower[0]] = _Left(solver, inverse, None if loss is None else _number(loss), random)
+
+
+def random_state(lower: Sequence[Tensor]) -> RandomState | None:
+    """Return the random state that was left with an inverse, once; None: there is none."""
+    left: _Left | None = _left.get(lower[0]) if lower else None
+    if left is None:
+        return None
+    _left[lower[0]] = left._replace(random=None)
+    return left.random
 
 
 def solve(
@@ -63,6 +83,7 @@ def solve(
     lower: Sequence[Tensor],
     loss: Tensor,
     initial: Sequence[Tensor] | None = None,
+    random: RandomState | None = None,
 ) -> Solution:
     """Return P rhs for a hypergradient, and leave the inverse if it is one that can serve the response too.
 
@@ -73,11 +94,12 @@ def solve(
         lower: The tensors of y.
         loss: The lower loss.
         initial: Where the solver starts.
+        random: As in `leave`.
     """
     if not isinstance(solver, Lanczos):
         return solver.solve(matvec, rhs, initial)
     inverse = solver.basis(matvec, rhs)
-    leave(lower, solver, inverse, loss)
+    leave(lower, solver, inverse, loss, random)
     return inverse.solution
 
 
