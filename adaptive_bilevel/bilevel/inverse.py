@@ -168,7 +168,9 @@ class IterativeInverse(Inverse):
         self._adjoint: Adjoint | None = None
 
     def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
-        """Let the products of the solves that follow give P f_y, too, where the solver is `CG`."""
+        """Let the products of the solves that follow give P f_y, too, for `CG`; take the scale of a series from f_y."""
+        if isinstance(self._solver, Neumann) and (scale := self._solver.scaled(product, functional).scale) is not None:
+            self._solver = dataclasses.replace(self._solver, scale=scale)
         self._adjoint = Adjoint(functional) if isinstance(self._solver, CG) else None
 
     def solve(

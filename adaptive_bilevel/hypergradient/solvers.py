@@ -6,7 +6,7 @@ hypergradient, ``h = f_x - C P f_y``, and the response of the lower variable to 
 
 | solver | P | Hessian-vector products |
 |---|---|---|
-| `Neumann` | ``scale * sum_{q=0}^{steps} (I - scale H)^q`` | ``steps`` |
+| `Neumann` | ``scale * sum_{q=0}^{steps} (I - scale H)^q`` | ``steps``, and 3 for a scale of "auto" |
 | `Neumann` with ``random=True`` | ``N scale prod_{j=1}^{n} (I - scale H_j)``, n from 0..N-1 | (N-1)/2 on average |
 | `Identity` | ``scale * I`` | none |
 | `CG`, in ``cg`` | conjugate gradients to a relative residual | until the tolerance, at most ``max_iterations`` |
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -28,10 +28,30 @@ from torch import Tensor
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies.validation import count, finite, positive
 
-from ..evaluation.vectors import add, cast_like, dot, rounding, scale, widen
+from ..evaluation.vectors import add, cast_like, dot, rounding, scale, widen, zeros_like
+from .krylov import Layout, Rows, square
 from .solution import MatVec, Solution, SolverStatus, trivial_solution
+from .spectrum import Spectrum
 
-__all__ = ["Identity", "Neumann"]
+__all__ = ["Identity", "Neumann", "Probed"]
+
+_PROBES = 3
+"""Measured on five spectra with 100 eigenvalues, 50 right sides each: scale times the largest is .78 to 1.21. With 2 it
+is up to 2.2; with 1, 150; with 3 and without r, 1.8."""
+
+
+class Probed(NamedTuple):
+    """What `Neumann.scaled` returns.
+
+    Attributes:
+        scale: The scale; None: none was found.
+        products: Number of products that were taken.
+        status: Why there is no scale.
+    """
+
+    scale: float | None
+    products: int
+    status: SolverStatus
 
 
 @final
@@ -50,7 +70,9 @@ class Neumann:
     Args:
         steps: Number of products of the sum (0 or more), or N (1 or more).
         scale: The letter 1 / L_g, above 0. Stable below 2 / (largest eigenvalue of H); the step size of a lower loop of
-            gradient descent that converges is a good choice.
+            gradient descent that converges is a good choice. "auto": 1 / (|t| + r), where t is the largest Ritz value
+            of 3 steps of Lanczos' method on b and r the residual of that basis: 3 products more, and memory of 4
+            vectors meanwhile. A `BiSLS` takes the scale from f_y for the response too, so that P is one.
         random: Draw one term instead of summing.
         generator: Source of n; torch's global one by default, which moves like under any random call.
 
@@ -65,15 +87,16 @@ class Neumann:
     """
 
     steps: int
-    scale: float
+    scale: float | Literal["auto"] = "auto"
     random: bool = False
     generator: torch.Generator | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Validate the options."""
         count("Neumann", "steps", self.steps, least=1 if self.random else 0)
-        positive("Neumann", "scale", self.scale)
-        finite("Neumann", "scale", self.scale)
+        if self.scale != "auto":
+            positive("Neumann", "scale", self.scale)
+            finite("Neumann", "scale", self.scale)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise OptionError(f"Neumann(generator={self.generator!r}): pass a torch.Generator, or None")
 
@@ -90,6 +113,7 @@ class Neumann:
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Return the series applied to ``rhs``.
 
+        Without any curvature along b (``H b = 0``) there is no solution, and zero is returned with the status ``flat``.
         A term that is longer than the one before it ends the series with the status ``diverging``: it and what follows
         are left out. The residual reported is the length of the last term taken, ``||(I - scale H)^steps b|| / ||b||``,
         which bounds the true one.
@@ -103,32 +127,61 @@ class Neumann:
         size = dot(b, b)
         if (ended := trivial_solution(rhs, size)) is not None:
             return ended
-        offset, taken = None, 0
+        probed = self.scaled(matvec, rhs)
+        factor, offset, taken = probed.scale, None, probed.products
+        if factor is None:
+            return Solution(zeros_like(rhs), taken, 1.0, probed.status)
         if initial is not None and not self.random:
-            offset, taken = widen(initial), 1
+            offset, taken = widen(initial), taken + 1
             b = add(b, widen(matvec(cast_like(offset, rhs))), -1.0)
         draws = self._draw() if self.random else self.steps
-        term, total, square = b, b, dot(b, b)
+        term, total, length = b, b, dot(b, b)
         status = SolverStatus.complete
         # A term at the rounding level of b may grow by rounding alone.
         slack, floor = 1.0 + 16 * rounding(b), rounding(b) ** 2 * size
-        for _ in range(draws):
+        for number in range(draws):
             image = widen(matvec(cast_like(term, rhs)))
             taken += 1
-            following = add(term, image, -self.scale)
-            previous, square = square, dot(following, following)
-            if not math.isfinite(square):
-                status, square = SolverStatus.non_finite, previous
+            following = add(term, image, -factor)
+            previous, length = length, dot(following, following)
+            if not math.isfinite(length):
+                status, length = SolverStatus.non_finite, previous
                 break
-            if square > previous * slack + floor:
-                status, square = SolverStatus.diverging, previous
+            if number == 0 and offset is None and length == previous and not any(bool(t.any()) for t in image):
+                return Solution(zeros_like(rhs), taken, 1.0, SolverStatus.flat)
+            if length > previous * slack + floor:
+                status, length = SolverStatus.diverging, previous
                 break
             term, total = following, following if self.random else add(total, following)
-        result = scale(total, self.scale * (self.steps if self.random else 1))
+        result = scale(total, factor * (self.steps if self.random else 1))
         if offset is not None:
             result = add(offset, result)
-        residual = math.nan if self.random else math.sqrt(square / size)
+        residual = math.nan if self.random else math.sqrt(length / size)
         return Solution(cast_like(result, rhs), taken, residual, status)
+
+    def scaled(self, matvec: MatVec, rhs: Sequence[Tensor]) -> Probed:
+        """Return the scale as a number; "auto" takes products for it.
+
+        Args:
+            matvec: The product with H, as for `solve`.
+            rhs: The right side b.
+        """
+        if self.scale != "auto":
+            return Probed(self.scale, 0, SolverStatus.complete)
+        layout = Layout(rhs)
+        first = layout.flat(rhs)
+        size = math.sqrt(float(square(first)))
+        if size == 0.0 or not math.isfinite(size):
+            return Probed(None, 0, SolverStatus.zero_rhs if size == 0.0 else SolverStatus.non_finite)
+        unit = 16.0 * rounding(rhs)
+        columns, products, complete = Rows(layout, min(_PROBES, layout.size), None).grow(matvec, first, size, unit)
+        if not complete:
+            return Probed(None, products, SolverStatus.non_finite)
+        spectrum = Spectrum.of(columns, _PROBES, unit)
+        largest = float(spectrum.values.abs().max()) + spectrum.below
+        if largest == 0.0:
+            return Probed(None, products, SolverStatus.flat)
+        return Probed(1.0 / largest, products, SolverStatus.complete)
 
     def _draw(self) -> int:
         device = "cpu" if self.generator is None else self.generator.device

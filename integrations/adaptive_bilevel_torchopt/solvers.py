@@ -118,10 +118,10 @@ class SafeNeumann(_Exact):
         """
         solution = self.solver.solve(matvec, rhs, initial)
         if solution.status is SolverStatus.diverging:
-            norm = _norm_of(matvec, rhs)
-            if self.solver.scale * norm >= 2.0:
+            norm, alpha = _norm_of(matvec, rhs), self.solver.scale
+            if alpha != "auto" and alpha * norm >= 2.0:
                 raise SolverError(
-                    f"linear_solve=solve_inv(ns=True, alpha={self.solver.scale:g}): the Neumann series diverges, since "
+                    f"linear_solve=solve_inv(ns=True, alpha={alpha:g}): the Neumann series diverges, since "
                     f"the lower Hessian has norm {norm:.3g} and alpha times that is not below 2; without alpha "
                     f"TorchOpt takes 1. Pass alpha below {2.0 / norm:.3g}, e.g. {1.0 / norm:.3g}, or use solve_cg()"
                 )
