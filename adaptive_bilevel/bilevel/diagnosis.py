@@ -6,11 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import final
 
+from ..hypergradient.solution import SolverStatus
 from ..optim.state import RoleState
 from .context import Taken
 from .roles import Diagnosis
 
 __all__ = ["Diagnoses", "SlopeDiagnosis", "SolveDiagnosis"]
+
+_NOT_DEFINITE = (
+    "The lower Hessian is not positive definite on these samples: leave solver= out, here and in implicit(), for "
+    "Lanczos, which holds there"
+)
+_REMEDIES = {
+    SolverStatus.flat: "y does not answer to x: check the lower loss, or leave lower= out if f needs no answer of y",
+}
 
 
 @final
@@ -46,8 +55,8 @@ class SolveDiagnosis:
     """Reports once a solver that is no inverse here: solves that `SolverStatus.ended_by_curvature`.
 
     It does when there were 10 more such steps than others, for solvers that know their error. `Lanczos` holds there, so
-    that nothing is said of it; `SearchingOptimizer.hessian` has what it saw. The state has that difference, "unsolved",
-    in 0 to 10; at 10 it stays.
+    that nothing is said of it but that there is no curvature; `SearchingOptimizer.hessian` has what it saw. The state
+    has that difference, "unsolved", in 0 to 10; at 10 it stays.
     """
 
     _STEPS = 10
@@ -62,10 +71,8 @@ class SolveDiagnosis:
         if hessian is None or count != self._STEPS or count == state.shared["unsolved"]:
             return []
         return [
-            f"in most steps, the solve of {taken.solver} for the response {hessian.status.sentence} (relative "
-            f"residual now {hessian.residual:.3g}). The lower Hessian is not "
-            "positive definite on these samples: leave solver= out, here and in implicit(), for Lanczos, which holds "
-            "there"
+            f"in most steps, the solve of {taken.solver} for the response said: {hessian.status.sentence} (relative "
+            f"residual now {hessian.residual:.3g}). {_REMEDIES.get(hessian.status, _NOT_DEFINITE)}"
         ]
 
     def commit(self, taken: Taken, messages: Sequence[str], state: RoleState) -> RoleState:

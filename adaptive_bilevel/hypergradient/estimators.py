@@ -25,7 +25,7 @@ from .estimate import Estimate, Point
 from .lanczos import Lanczos
 from .oracle import Oracle
 from .sample import Sample
-from .solution import LinearSolver, report
+from .solution import LinearSolver, Solution, report
 
 __all__ = ["Amortised", "Averaged", "Implicit", "linear_residual"]
 
@@ -64,19 +64,21 @@ class Implicit:
         inverse = None
         if isinstance(self.solver, Lanczos):
             inverse = self.solver.basis(lambda u: oracle.hvp(point.x, point.y, sample, u), partials.lower)
-            v = inverse.solution.tensors
-            report(self.solver, inverse.solution)
+            solution = inverse.solution
         else:
-            v = self._solve(oracle, point, sample, partials.lower, initial)
-        implicit = negate(oracle.cross_vjp(point.x, point.y, sample, v))
-        return Estimate(add(partials.upper, implicit), None, loss, partials, v, inverse=inverse)
+            solution = self._solve(oracle, point, sample, partials.lower, initial)
+        h = add(partials.upper, oracle.cross_vjp(point.x, point.y, sample, solution.tensors), -1.0)
+        report(self.solver, solution, h)
+        return Estimate(h, None, loss, partials, solution.tensors, inverse=inverse)
 
     def respond(self, oracle: Oracle, point: Point, sample: Sample, direction: Vector, memory: object = None) -> Vector:
         """Return P C^T d: how y*(x) answers to a move of x by -d, with the same inverse P."""
         push = oracle.cross_jvp(point.x, point.y, sample, direction)
-        return self._solve(oracle, point, sample, push, None)
+        solution = self._solve(oracle, point, sample, push, None)
+        report(self.solver, solution, solution.tensors)
+        return solution.tensors
 
-    def _solve(self, oracle: Oracle, point: Point, sample: Sample, rhs: Vector, initial: Vector | None) -> Vector:
+    def _solve(self, oracle: Oracle, point: Point, sample: Sample, rhs: Vector, initial: Vector | None) -> Solution:
         batches = itertools.cycle(sample.products or (sample.lower,))
 
         def product(vector: Vector) -> Vector:
@@ -84,9 +86,7 @@ class Implicit:
             return oracle.hvp(point.x, point.y, drawn, vector)
 
         with seeded(sample.seed) if self.solver.resamples else contextlib.nullcontext():
-            solution = self.solver.solve(product, rhs, initial)
-        report(self.solver, solution)
-        return solution.tensors
+            return self.solver.solve(product, rhs, initial)
 
 
 @final

@@ -108,7 +108,8 @@ def implicit(
 
     Warns:
         AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative or vanishing curvature:
-            H is indefinite or singular here. The default, `Lanczos`, holds there.
+            H is indefinite or singular here. The default, `Lanczos`, holds there. Or the lower loss has no curvature in
+            y along ``grad_y f``, so that h is its direct part; or a product with H is not finite.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -176,7 +177,7 @@ def _differentiate(
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
     if solver.warm_start:
         remember(y, solution.tensors)
-    report(solver, solution)
+    report(solver, solution, h)
     info = ImplicitInfo(
         solution=solution,
         upper_loss=upper_loss.detach(),

@@ -162,9 +162,12 @@ class Refinable(Protocol):
         ...
 
 
-def report(solver: LinearSolver, solution: Solution) -> None:
-    """Warn if the solver is no inverse of H."""
-    if solution.status.ended_by_curvature:
+def report(solver: LinearSolver, solution: Solution, hypergradient: Sequence[Tensor]) -> None:
+    """Warn if the solver is no inverse of H, or a product was not finite and the hypergradient does not show it."""
+    status, hidden = solution.status, False
+    if status is SolverStatus.non_finite:
+        hidden = all(bool(tensor.isfinite().all()) for tensor in hypergradient)
+    if status.ended_by_curvature or hidden:
         warn(f"{solver}: {solution.status.sentence}.")
 
 

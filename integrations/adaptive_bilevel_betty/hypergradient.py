@@ -14,6 +14,7 @@ from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
 from adaptive_bilevel.hypergradient.shared_basis import solve
+from adaptive_bilevel.hypergradient.solution import report
 
 from .bound_problem import BoundProblem
 from .release import Problem, answering, jvp_fn_mapping
@@ -41,6 +42,9 @@ def adaptive_cg(
 
     Raises:
         LowerLevelError: `curr` is not bound.
+
+    Warns:
+        AdaptiveBilevelWarning: As `implicit`.
     """
     lower_problem = BoundProblem.of(curr)
     upper, lower = list(prev.trainable_parameters()), answering(curr)
@@ -56,6 +60,7 @@ def adaptive_cg(
             change = torch._foreach_neg(list(curvature.cross_vjp(solution.tensors)))
     finally:
         before.restore()
+    report(solver, solution, change)
     if solver.warm_start:
         lower_problem.solution = solution.tensors
     if not sync:
