@@ -85,10 +85,6 @@ class Lanczos:
         """Lanczos' method needs the same matrix in every product."""
         return False
 
-    def refined(self) -> Lanczos:
-        """Return the solver with twice the products."""
-        return Lanczos(2 * self.k, self.dtype)
-
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Return ``P rhs``.
 
@@ -158,7 +154,7 @@ class SpectralInverse:
     Attributes:
         solution: ``P b``; its status says what was found of H.
         spectrum: The Ritz values and what belongs to them: `smallest`, `largest` and `negative` are its facts.
-        outside: c. Before `extend`, phi at the mean of |t|; after it, that of its right side.
+        outside: c, that of the right side of the last `extend`; 0 before it.
 
     >>> import torch
     >>> H = torch.diag(torch.tensor([1.0, 4.0, 2.0]))
@@ -173,7 +169,7 @@ class SpectralInverse:
         self._inverse = spectrum.inverse()
         self.spectrum = spectrum
         self.solution = solution
-        self.outside = spectrum.phi(float(spectrum.values.abs().mean())) if rows.count else 0.0
+        self.outside = 0.0
 
     @property
     def smallest(self) -> float:
@@ -201,13 +197,6 @@ class SpectralInverse:
             return False
         change = torch._foreach_sub(self._layout.flat(rhs), torch._foreach_mul(self._rows.row(0), self._size))
         return math.sqrt(float(square(list(change)))) <= 16.0 * self._rows.unit * self._size
-
-    def apply(self, vectors: Sequence[Tensor]) -> Vector:
-        """Return ``P vectors`` without any product: exact in the span of V, with `outside` as it stands beyond it."""
-        inside, rest = self._rows.outside(self._layout.flat(vectors))
-        answer = self._rows.combine(self._inverse @ on_host(inside))
-        torch._foreach_add_(answer, rest, alpha=self.outside)
-        return self._layout.shaped(answer)
 
     def extend(self, matvec: MatVec, rhs: Sequence[Tensor]) -> Extension:
         """Return ``P rhs`` with c measured on the part of ``rhs`` outside of V: one product, or none if there is none.

@@ -78,7 +78,8 @@ class Problem:
     def lower(self) -> Tensor:
         self.norm(torch.randn(4, 2).double())
         y = spoiled(self.y, self.factor)
-        return y @ self.H @ y / 2 - self.y @ self.C @ self.x + (y.sum() + self.x.sum() if self.kind == "linear" else 0.0)
+        linear = self.y.sum() + self.x.sum() if self.kind == "linear" else 0.0
+        return y @ self.H @ y / 2 - self.y @ self.C @ self.x + linear
 
     def upper(self) -> Tensor:
         part = self.x.square().sum() / 2
