@@ -61,6 +61,17 @@ def test_the_solver_is_of_the_declared_kind_unless_one_is_given() -> None:
     assert meta.optimizer.solver == ab.hypergradient.CG(max_iterations=7)
 
 
+@pytest.mark.parametrize("name", ["default", "cg"])
+def test_lanczos_answers_where_it_is_given(name: str) -> None:
+    inner, meta, _ = pair(ridge_hpo(), solver=ab.hypergradient.Lanczos(), linear_solve=SOLVERS[name])
+    for _ in range(3):
+        before = meta.evaluations.lower.hvps
+        iterate(inner, meta)
+        assert 0 < meta.evaluations.lower.hvps - before <= 11
+        assert meta.record is not None and meta.record.slope_ratio == pytest.approx(1.0, rel=1e-2)
+        assert meta.optimizer.hessian is not None and meta.optimizer.hessian.smallest > 0.0
+
+
 RIDGES = {
     "cg": SOLVE.solve_cg(ridge=0.3),
     "normal-cg": SOLVE.solve_normal_cg(ridge=0.3),
