@@ -40,21 +40,24 @@ class Adjoint:
         self.tensors = list(torch._foreach_mul(self._functional, 0.0))
 
     def observe(self, p: Sequence[Tensor], image: Sequence[Tensor]) -> tuple[float, float]:
-        """Project v on a direction of the solve; one without positive curvature is left out.
+        """Look at a direction of the solve; `take` follows if the solve takes it.
 
         Args:
             p: The direction.
             image: H p.
 
         Returns:
-            <p, H p> and ||H p||^2, read from the device together with what the projection needs.
+            <p, H p> and ||H p||^2, read from the device together with what `take` needs.
         """
         pairs = (p, image), (image, image), (p, self._functional), (image, self.tensors)
         curvature, square, value, known = inners(*pairs)
         numbers = torch.stack([curvature, square, value - known]).tolist()
-        if numbers[0] > 0.0 and math.isfinite(numbers[0]):
-            self.tensors = list(torch._foreach_add(self.tensors, list(p), alpha=numbers[2] / numbers[0]))
+        self._length = numbers[2] / numbers[0] if numbers[0] > 0.0 and math.isfinite(numbers[0]) else 0.0
         return numbers[0], numbers[1]
+
+    def take(self, p: Sequence[Tensor]) -> None:
+        """Project v on the direction that was observed last; one without positive curvature is left out."""
+        torch._foreach_add_(self.tensors, list(p), alpha=self._length)
 
     def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
         """Return -<v, delta>, what phi is to be corrected by.
@@ -94,7 +97,7 @@ class CG:
     none. (Later iterates are nearer in the norm of H, but up to 300 times as long as those of ``|H|``'s inverse.)
     `Lanczos` takes such directions into account instead of ending there.
 
-    Memory: 4 vectors of the size of y, and one more for the iterate with the smallest residual.
+    Memory: 4 vectors of the size of y, and one more while an earlier iterate has the smallest residual.
 
     Solving further from a solution is ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with that
     solution's ``tensors`` as ``initial``.
@@ -157,6 +160,8 @@ class CG:
             start, taken = widen(initial), 1
             image = product(start)
             curvature, _ = _measured(start, image) if adjoint is None else adjoint.observe(start, image)
+            if adjoint is not None:
+                adjoint.take(start)
             # <v, Hv> / 2 - <b, v> is the squared distance in the norm of H, up to a constant that zero attains at 0.
             # The residual would be the wrong judge: it may grow while the iterate improves.
             if 0.5 * curvature - dot(b, start) < 0:
@@ -170,8 +175,8 @@ class CG:
         status = SolverStatus.converged
         iteration = 0
         least = math.inf if start is None or v is not start else square  # any iterate is better than no answer
-        best: Vector = v
-        dual = None if adjoint is None else adjoint.tensors
+        best: Vector | None = None  # where that is not v; then with its adjoint
+        dual: list[Tensor] = []
         while square > target:
             if iteration == self.max_iterations:
                 status = SolverStatus.iteration_limit
@@ -197,15 +202,19 @@ class CG:
             if iteration > 1 and curvature < resolved * norm * length and following > size:
                 status = SolverStatus.vanishing_curvature
                 break
-            v, residual = torch._foreach_add(v, p, alpha=step), shorter
             if following < least:
-                least, best, dual = following, v, None if adjoint is None else adjoint.tensors
+                least, best, dual = following, None, []
+            elif best is None:
+                best, dual = v, [] if adjoint is None else [tensor.clone() for tensor in adjoint.tensors]
+            v, residual = torch._foreach_add(v, p, alpha=step), shorter
+            if adjoint is not None:
+                adjoint.take(p)
             ratio = following / square
             p = torch._foreach_add(shorter, list(p), alpha=ratio)
             length, square = following + ratio**2 * length, following
-        if status.ended_by_curvature:
-            v, square = best, min(least, square)
-            if adjoint is not None and dual is not None:
+        if status.ended_by_curvature and best is not None:
+            v, square = best, least
+            if adjoint is not None:
                 adjoint.tensors = dual
         if v is start:
             v = tuple(tensor.clone() for tensor in v)

@@ -162,6 +162,7 @@ def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
     adjoint = Adjoint([y - target])
     w = -(x.cos() + 2.0 * x)  # of a move by -a
     adjoint.observe([w], [2.0 * w])
+    adjoint.take([w])
     errors = []
     for step in (0.02, 0.01):
         there = y + step * w
@@ -180,6 +181,7 @@ def test_adjoint_corrects_the_searched_function_to_the_next_order() -> None:
 def test_direction_of_negative_curvature_is_left_out() -> None:
     adjoint = Adjoint([torch.ones(2)])
     assert adjoint.observe([torch.ones(2)], [-torch.ones(2)]) == (-2.0, 2.0)
+    adjoint.take([torch.ones(2)])
     assert not adjoint.tensors[0].any()
 
 
