@@ -163,12 +163,17 @@ class AdaptiveOptimizer(PolicyOptimizer):
         The prediction has to be worth more than a step of the usual length from there, of which there will be some
         anyway: what a loop of steps finds by itself it finds without the errors of the prediction.
         """
-        before = self._warm_start.point(self.state, params)
+        return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None)
+
+    def _decide(
+        self, guard: Guard, closure: Closure, params: list[Tensor], before: list[Tensor] | None, random: RandomState | None
+    ) -> Differentiated:
+        """Do what `_evaluate` does; `random` replays a sample that was evaluated elsewhere."""
         if before is None:
-            known = closure.evaluated(params) if isinstance(closure, Objective) else None
-            return self._gradient(guard, closure, params) if known is None else Differentiated(*known)
+            known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
+            return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known)
         guard.copy()
-        here = Attempts().value(lambda: guard.value(closure))
+        here = Attempts().value(lambda: guard.value(closure, random))
         self._own_counts.values += 1
         torch._foreach_copy_(params, before)
         found = self._gradient(guard, closure, params, guard.entry)
@@ -183,7 +188,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
             guard.rebase()
             return found
         guard.put_back()
-        known = closure.evaluated(params) if isinstance(closure, Objective) else None
+        known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
         return self._gradient(guard, closure, params, guard.entry) if known is None else Differentiated(*known)
 
     def _after_another_step(

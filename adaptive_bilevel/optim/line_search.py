@@ -19,7 +19,7 @@ from ..evaluation.tensors import gradients_of, tainted
 from ..policies import Context, Outcome, Record, validation
 from ..policies.scalars import resolution
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer
+from .averaged import AveragedSearch
 from .direction import Descent, Direction, Gradient
 from .options import Conduct, placeholder
 from .projection import Section
@@ -28,7 +28,7 @@ from .search_path import SearchPath, scaled
 __all__ = ["SLS", "SLSB", "LineSearch"]
 
 
-class LineSearch(AdaptiveOptimizer):
+class LineSearch(AveragedSearch):
     """The step that the searches share. Abstract: `SLS`, `SLSB`, and a host's optimizers derive from it."""
 
     def _check_lr(self, lr: float | None) -> None:
@@ -108,6 +108,7 @@ class LineSearch(AdaptiveOptimizer):
                 attempts.conclude(record.moved)
             if not record.moved:
                 guard.put_back()
+                self._stay(params)
                 if record.outcome == Outcome.non_finite:
                     guard.undo()
                 elif record.outcome == Outcome.no_descent:
@@ -119,6 +120,8 @@ class LineSearch(AdaptiveOptimizer):
                     stepped = directions if step_closure is None else gradient.values
                     stepped = stepped if descent.step is None else descent.step
                     descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
+                    state = self._look(state, lambda: guard.value(searched, random))
+                self._settle(params, guard.copy(), state)
                 self._commit_direction(gradient, proposed)
                 self._save_rule_state(state)
             if record.outcome != Outcome.non_finite:
