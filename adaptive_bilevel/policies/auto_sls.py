@@ -8,7 +8,13 @@ does not confirm,
 
 is 0 on full batches, up to rounding. As long as it is at most 1/2 the samples agree, and the rule is `SLS`. An upper
 variable that moves, or a lower one that starts anew, changes the loss once per lower loop, and counts there as one
-step at most, mostly the shortest.
+step at most, mostly the shortest. That hides samples that are kept for a whole lower loop, so the losses also have to
+fall by what the test of eq. (8) of Fan et al. (2023) requires of the steps,
+
+    M = sum_j (f_j(x_j) - f_{j+1}(x_{j+1}) - c gamma_j n_j + slack)  >=  0,
+
+each fall cut to [-r_j, r_j], r_j the largest gamma_i n_i so far. On full batches M is never negative. Loops that each
+start anew from the same point may still show as disagreement, most of all short ones.
 
 Where samples disagree, a search says little: the longest step that lowers one sample is too long for all of them if
 the sample can be fitted alone (batches with wrong labels), and the lengths that pass follow the worst samples if
@@ -60,7 +66,7 @@ class AutoSLS(SLSB):
 
     def agrees(self, state: SearchState) -> bool:
         """Return whether the samples so far agree."""
-        return state.differing <= _UNCONFIRMED * state.decreases
+        return state.differing <= _UNCONFIRMED * state.decreases and state.margin >= 0.0
 
     def observed(self, state: SearchState, value: float) -> SearchState:
         """Return the state after a step that did not end at the point of the last trial, but where the loss is this."""
@@ -81,26 +87,30 @@ class AutoSLS(SLSB):
             record, after = super().propose(seen, context)
             if not record.moved:
                 return record, state
-            decrease = max(loss - float(record.value), 0.0)
-            return record, after._replace(expected=float(record.value), last_decrease=decrease)
+            decrease, gain = max(loss - float(record.value), 0.0), float(record.step_size) * slope
+            last = {"expected": float(record.value), "last_decrease": decrease, "last_loss": loss, "last_gain": gain}
+            return record, after._replace(**last, largest_gain=max(after.largest_gain, gain))
 
         def tangent(step: float) -> float:
             return loss - step * slope
 
         # On its tangent the loss falls enough at once, so the step is the longest that may be tried.
-        start = seen._replace(previous=0.0, last_decrease=0.0)
+        start = seen._replace(previous=0.0)
         record, after = super().propose(start, context._replace(trial=context.trial and tangent))
         return (record._replace(trials=0, value=math.nan), after) if record.moved else (record, state)
 
     def _compared(self, state: SearchState, loss: float, rounding: float) -> SearchState:
-        """Return the state with the last decrease compared with the loss of this sample."""
-        most = state.last_decrease
-        if most == 0.0 or not math.isfinite(loss):
+        """Return the state with the last step compared with the loss of this sample."""
+        if state.last_gain == 0.0 or not math.isfinite(loss) or not self.agrees(state):
             return state
-        allowed = rounding * max(abs(loss), abs(state.expected))
-        differing = min(max(abs(loss - state.expected) - allowed, 0.0), most)
+        most, gain = state.last_decrease, state.largest_gain
+        differing = abs(loss - state.expected) - rounding * max(abs(loss), abs(state.expected))
+        fall = min(max(state.last_loss - loss, -gain), gain)
+        surplus = fall - self.c * state.last_gain + self.slack + rounding * abs(state.last_loss)
         return state._replace(
-            differing=state.differing + differing, decreases=state.decreases + most, last_decrease=0.0
+            differing=state.differing + min(max(differing, 0.0), most),
+            decreases=state.decreases + most,
+            margin=state.margin + surplus,
         )
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:

@@ -68,6 +68,10 @@ class SearchState(NamedTuple):
         last_decrease: f_{k-1}(x_{k-1}) - f_{k-1}(x_k); 0 where there is nothing to compare with.
         differing: The part of the decreases that the next samples have not confirmed.
         decreases: The sum of the decreases that were compared.
+        last_loss: f_{k-1}, the loss before the last step.
+        last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
+        largest_gain: The largest gamma_j n_j so far.
+        margin: M, by how much the losses fell more than the steps promised.
     """
 
     count: int = 0  # type: ignore[assignment]
@@ -85,3 +89,7 @@ class SearchState(NamedTuple):
     last_decrease: float = 0.0
     differing: float = 0.0
     decreases: float = 0.0
+    last_loss: float = 0.0
+    last_gain: float = 0.0
+    largest_gain: float = 0.0
+    margin: float = 0.0
