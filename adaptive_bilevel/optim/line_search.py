@@ -115,7 +115,7 @@ class LineSearch(AveragedSearch):
                     self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
                 found, record = record, self._scheduled(record)
-                if descent.step is not None or step_closure is not None or record is not found:
+                if record.trials == 0 or descent.step is not None or step_closure is not None or record is not found:
                     guard.put_back()
                     stepped = directions if step_closure is None else gradient.values
                     stepped = stepped if descent.step is None else descent.step
