@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class AveragedSearch(AdaptiveOptimizer):
         super()._prepare()
         self._average: Average | None = None
         self._resting: list[Tensor] | None = None
+        self._follows = True
 
     def _disagree(self, state: State) -> bool:
         return isinstance(self.policy, AutoSLS) and not self.policy.agrees(state)
@@ -45,12 +47,13 @@ class AveragedSearch(AdaptiveOptimizer):
     def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
         """Return loss and gradients at the iterate, which is ahead of the parameters; see `AdaptiveOptimizer`."""
         self._average = self._resting = None
-        if not self._disagree(self._rule_state()):
-            return super()._evaluate(guard, closure, params)
         before = self._warm_start.point(self.state, params)
+        self._follows = before is None
+        if not self._disagree(self._rule_state()):
+            return self._decide(guard, closure, params, before, None)
         average = Average.read(self.state, params, offered=before is not None)
         if average is None:
-            return super()._evaluate(guard, closure, params)
+            return self._decide(guard, closure, params, before, None)
         known = closure.evaluated(params) if isinstance(closure, Objective) else None
         self._own_counts.values += known is None
         rests = Attempts().value(lambda: guard.value(closure)) if known is None else known.loss
@@ -66,6 +69,13 @@ class AveragedSearch(AdaptiveOptimizer):
         at_rest, ahead = on_host(rests, found.loss)
         self._average, self._resting = average.compared(at_rest - ahead), resting
         return found
+
+    def _reached(self) -> State:
+        """Return the policy's state; the loss before an upper step is not compared with that after it."""
+        state = self._rule_state()
+        if self._follows or not isinstance(self.policy, AutoSLS):
+            return state
+        return self.policy.observed(state, math.nan)
 
     def _stay(self, params: list[Tensor]) -> None:
         """Put the parameters back to the mean: the step has moved nothing."""

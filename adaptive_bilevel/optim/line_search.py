@@ -104,7 +104,7 @@ class LineSearch(AveragedSearch):
                 guard.copy()
                 rounding = resolution(searched_loss)
                 sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
-                record, state = self.policy.propose(self._rule_state(), sample)
+                record, state = self.policy.propose(self._reached(), sample)
                 attempts.conclude(record.moved)
             if not record.moved:
                 guard.put_back()
