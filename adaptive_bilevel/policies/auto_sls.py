@@ -114,6 +114,7 @@ class AutoSLS(SLSB):
         )
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
+        limits = super()._limits(state, initial, context)
         if not self.agrees(state):
-            return super()._limits(state, initial, context)
+            return limits
         return initial, math.inf if context.cap is None else context.cap
