@@ -76,13 +76,13 @@ class Average(NamedTuple):
 
     Attributes:
         ahead: z - xbar.
-        count: n.
+        taken: n, the number of iterates in it.
         lead: Decaying mean of f(xbar) - f(z).
         variance: Its decaying variance.
     """
 
     ahead: list[Tensor]
-    count: int = 0
+    taken: int = 0
     lead: float = 0.0
     variance: float = 0.0
 
@@ -107,14 +107,14 @@ class Average(NamedTuple):
         """Return it with f(xbar) - f(z) on this sample taken in; None if the mean is behind, and begins anew."""
         if not math.isfinite(lead):
             return self
-        weight = _weight(self.count)
+        weight = _weight(self.taken)
         off = lead - self.lead
         after = self._replace(
             lead=self.lead + weight * off, variance=(1.0 - weight) * (self.variance + weight * off * off)
         )
-        spread = (POWER + 1.0) ** 2 / (2.0 * POWER + 1.0) / (self.count + 1.0)
+        spread = (POWER + 1.0) ** 2 / (2.0 * POWER + 1.0) / (self.taken + 1.0)
         behind = after.lead > STANDARD_ERRORS * math.sqrt(after.variance * spread)
-        return None if behind and self.count >= FEWEST else after
+        return None if behind and self.taken >= FEWEST else after
 
 
 def settle(state: Any, params: Sequence[Tensor], start: Sequence[Tensor], average: Average | None) -> None:
@@ -131,11 +131,11 @@ def settle(state: Any, params: Sequence[Tensor], start: Sequence[Tensor], averag
     else:
         ahead = list(torch._foreach_sub(list(params), list(start)))
         torch._foreach_add_(ahead, average.ahead)
-        torch._foreach_mul_(ahead, 1.0 - _weight(average.count + 1))
+        torch._foreach_mul_(ahead, 1.0 - _weight(average.taken + 1))
         torch._foreach_sub_(list(params), ahead)
     shared = {
         "at": _fingerprint(params),
-        "count": average.count + 1,
+        "count": average.taken + 1,
         "lead": average.lead,
         "variance": average.variance,
     }

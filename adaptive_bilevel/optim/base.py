@@ -158,17 +158,21 @@ class AdaptiveOptimizer(PolicyOptimizer):
     # ------------------------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
-        """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction.
-
-        The prediction has to be worth more than a step of the usual length from there, of which there will be some
-        anyway: what a loop of steps finds by itself it finds without the errors of the prediction.
-        """
+        """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction."""
         return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None)
 
     def _decide(
-        self, guard: Guard, closure: Closure, params: list[Tensor], before: list[Tensor] | None, random: RandomState | None
+        self,
+        guard: Guard,
+        closure: Closure,
+        params: list[Tensor],
+        before: list[Tensor] | None,
+        random: RandomState | None,
     ) -> Differentiated:
-        """Do what `_evaluate` does; `random` replays a sample that was evaluated elsewhere."""
+        """Do what `_evaluate` does; `random` replays a sample that was evaluated elsewhere.
+
+        The prediction has to be worth more than a step of the usual length from there, which a loop takes anyway.
+        """
         if before is None:
             known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
             return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known)
@@ -219,10 +223,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     @property
     def offered(self) -> list[Tensor] | None:
-        """The point before a prediction, which the next step may go back to; None if there is none.
-
-        A change of the parameters since then (a cold start) voids it.
-        """
+        """The point before a prediction, which the next step may go back to; None if none, or if x was moved since."""
         return self._warm_start.point(self.state, self._parameters())
 
     def offer(self, points: Sequence[Tensor]) -> None:
@@ -230,8 +231,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
         The level above has moved the parameters to a prediction, and calls this with the point before. The next
         `step(closure)` goes back there unless the prediction has the smaller loss on the step's own sample, also after
-        a step from there that is as long as the last one was. Parameters that somebody has changed in the meantime (a
-        cold start) void the offer.
+        a step from there that is as long as the last one was. Whoever else moves the parameters voids the offer.
         """
         self._warm_start.offer(self.state, self._parameters(), points)
 

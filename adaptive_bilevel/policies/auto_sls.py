@@ -88,8 +88,8 @@ class AutoSLS(SLSB):
             if not record.moved:
                 return record, state
             decrease, gain = max(loss - float(record.value), 0.0), float(record.step_size) * slope
-            last = {"expected": float(record.value), "last_decrease": decrease, "last_loss": loss, "last_gain": gain}
-            return record, after._replace(**last, largest_gain=max(after.largest_gain, gain))
+            after = after._replace(expected=float(record.value), last_decrease=decrease, last_loss=loss)
+            return record, after._replace(last_gain=gain, largest_gain=max(after.largest_gain, gain))
 
         def tangent(step: float) -> float:
             return loss - step * slope

@@ -18,12 +18,10 @@ DECAYS: dict[str, Callable[[Scalar], Scalar]] = {
     "inverse_cbrt": lambda k: (k + 1) ** (-1.0 / 3.0),
     "inverse": lambda k: 1.0 / (k + 1),
 }
-"""Named schedules, k counted from 0: 1, 1/sqrt(k+1) (convex), 1/cbrt(k+1) (where iterates are averaged), 1/(k+1) (strongly
-convex).
-"""
+"""Named schedules, k counted from 0: 1, 1/sqrt(k+1) (convex), 1/cbrt(k+1) (for averages), 1/(k+1) (strongly convex)."""
 
 ESTIMATED = ("inverse_sqrt", "inverse_cbrt")
-"""Schedules under which a bound that was not given is estimated at each step, see `adaptive_bilevel.policies.distance`."""
+"""Schedules under which a bound that was not given is estimated at each step, see `policies.distance`."""
 
 
 def decay_factor(decay: Decay, k: Scalar) -> Scalar:

@@ -1,4 +1,4 @@
-"""AutoSLS is SLS where all samples are one function, whatever happens between loops, and averages where they disagree."""
+"""AutoSLS is SLS where all samples are one function, whatever happens between loops, and averages elsewhere."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ NOISE = [1.0, -1.0, 3.0, -2.0, 0.5, -1.5, 2.0, -0.5] * 8
 
 @pytest.mark.parametrize("direction", ["sgd", "adam"])
 def test_the_parameters_hold_the_mean_and_gradients_are_taken_ahead_of_it(direction: str) -> None:
-    x, seen = leaf(2.0), []
+    x, seen = leaf(2.0), list[float]()
     optimizer: Any = AutoSLS([x], direction=direction)
     run(optimizer, x, NOISE)
     ahead = float(optimizer.state[x]["averaging"]["ahead"])
@@ -190,7 +190,7 @@ def test_the_margin_sums_what_losses_fell_beyond_the_promise() -> None:
     for loss, expected in ((1.5, 0.4), (100.0, -1.1)):
         policy = policies.AutoSLS(bound=0.25, grow=1.0)
         _, state = policy.step(policy.init(), loss=2.0, slope=4.0, trial=lambda a: 1.0)
-        record, state = policy.step(state, loss=loss, slope=4.0, trial=lambda a: 0.0, rounding=0.0)
+        _, state = policy.step(state, loss=loss, slope=4.0, trial=lambda a: 0.0, rounding=0.0)
         assert state.margin == pytest.approx(expected)
 
 

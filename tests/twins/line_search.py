@@ -121,13 +121,15 @@ class SLSB:
 
 
 class AutoSLS(SLSB):
-    """As `SLS` while samples agree; then x <- mean of the z, z <- z - a m with a = min{gamma_b,0 / cbrt(k + 1), longest}.
+    """As `SLS` while samples agree; then z <- z - a m, and x is a mean of the z.
 
+    There a = min{gamma_b,0 / cbrt(k + 1), longest}.
     m is the mean of the gradients since then, or Adam's e. Samples agree while the next losses leave at most half of
     the decreases unconfirmed, and M >= 0, where M sums how much more than .1 a <g, d> f fell; each fall is f at the
     step less f at the next one, and at most as large as the largest a <g, d> so far.
 
-    z is kept as x + ahead. The mean begins anew at z if, by the mean over its samples, f(x) is above f(z) by two standard errors.
+    z is kept as x + ahead. The mean begins anew at z if, by the mean over its samples, f(x) is above f(z) by two
+    standard errors.
     """
 
     def __init__(self, x: Tensor, direction: str = "sgd") -> None:
