@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..evaluation.vectors import dot
-from .direction import Descent, Gradient, Moment, mean
+from .direction import Descent, Gradient
+from .moments import Moment, mean
 from .state import RoleState, read_states, write_states
 
 __all__ = ["Average", "MeanGradient", "settle"]

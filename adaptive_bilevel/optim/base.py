@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
 from ..policies import SLS, Outcome, Record, State, validation
 from ..policies.scalars import Scalar
-from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
+from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain, Proposed
 from .groups import PolicyOptimizer
 from .options import merged
 from .state import RoleState, read_states, write_states
@@ -27,20 +27,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = ["AdaptiveOptimizer", "Host"]
-
-
-class Proposed(NamedTuple):
-    """What the Direction role proposed for a step.
-
-    Attributes:
-        descent: The directions.
-        role: The role.
-        before: Its state.
-    """
-
-    descent: Descent
-    role: Direction
-    before: RoleState
 
 
 _PLAIN = Plain()
