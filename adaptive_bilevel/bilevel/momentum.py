@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..evaluation.reductions import agree, on_host
 from ..evaluation.vectors import inner, inners
-from ..optim.direction import Moment, mean
+from ..optim.moments import Moment, mean
 from ..optim.state import RoleState
 from .context import Mix, MomentumContext
 from .roles import Momentum

@@ -14,18 +14,22 @@ __all__ = ["AutoSLS"]
 
 
 class AutoSLS(LineSearch):
-    """Stochastic line search, bounded as by `SLSB` as long as samples disagree and as `SLS` else: for the lower level.
+    """Stochastic line search where samples agree, averaged steps of a found length where they do not: the default.
 
-    Samples disagree while the losses of the run so far have fallen by less than the steps have promised, each on its
-    own sample: sum_j (f_j(x_j) - f_{j+1}(x_{j+1})) < c sum_j gamma_j n_j, which cannot be where all samples are one
-    function. See `adaptive_bilevel.policies.AutoSLS` for the rule. It costs an evaluation more than `SLS`, once.
+    As long as the loss of the next sample begins where that of the last one ended, up to half of the decreases so far,
+    each step is that of `SLS`. From then on (minibatches) the step is lr decay(k) without a search, along the mean of
+    the gradients (for Adam A^{-1} m, as ever), and the parameters hold a mean of the iterates, see
+    `adaptive_bilevel.optim.averaging`: gradients are taken at a point ahead of it, which is the optimizer's own, also
+    between steps. The loss that a step returns is the one there. See `adaptive_bilevel.policies.AutoSLS` for the rule.
+    It costs an evaluation more than `SLS` at its first step, with direction="adam" at each step as long as samples
+    agree; later two evaluations a step, one of them with gradients.
 
     Args:
         params: Parameters or groups.
         lr: The first trial, and gamma_b,0 > 0 of the bound lr decay(k). Left out, both are found: the longest first
-            step that does not raise the sample's loss, and under "inverse_sqrt" the bound is estimated anew at each
-            step after that (`adaptive_bilevel.policies.distance`).
-        decay: "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
+            step that does not raise the sample's loss, and under "inverse_sqrt" and "inverse_cbrt" the bound is
+            estimated anew at each step after that (`adaptive_bilevel.policies.distance`).
+        decay: "constant", "inverse_sqrt", "inverse_cbrt", "inverse" or a callable k -> factor.
         c: Armijo constant, in (0, 1).
         shrink: w, factor between two trials, in (0, 1).
         grow: eta >= 1 of reset="grow".
@@ -34,7 +38,7 @@ class AutoSLS(LineSearch):
         lower_bound: Any lower bound of the loss; None if there is none (then give lr).
         max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
         direction: "sgd" or "adam".
-        betas: Adam's decay constants.
+        betas: Adam's decay constants. The mean of plain gradients has the first one's default.
         eps: Adam's eps, outside the root.
         max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
 
@@ -55,7 +59,7 @@ class AutoSLS(LineSearch):
         params: ParamsT,
         lr: float | None = None,
         *,
-        decay: Decay = "inverse_sqrt",
+        decay: Decay = "inverse_cbrt",
         c: float = 0.1,
         shrink: float = 0.5,
         grow: float = 1.2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
 from ..policies import SLS, Outcome, Record, State, validation
 from ..policies.scalars import Scalar
-from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain
+from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain, Proposed
 from .groups import PolicyOptimizer
 from .options import merged
 from .state import RoleState, read_states, write_states
@@ -27,20 +27,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = ["AdaptiveOptimizer", "Host"]
-
-
-class Proposed(NamedTuple):
-    """What the Direction role proposed for a step.
-
-    Attributes:
-        descent: The directions.
-        role: The role.
-        before: Its state.
-    """
-
-    descent: Descent
-    role: Direction
-    before: RoleState
 
 
 _PLAIN = Plain()
@@ -158,17 +144,26 @@ class AdaptiveOptimizer(PolicyOptimizer):
     # ------------------------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
-        """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction.
+        """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction."""
+        return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None)
 
-        The prediction has to be worth more than a step of the usual length from there, of which there will be some
-        anyway: what a loop of steps finds by itself it finds without the errors of the prediction.
+    def _decide(
+        self,
+        guard: Guard,
+        closure: Closure,
+        params: list[Tensor],
+        before: list[Tensor] | None,
+        random: RandomState | None,
+    ) -> Differentiated:
+        """Do what `_evaluate` does; `random` replays a sample that was evaluated elsewhere.
+
+        The prediction has to be worth more than a step of the usual length from there, which a loop takes anyway.
         """
-        before = self._warm_start.point(self.state, params)
         if before is None:
-            known = closure.evaluated(params) if isinstance(closure, Objective) else None
-            return self._gradient(guard, closure, params) if known is None else Differentiated(*known)
+            known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
+            return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known)
         guard.copy()
-        here = Attempts().value(lambda: guard.value(closure))
+        here = Attempts().value(lambda: guard.value(closure, random))
         self._own_counts.values += 1
         torch._foreach_copy_(params, before)
         found = self._gradient(guard, closure, params, guard.entry)
@@ -183,7 +178,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
             guard.rebase()
             return found
         guard.put_back()
-        known = closure.evaluated(params) if isinstance(closure, Objective) else None
+        known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
         return self._gradient(guard, closure, params, guard.entry) if known is None else Differentiated(*known)
 
     def _after_another_step(
@@ -214,10 +209,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     @property
     def offered(self) -> list[Tensor] | None:
-        """The point before a prediction, which the next step may go back to; None if there is none.
-
-        A change of the parameters since then (a cold start) voids it.
-        """
+        """The point before a prediction, which the next step may go back to; None if none, or if x was moved since."""
         return self._warm_start.point(self.state, self._parameters())
 
     def offer(self, points: Sequence[Tensor]) -> None:
@@ -225,8 +217,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
         The level above has moved the parameters to a prediction, and calls this with the point before. The next
         `step(closure)` goes back there unless the prediction has the smaller loss on the step's own sample, also after
-        a step from there that is as long as the last one was. Parameters that somebody has changed in the meantime (a
-        cold start) void the offer.
+        a step from there that is as long as the last one was. Whoever else moves the parameters voids the offer.
         """
         self._warm_start.offer(self.state, self._parameters(), points)
 

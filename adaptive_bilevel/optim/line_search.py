@@ -19,7 +19,7 @@ from ..evaluation.tensors import gradients_of, tainted
 from ..policies import Context, Outcome, Record, validation
 from ..policies.scalars import resolution
 from ..policies.schedule import Decay
-from .base import AdaptiveOptimizer
+from .averaged import AveragedSearch
 from .direction import Descent, Direction, Gradient
 from .options import Conduct, placeholder
 from .projection import Section
@@ -28,7 +28,7 @@ from .search_path import SearchPath, scaled
 __all__ = ["SLS", "SLSB", "LineSearch"]
 
 
-class LineSearch(AdaptiveOptimizer):
+class LineSearch(AveragedSearch):
     """The step that the searches share. Abstract: `SLS`, `SLSB`, and a host's optimizers derive from it."""
 
     def _check_lr(self, lr: float | None) -> None:
@@ -104,21 +104,24 @@ class LineSearch(AdaptiveOptimizer):
                 guard.copy()
                 rounding = resolution(searched_loss)
                 sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
-                record, state = self.policy.propose(self._rule_state(), sample)
+                record, state = self.policy.propose(self._reached(), sample)
                 attempts.conclude(record.moved)
             if not record.moved:
                 guard.put_back()
+                self._stay(params)
                 if record.outcome == Outcome.non_finite:
                     guard.undo()
                 elif record.outcome == Outcome.no_descent:
                     self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
                 found, record = record, self._scheduled(record)
-                if descent.step is not None or step_closure is not None or record is not found:
+                if record.trials == 0 or descent.step is not None or step_closure is not None or record is not found:
                     guard.put_back()
                     stepped = directions if step_closure is None else gradient.values
                     stepped = stepped if descent.step is None else descent.step
                     descent.move(gradient.tensors, stepped, record.step_size, gradient.factors)
+                    state = self._look(state, lambda: guard.value(searched, random))
+                self._settle(params, guard.copy(), state)
                 self._commit_direction(gradient, proposed)
                 self._save_rule_state(state)
             if record.outcome != Outcome.non_finite:

@@ -13,7 +13,7 @@ from .context import Context, Trial
 from .distance import estimate, take
 from .record import Outcome, Record, closed_form
 from .scalars import Scalar, first, isfinite, larger, like, smaller, where
-from .schedule import DECAYS, Decay
+from .schedule import DECAYS, ESTIMATED, Decay
 from .state import BoundState, DecSPSState
 
 __all__ = ["Bounded", "advance", "clip", "tried", "without_increase"]
@@ -144,7 +144,7 @@ class Bounded:
         if given is not None:
             return given, state, trials
         loss, slope, trial = context.loss, context.slope, context.trial
-        estimated = self.decay == "inverse_sqrt"
+        estimated = self.decay in ESTIMATED
         if trial is not None and state.found == 0.0:
             longest = self.first_bound(loss=loss, slope=slope, lower_bound=low)
             initial, trials = without_increase(trial, float(loss), float(longest))

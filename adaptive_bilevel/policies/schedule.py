@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from . import validation
 from .scalars import Scalar
 
-__all__ = ["DECAYS", "Decay", "PowerDecay", "decay_factor"]
+__all__ = ["DECAYS", "ESTIMATED", "Decay", "PowerDecay", "decay_factor"]
 
 Decay = str | Callable[[Scalar], Scalar]
 
 DECAYS: dict[str, Callable[[Scalar], Scalar]] = {
     "constant": lambda k: 1.0,
     "inverse_sqrt": lambda k: (k + 1) ** -0.5,
+    "inverse_cbrt": lambda k: (k + 1) ** (-1.0 / 3.0),
     "inverse": lambda k: 1.0 / (k + 1),
 }
-"""Named schedules, k counted from 0: 1, 1/sqrt(k+1) (convex), 1/(k+1) (strongly convex)."""
+"""Named schedules, k counted from 0: 1, 1/sqrt(k+1) (convex), 1/cbrt(k+1) (for averages), 1/(k+1) (strongly convex)."""
+
+ESTIMATED = ("inverse_sqrt", "inverse_cbrt")
+"""Schedules under which a bound that was not given is estimated at each step, see `policies.distance`."""
 
 
 def decay_factor(decay: Decay, k: Scalar) -> Scalar:

@@ -10,7 +10,7 @@ from . import validation
 from .bounded import without_increase
 from .context import Context, Trial
 from .distance import estimate
-from .schedule import DECAYS, Decay, decay_factor
+from .schedule import DECAYS, ESTIMATED, Decay, decay_factor
 from .search import Found, Point, Search
 from .state import SearchState
 
@@ -97,7 +97,7 @@ class SLSB(Search):
         return high, high if context.cap is None else min(context.cap, high)
 
     def _find(self, state: SearchState, point: Point, ceiling: float, trial: Trial) -> Found:
-        if self.decay != "inverse_sqrt" or (state.seen == 0 and not math.isfinite(ceiling)):
+        if self.decay not in ESTIMATED or (state.seen == 0 and not math.isfinite(ceiling)):
             return super()._find(state, point, ceiling, trial)
         first, trials = without_increase(trial, point.loss, ceiling) if state.seen == 0 else (0.0, 0)
         return Found(estimate(state, point.loss, point.slope, first), True, trials)

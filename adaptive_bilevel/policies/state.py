@@ -63,10 +63,15 @@ class SearchState(NamedTuple):
         weighted_loss: See `BoundState`.
         path: See `BoundState`.
         squares: See `BoundState`.
-        last_loss: f_{k-1}, the loss before the last step; this and what follows is used by `AutoSLS`.
+        expected: f_{k-1}(x_k), the loss of the last sample after the step on it; this and what follows is used by
+            `AutoSLS`.
+        last_decrease: f_{k-1}(x_{k-1}) - f_{k-1}(x_k); 0 where there is nothing to compare with.
+        differing: The part of the decreases that the next samples have not confirmed.
+        decreases: The sum of the decreases that were compared.
+        last_loss: f_{k-1}, the loss before the last step.
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
         largest_gain: The largest gamma_j n_j so far.
-        margin: M, by how much the losses fell more than the steps promised; see `adaptive_bilevel.policies.AutoSLS`.
+        margin: M, by how much the losses fell more than the steps promised.
     """
 
     count: int = 0  # type: ignore[assignment]
@@ -80,6 +85,10 @@ class SearchState(NamedTuple):
     weighted_loss: float = 0.0
     path: float = 0.0
     squares: float = 0.0
+    expected: float = 0.0
+    last_decrease: float = 0.0
+    differing: float = 0.0
+    decreases: float = 0.0
     last_loss: float = 0.0
     last_gain: float = 0.0
     largest_gain: float = 0.0

