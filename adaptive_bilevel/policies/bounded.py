@@ -8,21 +8,21 @@ from typing import TypeVar
 
 from ..errors import OptionError
 from . import validation
-from .armijo import armijo_ceiling, polyak_ratio
+from .armijo import armijo_ceiling, parabola_minimizer, polyak_ratio
 from .context import Context, Trial
 from .distance import estimate, take
 from .record import Outcome, Record, closed_form
-from .scalars import Scalar, first, isfinite, larger, like, smaller, where
+from .scalars import Scalar, first, isfinite, larger, like, resolution, smaller, where
 from .schedule import DECAYS, Decay
 from .state import BoundState, DecSPSState
 
 __all__ = ["Bounded", "advance", "clip", "tried", "without_increase"]
 
-_ACCEPTED, _AT_BOUND, _AT_FLOOR, _NO_DESCENT, _ZERO_GRADIENT, _NON_FINITE, _BELOW_LOWER_BOUND = map(
+_ACCEPTED, _AT_BOUND, _AT_FLOOR, _NO_DESCENT, _ZERO_GRADIENT, _NON_FINITE, _BELOW, _AT_LOWER = map(
     int,
     (
         *(Outcome.accepted, Outcome.at_bound, Outcome.at_floor, Outcome.no_descent, Outcome.zero_gradient),
-        *(Outcome.non_finite, Outcome.below_lower_bound),
+        *(Outcome.non_finite, Outcome.below_lower_bound, Outcome.at_lower_bound),
     ),
 )
 """As plain integers, which can be traced."""
@@ -40,8 +40,9 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
             (valid ^ True, _NON_FINITE),
             (slope == 0, _ZERO_GRADIENT),
             (slope < 0, _NO_DESCENT),
-            (loss <= lower_bound, _BELOW_LOWER_BOUND),
+            (loss < lower_bound, _BELOW),
             (raw < low, _AT_FLOOR),
+            (loss == lower_bound, _AT_LOWER),
             (raw > high, _AT_BOUND),
         ),
         _ACCEPTED,
@@ -50,17 +51,25 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
     return closed_form(step, raw, high, outcome, slope)
 
 
-def without_increase(trial: Trial, loss: float, step: float) -> tuple[float, int]:
+def without_increase(
+    trial: Trial, loss: float, slope: float, step: float, *, rounding: float = 0.0
+) -> tuple[float, int]:
     """Return the first of step, step/2, ... (40 at most) where the loss is no larger, or 0, and the trials made.
 
-    >>> without_increase(lambda a: (1.0 - a) ** 2, 1.0, 6.0)
+    It is 0, too, where no decrease is seen beyond rounding, although rises seen before promise one at a longer step
+    (`parabola_minimizer`): the loss does not fall as the slope says.
+
+    >>> without_increase(lambda a: (1.0 - a) ** 2, 1.0, 2.0, 6.0)
     (1.5, 3)
     """
-    most = 40 if step > 0.0 else 0
+    most, promising = 40 if step > 0.0 else 0, 0.0
     for trials in range(1, most + 1):
         value = float(trial(step))
         if math.isfinite(value) and value <= loss:
-            return step, trials
+            told = rounding * abs(loss)
+            wrong = loss - value <= told < 0.5 * promising * slope and step < promising
+            return 0.0 if wrong else step, trials
+        promising = max(promising, parabola_minimizer(loss, slope, step, value))
         step /= 2.0
     return 0.0, most
 
@@ -147,7 +156,9 @@ class Bounded:
         estimated = self.decay == "inverse_sqrt"
         if trial is not None and state.found == 0.0:
             longest = self.first_bound(loss=loss, slope=slope, lower_bound=low)
-            initial, trials = without_increase(trial, float(loss), float(longest))
+            initial, trials = without_increase(
+                trial, float(loss), float(slope), float(longest), rounding=resolution(loss)
+            )
             initial = like(initial, slope)
         elif estimated:
             initial = polyak_ratio(loss, slope, low, 1.0)
