@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from .scalars import Scalar, first, isfinite, larger, like, resolution, smaller,
 from .schedule import DECAYS, Decay
 from .state import BoundState, DecSPSState
 
-__all__ = ["Bounded", "advance", "clip", "tried", "without_increase"]
+__all__ = ["Bounded", "advance", "clip", "reach", "tried", "without_increase"]
 
 _ACCEPTED, _AT_BOUND, _AT_FLOOR, _NO_DESCENT, _ZERO_GRADIENT, _NON_FINITE, _BELOW, _AT_LOWER = map(
     int,
@@ -72,6 +73,26 @@ def without_increase(
         promising = max(promising, parabola_minimizer(loss, slope, step, value))
         step /= 2.0
     return 0.0, most
+
+
+def reach(change: Callable[[float], float], longest: float) -> float | None:
+    """Return the first of longest, longest / 2, ... at which the change is at most 4 times that at half of it.
+
+    That is so for changes that are linear or quadratic in the step, but not for those beyond any such model
+    (exponential ones, of a parameter that is a logarithm). None if it is so nowhere.
+
+    >>> reach(lambda step: step**2, 8.0), reach(lambda step: 2.0**step - 1.0, 8.0)
+    (8.0, 2.0)
+    """
+    if not 0.0 < longest < math.inf:
+        return None
+    step, here = longest, change(longest)
+    for _ in range(40):
+        half = change(0.5 * step)
+        if here <= 4.0 * half < math.inf:
+            return step
+        step, here = 0.5 * step, half
+    return None
 
 
 def tried(record: Record, trials: int, found: Scalar) -> Record:
@@ -165,6 +186,8 @@ class Bounded:
             initial = where(isfinite(initial), initial, 0.0)
         else:
             initial = self.first_bound(loss=loss, slope=slope, lower_bound=low)
+        if context.cap is not None:
+            initial = smaller(initial, like(context.cap, slope))
         if estimated and isinstance(state, BoundState):
             seen = estimate(state, loss, slope, initial)
         else:

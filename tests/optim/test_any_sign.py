@@ -112,7 +112,7 @@ def test_a_sample_gone_wrong_spoils_no_later_step(cls: Any, dtype: torch.dtype, 
             w.copy_(torch.tensor([2.0, -1.0, 0.5], dtype=dtype))
     before = w.detach().clone()
     with pytest.warns(AdaptiveBilevelWarning, match="no trial step gave sufficient decrease"):
-        optimizer.step(lambda: Wrong.apply(w))  # type: ignore[no-untyped-call]
+        optimizer.step(lambda: Wrong.apply(w))
     assert torch.equal(w, before)
     start = right().item()
     for _ in range(4):

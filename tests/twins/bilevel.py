@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,8 +75,10 @@ def hypergradient(f: Function, g: Function, x: Tensor, y: Tensor, tangent: type[
 
 
 class BiSPS:
-    """x <- x - a e, a = min{f / <h, d>, alpha_b,0 / sqrt(k + 1)}, eq. (12); the first alpha_b,0 is f / <h, d>.
+    """x <- x - a e, a = min{f / <h, d>, alpha_b,0 / sqrt(k + 1)}, eq. (12).
 
+    The first alpha_b,0 is the first of a, a / 2, ... from a = f / <h, d>, at which grad_y g has changed by at most 4
+    times as much as at a / 2.
     With a lower SPSB, its bound decays with the upper steps k.
     """
 
@@ -89,7 +92,15 @@ class BiSPS:
         d, e = self.direction.at(h)
         slope = float(h @ d)
         assert value > 0 and slope > 0
-        bound = self.bound.see(value, slope, value / slope)
+
+        def change(a: float) -> float:
+            here, there = (gradient(lambda y: g(x, y), self.lower.x)[1] for x in (self.x, self.x.add(d, alpha=-a)))
+            return float((there - here).norm())
+
+        first = value / slope
+        if self.k == 0:
+            first = next(a for a in (first / 2**n for n in range(40)) if change(a) <= 4 * change(a / 2) < math.inf)
+        bound = self.bound.see(value, slope, first)
         a = self.step_size = polyak_step(value, slope, bound, self.k)
         self.x = self.x.add(e, alpha=-a)
         self.direction.keep(h)
