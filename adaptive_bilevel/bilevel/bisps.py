@@ -125,8 +125,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         params, lower_bound = self._parameters(), self._sample_bound(lower_bound)
         grads = self._hypergradient(params)
-        seeking = self._seeks_bound()
-        lower = self.lower.tensors() if seeking else []
+        lower = self.lower.tensors()
         with Guard([*params, *lower], self._workspace) as guard:
             if loss is not None:
                 value = _given(upper_closure, loss)
@@ -134,7 +133,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
                 value = guard.value(require_closure("BiSPS", upper_closure))
             self.evaluations.upper.values += loss is None
             gradient = self._with_gradient(params, grads)
-            change = self._lower_change(guard, lower_closure, lower) if lower else None
+            change = self._lower_change(guard, lower_closure, lower) if lower and self._seeks_bound() else None
             response, h = None if change is None else (guard, change), gradient.values
             record, state = self._polyak_step(gradient, h, h, value, lower_bound, response=response)
             if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
