@@ -41,6 +41,11 @@ def changing(change: Callable[[list[Tensor]], object]) -> Make:
     return fault
 
 
+def set_gradients(params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
 FAULTS: dict[str, Make] = {
     "raises": raising(Fault()),
     "is interrupted": raising(KeyboardInterrupt()),
@@ -51,7 +56,7 @@ FAULTS: dict[str, Make] = {
     "changes all parameters, and raises": changing(lambda params: [p.mul_(math.nan) for p in params]),
     "changes the random state, and raises": changing(lambda params: torch.manual_seed(99)),
     "draws, and raises": changing(lambda params: torch.rand(3)),
-    "sets .grad, and raises": changing(lambda params: [setattr(p, "grad", torch.ones_like(p)) for p in params]),
+    "sets .grad, and raises": changing(set_gradients),
     "is NaN": lambda params, loss: loss * math.nan,
     "is infinite": lambda params, loss: loss + math.inf,
     "is minus infinity": lambda params, loss: loss - math.inf,
@@ -70,7 +75,7 @@ class Trained:
         self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2))
         self.head = nn.Linear(4, 1)
         self.X, self.t = torch.randn(9, 3), torch.randn(9, 1)
-        self.params = [*self.body.parameters(), *self.head.parameters()]
+        self.params: list[Tensor] = [*self.body.parameters(), *self.head.parameters()]
         self.upper = cls in (BiSLS, BiSPS, OneStepBiSLS)
         if self.upper:
             self.inner = SLS(self.head.parameters())
