@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..hypergradient import Lanczos, LinearSolver
 from ..hypergradient.shared_basis import expect
 from ..optim.direction import Direction
-from ..optim.options import Conduct, placeholder, refuse_unused_moments
+from ..optim.options import Conduct, refuse_unused_moments
 from ..optim.projection import Projection, as_projection
 from ..optim.search_path import SearchPath
 from ..policies import SLS, SLSB, validation
@@ -201,13 +201,13 @@ def _records(
             raise OptionError(f"BiSLS(search={search!r}, {next(iter(given))}=...): the policy has options of its own")
         if not isinstance(search, (SLS, SLSB)):
             raise OptionError(f"BiSLS(search={search!r}): search must be policies.SLS(...) or policies.SLSB(...)")
-        found: Any = {"start" if isinstance(search, SLS) else "bound": placeholder(search.lower_bound)}
+        found: Any = {"start" if isinstance(search, SLS) else "bound": None}
         return dataclasses.replace(search, **found), conduct
     if given.get("c") is None:
         plain = getattr(direction, "kind", direction) == "sgd" and _mixing(direction, momentum) is False
         given["c"] = 0.5 if plain else 0.1
     validation.finite("BiSLS", "lower_bound", given.get("lower_bound", 0.0), optional=True)
-    return SLS(start=placeholder(given.get("lower_bound", 0.0)), **given), conduct
+    return SLS(**given), conduct
 
 
 def _checked_solver(solver: LinearSolver | None, response: str | Response) -> LinearSolver:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,9 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
-from ..errors import ClosureError
+from ..errors import ClosureError, LowerLevelError
 from ..evaluation.closures import require_closure, value_of
 from ..evaluation.guard import Closure, Guard
+from ..evaluation.reductions import agree
 from ..optim.direction import Direction
 from ..optim.options import Conduct
 from ..optim.polyak_step import PolyakOptimizer
@@ -69,7 +72,9 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         Args:
             upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, without
                 gradients.
-            lower_closure: Unused: the rule needs no response. Taken so that a call is the same as for `BiSLS`.
+            lower_closure: Returns the lower loss, for the first step where lr was left out (its gradients are evaluated
+                three times, or more). Left out: the last closure that the lower optimizer stepped on. Later steps do
+                not use it: the rule needs no response.
             closure: Another name of `upper_closure`, that of torch's optimizers.
             loss: In the place of a closure: that loss.
             lower_bound: Overrides the option for this sample.
@@ -87,6 +92,27 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
             return taken
         return self.advance(upper_closure, lower_closure, loss=loss, lower_bound=lower_bound)
 
+    def _lower_change(self, guard: Guard, closures: Any, lower: list[Tensor]) -> Callable[[], float] | None:
+        """Return what gives |grad_y g(x', y) - grad_y g(x, y)| at the present x'; None where g is not known."""
+        try:
+            problems = self.lower.problems(closures, guard)
+        except LowerLevelError:
+            return None
+
+        def gradients() -> list[Tensor]:
+            self.evaluations.lower.gradients += 1
+            each = [guard.gradient(p.closure, lower, p.random)[1] for p in problems]
+            return [g.clone() for found in each for g in found if g is not None]
+
+        guard.mark()
+        before = gradients()
+
+        def change() -> float:
+            moved = torch._foreach_sub(gradients(), before)
+            return math.sqrt(float(agree(sum(float((d**2).sum()) for d in moved))[0]))
+
+        return change
+
     @torch.no_grad()
     def advance(
         self,
@@ -99,14 +125,17 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         params, lower_bound = self._parameters(), self._sample_bound(lower_bound)
         grads = self._hypergradient(params)
-        with Guard(params, self._workspace) as guard:
+        lower = self.lower.tensors()
+        with Guard([*params, *lower], self._workspace) as guard:
             if loss is not None:
                 value = _given(upper_closure, loss)
             else:
                 value = guard.value(require_closure("BiSPS", upper_closure))
             self.evaluations.upper.values += loss is None
             gradient = self._with_gradient(params, grads)
-            record, state = self._polyak_step(gradient, gradient.values, gradient.values, value, lower_bound)
+            change = self._lower_change(guard, lower_closure, lower) if lower and self._seeks_bound() else None
+            response, h = None if change is None else (guard, change), gradient.values
+            record, state = self._polyak_step(gradient, h, h, value, lower_bound, response=response)
             if not isinstance(record.outcome, Tensor) and record.outcome == Outcome.non_finite:
                 guard.undo()
         if isinstance(record.outcome, Tensor) or record.moved:
@@ -124,13 +153,16 @@ class BiSPS(UpperPolyak):
 
     Args:
         params: Upper parameters or groups.
-        lr: alpha_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" estimated anew at each
-            step (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
+        lr: alpha_b,0 > 0, the bound. Left out, it is found: at the first step it is Polyak's, or so much shorter that
+            the lower gradient, which changes with x, changes by at most 4 times what it does at half of the step (a
+            parameter that is a logarithm is not thrown far off); under "inverse_sqrt" it is estimated anew at each
+            step after that (`adaptive_bilevel.policies.distance`).
         lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
         lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
             the upper iterations and is constant within one.
         c: c > 0.
         lower_bound: A lower bound of f over both variables, e.g. 0. (A bound for the present y makes every step 0.)
+            None: to be given at each step, and lr here; for losses without a bound, use `BiSLS`.
         decay: Schedule of bound and floor.
         direction: "sgd" or "adam".
         betas: Adam's decay constants.

@@ -132,12 +132,15 @@ class OneStepSearch(SearchingOptimizer):
 
     def _limits(self, point: Point, path: SearchPath) -> Limits:
         """Return the bound in force; one that was not given is found at the first step."""
-        state, lr = point.scale.state, point.lr
+        state, scale = point.scale.state, 1.0
+        bound: float | None = point.lr
         if self.param_groups[0]["automatic"]:
-            low, c = self.options.lower_bound, self.rule.c
-            ceiling = state.found or max(0.0, float(armijo_ceiling(point.value, path.promised, low, c)))
-            state, lr = state._replace(found=ceiling), lr * ceiling
-        return Limits(self.policy, state, lr, 1.0, math.inf, 0.0, baseline=self.options.baseline == "matched")
+            low, scale = self.options.lower_bound, point.lr
+            if state.found == 0.0 and low is not None:
+                ceiling = float(armijo_ceiling(point.value, path.promised, low, self.rule.c))
+                state = state._replace(found=ceiling if math.isfinite(ceiling) else 0.0)
+            bound = scale * state.found or None  # None: found by trials
+        return Limits(self.policy, state, bound, scale, math.inf, 0.0, baseline=self.options.baseline == "matched")
 
 
 @final
@@ -163,7 +166,7 @@ class OneStepBiSLS(OneStepSearch):
         grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
         slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of f; None if there is none (then give lr).
+        lower_bound: Any lower bound of f; None if there is none.
         max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
         betas: Adam's decay constants.
         eps: Adam's eps, outside the root.
@@ -200,7 +203,6 @@ class OneStepBiSLS(OneStepSearch):
         owner = "OneStepBiSLS"
         # The searched function has not the slope of the hypergradient, so no step can be excluded beforehand.
         rule = policies.SLSB(
-            bound=1.0,
             decay=decay,
             c=c,
             shrink=shrink,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
-from ..policies import SearchState
+from ..policies import Record, SearchState
+from ..policies.armijo import parabola_minimizer
 
 __all__ = ["Scale"]
 
@@ -16,10 +18,13 @@ class Scale(NamedTuple):
     Attributes:
         state: The policy's state.
         rejected: Whether a trial was ever rejected, so that it is known what is too long.
+        shortest: The shortest trial that the last search with a rejection has rejected; inf if that search failed; 0 if
+            that is outgrown, see `policy`.
     """
 
     state: SearchState
     rejected: bool
+    shortest: float = math.inf
 
     @property
     def previous(self) -> float:
@@ -37,11 +42,14 @@ class Scale(NamedTuple):
         The first search takes no step beyond the minimizer of its own quadratic model, which is Armijo's test with
         c = 1/2 (or above): Adam's first direction has entries of size 1 all over and no scale; where x saturates
         (weights behind a sigmoid), what one step too long did is not undone by the next. And until a trial has been
-        rejected, nothing is known of what is too long, so searches start at 1 / shrink times the last step at least.
+        rejected, nothing is known of what is too long, so searches start at 1 / shrink times the last step at least. So
+        they do where steps have outgrown what was rejected by the same factor, and f has fallen nearly as its slope
+        says (its parabola has the minimizer at 1 / shrink^2 times the step or beyond): what was too long where it was
+        tried (the lower level was far from solved, say) is not any more.
         """
         if not self.resumed:
             policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
-        if not self.rejected:
+        if not self.rejected or self.shortest == 0.0:
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         return policy
 
@@ -56,3 +64,19 @@ class Scale(NamedTuple):
             rounding: Relative rounding unit of f.
         """
         return self.rejected and 0.0 < float(self.previous) * promised < rounding * abs(value)
+
+    def after(self, record: Record, policy: Any, value: float) -> dict[str, Any]:
+        """Return what a search has shown of trials that are too long, to be saved: `rejected` and `shortest`.
+
+        Args:
+            record: Its record.
+            policy: Its policy.
+            value: f before the step.
+        """
+        step, shrink = record.step_size, policy.shrink
+        if record.trials > 1:
+            return {"rejected": True, "shortest": step / shrink if record.moved else math.inf}
+        if not (record.moved and step * shrink > self.shortest):
+            return {}
+        minimizer = parabola_minimizer(value, record.slope, step, record.value)
+        return {"shortest": 0.0 if minimizer == 0.0 or minimizer * shrink**2 >= step else math.inf}

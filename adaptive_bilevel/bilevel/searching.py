@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -200,7 +201,7 @@ class SearchingOptimizer(UpperOptimizer):
             beta=float(self.param_groups[0]["betas"][0]),
             f_x=partials[: len(gradient.tensors)],
             f_y=partials[len(gradient.tensors) :],
-            scale=Scale(self._rule_state(), bool(self._saved("rejected", False))),
+            scale=Scale(self._rule_state(), self._saved("rejected", False), self._saved("shortest", math.inf)),
             counts=self.evaluations,
         )
 
@@ -254,7 +255,7 @@ class SearchingOptimizer(UpperOptimizer):
     def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
-        tensors, moved, step = path.gradient.tensors, record.moved, self._scheduled(record).step_size
+        moved, step = record.moved, self._scheduled(record).step_size
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
         mix = roles.momentum.propose(context, states["momentum"])
@@ -277,17 +278,15 @@ class SearchingOptimizer(UpperOptimizer):
             news["response"] = answer.state
             if answer.offsets is not None:
                 news["prediction"] = self._predict(
-                    PredictionContext(answer.offsets, mix, point.beta, self.lower),
-                    step,
-                    states["prediction"],
+                    PredictionContext(answer.offsets, mix, point.beta, self.lower), step, states["prediction"]
                 )
         path.release()
         states.clear()
         del mix, context  # what is written takes the place of what these hold
-        write_states(self.state, news, tensors)
+        write_states(self.state, news, path.gradient.tensors)
         if moved or record.trials > 1:
-            rejected = {"rejected": True} if record.trials > 1 else {}
-            self._save_rule_state(found.state if moved else point.scale.state, **rejected)
+            after = found.state if moved else point.scale.state
+            self._save_rule_state(after, **point.scale.after(record, self.policy, point.value))
         return messages
 
     def _predict(self, context: PredictionContext, step: float, state: RoleState) -> RoleState:

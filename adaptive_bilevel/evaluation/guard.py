@@ -116,6 +116,7 @@ class Guard:
     def __enter__(self) -> Guard:
         installed.__enter__()
         self.entry = RandomState(self._devices)
+        self.copy()  # before any evaluation: the first one may change a parameter and raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

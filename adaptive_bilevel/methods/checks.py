@@ -216,7 +216,7 @@ def _check_step(row: Row, variable: str) -> None:
             variable,
             f"{rule}(lower_bound=None): a Polyak step needs a lower bound of the loss; give one, "
             + ("or lower_bound=(x, batch) -> bound to run, " if variable == "y" else "")
-            + "or take a search (SLS with start=)",
+            + "or take a search (SLS)",
         )
     if variable == "v":
         _refuse(

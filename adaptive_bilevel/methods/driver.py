@@ -12,9 +12,11 @@ from ..hypergradient.oracle import Oracle
 from ..hypergradient.sample import Batch, Sample
 from ..optim.projection import as_projection
 from ..policies import Context, GradientNormState, Outcome, Record, State
+from ..policies.armijo import polyak_ratio
+from ..policies.bounded import reach
 from ..policies.scalars import resolution
 from .batches import Pair, Source
-from .checks import SEARCHES
+from .checks import POLYAK, SEARCHES
 from .directions import Directed
 from .notices import Notices
 from .offered import choose
@@ -173,7 +175,9 @@ class Driver:
         slope = dot(directed.gradient, directed.along)
         states = [shared[other] for other in row.couplings.get(stepper.name, "") if other in shared]
         coupled = [s for s in states if isinstance(s, GradientNormState)] or None
-        record, after = policy.propose(rule, Context(gradient.loss, slope, trial, low, coupled, rounding=rounding))
+        cap = self._reach(gradient.loss, slope, directed, old, sample) if stepper.name == "x" else None
+        context = Context(gradient.loss, slope, trial, low, coupled, cap=cap, rounding=rounding)
+        record, after = policy.propose(rule, context)
         outcome = Outcome(int(record.outcome))
         self._notices.outcome(stepper.name, outcome)
         shared[stepper.name] = after
@@ -182,6 +186,21 @@ class Driver:
             if outcome is not Outcome.zero_gradient:
                 stepper.past = directed.state
         return record, directed
+
+    def _reach(self, loss: float, slope: float, directed: Directed, old: Point, sample: Sample) -> float | None:
+        """Return how far the lower gradient follows x along a direction, where a Polyak rule seeks a first bound."""
+        stepper = self._steppers["x"]
+        policy = stepper.policy
+        if not isinstance(policy, POLYAK) or policy.bound is not None or float(stepper.rule.found) > 0.0:
+            return None
+        before = self._oracle.lower_gradients(old.x, old.y, sample).lower
+
+        def change(step: float) -> float:
+            there = self._oracle.lower_gradients(add(old.x, directed.along, -step), old.y, sample).lower
+            moved = add(there, before, -1.0)
+            return math.sqrt(dot(moved, moved))
+
+        return reach(change, float(polyak_ratio(loss, slope, policy.lower_bound, 1.0)))
 
     def _search_upper(self, search: UpperSearch, stepper: Stepper, sample: Sample) -> None:
         state, gradient = self.state, stepper.seen

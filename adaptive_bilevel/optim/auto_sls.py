@@ -8,7 +8,7 @@ from .. import policies
 from ..policies.schedule import Decay
 from .direction import Direction
 from .line_search import LineSearch
-from .options import Conduct, placeholder
+from .options import Conduct
 
 __all__ = ["AutoSLS"]
 
@@ -35,7 +35,7 @@ class AutoSLS(LineSearch):
         grow: eta >= 1 of reset="grow".
         reset: "initial", "keep" or "grow".
         slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of the loss; None if there is none (then give lr).
+        lower_bound: Any lower bound of the loss; None if there is none.
         max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
         direction: "sgd" or "adam".
         betas: Adam's decay constants. The mean of plain gradients has the first one's default.
@@ -73,7 +73,6 @@ class AutoSLS(LineSearch):
         max_skips: int = 100,
     ) -> None:
         rule = policies.AutoSLS(
-            bound=placeholder(lower_bound),
             decay=decay,
             c=c,
             shrink=shrink,

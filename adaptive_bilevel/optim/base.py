@@ -15,7 +15,7 @@ from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
-from ..policies import SLS, Outcome, Record, State, validation
+from ..policies import SLS, AutoSLS, Outcome, Record, State, validation
 from ..policies.scalars import Scalar
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain, Proposed
 from .groups import PolicyOptimizer
@@ -234,7 +234,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
     @property
     def _unbounded(self) -> bool:
         """Whether lr bounds no step but the first: what a scheduler takes from it is then taken from the step found."""
-        return isinstance(self.policy, SLS)
+        return isinstance(self.policy, (SLS, AutoSLS))
 
     def _scheduled(self, found: Record) -> Record:
         """Return the record of the step taken: of one found without a bound, the part that a scheduler has left.

@@ -25,10 +25,11 @@ from ..evaluation.guard import Workspace
 from ..evaluation.tensors import refuse_unsupported
 from ..policies import Policy, State, validation
 from ..policies.scalars import Scalar
+from ..policies.search import Search
 from .direction import Gradient
 from .group_options import refuse_lr, refuse_options
 from .hooks import Hooked
-from .options import CALLABLE, Conduct, is_plain, merged, on_numbers, placeholder, refuse_unused_moments, replaced
+from .options import CALLABLE, Conduct, is_plain, merged, on_numbers, refuse_unused_moments, replaced
 from .saved_state import packed, unpacked
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class PolicyOptimizer(Hooked):
     """What an optimizer whose steps come from a policy keeps, and how it is saved, copied and put on other tensors.
 
     Attributes:
-        rule: The record that the policy is made from, mostly a policy, with a `placeholder` for its bound or start.
+        rule: The record that the policy is made from, mostly a policy, without bound or start.
         conduct: The record of the options that all optimizers have.
         policy: The policy in use.
     """
@@ -67,10 +68,10 @@ class PolicyOptimizer(Hooked):
         self._check_lr(lr)
         self._set_records({"rule": rule, "conduct": conduct, **records})
         options = self._options()
-        if lr is None and options["lower_bound"] is None:
+        if lr is None and options["lower_bound"] is None and not isinstance(self.policy, Search):
             raise OptionError(
-                f"{type(self).__name__}(lr=None, lower_bound=None): without a lower bound of the loss the step cannot "
-                "be found from the problem; give one of the two"
+                f"{type(self).__name__}(lr=None, lower_bound=None): without a lower bound of the loss a Polyak step "
+                "cannot be found from the problem; give one of the two, or use a search (SLS, BiSLS)"
             )
         self._refuse_unused()
         self._callables: dict[str, object] = {name: value for name, value in options.items() if not is_plain(value)}
@@ -137,10 +138,7 @@ class PolicyOptimizer(Hooked):
                     )
                 values[name] = mine["_callables"][name]
         records = mine["_records"]
-        own = any("lower_bound" in merged([record]) for name, record in records.items() if name != "rule")
-        low = records["rule"].lower_bound if own else values["lower_bound"]
-        values.update(dict.fromkeys(_LR, placeholder(low)))
-        self._set_records(replaced(records, values))
+        self._set_records(replaced(records, {**values, **dict.fromkeys(_LR)}))
         super().__setstate__({name: value for name, value in state.items() if name != "_records"})
         self.defaults.pop("differentiable", None)  # torch adds it, though it is no option here
         for group in self.param_groups:

@@ -21,7 +21,7 @@ from ..policies.scalars import resolution
 from ..policies.schedule import Decay
 from .averaged import AveragedSearch
 from .direction import Descent, Direction, Gradient
-from .options import Conduct, placeholder
+from .options import Conduct
 from .projection import Section
 from .search_path import SearchPath, scaled
 
@@ -167,7 +167,7 @@ class SLS(LineSearch):
         grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
         reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
         slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of the loss; None if there is none (then give lr).
+        lower_bound: Any lower bound of the loss; None if there is none.
         max_step: No trial is above it.
         max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
         direction: "sgd", or "adam" (search along A^{-1} g, step along A^{-1} m).
@@ -205,7 +205,6 @@ class SLS(LineSearch):
         max_skips: int = 100,
     ) -> None:
         rule = policies.SLS(
-            start=placeholder(lower_bound),
             c=c,
             shrink=shrink,
             grow=grow,
@@ -235,7 +234,7 @@ class SLSB(LineSearch):
         grow: eta >= 1 of reset="grow".
         reset: "initial", "keep" or "grow".
         slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of the loss; None if there is none (then give lr).
+        lower_bound: Any lower bound of the loss; None if there is none.
         max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
         direction: "sgd" or "adam".
         betas: Adam's decay constants.
@@ -265,7 +264,6 @@ class SLSB(LineSearch):
         max_skips: int = 100,
     ) -> None:
         rule = policies.SLSB(
-            bound=placeholder(lower_bound),
             decay=decay,
             c=c,
             shrink=shrink,

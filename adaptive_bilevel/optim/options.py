@@ -25,7 +25,6 @@ __all__ = [
     "is_role",
     "merged",
     "on_numbers",
-    "placeholder",
     "refuse_unused",
     "refuse_unused_moments",
     "replaced",
@@ -115,14 +114,6 @@ def refuse_unused_moments(owner: str, conduct: Conduct, names: Iterable[str] = (
 
 
 # ------------------------------------------------------------------------------------------ records and defaults
-
-
-def placeholder(lower_bound: float | None) -> float | None:
-    """Return what a rule holds as its `bound` or `start`, where each step gets it from ``param_groups``.
-
-    None, so that it is found where lr was left out; a search without a lower bound cannot find it, and refuses None.
-    """
-    return 1.0 if lower_bound is None else None
 
 
 def merged(records: Iterable[DataclassInstance], absent: Iterable[str] = ()) -> dict[str, object]:

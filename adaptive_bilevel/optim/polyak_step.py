@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from ..evaluation.reductions import agree, on_host, on_host_with_inner
 from ..evaluation.tensors import slope_of
 from ..evaluation.vectors import on_cpu
 from ..policies import Context, Outcome, Record, State, Trial
+from ..policies.armijo import polyak_ratio
+from ..policies.bounded import reach
 from ..policies.scalars import Scalar
 from .base import AdaptiveOptimizer
 from .direction import Descent, Gradient
@@ -44,10 +46,12 @@ class PolyakOptimizer(AdaptiveOptimizer):
         loss: Tensor | float,
         lower_bound: float | None,
         sample: tuple[Guard, Closure, RandomState] | None = None,
+        response: tuple[Guard, Callable[[], float]] | None = None,
     ) -> tuple[Record, State]:
         """Take the step and return its record and the rule's state after it; a first bound is tried on the sample.
 
-        The slope is that of `rule_gradient` along `along`, in the direction's metric.
+        The slope is that of `rule_gradient` along `along`, in the direction's metric. Where the loss is not one of
+        these parameters alone, a first bound is tried on a `response` instead: how much what answers has changed.
         """
         if lower_bound is None and self.rule.lower_bound is None:
             raise OptionError(
@@ -71,6 +75,18 @@ class PolyakOptimizer(AdaptiveOptimizer):
             trial = self._trial(*sample, gradient, directions, descent, attempts)
         bound, scale = self._bound()
         context = Context(value, slope, trial, lower_bound, None, bound, scale)
+        if response is not None and self._seeks_bound():
+            guard, change = response
+            guard.copy()
+
+            def changed(step: float) -> float:
+                descent.move(gradient.tensors, directions, step, gradient.factors)
+                found = change()
+                guard.put_back()
+                return found
+
+            low = self.rule.lower_bound if lower_bound is None else lower_bound
+            context = context._replace(cap=reach(changed, float(polyak_ratio(value, slope, low, 1.0))))
         record, state = self.policy.propose(state, context)
         attempts.conclude(trial is None or record.moved)
         stepped = gradient.values if descent.step is None else descent.step

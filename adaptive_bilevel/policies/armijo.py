@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from .scalars import Scalar, where
 
-__all__ = ["armijo_ceiling", "armijo_threshold", "polyak_ratio"]
+__all__ = ["armijo_ceiling", "armijo_threshold", "parabola_minimizer", "polyak_ratio", "unbounded_length"]
 
 
 def armijo_threshold(
@@ -46,3 +48,27 @@ def armijo_ceiling(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: float = 
     it serves as cap of every search, and as first trial or bound where the user gave no number.
     """
     return polyak_ratio(loss, slope, lower_bound, c)
+
+
+def unbounded_length(loss: float, slope: float) -> float:
+    """Return |f| / <g, d>, a length that needs no lower bound, or 1 / sqrt(<g, d>) where f = 0; inf at a slope of 0.
+
+    It only has the right unit: where f or x is multiplied by a number, it changes as steps have to. (Where f = 0, as
+    multiples of f ask for; x - a g then moves by 1.) Whether it is long or short is to be tried.
+
+    >>> unbounded_length(-6.0, 20.0), unbounded_length(0.0, 4.0)
+    (0.3, 0.5)
+    """
+    if loss == 0.0:
+        return slope**-0.5 if slope > 0.0 else math.inf
+    return float(polyak_ratio(abs(loss), slope, 0.0, 1.0))
+
+
+def parabola_minimizer(loss: float, slope: float, step: float, value: float) -> float:
+    """Return the minimizer of the parabola with that value and slope at 0, and the value at step; 0 if it has none.
+
+    >>> parabola_minimizer(2.0, 4.0, 2.0, 2.0)
+    1.0
+    """
+    above = value - loss + step * slope
+    return 0.5 * step * (step * slope / above) if 0.0 < above < math.inf else 0.0

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import OptionError
 from . import validation
-from .armijo import armijo_ceiling, polyak_ratio
+from .armijo import armijo_ceiling, parabola_minimizer, polyak_ratio
 from .context import Context, Trial
 from .distance import estimate, take
 from .record import Outcome, Record, closed_form
-from .scalars import Scalar, first, isfinite, larger, like, smaller, where
+from .scalars import Scalar, first, isfinite, larger, like, resolution, smaller, where
 from .schedule import DECAYS, ESTIMATED, Decay
 from .state import BoundState, DecSPSState
 
-__all__ = ["Bounded", "advance", "clip", "tried", "without_increase"]
+__all__ = ["Bounded", "advance", "clip", "reach", "tried", "without_increase"]
 
-_ACCEPTED, _AT_BOUND, _AT_FLOOR, _NO_DESCENT, _ZERO_GRADIENT, _NON_FINITE, _BELOW_LOWER_BOUND = map(
+_ACCEPTED, _AT_BOUND, _AT_FLOOR, _NO_DESCENT, _ZERO_GRADIENT, _NON_FINITE, _BELOW, _AT_LOWER = map(
     int,
     (
         *(Outcome.accepted, Outcome.at_bound, Outcome.at_floor, Outcome.no_descent, Outcome.zero_gradient),
-        *(Outcome.non_finite, Outcome.below_lower_bound),
+        *(Outcome.non_finite, Outcome.below_lower_bound, Outcome.at_lower_bound),
     ),
 )
 """As plain integers, which can be traced."""
@@ -40,8 +41,9 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
             (valid ^ True, _NON_FINITE),
             (slope == 0, _ZERO_GRADIENT),
             (slope < 0, _NO_DESCENT),
-            (loss <= lower_bound, _BELOW_LOWER_BOUND),
+            (loss < lower_bound, _BELOW),
             (raw < low, _AT_FLOOR),
+            (loss == lower_bound, _AT_LOWER),
             (raw > high, _AT_BOUND),
         ),
         _ACCEPTED,
@@ -50,19 +52,47 @@ def clip(raw: Scalar, low: Scalar, high: Scalar, *, loss: Scalar, slope: Scalar,
     return closed_form(step, raw, high, outcome, slope)
 
 
-def without_increase(trial: Trial, loss: float, step: float) -> tuple[float, int]:
+def without_increase(
+    trial: Trial, loss: float, slope: float, step: float, *, rounding: float = 0.0
+) -> tuple[float, int]:
     """Return the first of step, step/2, ... (40 at most) where the loss is no larger, or 0, and the trials made.
 
-    >>> without_increase(lambda a: (1.0 - a) ** 2, 1.0, 6.0)
+    It is 0, too, where no decrease is seen beyond rounding, although rises seen before promise one at a longer step
+    (`parabola_minimizer`): the loss does not fall as the slope says.
+
+    >>> without_increase(lambda a: (1.0 - a) ** 2, 1.0, 2.0, 6.0)
     (1.5, 3)
     """
-    most = 40 if step > 0.0 else 0
+    most, promising = 40 if step > 0.0 else 0, 0.0
     for trials in range(1, most + 1):
         value = float(trial(step))
         if math.isfinite(value) and value <= loss:
-            return step, trials
+            told = rounding * abs(loss)
+            wrong = loss - value <= told < 0.5 * promising * slope and step < promising
+            return 0.0 if wrong else step, trials
+        promising = max(promising, parabola_minimizer(loss, slope, step, value))
         step /= 2.0
     return 0.0, most
+
+
+def reach(change: Callable[[float], float], longest: float) -> float | None:
+    """Return the first of longest, longest / 2, ... at which the change is at most 4 times that at half of it.
+
+    That is so for changes that are linear or quadratic in the step, but not for those beyond any such model
+    (exponential ones, of a parameter that is a logarithm). None if it is so nowhere.
+
+    >>> reach(lambda step: step**2, 8.0), reach(lambda step: 2.0**step - 1.0, 8.0)
+    (8.0, 2.0)
+    """
+    if not 0.0 < longest < math.inf:
+        return None
+    step, here = longest, change(longest)
+    for _ in range(40):
+        half = change(0.5 * step)
+        if here <= 4.0 * half < math.inf:
+            return step
+        step, here = 0.5 * step, half
+    return None
 
 
 def tried(record: Record, trials: int, found: Scalar) -> Record:
@@ -147,13 +177,17 @@ class Bounded:
         estimated = self.decay in ESTIMATED
         if trial is not None and state.found == 0.0:
             longest = self.first_bound(loss=loss, slope=slope, lower_bound=low)
-            initial, trials = without_increase(trial, float(loss), float(longest))
+            initial, trials = without_increase(
+                trial, float(loss), float(slope), float(longest), rounding=resolution(loss)
+            )
             initial = like(initial, slope)
         elif estimated:
             initial = polyak_ratio(loss, slope, low, 1.0)
             initial = where(isfinite(initial), initial, 0.0)
         else:
             initial = self.first_bound(loss=loss, slope=slope, lower_bound=low)
+        if context.cap is not None:
+            initial = smaller(initial, like(context.cap, slope))
         if estimated and isinstance(state, BoundState):
             seen = estimate(state, loss, slope, initial)
         else:

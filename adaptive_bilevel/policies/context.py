@@ -44,7 +44,8 @@ class Context(NamedTuple):
         shared: States (after this iteration's step) of the variables that this one is coupled to.
         bound: Overrides the option `bound` (or `start`) for this step.
         scale: Factor of a bound or first trial that the rule found by itself.
-        cap: Overrides the option `max_step` of a search for this step: no trial is above it.
+        cap: Overrides the option `max_step` of a search for this step: no trial is above it. Of a rule
+            under a bound, no first bound that it finds at this step is above it.
         rounding: Relative rounding unit of the loss, for a search; None: that of the loss's dtype.
         certify: A further test of a search, called with a step right after its trial passed; False rejects it.
         raw: The raw step of an `Envelope`; None: Polyak's ratio. NaN counts as non-finite.

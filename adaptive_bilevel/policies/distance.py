@@ -56,6 +56,10 @@ def estimate(state: E, loss: Scalar, slope: Scalar, first: Scalar) -> E:
     distance = where(k > 0, larger(progress, state.distance), first * slope * first)
     divisible = mean_slope > distance * 2.0**-100
     found = root(where(divisible, distance / where(divisible, mean_slope, 1.0), state.found * state.found))
+    # Both are squares: where their quotient would leave the range of a dtype, that of their roots need not.
+    length, size = root(distance), root(mean_slope)
+    far = (divisible ^ True) & (size > length * 2.0**-100)
+    found = where(far, length / where(far, size, 1.0), found)
     return state._replace(
         seen=state.seen + 1,
         found=found,

@@ -25,6 +25,7 @@ class Outcome(IntEnum):
     zero_gradient = 5
     non_finite = 6
     below_lower_bound = 7
+    at_lower_bound = 8
 
     @property
     def sentence(self) -> str:
@@ -40,7 +41,8 @@ _SENTENCES = {
     Outcome.no_descent: "the slope is negative, so the direction does not descend: nothing moved",
     Outcome.zero_gradient: "the gradient is zero: nothing moved",
     Outcome.non_finite: "the loss, the slope or the proposed step is not finite: nothing moved",
-    Outcome.below_lower_bound: "the loss is at or below lower_bound, which therefore is no lower bound here",
+    Outcome.below_lower_bound: "the loss is below lower_bound, which therefore is no lower bound here",
+    Outcome.at_lower_bound: "the loss is at lower_bound, so there is nothing to gain: nothing moved",
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..errors import OptionError
 from . import validation
-from .armijo import armijo_ceiling, armijo_threshold
-from .context import Context, Policy, Trial
+from .armijo import armijo_ceiling, armijo_threshold, parabola_minimizer, unbounded_length
+from .context import Context, Policy
 from .distance import take
 from .record import Outcome, Record
 from .reset import RESETS, reset
@@ -30,11 +31,13 @@ class Found(NamedTuple):
         state: The state that holds it; 0 if this point does not show one.
         estimated: Whether it is an estimate, which later steps improve.
         trials: Trials made for it.
+        outcome: Of the step, if there is none.
     """
 
     state: SearchState
     estimated: bool = False
     trials: int = 0
+    outcome: Outcome = Outcome.zero_gradient
 
 
 class Point(NamedTuple):
@@ -80,17 +83,17 @@ class Search(Policy[SearchState]):
         return SearchState()
 
     def first_bound(self, *, loss: float, slope: float, lower_bound: float | None = None) -> float:
-        """Return the first trial that the search takes where none is given; 0 if this point does not show one."""
+        """Return the first trial that the lower bound gives where none is given; 0 if it gives none at this point."""
         ceiling = self._ceiling(loss, slope, lower_bound)
         return ceiling if math.isfinite(ceiling) else 0.0
 
     def first_trial(
         self, state: SearchState, *, loss: float, slope: float, bound: float | None = None, scale: float = 1.0
     ) -> float:
-        """Return where an uncapped search at this point starts; inf where that is not known."""
-        given = bound or scale * (state.found or self.first_bound(loss=loss, slope=slope))
+        """Return where an uncapped search at this point starts."""
+        found = state.found or self.first_bound(loss=loss, slope=slope) or unbounded_length(loss, slope)
         cap = self._ceiling(loss, slope, None)
-        return reset(state.previous, given, option=self.reset, grow=self.grow, cap=cap) if given else math.inf
+        return reset(state.previous, bound or scale * found, option=self.reset, grow=self.grow, cap=cap)
 
     def propose(self, state: SearchState, context: Context) -> tuple[Record, SearchState]:
         """Return the record of one search, and the state after it.
@@ -111,9 +114,8 @@ class Search(Policy[SearchState]):
         ceiling = self._ceiling(loss, slope, context.lower_bound)
         initial, seen, estimated, before = self._given(context), state, False, 0
         if initial is None:
-            seen, estimated, before = self._find(state, point, ceiling, context.trial)
+            seen, estimated, before, outcome = self._find(state, point, ceiling, context)
             if seen.found == 0.0:
-                outcome = self._why_nothing_found(loss, context.lower_bound, before)
                 return Record(0.0, 0.0, math.inf, outcome, before, slope=slope), state
             initial = seen.found * context.scale
         high, largest = self._limits(state, initial, context)
@@ -122,10 +124,11 @@ class Search(Policy[SearchState]):
             return Record(0.0, high, high, outcome, slope=slope), state
         cap = min(largest, ceiling)
         start = reset(state.previous, initial, option=self.reset, grow=self.grow, cap=cap)
-        step, accepted, trials, value = self._backtrack(start, point, context)
-        if not accepted:
-            return Record(0.0, step, cap, Outcome.search_failed, before + trials, value, slope), state
-        outcome = Outcome.at_bound if step == cap else Outcome.accepted
+        step, outcome, trials, value = self._backtrack(start, point, context)
+        if outcome != Outcome.accepted:
+            return Record(0.0, step, cap, outcome, before + trials, value, slope), state
+        if step == cap:
+            outcome = Outcome.at_bound
         record = Record(step, step, cap, outcome, before + trials, value, slope)
         # A decrease below the rounding of the loss passes only by its allowance. After rejections such a step says
         # nothing about which length is right, so the next search does not start from it.
@@ -133,21 +136,48 @@ class Search(Policy[SearchState]):
         after = take(seen, loss, slope, step) if estimated else seen
         return record, after._replace(count=state.count + 1, previous=step if telling else state.previous)
 
-    def _backtrack(self, start: float, point: Point, context: Context) -> tuple[float, bool, int, float]:
-        """Return the last of start, start w, start w^2, ... tried, whether it passed, trials, and its value."""
-        trial, certify = context.trial, context.certify
-        assert trial is not None
+    def _backtrack(self, start: float, point: Point, context: Context) -> tuple[float, Outcome, int, float]:
+        """Return the last of start, start w, start w^2, ... tried, how that ended, trials, and the last value.
+
+        A rejected value shows a curvature: the parabola through it has its minimizer at a shorter step. If the test
+        could tell a decrease there, but passes only where the decrease asked for is lost in rounding, the loss does not
+        fall along d as <g, d> says, and the search has failed. At a solution, that minimizer is lost in rounding too.
+
+        A loss at its lower bound has nothing to gain. That may be none, so steps are tried; the search goes on unless
+        the loss is the same at two of them, or the minimizer promises less than what rounding makes of the value.
+        """
         loss, slope, rounding = point
-        c, slack = self.c, self.slack
-        limit = self.max_trials or math.ceil(math.log(_SMALLEST_RATIO) / math.log(self.shrink))
-        step, accepted, trials, value = start, False, 0, math.nan
-        while not accepted and trials < limit and step > 0.0:
+        at_bound, limit = loss == self._low(context.lower_bound), self._most_trials()
+        step, outcome, trials, value, promising, same = start, Outcome.search_failed, 0, math.nan, 0.0, 0
+        while outcome == Outcome.search_failed and trials < limit and step > 0.0:
             step = start if trials == 0 else step * self.shrink
             trials += 1
-            value = float(trial(step))
-            most = armijo_threshold(loss, slope, step, c=c, slack=slack, rounding=rounding)
-            accepted = math.isfinite(value) and value <= most and (certify is None or certify(step))
-        return step, accepted, trials, value
+            value, decreases, accepted = self._try(step, point, context)
+            if accepted:
+                outcome = Outcome.accepted
+            elif not decreases:
+                minimizer = parabola_minimizer(loss, slope, step, value)
+                promising = max(promising, minimizer)
+                same += value == loss
+                if at_bound and (same == 2 or minimizer * slope < rounding * abs(value) < math.inf):
+                    outcome = Outcome.at_lower_bound
+        asked = self.c * slope
+        if outcome == Outcome.accepted and asked * step <= rounding * abs(loss) < asked * self.shrink * promising:
+            outcome = Outcome.search_failed
+        return step, outcome, trials, value
+
+    def _try(self, step: float, point: Point, context: Context) -> tuple[float, bool, bool]:
+        """Return the value at a step, whether it is a sufficient decrease, and whether the step passes all tests."""
+        loss, slope, rounding = point
+        trial, certify = context.trial, context.certify
+        assert trial is not None
+        value = float(trial(step))
+        most = armijo_threshold(loss, slope, step, c=self.c, slack=self.slack, rounding=rounding)
+        decreases = math.isfinite(value) and value <= most
+        return value, decreases, decreases and (certify is None or certify(step))
+
+    def _most_trials(self) -> int:
+        return self.max_trials or math.ceil(math.log(_SMALLEST_RATIO) / math.log(self.shrink))
 
     @abc.abstractmethod
     def _given(self, context: Context) -> float | None:
@@ -157,21 +187,43 @@ class Search(Policy[SearchState]):
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         """Return that length at this step, and what no trial is above, beside the ceiling of the sample."""
 
-    def _find(self, state: SearchState, point: Point, ceiling: float, trial: Trial) -> Found:
-        """Return the bound or first trial that this point shows: the longest step that could pass."""
-        return Found(state._replace(found=state.found or (ceiling if math.isfinite(ceiling) else 0.0)))
+    def _find(self, state: SearchState, point: Point, ceiling: float, context: Context) -> Found:
+        """Return the bound or first trial that this point shows: the longest step that could pass, if that is known."""
+        if state.found > 0.0:
+            return Found(state)
+        if math.isfinite(ceiling):
+            return Found(state._replace(found=ceiling))
+        first, trials, outcome = self._tried_length(point, context)
+        return Found(state._replace(found=first), False, trials, outcome)
+
+    def _tried_length(self, point: Point, context: Context) -> tuple[float, int, Outcome]:
+        """Return a length that needs no lower bound, 0 if there is none, with the trials made and how that ended.
+
+        From `unbounded_length`, by factors of w up or down: the longest of them up to which all pass the test of
+        decrease with c = 1/2 (or above), which no step beyond the minimizer of a parabola does.
+        """
+        strict = replace(self, c=max(self.c, 0.5))
+        start, largest = unbounded_length(point.loss, point.slope), math.inf if context.cap is None else context.cap
+        if not math.isfinite(start):
+            return 0.0, 0, Outcome.zero_gradient  # at a solution, a slope of rounding errors gives no scale
+        step, outcome, trials, _ = strict._backtrack(min(start, largest), point, context)
+        if outcome != Outcome.accepted:
+            return 0.0, trials, outcome
+        growing = trials == 1
+        while growing and step < largest and trials < self._most_trials():
+            longer = min(step / self.shrink, largest, sys.float_info.max)
+            trials += 1
+            growing = longer > step and strict._try(longer, point, context)[2]
+            step = longer if growing else step
+        return step, trials, outcome
+
+    def _low(self, lower_bound: Scalar | None) -> float | None:
+        return self.lower_bound if lower_bound is None else float(lower_bound)
 
     def _ceiling(self, loss: float, slope: float, lower_bound: Scalar | None) -> float:
         """Return the longest step that could pass; inf where that is not known."""
-        low = self.lower_bound if lower_bound is None else float(lower_bound)
+        low = self._low(lower_bound)
         if low is None or not (math.isfinite(loss) and math.isfinite(slope) and slope > 0.0 and loss > low):
             return math.inf
         # With slack, a step above the bare ceiling may still pass.
         return float(armijo_ceiling(loss + self.slack, slope, low, self.c))
-
-    def _why_nothing_found(self, loss: float, lower_bound: Scalar | None, trials: int) -> Outcome:
-        """Return the outcome where no length was found. At a solution, a slope of rounding errors gives no scale."""
-        if trials:
-            return Outcome.search_failed
-        low = self.lower_bound if lower_bound is None else float(lower_bound)
-        return Outcome.zero_gradient if low is not None and loss > low else Outcome.below_lower_bound

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import OptionError
 from . import validation
 from .bounded import without_increase
-from .context import Context, Trial
+from .context import Context
 from .distance import estimate
+from .record import Outcome
 from .schedule import DECAYS, ESTIMATED, Decay, decay_factor
 from .search import Found, Point, Search
 from .state import SearchState
@@ -25,14 +25,15 @@ class SLS(Search):
     dtype (`armijo_threshold`). No step above (f_i - l)/(c <g, d>) can pass, so none is tried.
 
     Args:
-        start: The first trial of the first search, > 0. None: found at the first step, see `armijo_ceiling`. Later
-            searches may grow beyond it.
+        start: The first trial of the first search, > 0. None: found at the first step: `armijo_ceiling`, or, where the
+            loss is not above `lower_bound`, by trials up and down from `unbounded_length`. Later searches may grow
+            beyond it.
         c: Armijo constant, in (0, 1).
         shrink: w, the factor between two trials, in (0, 1).
         grow: eta >= 1 of reset="grow".
         reset: Start of the later searches: "initial", "keep" or "grow" (options 1, 2, 3), see `reset`.
         slack: delta >= 0, an allowed increase.
-        lower_bound: l, any lower bound of the loss; None if there is none (then `start` is required).
+        lower_bound: l, any lower bound of the loss; None if there is none.
         max_step: No trial is above it; None = no cap.
         max_trials: Trials before a search has failed; None: until the step is 1e-12 of the first trial.
 
@@ -49,11 +50,6 @@ class SLS(Search):
         super().__post_init__()
         validation.positive("SLS", "start", self.start, optional=True, below_infinity=True)
         validation.positive("SLS", "max_step", self.max_step, optional=True)
-        if self.start is None and self.lower_bound is None:
-            raise OptionError(
-                "SLS(start=None, lower_bound=None): without a lower bound of the loss the first trial cannot be found; "
-                "give one of the two"
-            )
 
     def _given(self, context: Context) -> float | None:
         return self.start if context.bound is None else float(context.bound)
@@ -83,11 +79,6 @@ class SLSB(Search):
         owner = type(self).__name__
         validation.positive(owner, "bound", self.bound, optional=True, below_infinity=True)
         validation.choice(owner, "decay", self.decay, DECAYS, or_callable=True)
-        if self.bound is None and self.lower_bound is None:
-            raise OptionError(
-                f"{owner}(bound=None, lower_bound=None): without a lower bound of the loss the bound cannot be found; "
-                "give one of the two"
-            )
 
     def _given(self, context: Context) -> float | None:
         return self.bound if context.bound is None else float(context.bound)
@@ -96,8 +87,16 @@ class SLSB(Search):
         high = initial * float(decay_factor(self.decay, state.count))
         return high, high if context.cap is None else min(context.cap, high)
 
-    def _find(self, state: SearchState, point: Point, ceiling: float, trial: Trial) -> Found:
-        if self.decay not in ESTIMATED or (state.seen == 0 and not math.isfinite(ceiling)):
-            return super()._find(state, point, ceiling, trial)
-        first, trials = without_increase(trial, point.loss, ceiling) if state.seen == 0 else (0.0, 0)
+    def _find(self, state: SearchState, point: Point, ceiling: float, context: Context) -> Found:
+        if self.decay not in ESTIMATED:
+            return super()._find(state, point, ceiling, context)
+        first, trials, outcome = 0.0, 0, Outcome.zero_gradient
+        if state.seen == 0 and math.isfinite(ceiling):
+            assert context.trial is not None
+            first, trials = without_increase(context.trial, point.loss, point.slope, ceiling, rounding=point.rounding)
+            outcome = Outcome.search_failed
+        elif state.seen == 0:
+            first, trials, outcome = self._tried_length(point, context)
+        if state.seen == 0 and first == 0.0:
+            return Found(state, False, trials, outcome)
         return Found(estimate(state, point.loss, point.slope, first), True, trials)

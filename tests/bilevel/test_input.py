@@ -70,10 +70,10 @@ def test_a_wrong_option_is_named_with_its_value(cls: type[Any], options: dict[st
     assert " must " in str(caught.value)
 
 
-def test_an_automatic_first_trial_needs_a_lower_bound() -> None:
+def test_an_automatic_bound_of_polyak_steps_needs_a_lower_bound() -> None:
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(OptionError, match=r"lr=None, lower_bound=None.*give one"):
-        BiSLS([x], lower_bound=None)
+        BiSPS([x], lower_bound=None)
 
 
 @pytest.mark.parametrize("cls", [BiSLS, BiSPS])

@@ -137,7 +137,8 @@ def test_too_many_in_a_row_raise() -> None:
 def test_a_loss_below_its_bound_is_said_once() -> None:
     problem = methods.BilevelProblem(lambda x, y, _: y.square().sum(), lambda x, y, _: (y - x).square().sum() - 50)
     with pytest.warns(AdaptiveBilevelWarning, match="below lower_bound") as caught:
-        list(methods.run("bisls-sgd", problem, torch.ones(2), torch.zeros(2), iterations=3))
+        options: dict[str, Any] = {"iterations": 3, "lower_step": policies.SPSB()}
+        list(methods.run("bisls-sgd", problem, torch.ones(2), torch.zeros(2), **options))
     assert sum("below lower_bound" in str(w.message) for w in caught) == 1
     assert caught[0].filename == __file__
 

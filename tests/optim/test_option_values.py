@@ -74,7 +74,7 @@ def test_unknown_keywords_raise(info: OptimizerInfo) -> None:
         info.cls([leaf()], momentum=0.9)
 
 
-@every_class
+@every_polyak
 def test_without_lr_and_lower_bound_nothing_can_be_found(info: OptimizerInfo) -> None:
     with pytest.raises(OptionError, match="give one of the two"):
         info.cls([leaf()], lower_bound=None)

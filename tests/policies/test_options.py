@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaptive_bilevel.errors import AdaptiveBilevelError, OptionError
+from adaptive_bilevel.errors import AdaptiveBilevelError
 from adaptive_bilevel.policies import (
     SLS,
     SLSB,
@@ -67,12 +67,6 @@ def test_wrong_options(family: Any, option: dict[str, Any]) -> None:
     said = str(caught.value)
     assert said.startswith(f"{family.__name__}({name}={value!r})")
     assert said.split(": ", 1)[1]  # the remedy
-
-
-@pytest.mark.parametrize("family", [SLS, SLSB, AutoSLS])
-def test_a_search_needs_a_start_or_a_lower_bound(family: Any) -> None:
-    with pytest.raises(OptionError, match=r"None, lower_bound=None.*give one of the two"):
-        family(lower_bound=None)
 
 
 @pytest.mark.parametrize("value", [1, np.float32(0.5), np.float64(0.5), np.int64(3)], ids=repr)

@@ -123,8 +123,8 @@ def test_first_trial_is_where_the_search_starts(option: str) -> None:
         expected = policy.first_trial(state, loss=2.0, slope=4.0, bound=policy.start)
         _, state = policy.step(state, loss=2.0, slope=4.0, trial=trial)
         assert tried[0] == expected
-    unknown = SLS(start=1.0, lower_bound=None)
-    assert unknown.first_trial(unknown.init(), loss=2.0, slope=4.0) == math.inf
+    unknown = SLS(lower_bound=None)
+    assert unknown.first_trial(unknown.init(), loss=-2.0, slope=4.0) == 0.5
 
 
 def test_reset_is_the_rule_of_algorithm_3() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,8 +75,10 @@ def hypergradient(f: Function, g: Function, x: Tensor, y: Tensor, tangent: type[
 
 
 class BiSPS:
-    """x <- x - a e, a = min{f / <h, d>, alpha_b,0 / sqrt(k + 1)}, eq. (12); the first alpha_b,0 is f / <h, d>.
+    """x <- x - a e, a = min{f / <h, d>, alpha_b,0 / sqrt(k + 1)}, eq. (12).
 
+    The first alpha_b,0 is the first of a, a / 2, ... from a = f / <h, d>, at which grad_y g has changed by at most 4
+    times as much as at a / 2.
     With a lower SPSB, its bound decays with the upper steps k.
     """
 
@@ -89,7 +92,15 @@ class BiSPS:
         d, e = self.direction.at(h)
         slope = float(h @ d)
         assert value > 0 and slope > 0
-        bound = self.bound.see(value, slope, value / slope)
+
+        def change(a: float) -> float:
+            here, there = (gradient(lambda y: g(x, y), self.lower.x)[1] for x in (self.x, self.x.add(d, alpha=-a)))
+            return float((there - here).norm())
+
+        first = value / slope
+        if self.k == 0:
+            first = next(a for a in (first / 2**n for n in range(40)) if change(a) <= 4 * change(a / 2) < math.inf)
+        bound = self.bound.see(value, slope, first)
         a = self.step_size = polyak_step(value, slope, bound, self.k)
         self.x = self.x.add(e, alpha=-a)
         self.direction.keep(h)
@@ -190,8 +201,10 @@ class BiSLS:
 
     phi(a) = f(x - a d, y + a w) <= f(x, y) - c a s, s = <f_x, d> - <f_y, w>, d = h or A^{-1} h, e of `Momentum`.
     No a above f / (c s) can pass. The first search starts there or at lr, with c = .5; later ones have c = .1 and start
-    at 1.2 times the last step, or at 2 times it until a trial was rejected. Where s is not positive, h is replaced by
-    one of refined solves, twice at most; then nothing moves.
+    at 1.2 times the last step, or at 2 times it until a trial was rejected, and after it is over 2 times as long as the
+    last trial that was rejected and has 7/8 of the decrease that the slope promises. Where s is not positive, h is
+    replaced by one of refined solves, twice at most; then
+    nothing moves.
 
     y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` decides whether it stays there.
     Once a trial was rejected, a last step that promises less than the rounding of f is taken again without a trial.
@@ -203,7 +216,7 @@ class BiSLS:
         self.x, self.lower, self.lr, self.adam = x, lower, lr, {"sgd": False, "adam": True}[direction]
         self.second, self.momentum = SecondMoment(torch.zeros_like(x)), Momentum(Mean(torch.zeros_like(x)), x)
         self.support, self.tangents = Support(x), Mean(torch.zeros_like(lower.x))
-        self.previous, self.step_size, self.rejected = 0.0, 0.0, False
+        self.previous, self.step_size, self.rejected, self.shortest = 0.0, 0.0, False, math.inf
 
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
         """Return the moments with h in them, d and e."""
@@ -240,12 +253,18 @@ class BiSLS:
         x, y, d, w = self.x, self.lower.x, tangent.d, tangent.w
         c = 0.5 if self.previous == 0 else 0.1
         longest = value / slope / c
-        first, grow = self.lr or longest, 1.2 if self.rejected else 2.0
+        first, grow = self.lr or longest, 1.2 if self.rejected and self.shortest > 0 else 2.0
         start = min(first if self.previous == 0 else grow * self.previous, longest)
-        a, trials = backtrack(
-            lambda a: float(f(x.add(d, alpha=-a), y.add(w, alpha=a))), value, slope, start, c, tangent.believed
-        )
+
+        def phi(a: float) -> float:
+            return float(f(x.add(d, alpha=-a), y.add(w, alpha=a)))
+
+        a, trials = backtrack(phi, value, slope, start, c, tangent.believed)
         if a > 0 and is_start(self.previous, trials, c * a * slope, value):
             self.previous = a
         self.rejected = self.rejected or trials > 1
+        if trials > 1:
+            self.shortest = 2.0 * a if a > 0 else math.inf
+        elif a > 2.0 * self.shortest:
+            self.shortest = 0.0 if value - phi(a) >= 0.875 * a * slope else math.inf
         return a

@@ -1,0 +1,356 @@
+"""Random bilevel problems, first trials over ten decades and none: what diverges, fails or stands still, and why.
+
+``python examples/benchmarks/fuzz.py --problems 1000 --output examples/benchmarks/results/fuzz.json``
+
+Lower problems are g = <y, H y>/2 - <y, B x + b> (convex up to a condition of 1e8, singular, or with a quartic in the
+place of the quadratic: non-convex), upper losses a squared distance (also saturating: nearly flat far out; also with
+samples: noisy) or a sum of absolute values (non-smooth). f, g, x and y are each multiplied by a number in 1e-12..1e12,
+T is in 1..20, and half of the runs have no number, the others first trials at both levels over ten decades around a
+natural length. y*(x) is known, so that F is.
+
+* Diverged: F is not finite or above 10 x its start, after any iteration.
+* Failed searches at the upper level are explained where no step could have shown a decrease: what is promised there is
+  lost in rounding, F is at the best value known, or f has a kink closer than the step.
+* A stall: one of ten fixed steps (by decades) gains 10 % of F where ours gains less than 1 %, with the same lower rule,
+  T and hypergradient. They are run only where gradient descent with the exact hypergradient gains as much. Its cause is
+  what the outcomes of its steps are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import json
+import math
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_bilevel import SLS, SLSB, AutoSLS, BiSLS
+from adaptive_bilevel.hypergradient import assign, implicit
+from adaptive_bilevel.policies import Outcome
+
+FAMILIES = ("convex", "singular", "flat", "noisy", "nonsmooth", "nonconvex")
+LOWER: dict[str, Callable[..., Any]] = {"AutoSLS": AutoSLS, "SLS": SLS, "SLSB": SLSB}
+ITERATIONS = 25
+DECADES = [10.0**k for k in range(-7, 3)]
+
+
+@dataclass
+class Problem:
+    """A random problem: y*(x) of the lower level, and the losses of both levels, on a sample.
+
+    Attributes:
+        family: One of `FAMILIES`.
+        scales: By what f, g, x and y are multiplied.
+        hessian: H.
+        cross: B.
+        shift: b.
+        features: f = distance(features y - target) + ridge |x|^2 / 2.
+        target: As above.
+        ridge: As above.
+        noise: Size of what a sample adds to b and to the target.
+    """
+
+    family: str
+    scales: dict[str, float]
+    hessian: Tensor
+    cross: Tensor
+    shift: Tensor
+    features: Tensor
+    target: Tensor
+    ridge: float
+    noise: float
+
+    def lower(self, x: Tensor, y: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        """Return g at the variables as they are stepped."""
+        u, z = x / self.scales["x"], y / self.scales["y"]
+        push = self.cross @ u + self.shift + shift
+        if self.family == "nonconvex":
+            return self.scales["g"] * ((z**4 / 4.0 - z**2 / 2.0).sum() - z @ push)
+        return self.scales["g"] * (0.5 * z @ (self.hessian @ z) - z @ push)
+
+    def upper(self, x: Tensor, y: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        """Return f."""
+        u, z = x / self.scales["x"], y / self.scales["y"]
+        return self.scales["f"] * self.distance(u, self.features @ z - self.target - shift)
+
+    def distance(self, u: Tensor, residual: Tensor) -> Tensor:
+        """Return f without its scale; rows of several points are allowed."""
+        penalty = 0.5 * self.ridge * (u**2).sum(-1)
+        if self.family == "nonsmooth":
+            return residual.abs().sum(-1) + penalty
+        squares = 0.5 * (residual**2).sum(-1)
+        return (squares / (1.0 + squares) if self.family == "flat" else squares) + penalty
+
+    def solution(self, u: Tensor, near: Tensor | None = None) -> Tensor:
+        """Return y*(x) without scales, of rows of x; where y* is not unique, the one that steps from 0 lead to.
+
+        Of several minimizers, it is the one that descent from `near` leads to; None: the global one.
+        """
+        push = u @ self.cross.T + self.shift
+        if self.family != "nonconvex":
+            return push @ torch.linalg.pinv(self.hessian, rtol=1e-13, hermitian=True)
+        z = push.sign() * (1.5 + push.abs() ** (1 / 3)) if near is None else near
+        for _ in range(60):
+            z = z - (z**3 - z - push) / (3 * z**2 - 1).clamp(min=1.0)
+        return z
+
+    def total(self, u: Tensor, near: Tensor | None = None) -> Tensor:
+        """Return F without scales, of rows of x."""
+        return self.distance(u, self.solution(u, near) @ self.features.T - self.target)
+
+
+def make(seed: int) -> Problem:
+    """Return the problem of a seed."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    family = FAMILIES[seed % len(FAMILIES)]
+    n, d, rows = rng.randint(2, 8), rng.randint(1, 5), rng.randint(2, 8)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    q = torch.linalg.qr(normal(n, n))[0]
+    values = torch.logspace(0.0, -rng.uniform(0.0, 8.0), n, dtype=torch.float64)
+    if family == "singular":
+        values[rng.randint(1, n - 1) :] = 0.0
+    hessian = q @ torch.diag(values) @ q.T
+    # What x and b push is in the range of H, and as large as y of size 1 asks for.
+    cross, shift = (hessian if family != "nonconvex" else torch.eye(n, dtype=torch.float64)) @ normal(n, d + 1), None
+    cross, shift = cross[:, :d], cross[:, d]
+    scales = {name: 10.0 ** rng.uniform(-12.0, 12.0) for name in "fgxy"}
+    noise = 10.0 ** rng.uniform(-3.0, 0.0) if family == "noisy" else 0.0
+    ridge = 10.0 ** rng.uniform(-8.0, 0.0)
+    return Problem(family, scales, hessian, cross, shift, normal(rows, n), normal(rows), ridge, noise)
+
+
+@dataclass
+class Run:
+    """What became of a run.
+
+    Attributes:
+        seed: The problem's.
+        family: The problem's.
+        lr: First trials of both levels, over a natural length; None: no number.
+        lower: The lower rule.
+        steps: T.
+        start: F_0.
+        best: The least F.
+        reference: The least F of ten fixed steps.
+        diverged: Whether F was not finite, or above 10 F_0.
+        outcomes: Of the upper steps, by name.
+        lower_outcomes: Of the lower steps.
+        unexplained: Upper searches that failed although a decrease could have been seen.
+        error: What was raised.
+    """
+
+    seed: int
+    family: str
+    lr: tuple[float, float] | None
+    lower: str
+    steps: int
+    start: float = math.nan
+    best: float = math.nan
+    reference: float = math.nan
+    diverged: bool = False
+    outcomes: dict[str, int] = field(default_factory=dict)
+    lower_outcomes: dict[str, int] = field(default_factory=dict)
+    unexplained: int = 0
+    error: str = ""
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a fixed step gains 10 % where this gains less than 1 %."""
+        return self.reference < 0.9 * self.start and not self.best < 0.99 * self.start
+
+
+def fixed_steps(problem: Problem, start: Tensor) -> float:
+    """Return the least F of gradient descent with ten fixed steps, by decades around F / |grad F|^2."""
+    u = start.clone().requires_grad_()
+    value = problem.total(u)
+    (slope,) = torch.autograd.grad(value, u)
+    natural = float(value.detach() / (slope @ slope))
+    lengths = torch.tensor([[natural * k] for k in DECADES], dtype=torch.float64)
+    rows, best = start.repeat(len(DECADES), 1), float(value.detach())
+    for _ in range(ITERATIONS):
+        rows = rows.detach().requires_grad_()
+        total = problem.total(rows)
+        (slopes,) = torch.autograd.grad(total.sum(), rows)
+        rows = rows - lengths * slopes
+        rows = torch.where(rows.isfinite(), rows, start)
+        with torch.no_grad():
+            best = min(best, float(problem.total(rows).nan_to_num(math.inf).min()))
+    return best
+
+
+def first_lengths(problem: Problem, x: Tensor, rng: random.Random) -> tuple[float, float]:
+    """Return first trials of both levels over ten decades around F / |grad F|^2 and 1 / |H|."""
+    u = (x.detach() / problem.scales["x"]).requires_grad_()
+    value = problem.total(u)
+    (slope,) = torch.autograd.grad(value, u)
+    upper = float(value.detach() / (slope @ slope)) * problem.scales["x"] ** 2 / problem.scales["f"]
+    lower = problem.scales["y"] ** 2 / problem.scales["g"]
+    return upper * 10.0 ** rng.uniform(-5.0, 5.0), lower * 10.0 ** rng.uniform(-5.0, 5.0)
+
+
+@dataclass
+class Levels:
+    """The variables of a run, its lower level, and its samples."""
+
+    problem: Problem
+    seed: int
+    steps: int
+    rule: Callable[..., Any]
+    lr: tuple[float, float] | None
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def __post_init__(self) -> None:
+        """Put the variables at their start."""
+        problem, self.noise = self.problem, torch.Generator().manual_seed(self.seed + 10**6)
+        n, d = problem.cross.shape
+        u = torch.randn(d, generator=self.noise, dtype=torch.float64)
+        size = 0.0 if problem.family == "singular" else 0.1 * problem.scales["y"]
+        self.x = (u * problem.scales["x"]).requires_grad_()
+        self.y = torch.full((n,), size, dtype=torch.float64, requires_grad=True)
+        self.inner = self.rule([self.y], **({} if self.lr is None else {"lr": self.lr[1]}))
+
+    def sample(self, rows: int) -> Tensor | float:
+        """Return what a sample adds to rows."""
+        noise = self.problem.noise
+        return noise * torch.randn(rows, generator=self.noise, dtype=torch.float64) if noise else 0.0
+
+    def iterate(self) -> Callable[[], Tensor]:
+        """Take T lower steps, put the hypergradient into x.grad, and return the upper loss."""
+        problem, x, y = self.problem, self.x, self.y
+
+        lower: Callable[[], Tensor] = functools.partial(problem.lower, x, y)
+        for _ in range(self.steps):
+            shift = problem.hessian @ self.sample(len(y)) if problem.noise else 0.0
+            lower = functools.partial(problem.lower, x, y, shift)
+            self.inner.step(lower)
+            self.counts[Outcome(int(self.inner.record.outcome)).name] += 1
+        upper = functools.partial(problem.upper, x, y, self.sample(len(problem.target)))
+        assign([x], implicit(upper, lower, [x], [y]))
+        return upper
+
+    @property
+    def total(self) -> float:
+        """F at the present x, for the lower minimizer that the present y is near."""
+        scales = self.problem.scales
+        return float(self.problem.total(self.x.detach() / scales["x"], self.y.detach() / scales["y"]))
+
+
+def run(seed: int) -> Run:
+    """Run BiSLS on the problem of a seed."""
+    problem, rng = make(seed), random.Random(seed + 10**6)
+    name = rng.choice(list(LOWER)) if problem.family != "noisy" else "AutoSLS"
+    steps = round(20.0 ** rng.random())
+    start = Levels(problem, seed, steps, LOWER[name], None)
+    lr = first_lengths(problem, start.x, rng) if rng.random() < 0.5 else None
+    ran = Run(seed, problem.family, lr, name, steps, start=start.total, best=start.total)
+    ran.reference = fixed_steps(problem, start.x.detach() / problem.scales["x"])
+    levels = Levels(problem, seed, steps, LOWER[name], lr)
+    direction = rng.choice(["sgd", "adam"])
+    options: dict[str, Any] = {} if lr is None else {"lr": lr[0] if direction == "sgd" else problem.scales["x"]}
+    outer = BiSLS([levels.x], **options, lower=levels.inner, direction=direction)
+    counts: collections.Counter[str] = collections.Counter()
+    try:
+        for _ in range(ITERATIONS):
+            upper = levels.iterate()
+            outer.step(upper)
+            record: Any = outer.record
+            outcome = Outcome(int(record.outcome))
+            counts[outcome.name] += 1
+            total = levels.total
+            ran.best = min(ran.best, total)
+            ran.diverged |= not total <= 10.0 * ran.start
+            if outcome is Outcome.search_failed:
+                ran.unexplained += not explained(problem, ran, outer, float(upper()))
+    except Exception as error:  # what a user would see
+        ran.error = f"{type(error).__name__}: {error}"
+    ran.outcomes, ran.lower_outcomes = dict(counts), dict(levels.counts)
+    if ran.stalled:
+        ran.reference = same_level(ran)
+    return ran
+
+
+def same_level(ran: Run) -> float:
+    """Return the least F of ten fixed steps by decades, with the run's own lower level and hypergradient."""
+    problem, least = make(ran.seed), ran.start
+    for decade in DECADES:
+        levels = Levels(problem, ran.seed, ran.steps, LOWER[ran.lower], ran.lr)
+        length = 0.0
+        for _ in range(ITERATIONS):
+            upper, h = levels.iterate(), levels.x.grad
+            assert h is not None
+            length = length or decade * float(upper()) / float(h @ h)
+            with torch.no_grad():
+                levels.x -= length * h
+            if not levels.total <= 10.0 * ran.start:
+                break
+            least = min(least, levels.total)
+    return least
+
+
+def explained(problem: Problem, ran: Run, outer: Any, value: float) -> bool:
+    """Return whether no step could have shown a decrease."""
+    if problem.family in ("nonsmooth", "noisy"):
+        return True
+    last = float(outer.param_groups[0]["step_size"])
+    lost = last * float(outer.record.slope) < 1e3 * 2.0**-52 * abs(value)
+    return lost or ran.best <= min(ran.reference, 1e-3 * ran.start)
+
+
+def cause(ran: Run) -> str:
+    """Return the most frequent outcomes of a stalled run's steps, in words."""
+    if ran.error:
+        return ran.error
+    upper = max(ran.outcomes, key=ran.outcomes.__getitem__)
+    below = max(ran.lower_outcomes, key=ran.lower_outcomes.__getitem__)
+    given = "no number" if ran.lr is None else "first trials given"
+    return f"{ran.family}, {given}, upper steps {upper}, lower steps {below}"
+
+
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the counts, and each run that is one of them."""
+    stalls = [r for r in runs if r.stalled and not r.diverged]
+    listed = collections.Counter(map(cause, stalls))
+    failed = sum(r.outcomes.get("search_failed", 0) for r in runs)
+    return {
+        "problems": len(runs),
+        "iterations": ITERATIONS,
+        "diverged": [(r.seed, r.family) for r in runs if r.diverged],
+        "errors": [(r.seed, r.error) for r in runs if r.error],
+        "upper_searches_failed": failed,
+        "upper_searches_failed_unexplained": [(r.seed, r.family, r.unexplained) for r in runs if r.unexplained],
+        "improvable": sum(r.reference < 0.9 * r.start for r in runs),
+        "stalls": [(r.seed, cause(r), r.start, r.best, r.reference) for r in stalls],
+        "stalls_by_cause": dict(listed.most_common()),
+    }
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first problem")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found = summary([run(seed) for seed in range(options.first, options.first + options.problems)])
+    text = json.dumps(found, indent=1)
+    if options.output is not None:
+        options.output.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
