@@ -12,22 +12,17 @@ from torch import Tensor
 from ..errors import warn
 from ..evaluation.closures import Closure, require_closure
 from ..evaluation.guard import Guard
-from ..evaluation.objective import Objective
-from ..evaluation.reductions import agree
-from ..evaluation.tensors import gradients_of
 from ..hypergradient.solution import HessianReport
 from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
 from ..policies import Outcome, validation
-from ..policies.scalars import resolution
 from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
-from .scale import Scale
 from .search import Answer, Found, Limits, nothing_to_search, search
-from .upper import UpperOptimizer
+from .starting import StartingOptimizer
 
 __all__ = ["Roles", "SearchingOptimizer"]
 
@@ -43,19 +38,17 @@ class Roles(NamedTuple):
     diagnosis: Diagnosis
 
 
-class SearchingOptimizer(UpperOptimizer):
+class SearchingOptimizer(StartingOptimizer):
     """An upper step by a line search along the user's hypergradient.
 
     Attributes:
         roles: The roles of the step, as the options name them.
         diagnosis: The Diagnosis role; another one may be set.
-        project: The convex set of the upper variable; None: there is none.
         hessian: What the last step's solve has shown of the lower Hessian; None: there was no solve.
     """
 
     mixes_momentum = True
     roles: Roles
-    project: Any = None
     hessian: HessianReport | None = None
     _diagnosis: Diagnosis = Diagnoses((SlopeDiagnosis(), SolveDiagnosis()))
     _kept: ClassVar[tuple[str, ...]] = ("project", "_diagnosis")
@@ -148,61 +141,6 @@ class SearchingOptimizer(UpperOptimizer):
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
         return point.loss
-
-    # ------------------------------------------------------------------------------------------ where the step begins
-
-    def _enter(
-        self, guard: Guard, objective: Closure, params: list[Tensor], hypergradient: Sequence[Tensor | None]
-    ) -> tuple[Section | None, Gradient]:
-        """Return the convex set of what moves, with x projected into it, and the hypergradient with its tensors."""
-        gradient = self._with_gradient(params, hypergradient)
-        hosted = objective.project if isinstance(objective, Objective) else None
-        project = hosted if self.project is None else self.project
-        if project is None:
-            return None, gradient
-        section = Section.of(project, params, gradient.tensors, gradient.factors)
-        section.enter(guard, params)
-        return section, gradient
-
-    def _point(
-        self,
-        guard: Guard,
-        objective: Closure,
-        lower_closure: Any,
-        params: list[Tensor],
-        hypergradient: Sequence[Tensor | None],
-        gradient: Gradient,
-        lower: list[Tensor],
-    ) -> Point:
-        """Return f, f_x and f_y at (x, y)."""
-        tensors = [*params, *lower]
-        known = objective.evaluated(tensors) if isinstance(objective, Objective) else None
-        if known is None:
-            self.evaluations.upper.gradients += 1
-            loss, found = guard.gradient(objective, tensors)
-        else:
-            loss, found = known
-        guard.mark()
-        partials = gradients_of([*gradient.tensors, *lower], tensors, found)
-        parts = zip(params, hypergradient, self._each_factor(), strict=True)
-        return Point(
-            guard=guard,
-            objective=objective,
-            params=params,
-            gradient=gradient,
-            moving=[(p, h) for p, h, w in parts if w != 0.0 and p.requires_grad],
-            lower=lower,
-            problems=lambda: self.lower.problems(lower_closure, guard),
-            loss=loss,
-            value=float(agree(loss)[0]),
-            rounding=resolution(loss),
-            lr=self._reference_lr(),
-            beta=float(self.param_groups[0]["betas"][0]),
-            f_x=partials[: len(gradient.tensors)],
-            f_y=partials[len(gradient.tensors) :],
-            scale=Scale(self._rule_state(), bool(self._saved("rejected", False))),
-            counts=self.evaluations,
-        )
 
     # ------------------------------------------------------------------------------------------ what the step finds
 

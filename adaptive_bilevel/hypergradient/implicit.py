@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import HypergradientError, warn
 
 from ..evaluation.vectors import Vector, add
-from .curvature import LowerCurvature, partial_gradients
+from .curvature import LowerCurvature, connected_partials, unconnected
 from .lanczos import Lanczos
 from .last_solution import recall, remember
 from .shared_basis import solve
@@ -108,7 +108,8 @@ def implicit(
 
     Warns:
         AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative curvature: the lower
-            loss is not convex in y here. The default, `Lanczos`, holds there.
+            loss is not convex in y here. The default, `Lanczos`, holds there. Or the lower gradient has no path to x
+            (mostly it was computed from a copy of x), so that the hypergradient is f_x alone.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -155,7 +156,7 @@ def _differentiate(
     check_callable(lower_closure, "lower_closure")
     with guarded((*x, *y)) as guard:
         upper_loss = evaluate(guard, upper_closure, "upper_closure")
-        direct, rhs = partial_gradients(upper_loss, x, y)
+        (direct, rhs), reaches = connected_partials(upper_loss, x, y)
         gradients = 0
 
         def sample() -> tuple[Tensor, LowerCurvature]:
@@ -173,6 +174,8 @@ def _differentiate(
             lower_loss, curvature = sample()
             solution = solve(solver, curvature.hvp, rhs, y, lower_loss, start)
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
+    if not curvature.mixed:
+        warn(f"implicit: {unconnected(reaches)}.")
     if solver.warm_start:
         remember(y, solution.tensors)
     if solution.status in (SolverStatus.diverging, SolverStatus.negative_curvature):

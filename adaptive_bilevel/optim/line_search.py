@@ -86,7 +86,7 @@ class LineSearch(AdaptiveOptimizer):
                 directions = descent.precondition(searched_gradient)
             value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, gradient.factors)
 
-            away, attempts = False, Attempts()
+            away, attempts, moved_back = False, Attempts(), False
 
             def trial(step: float) -> float:
                 nonlocal away
@@ -103,9 +103,12 @@ class LineSearch(AdaptiveOptimizer):
             else:
                 guard.copy()
                 rounding = resolution(searched_loss)
-                sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
-                record, state = self.policy.propose(self._rule_state(), sample)
+                before, trials = self._rule_state(), self._doubts.watch(trial, value, slope, rounding)
+                sample = Context(value, slope, trials, lower_bound, None, bound, scale, rounding=rounding)
+                record, state = self.policy.propose(before, sample)
                 attempts.conclude(record.moved)
+                record, state = trials.conclude(record, state, before, lambda: trial(0.0))
+                moved_back = trials.looked
             if not record.moved:
                 guard.put_back()
                 if record.outcome == Outcome.non_finite:
@@ -114,7 +117,7 @@ class LineSearch(AdaptiveOptimizer):
                     self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
                 found, record = record, self._scheduled(record)
-                if descent.step is not None or step_closure is not None or record is not found:
+                if descent.step is not None or step_closure is not None or moved_back or record is not found:
                     guard.put_back()
                     stepped = directions if step_closure is None else gradient.values
                     stepped = stepped if descent.step is None else descent.step
