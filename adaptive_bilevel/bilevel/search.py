@@ -134,7 +134,9 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
     guard.copy()
     if limits.baseline:
         value = there = float(agree(evaluate(0.0))[0])
-    trials = point.doubts.watch(trial, value, model.slope, limits.rounding or point.rounding)
+    trials = point.doubts.watch(
+        trial, value, model.slope, limits.rounding or point.rounding, path.gradient.tensors, path.along
+    )
     context = Context(
         value,
         model.slope,

@@ -18,6 +18,7 @@ from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
 from ..policies import Outcome, validation
+from .between_steps import PROJECT
 from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
@@ -25,6 +26,14 @@ from .search import Answer, Found, Limits, nothing_to_search, search
 from .starting import StartingOptimizer
 
 __all__ = ["Roles", "SearchingOptimizer"]
+
+
+_BLIND = (
+    "the hypergradient is of entries of the upper variable that neither the upper loss nor the last lower sample "
+    "depends on, so nothing moved. The lower steps after implicit(), or the last one before it, were on another sample: "
+    "compute the hypergradient on the sample of the last lower step, or pass that of the hypergradient "
+    "as step(..., lower_closure=...)"
+)
 
 
 class Roles(NamedTuple):
@@ -124,6 +133,8 @@ class SearchingOptimizer(StartingOptimizer):
         objective = require_closure(type(self).__name__, upper_closure)
         params, lower = self._parameters(), self.lower.tensors()
         hypergradient, messages = self._hypergradient(params), list[str]()
+        followed = self.lower if lower_closure is None else None
+        self._between.begin(params, followed)
         with Guard([*params, *lower], self._workspace) as guard:
             section, gradient = self._enter(guard, objective, params, hypergradient)
             point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
@@ -136,6 +147,8 @@ class SearchingOptimizer(StartingOptimizer):
                 guard.undo()
             elif found.record.outcome != Outcome.zero_gradient:
                 messages = self._take(point, found, check, states)
+        remedy = None if section is not None else getattr(self.host, "constraint", PROJECT)
+        messages += self._between.end(params, followed, remedy)
         self.hessian = None if found.answer is None else found.answer.hessian
         self._conclude(self._scheduled(found.record), found.state)
         for message in messages:
@@ -184,6 +197,9 @@ class SearchingOptimizer(StartingOptimizer):
         model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
         record, after = search(point, model, check, limits)
+        if getattr(model, "blind", False):
+            record = record._replace(outcome=Outcome.no_descent)
+            point.doubts.say("blind", _BLIND)
         kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
         return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian))
 

@@ -21,6 +21,12 @@ from .upper import UpperOptimizer
 
 __all__ = ["StartingOptimizer"]
 
+_APART = (
+    "the upper loss does not depend on any parameter of the lower optimizer. If the inner model or its optimizer was "
+    "made anew, call bind(the new lower optimizer) on this one; if the loss is computed from copies of the parameters "
+    "(detach, clone().data, an average of weights), compute it from the parameters themselves"
+)
+
 
 class StartingOptimizer(UpperOptimizer):
     """The beginning of a searched upper step; `SearchingOptimizer` derives from it.
@@ -63,6 +69,8 @@ class StartingOptimizer(UpperOptimizer):
         else:
             loss, found = known
         guard.mark()
+        if lower and all(g is None for g in found[len(params) :]):
+            self._doubts.say("apart", _APART)
         partials = gradients_of([*gradient.tensors, *lower], tensors, found)
         parts = zip(params, hypergradient, self._each_factor(), strict=True)
         return Point(

@@ -128,8 +128,9 @@ class LowerCurvature:
         self._slopes = slopes[first:]
         if all(slope is None for slope in self._slopes):
             raise ClosureError(
-                "lower_closure returned a loss that depends on no tensor of lower: "
-                "compute it from the very tensors that are passed, not from copies of them."
+                "lower_closure returned a loss that depends on no tensor of lower: compute it from the very tensors "
+                "that are passed, not from copies of them. If the inner model was made anew, call bind(the new lower "
+                "optimizer) on the upper optimizer."
             )
         self._upper_slopes: tuple[Tensor | None, ...] | None = slopes[:first] if moves else None
         self.gradient: Vector = tuple(slope.detach() for slope in filled(self._slopes, self._lower))

@@ -218,6 +218,9 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         """
         self._warm_start.offer(self.state, self._parameters(), points)
 
+    def displaced(self) -> None:
+        """Take note that a level above, or a host, has moved the parameters."""
+
     def _drop_offer(self) -> None:
         self._warm_start.drop(self.state, self._parameters())
 

@@ -8,9 +8,13 @@ computed before the step (at the end of an unrolled loop): all trials have the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, final
 
+from torch import Tensor
+
+from ..evaluation.reductions import on_host
+from ..evaluation.vectors import inner, rounding
 from ..policies import Outcome, Record
 
 __all__ = ["ClosureDoubts", "WatchedTrials"]
@@ -25,6 +29,9 @@ _LOOKS = (1, 10, 100, 1000, 10000)
 
 _UNITS = 64.0
 """So many rounding units of the loss are no accident."""
+
+_MOVES = 1e3
+"""A trial is long if it moves the parameters by so many of their rounding units, too."""
 
 _EQUAL = 3
 """So many long trials of one value, to the bit, are no accident (one is, where a step leads across a valley)."""
@@ -58,7 +65,15 @@ class ClosureDoubts:
         self._said: set[str] = set()
         self._messages: list[str] = []
 
-    def watch(self, trial: Callable[[float], float], loss: float, slope: float, rounding: float) -> WatchedTrials:
+    def watch(
+        self,
+        trial: Callable[[float], float],
+        loss: float,
+        slope: float,
+        rounding: float,
+        tensors: Sequence[Tensor],
+        along: Sequence[Tensor],
+    ) -> WatchedTrials:
         """Return the trial function of one search, watched.
 
         Args:
@@ -66,8 +81,10 @@ class ClosureDoubts:
             loss: The value that trials are compared with.
             slope: What the gradient promises of a step of 1.
             rounding: Relative rounding unit of the loss.
+            tensors: The parameters.
+            along: Along what they move.
         """
-        return WatchedTrials(self, trial, loss, slope, rounding)
+        return WatchedTrials(self, trial, loss, slope, rounding, lambda: _visible(tensors, along))
 
     def due(self) -> bool:
         """Take note of a search with a reason to look at the closure, and return whether to look now."""
@@ -98,9 +115,16 @@ class WatchedTrials:
     """
 
     def __init__(
-        self, doubts: ClosureDoubts, trial: Callable[[float], float], loss: float, slope: float, rounding: float
+        self,
+        doubts: ClosureDoubts,
+        trial: Callable[[float], float],
+        loss: float,
+        slope: float,
+        rounding: float,
+        visible: Callable[[], float],
     ) -> None:
         self._doubts, self._trial = doubts, trial
+        self._find_visible, self._visible = visible, math.nan
         self._loss, self._slope, self._rounding = loss, slope, _UNITS * rounding
         self._equal, self._other, self._promise = 0, False, 0.0
         self.counted, self.looked = 0, False
@@ -113,10 +137,18 @@ class WatchedTrials:
         value = self._trial(step)
         if value != self._loss:
             self._other = True
-        elif self._loss != 0.0 and step * self._slope > self._rounding * abs(self._loss):
+        elif self._is_long(step):
             self._equal += 1
             self._promise = max(self._promise, step * self._slope)
         return value
+
+    def _is_long(self, step: float) -> bool:
+        """Return whether a step promises more of the loss, and of the parameters, than rounding can hide."""
+        if self._loss == 0.0 or not step * self._slope > self._rounding * abs(self._loss):
+            return False
+        if math.isnan(self._visible):
+            self._visible = self._find_visible()
+        return step > self._visible
 
     @property
     def _stays(self) -> bool:
@@ -155,3 +187,10 @@ class WatchedTrials:
         if not (math.isfinite(one) and math.isfinite(other)):
             return False
         return abs(one - other) > self._rounding * max(abs(one), abs(other))
+
+
+def _visible(tensors: Sequence[Tensor], along: Sequence[Tensor]) -> float:
+    """Return the step above which parameters move by more than rounding."""
+    at = [p.detach() for p in tensors]
+    square, size = on_host(inner(along, along), inner(at, at))
+    return _MOVES * rounding(at) * math.sqrt(size / square) if square > 0.0 else math.inf

@@ -103,7 +103,10 @@ class LineSearch(AdaptiveOptimizer):
             else:
                 guard.copy()
                 rounding = resolution(searched_loss)
-                before, trials = self._rule_state(), self._doubts.watch(trial, value, slope, rounding)
+                before, trials = (
+                    self._rule_state(),
+                    self._doubts.watch(trial, value, slope, rounding, gradient.tensors, directions),
+                )
                 sample = Context(value, slope, trials, lower_bound, None, bound, scale, rounding=rounding)
                 record, state = self.policy.propose(before, sample)
                 attempts.conclude(record.moved)

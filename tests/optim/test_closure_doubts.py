@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import warnings
@@ -113,7 +114,7 @@ def test_a_look_leaves_no_trace(make: Any) -> None:
         torch.manual_seed(0)
         w = torch.full((4,), 2.0, dtype=torch.float64, requires_grad=True)
         optimizer = make([w], 1.0)
-        optimizer._doubts.due = lambda looks=looks: looks
+        optimizer._doubts.due = functools.partial(bool, looks)
 
         def closure(w: Tensor = w) -> Tensor:
             return (torch.nn.functional.dropout(w**4, 0.3) * torch.tensor([1.0, 2.0, 30.0, 400.0])).sum()
@@ -177,4 +178,4 @@ def test_a_plateau_that_ends_is_searched_to_its_end() -> None:
     w = torch.tensor([1e3], requires_grad=True)
     optimizer = SLS([w], lower_bound=0.0)
     assert said(lambda: optimizer.step(lambda: (w**2 / (1 + w**2)).sum())) == []
-    assert optimizer.record.moved
+    assert optimizer.record is not None and optimizer.record.moved
