@@ -30,7 +30,7 @@ __all__ = ["Roles", "SearchingOptimizer"]
 
 _BLIND = (
     "the hypergradient is of entries of the upper variable that neither the upper loss nor the last lower sample "
-    "depends on, so nothing moved. The lower steps after implicit(), or the last one before it, were on another sample: "
+    "depends on, so nothing moved. The last lower step was on another sample: "
     "compute the hypergradient on the sample of the last lower step, or pass that of the hypergradient "
     "as step(..., lower_closure=...)"
 )

@@ -24,6 +24,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import ClosureError
 
 from ..evaluation.vectors import Vector
+from .second_derivatives import explained
 
 __all__ = ["LowerCurvature", "PartialGradients", "connected_partials", "partial_gradients", "unconnected"]
 
@@ -111,6 +112,7 @@ class LowerCurvature:
 
     Raises:
         ClosureError: ``loss`` depends on no tensor of ``lower``, or its graph is gone already.
+        SolverError: ``loss`` cannot be differentiated twice; also raised by products.
 
     >>> import torch
     >>> x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([1.0, 3.0], requires_grad=True)
@@ -220,6 +222,8 @@ def gradients_of(
             )
         )
     except RuntimeError as error:
+        if (missing := explained(error, name)) is not None:
+            raise missing from error
         if "second time" not in str(error):
             raise
         raise ClosureError(
