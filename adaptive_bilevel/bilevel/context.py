@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -160,9 +161,15 @@ class Taken(NamedTuple):
         comparable: Whether ``record.slope_ratio`` says something of the user's hypergradient.
         solver: The response's solver, for messages.
         hessian: What its solve has shown of the lower Hessian; None: not known.
+        loss: f before it.
+        change: By how much x has moved, relative to its size; without what a scheduler has taken.
+        gain: What the hypergradient promises of a move by 1 % of that size.
     """
 
     record: Record
     comparable: bool
     solver: Any
     hessian: HessianReport | None = None
+    loss: float = math.nan
+    change: float = math.nan
+    gain: float = math.nan

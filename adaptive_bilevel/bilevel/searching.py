@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..errors import warn
 from ..evaluation.closures import Closure, require_closure
 from ..evaluation.guard import Guard
+from ..evaluation.reductions import on_host
+from ..evaluation.vectors import inner
 from ..hypergradient.solution import HessianReport
 from ..optim.direction import Gradient
 from ..optim.projection import Section
@@ -20,7 +23,7 @@ from ..optim.state import RoleState, read_states, write_states
 from ..policies import Outcome, validation
 from .between_steps import PROJECT
 from .context import MomentumContext, Point, PredictionContext, Taken
-from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis
+from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .search import Answer, Found, Limits, nothing_to_search, search
 from .starting import StartingOptimizer
@@ -59,7 +62,7 @@ class SearchingOptimizer(StartingOptimizer):
     mixes_momentum = True
     roles: Roles
     hessian: HessianReport | None = None
-    _diagnosis: Diagnosis = Diagnoses((SlopeDiagnosis(), SolveDiagnosis()))
+    _diagnosis: Diagnosis = Diagnoses((SlopeDiagnosis(), SolveDiagnosis(), StallDiagnosis()))
     _kept: ClassVar[tuple[str, ...]] = ("project", "_diagnosis")
     """Attributes that copying keeps, beside the options."""
 
@@ -150,7 +153,7 @@ class SearchingOptimizer(StartingOptimizer):
         remedy = None if section is not None else getattr(self.host, "constraint", PROJECT)
         messages += self._between.end(params, followed, remedy)
         self.hessian = None if found.answer is None else found.answer.hessian
-        self._conclude(self._scheduled(found.record), found.state)
+        self._conclude(self._scheduled(found.record), found.state, point.loss, self.hessian)
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
         return point.loss
@@ -208,6 +211,7 @@ class SearchingOptimizer(StartingOptimizer):
     def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
+        change, gain = _motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
         tensors, moved, step = path.gradient.tensors, record.moved, self._scheduled(record).step_size
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
@@ -225,7 +229,8 @@ class SearchingOptimizer(StartingOptimizer):
         }
         if answer is not None:
             comparable = answer.comparable and not getattr(point.objective, "rescaled", False)
-            taken = Taken(record, comparable, getattr(roles.response, "solver", None), answer.hessian)
+            solver = getattr(roles.response, "solver", None)
+            taken = Taken(record, comparable, solver, answer.hessian, point.value, change, gain)
             messages = roles.diagnosis.propose(taken, states["diagnosis"])
             news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
             news["response"] = answer.state
@@ -252,3 +257,16 @@ class SearchingOptimizer(StartingOptimizer):
         if response is not None and step > 0.0:
             role.deliver(context, response, step)
         return news
+
+
+def _motion(path: SearchPath, step: float) -> tuple[float, float]:
+    """Return how far a step along a path moves x, relative to its size, and what h promises of 1 % of that size.
+
+    An x of zeros has the size of numbers of 1 %.
+    """
+    x = [p.detach() for p in path.gradient.tensors]
+    square, length = on_host(inner(x, x), inner(path.along, path.along))
+    if not (length > 0.0 and math.isfinite(length) and math.isfinite(square)):
+        return math.nan, math.nan
+    size = max(math.sqrt(square), 0.01 * math.sqrt(sum(p.numel() for p in x)))
+    return step * math.sqrt(length) / size, 0.01 * size * path.promised / math.sqrt(length)

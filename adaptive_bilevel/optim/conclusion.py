@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,10 @@ from ..policies.scalars import Scalar
 from .closure_doubts import ClosureDoubts
 from .groups import PolicyOptimizer
 
-__all__ = ["ConcludingOptimizer"]
+__all__ = ["ConcludingOptimizer", "Past"]
+
+_KEPT = 50
+"""So many of the last steps are remembered."""
 
 _WARNED = {
     Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
@@ -21,11 +27,26 @@ _WARNED = {
 }
 
 
+class Past(NamedTuple):
+    """A step that was taken.
+
+    Attributes:
+        record: Its record.
+        loss: The loss before it.
+        hessian: What the solve of an upper search has shown of the lower Hessian; None: there was none.
+    """
+
+    record: Record
+    loss: Any
+    hessian: Any = None
+
+
 class ConcludingOptimizer(PolicyOptimizer):
-    """What an optimizer keeps of its last step.
+    """What an optimizer keeps of its last steps.
 
     Attributes:
         record: The last step's `Record`; None before.
+        history: The last 50 steps, oldest first; not saved. See `adaptive_bilevel.diagnose`.
     """
 
     def _prepare(self) -> None:
@@ -35,10 +56,17 @@ class ConcludingOptimizer(PolicyOptimizer):
         self._looks = 0
         self._doubts = ClosureDoubts()
         self.record: Record | None = None
+        self.history: deque[Past] = deque(maxlen=_KEPT)
 
-    def _conclude(self, record: Record, state: State) -> None:
+    @property
+    def doubts(self) -> ClosureDoubts:
+        """What the searches have shown of the closure."""
+        return self._doubts
+
+    def _conclude(self, record: Record, state: State, loss: Any, hessian: Any = None) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""
         self.record = record
+        self.history.append(Past(record, loss.detach() if isinstance(loss, Tensor) else loss, hessian))
         for message in self._doubts.take():
             warn(f"{type(self).__name__}: {message}")
         on_device = isinstance(record.step_size, Tensor)

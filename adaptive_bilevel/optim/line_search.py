@@ -130,7 +130,7 @@ class LineSearch(AdaptiveOptimizer):
             if record.outcome != Outcome.non_finite:
                 self._drop_offer()
         self.sample = Replay(searched, random, record.step_size)
-        self._conclude(record, state)
+        self._conclude(record, state, loss)
         return loss
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:

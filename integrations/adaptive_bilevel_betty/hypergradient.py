@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.errors import OptionError, warn
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
-from adaptive_bilevel.hypergradient.curvature import LowerCurvature
+from adaptive_bilevel.hypergradient.curvature import LowerCurvature, unconnected
 from adaptive_bilevel.hypergradient.shared_basis import solve
 
 from .bound_problem import BoundProblem
@@ -56,6 +56,8 @@ def adaptive_cg(
             change = torch._foreach_neg(list(curvature.cross_vjp(solution.tensors)))
     finally:
         before.restore()
+    if not curvature.mixed:
+        warn(f"problem {curr.name!r} below {prev.name!r}: {unconnected(True)}.")
     if solver.warm_start:
         lower_problem.solution = solution.tensors
     if not sync:
