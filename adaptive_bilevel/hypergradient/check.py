@@ -16,6 +16,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 from adaptive_bilevel.policies.validation import count, fraction, positive
 
+from ..evaluation.guard import closing
 from ..evaluation.vectors import Vector, rounding
 from .cg import CG
 from .curvature import LowerCurvature, connected_partials, unconnected
@@ -31,6 +32,7 @@ __all__ = ["CheckReport", "DirectionCheck", "Verdict", "check"]
 COORDINATES = 6  # up to this many numbers in x, every coordinate is measured and nothing is left to chance
 
 
+@closing
 def check(
     upper_closure: Closure,
     lower_closure: Closure,

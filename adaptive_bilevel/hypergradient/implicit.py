@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError, warn
 
+from ..evaluation.guard import closing
 from ..evaluation.vectors import Vector, add
 from .curvature import LowerCurvature, connected_partials, unconnected
 from .lanczos import Lanczos
@@ -148,6 +149,7 @@ def implicit_with_info(
     return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial)
 
 
+@closing
 def _differentiate(
     upper_closure: Closure, lower_closure: Closure, upper: Tree, lower: Tree, solver: LinearSolver, initial: Tree | None
 ) -> tuple[Tree, ImplicitInfo]:

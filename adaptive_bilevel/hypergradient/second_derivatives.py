@@ -59,7 +59,7 @@ def explained(error: RuntimeError, name: str) -> SolverError | None:
 
 def custom_functions(loss: Tensor) -> list[str]:
     """Return the names of the custom autograd functions in a graph, sorted."""
-    found, seen, nodes = set(), set(), [loss.grad_fn]
+    found, seen, nodes = set[str](), set[Any](), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

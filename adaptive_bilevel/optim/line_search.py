@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
@@ -67,6 +68,8 @@ class LineSearch(AdaptiveOptimizer):
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
         with torch.no_grad(), Guard(params, self._workspace) as guard:
+            if not any(map(is_lazy, params)):
+                guard.copy()  # before the closure is called: it may change parameters, and raise
             loss, grads, own, _ = self._evaluate(guard, closure, params)
             gradient = self._with_gradient(params, grads)
             searched, random, searched_loss = closure, guard.entry, loss
