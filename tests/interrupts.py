@@ -25,7 +25,7 @@ from adaptive_bilevel.hypergradient import assign, implicit
 
 LOWER = [SLS, SLSB, AutoSLS, SPSMax, SPSB, DecSPS]
 UPPER = [BiSLS, OneStepBiSLS, BiSPS]
-CLASSES = [*LOWER, *UPPER, implicit]
+CLASSES: list[Any] = [*LOWER, *UPPER, implicit]
 
 
 class Run(NamedTuple):
@@ -53,7 +53,7 @@ def make(cls: Any) -> Run:
     weights = list(model.parameters())
 
     def lower() -> Tensor:
-        penalty = (x.exp() * (model[0].weight ** 2).sum(1)).sum()
+        penalty = (x.exp() * (weights[0] ** 2).sum(1)).sum()
         return (model(data) - target).square().mean() + 0.1 * penalty
 
     def upper() -> Tensor:
@@ -165,6 +165,7 @@ def faults(cls: Any, at: int, after: list[Any]) -> tuple[str, list[str]]:
 def survey(count: int, seed: int = 0) -> tuple[int, dict[str, int]]:
     """Return how many random interrupts were made, and the faults, with how often."""
     draws, found, made = random.Random(seed), collections.Counter[str](), 0
+    names: dict[Any, str] = {cls: cls.__name__ for cls in CLASSES}
     known: dict[Any, tuple[int, list[Any]]] = {}
     for i in range(count):
         cls = CLASSES[i % len(CLASSES)]
@@ -176,7 +177,7 @@ def survey(count: int, seed: int = 0) -> tuple[int, dict[str, int]]:
         where, wrong = faults(cls, draws.randint(1, lines), after)
         made += bool(where)
         for fault in wrong:
-            found[f"{cls.__name__} at {where}: {fault}"] += 1
+            found[f"{names[cls]} at {where}: {fault}"] += 1
     return made, dict(found)
 
 
