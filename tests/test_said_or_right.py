@@ -64,7 +64,7 @@ def in_torchopt(kind: str, rule: str) -> None:
 
     losses = Losses(kind)
 
-    class Module(Base):  # type: ignore[misc]
+    class Module(Base):
         def __init__(self, x: Tensor) -> None:
             super().__init__()
             self.x, self.y = x, torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))

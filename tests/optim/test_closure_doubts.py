@@ -155,7 +155,7 @@ def test_an_upper_loss_computed_before(copy: str) -> None:
                 y = y - 0.2 * torch.autograd.grad(((y - x) ** 2).sum(), y, create_graph=True)[0]
             x.grad = torch.autograd.grad(((y - 3) ** 2).sum(), x, retain_graph=True)[0]
             last = y.detach() if copy == "detached" else y
-            outer.step(lambda last=last, y=y: ((last - 3) ** 2).sum() + 0 * ((y - 3) ** 2).sum())
+            outer.step(functools.partial(lambda a, b: ((a - 3) ** 2).sum() + 0 * ((b - 3) ** 2).sum(), last, y))
 
     try:
         heard = said(run)
