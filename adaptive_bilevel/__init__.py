@@ -3,7 +3,7 @@
 Optimizers (they need PyTorch, which is imported when one is first named): `SPSMax`, `DecSPS`, `SPSB` (Polyak steps),
 `SLS`, `SLSB`, `AutoSLS` (line searches), `BiSPS`, `BiSLS` (upper levels; `Box`, `Ball` and `Simplex` constrain them).
 The rules themselves are in `adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`,
-and the literature's algorithms, to compare with, in `adaptive_bilevel.methods`.
+and the literature's algorithms, to compare with, in `adaptive_bilevel.methods`. `diagnose` says what limits a run.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import hypergradient, methods, policies
-    from .bilevel import BiSLS, BiSPS, OneStepBiSLS
+    from .bilevel import BiSLS, BiSPS, OneStepBiSLS, diagnose
     from .optim import SLS, SLSB, SPSB, AutoSLS, Ball, Box, DecSPS, Simplex, SPSMax
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bilevel": ("BiSPS", "BiSLS", "OneStepBiSLS"),
+    "bilevel": ("BiSPS", "BiSLS", "OneStepBiSLS", "diagnose"),
     "optim": ("SPSMax", "DecSPS", "SPSB", "SLS", "SLSB", "AutoSLS", "Ball", "Box", "Simplex"),
 }
 _SUBPACKAGES = ("bilevel", "errors", "evaluation", "hypergradient", "methods", "optim", "policies")
@@ -37,6 +37,7 @@ __all__ = [
     "OneStepBiSLS",
     "SPSMax",
     "Simplex",
+    "diagnose",
     "hypergradient",
     "methods",
     "policies",

@@ -58,6 +58,7 @@ their own class derive from `UpperSearch`, `OneStepSearch` and `UpperPolyak`, wh
 
 from ..optim.direction import Descent, Direction, Gradient
 from ..optim.state import RoleState
+from .advice import diagnose
 from .bisls import BiSLS, UpperSearch
 from .bisps import BiSPS, UpperPolyak
 from .context import Change, Mix, MomentumContext, Point, PredictionContext, Taken
@@ -96,4 +97,5 @@ __all__ = [
     "Unanswered",
     "UpperPolyak",
     "UpperSearch",
+    "diagnose",
 ]

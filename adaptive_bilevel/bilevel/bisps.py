@@ -141,7 +141,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         if isinstance(record.outcome, Tensor) or record.moved:
             for optimizer in self._clocked():
                 optimizer.set_clock(optimizer.clock + 1)
-        self._conclude(record, state)
+        self._conclude(record, state, value)
         return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Objective
 from ..hypergradient.solution import HessianReport
+from ..optim.closure_doubts import ClosureDoubts
 from ..optim.direction import Descent, Gradient
 from ..optim.search_path import SearchPath
 from ..policies import Record
@@ -49,6 +51,7 @@ class Point:
         f_y: Partial gradients of f by ``lower``; empty after `release`.
         scale: What earlier searches have shown of the right step length.
         counts: Oracle calls of the optimizer.
+        doubts: What its searches have shown of the closure.
     """
 
     guard: Guard
@@ -67,6 +70,7 @@ class Point:
     f_y: list[Tensor]
     scale: Scale
     counts: Evaluations
+    doubts: ClosureDoubts
 
     def release(self) -> None:
         """Drop the partial gradients, which only the response needs."""
@@ -157,9 +161,15 @@ class Taken(NamedTuple):
         comparable: Whether ``record.slope_ratio`` says something of the user's hypergradient.
         solver: The response's solver, for messages.
         hessian: What its solve has shown of the lower Hessian; None: not known.
+        loss: f before it.
+        change: By how much x has moved, relative to its size; without what a scheduler has taken.
+        gain: What the hypergradient promises of a move by 1 % of that size.
     """
 
     record: Record
     comparable: bool
     solver: Any
     hessian: HessianReport | None = None
+    loss: float = math.nan
+    change: float = math.nan
+    gain: float = math.nan

@@ -11,7 +11,7 @@ from ..optim.state import RoleState
 from .context import Taken
 from .roles import Diagnosis
 
-__all__ = ["Diagnoses", "SlopeDiagnosis", "SolveDiagnosis"]
+__all__ = ["Diagnoses", "SlopeDiagnosis", "SolveDiagnosis", "StallDiagnosis"]
 
 _NOT_DEFINITE = (
     "The lower Hessian is not positive definite on these samples: leave solver= out, here and in implicit(), for "
@@ -122,3 +122,48 @@ class SlopeDiagnosis:
         if not self._comparable(taken):
             return far
         return far + 1 if not 0.5 <= taken.record.slope_ratio <= 2.0 else 0
+
+
+@final
+class StallDiagnosis:
+    """Reports once that x stands still, although the hypergradient promises more than rounding.
+
+    It does after 10 searched steps in a row that moved x by less than 1e-6 of its size, while a move by 1 % promises
+    more than a thousandth of f (f not being a millionth of what it was once, where all that is rounding), and in which
+    f did not fall by 1 % either. The state counts such steps, "still", and has f at the first of them, "since", the
+    largest f, "largest", and whether it was said, "told".
+    """
+
+    _STEPS = 10
+    _CHANGE, _GAIN, _FALL, _SMALL = 1e-6, 1e-3, 1e-2, 1e-6
+
+    def init(self) -> RoleState:
+        """Return a count of 0."""
+        return RoleState({"still": 0, "since": 0.0, "largest": 0.0, "told": False})
+
+    def propose(self, taken: Taken, state: RoleState) -> list[str]:
+        """Return the message in the 10th such step."""
+        if self._count(taken, state) != self._STEPS or state.shared["told"]:
+            return []
+        return [
+            f"the upper variable stands still: in {self._STEPS} steps in a row it moved by less than {self._CHANGE:g} "
+            f"of its size, although the hypergradient promises a decrease of {taken.gain:.3g} for 1 % of it. The last "
+            f"step: {taken.record.describe()}. adaptive_bilevel.diagnose(optimizer) says what limits it"
+        ]
+
+    def commit(self, taken: Taken, messages: Sequence[str], state: RoleState) -> RoleState:
+        """Return the count with this step in it."""
+        count, f = self._count(taken, state), taken.loss
+        size = max(state.shared["largest"], abs(f)) if math.isfinite(f) else state.shared["largest"]
+        since, told = f if count == 1 else state.shared["since"], state.shared["told"] or count == self._STEPS
+        return RoleState({"still": count, "since": since, "largest": size, "told": told})
+
+    def _count(self, taken: Taken, state: RoleState) -> int:
+        count: int = state.shared["still"]
+        f, since = taken.loss, state.shared["since"]
+        if not (taken.change < self._CHANGE and taken.gain > self._GAIN * abs(f)):
+            return 0
+        if abs(f) <= self._SMALL * state.shared["largest"]:
+            return 0
+        fell = count and f < since - self._FALL * abs(since)
+        return 1 if fell else count + 1

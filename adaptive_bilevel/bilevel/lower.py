@@ -134,6 +134,9 @@ class LowerLevel:
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable by step * response."""
         torch._foreach_add_(self.tensors(), list(response), alpha=step)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AdaptiveOptimizer):
+                optimizer.displaced()
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
         """Move what belongs to optimizers that can go back, and offer them the point before."""

@@ -70,6 +70,9 @@ class MultilevelTangent(TangentModel):
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
         """Do nothing: what moves a problem is known when those before it have answered."""
 
+    def _pushes(self) -> list[Tensor]:
+        return [t for block in self._blocks for t in block.push]
+
     def _solve(self, *, finer: bool = False) -> None:
         starts = [block.solved.tensors for block in self._blocks] if finer else [None] * len(self._blocks)
         for block, start in zip(self._blocks, starts, strict=True):

@@ -71,7 +71,9 @@ class Tangent:
     """y(a) = y + a w, w = P C^T d.
 
     Where d does not descend along the tangent, the hypergradient and P disagree: the solve is continued, and the path
-    is that of the hypergradient with the same P. Without a lower level y stays, for an f that depends on x directly.
+    is that of the hypergradient with the same P. Where neither loss depends on what moves along d at all, the sample is
+    another than the hypergradient's: nothing else is moved in its place, and that is said. Without a lower level y
+    stays, for an f that depends on x directly.
 
     Args:
         solver: P. `Identity` and a random draw do not know how far they are from the inverse: they serve a
@@ -99,7 +101,7 @@ class Tangent:
         model: TangentModel = (MultilevelTangent if several else JointTangent)(point, problems, inverse)
         model.along(path)
         model.slope_ratio = slope_ratio(model.slope, path)
-        while model.slope <= 0.0 and model.refine():
+        while model.slope <= 0.0 and not model.blind and model.refine():
             model.along(redirect(model.hypergradient()))
         model.close()
         return model

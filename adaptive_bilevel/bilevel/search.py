@@ -134,10 +134,13 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
     guard.copy()
     if limits.baseline:
         value = there = float(agree(evaluate(0.0))[0])
+    trials = point.doubts.watch(
+        trial, value, model.slope, limits.rounding or point.rounding, path.gradient.tensors, path.along
+    )
     context = Context(
         value,
         model.slope,
-        trial,
+        trials,
         bound=limits.bound,
         scale=limits.scale,
         cap=min(limits.most, path.longest),
@@ -146,4 +149,11 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
     )
     record, state = policy.propose(limits.state, context)
     attempts.conclude(record.moved)
+
+    def look() -> float:
+        guard.put_back()
+        point.counts.upper.values += 1
+        return float(agree(guard.value(point.objective, guard.entry))[0])
+
+    record, state = trials.conclude(record, state, limits.state, look, compared=point.value)
     return record._replace(slope=model.slope, slope_ratio=model.slope_ratio), state

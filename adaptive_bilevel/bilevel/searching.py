@@ -13,24 +13,30 @@ from torch import Tensor
 from ..errors import warn
 from ..evaluation.closures import Closure, require_closure
 from ..evaluation.guard import Guard
-from ..evaluation.objective import Objective
-from ..evaluation.reductions import agree
-from ..evaluation.tensors import gradients_of
+from ..evaluation.reductions import on_host
+from ..evaluation.vectors import inner
 from ..hypergradient.solution import HessianReport
 from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
 from ..policies import Outcome, validation
-from ..policies.scalars import resolution
+from .between_steps import PROJECT
 from .context import MomentumContext, Point, PredictionContext, Taken
-from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis
+from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
-from .scale import Scale
 from .search import Answer, Found, Limits, nothing_to_search, search
-from .upper import UpperOptimizer
+from .starting import StartingOptimizer
 
 __all__ = ["Roles", "SearchingOptimizer"]
+
+
+_BLIND = (
+    "the hypergradient is of entries of the upper variable that neither the upper loss nor the last lower sample "
+    "depends on, so nothing moved. The last lower step was on another sample: "
+    "compute the hypergradient on the sample of the last lower step, or pass that of the hypergradient "
+    "as step(..., lower_closure=...)"
+)
 
 
 class Roles(NamedTuple):
@@ -44,21 +50,19 @@ class Roles(NamedTuple):
     diagnosis: Diagnosis
 
 
-class SearchingOptimizer(UpperOptimizer):
+class SearchingOptimizer(StartingOptimizer):
     """An upper step by a line search along the user's hypergradient.
 
     Attributes:
         roles: The roles of the step, as the options name them.
         diagnosis: The Diagnosis role; another one may be set.
-        project: The convex set of the upper variable; None: there is none.
         hessian: What the last step's solve has shown of the lower Hessian; None: there was no solve.
     """
 
     mixes_momentum = True
     roles: Roles
-    project: Any = None
     hessian: HessianReport | None = None
-    _diagnosis: Diagnosis = Diagnoses((SlopeDiagnosis(), SolveDiagnosis()))
+    _diagnosis: Diagnosis = Diagnoses((SlopeDiagnosis(), SolveDiagnosis(), StallDiagnosis()))
     _kept: ClassVar[tuple[str, ...]] = ("project", "_diagnosis")
     """Attributes that copying keeps, beside the options."""
 
@@ -132,6 +136,8 @@ class SearchingOptimizer(UpperOptimizer):
         objective = require_closure(type(self).__name__, upper_closure)
         params, lower = self._parameters(), self.lower.tensors()
         hypergradient, messages = self._hypergradient(params), list[str]()
+        followed = self.lower if lower_closure is None else None
+        self._between.begin(params, followed)
         with Guard([*params, *lower], self._workspace) as guard:
             section, gradient = self._enter(guard, objective, params, hypergradient)
             point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
@@ -144,66 +150,13 @@ class SearchingOptimizer(UpperOptimizer):
                 guard.undo()
             elif found.record.outcome != Outcome.zero_gradient:
                 messages = self._take(point, found, check, states)
+        remedy = None if section is not None else getattr(self.host, "constraint", PROJECT)
+        messages += self._between.end(params, followed, remedy)
         self.hessian = None if found.answer is None else found.answer.hessian
-        self._conclude(self._scheduled(found.record), found.state)
+        self._conclude(self._scheduled(found.record), found.state, point.loss, self.hessian)
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
         return point.loss
-
-    # ------------------------------------------------------------------------------------------ where the step begins
-
-    def _enter(
-        self, guard: Guard, objective: Closure, params: list[Tensor], hypergradient: Sequence[Tensor | None]
-    ) -> tuple[Section | None, Gradient]:
-        """Return the convex set of what moves, with x projected into it, and the hypergradient with its tensors."""
-        gradient = self._with_gradient(params, hypergradient)
-        hosted = objective.project if isinstance(objective, Objective) else None
-        project = hosted if self.project is None else self.project
-        if project is None:
-            return None, gradient
-        section = Section.of(project, params, gradient.tensors, gradient.factors)
-        section.enter(guard, params)
-        return section, gradient
-
-    def _point(
-        self,
-        guard: Guard,
-        objective: Closure,
-        lower_closure: Any,
-        params: list[Tensor],
-        hypergradient: Sequence[Tensor | None],
-        gradient: Gradient,
-        lower: list[Tensor],
-    ) -> Point:
-        """Return f, f_x and f_y at (x, y)."""
-        tensors = [*params, *lower]
-        known = objective.evaluated(tensors) if isinstance(objective, Objective) else None
-        if known is None:
-            self.evaluations.upper.gradients += 1
-            loss, found = guard.gradient(objective, tensors)
-        else:
-            loss, found = known
-        guard.mark()
-        partials = gradients_of([*gradient.tensors, *lower], tensors, found)
-        parts = zip(params, hypergradient, self._each_factor(), strict=True)
-        return Point(
-            guard=guard,
-            objective=objective,
-            params=params,
-            gradient=gradient,
-            moving=[(p, h) for p, h, w in parts if w != 0.0 and p.requires_grad],
-            lower=lower,
-            problems=lambda: self.lower.problems(lower_closure, guard),
-            loss=loss,
-            value=float(agree(loss)[0]),
-            rounding=resolution(loss),
-            lr=self._reference_lr(),
-            beta=float(self.param_groups[0]["betas"][0]),
-            f_x=partials[: len(gradient.tensors)],
-            f_y=partials[len(gradient.tensors) :],
-            scale=Scale(self._rule_state(), self._saved("rejected", False), self._saved("shortest", math.inf)),
-            counts=self.evaluations,
-        )
 
     # ------------------------------------------------------------------------------------------ what the step finds
 
@@ -247,6 +200,9 @@ class SearchingOptimizer(UpperOptimizer):
         model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
         record, after = search(point, model, check, limits)
+        if getattr(model, "blind", False):
+            record = record._replace(outcome=Outcome.no_descent)
+            point.doubts.say("blind", _BLIND)
         kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
         return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian))
 
@@ -255,6 +211,7 @@ class SearchingOptimizer(UpperOptimizer):
     def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
+        change, gain = _motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
         moved, step = record.moved, self._scheduled(record).step_size
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
@@ -272,7 +229,8 @@ class SearchingOptimizer(UpperOptimizer):
         }
         if answer is not None:
             comparable = answer.comparable and not getattr(point.objective, "rescaled", False)
-            taken = Taken(record, comparable, getattr(roles.response, "solver", None), answer.hessian)
+            solver = getattr(roles.response, "solver", None)
+            taken = Taken(record, comparable, solver, answer.hessian, point.value, change, gain)
             messages = roles.diagnosis.propose(taken, states["diagnosis"])
             news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
             news["response"] = answer.state
@@ -297,3 +255,16 @@ class SearchingOptimizer(UpperOptimizer):
         if response is not None and step > 0.0:
             role.deliver(context, response, step)
         return news
+
+
+def _motion(path: SearchPath, step: float) -> tuple[float, float]:
+    """Return how far a step along a path moves x, relative to its size, and what h promises of 1 % of that size.
+
+    An x of zeros has the size of numbers of 1 %.
+    """
+    x = [p.detach() for p in path.gradient.tensors]
+    square, length = on_host(inner(x, x), inner(path.along, path.along))
+    if not (length > 0.0 and math.isfinite(length) and math.isfinite(square)):
+        return math.nan, math.nan
+    size = max(math.sqrt(square), 0.01 * math.sqrt(sum(p.numel() for p in x)))
+    return step * math.sqrt(length) / size, 0.01 * size * path.promised / math.sqrt(length)

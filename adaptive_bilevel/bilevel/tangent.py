@@ -64,6 +64,15 @@ class TangentModel(abc.ABC):
             if self.slope <= 0.0 and self._inverse.fall_back():
                 self._solve()
 
+    @property
+    def blind(self) -> bool:
+        """Whether nothing that is evaluated depends on what moves along the path: C^T d and <f_x, d> are zero."""
+        return self.slope == 0.0 and self.path.promised > 0.0 and not any(bool(t.any()) for t in self._pushes())
+
+    @abc.abstractmethod
+    def _pushes(self) -> list[Tensor]:
+        """Return C^T d of all problems."""
+
     def refine(self) -> bool:
         """Solve further from now on; False where that is not possible, or was asked for twice already."""
         return self._inverse.refine()
@@ -146,6 +155,9 @@ class JointTangent(TangentModel):
         self._push = self._curvature.cross_jvp(direction)
         self._curvature.forget_loss()
         self._pushed = True
+
+    def _pushes(self) -> list[Tensor]:
+        return list(self._push)
 
     def _solve(self, *, finer: bool = False) -> None:
         initial = self.offsets if finer else None

@@ -11,6 +11,7 @@ from ..errors import ClosureError, HypergradientError, TensorError
 from ..evaluation.counts import Counts
 from ..evaluation.guard import Closure, Workspace
 from ..optim.base import AdaptiveOptimizer
+from .between_steps import BetweenSteps
 from .lower import Lower, as_lower, refuse_shared
 
 __all__ = ["UpperOptimizer"]
@@ -42,6 +43,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         level = as_lower(lower)
         refuse_shared(level, self._parameters())
         self.lower = level
+        self._between.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `AdaptiveOptimizer.add_param_group` does.
@@ -59,7 +61,16 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     def _prepare(self) -> None:
         super()._prepare()
+        self._between = BetweenSteps()
         self._workspace = Workspace(lasting=False)  # a step has larger things to allocate than the copies
+
+    def displaced(self) -> None:
+        """Take note that a level above, or a host, has moved the parameters."""
+        self._between.forget()
+
+    def _restored(self) -> None:
+        super()._restored()
+        self._between.forget()
 
     @property
     def _own_counts(self) -> Counts:

@@ -14,52 +14,27 @@ What it cannot see: random generators other than torch's default ones, modules t
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from .aside import Aside
 from .buffers import Buffers
 from .closures import Closure, Differentiated, StandIns, attached, differentiated, value
-from .interception import installed
+from .interception import Watching, installed
+from .snapshot import RandomState, Snapshot
 from .vectors import on_cpu
 
-__all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace"]
+__all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace", "closing"]
 
-
-class RandomState:
-    """The default random generators of the CPU and of some devices, at the time of construction."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
-
-    def restore(self) -> None:
-        """Put the generators back to that time."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._devices:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-class Snapshot:
-    """Random state and the buffers of some modules, at the time of construction; for code around whole steps.
-
-    Args:
-        modules: The modules.
-        devices: Other devices than the CPU whose random state counts.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], devices: Sequence[torch.device]) -> None:
-        self._modules, self._random, self._buffers = modules, RandomState(devices), Buffers(modules)
-
-    def restore(self) -> None:
-        """Put buffers and generators back to that time."""
-        if self._buffers.slots:
-            with torch.no_grad():
-                self._buffers.to_before(self._modules)
-        self._random.restore()
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Workspace:
@@ -87,6 +62,37 @@ class Workspace:
         return self.copies
 
 
+class _Open(threading.local):
+    """The guards that are open on this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.guards: list[Guard] = []
+
+
+_open = _Open()
+
+
+def closing(function: F) -> F:
+    """Decorate a function with guards inside: none stays open when it raises.
+
+    An interrupt (Ctrl-C) may come at any line, also where a guard is entered or left; what it was about to put back is
+    put back here.
+    """
+
+    @functools.wraps(function)
+    def closed(*args: Any, **kwargs: Any) -> Any:
+        depth, outer = len(_open.guards), Watching.now()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            while len(_open.guards) > depth:
+                _open.guards[-1].abandon()
+                outer.restore()
+            raise
+
+    return closed  # type: ignore[return-value]
+
+
 class Guard:
     """Spans one step: evaluates closures here and elsewhere, and puts everything back.
 
@@ -112,22 +118,37 @@ class Guard:
         self._buffers = Buffers()
         self._marked: RandomState | None = None
         self._stand_ins: list[tuple[Tensor, Tensor | None]] = []
+        self._outer = Watching.now()
+        self._grads: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in self._tensors if p.is_leaf]
 
     def __enter__(self) -> Guard:
-        installed.__enter__()
         self.entry = RandomState(self._devices)
-        self.copy()  # before any evaluation: the first one may change a parameter and raise
+        _open.guards.append(self)
+        installed.enter(self)
+        if not any(map(is_lazy, self._tensors)):
+            self.copy()  # before any evaluation: the first one may change a parameter and raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            if kind is not None:
-                self.undo()
-            elif self._marked is not None:
-                self.recall()
-        finally:
-            installed.__exit__()
-            torch.clear_autocast_cache()
+        if kind is not None:
+            self.abandon()
+            return
+        if self._marked is not None:
+            self.recall()
+        installed.leave(self)
+        torch.clear_autocast_cache()
+        _open.guards.remove(self)
+
+    def abandon(self) -> None:
+        """Put everything back to before the block, and leave it, also where an interrupt has come in between."""
+        self._outer.restore()
+        self.undo()
+        for p, grad in self._grads:
+            p.grad = grad
+        installed.leave(self)
+        torch.clear_autocast_cache()
+        if self in _open.guards:
+            _open.guards.remove(self)
 
     def random_state(self) -> RandomState:
         """Return the present random state, to replay the next evaluation later."""
@@ -251,12 +272,12 @@ class Guard:
             self._prepare(random)
             return value(closure, self._buffers, stand_ins, with_grad=True)
 
-    def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> _Aside:
+    def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> Aside:
         """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""
         if len(inputs) == len(self._tensors) and all(map(operator.is_, inputs, self._tensors)):
-            return _Aside(self._tensors)
+            return Aside(self._tensors)
         known = {id(p) for p in self._tensors}
-        return _Aside([*self._tensors, *(p for p in inputs if id(p) not in known)])
+        return Aside([*self._tensors, *(p for p in inputs if id(p) not in known)])
 
     def _prepare(self, random: RandomState | None) -> None:
         """Put buffers and random state back for a replay."""
@@ -275,19 +296,3 @@ def _spread(
     """Return a gradient for each input, None for those that were not wanted."""
     known = {id(p): g for p, g in zip(wanted, gradients, strict=True)}
     return [known.get(id(p)) for p in inputs]
-
-
-class _Aside:
-    """Takes gradients away for a while."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self._held = tensors, [p.grad for p in tensors]
-
-    def __enter__(self) -> None:
-        for p, grad in zip(self._tensors, self._held, strict=True):
-            if grad is not None:
-                p.grad = None
-
-    def __exit__(self, *error: object) -> None:
-        for p, grad in zip(self._tensors, self._held, strict=True):
-            p.grad = grad

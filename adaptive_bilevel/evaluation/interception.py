@@ -11,7 +11,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .buffers import Buffers, enter_module, leave_module, watching
 
-__all__ = ["Listener", "Watched", "installed"]
+__all__ = ["Listener", "Watched", "Watching", "installed"]
 
 
 class Listener(Protocol):
@@ -50,23 +50,26 @@ class _Interception:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
+        self._users: set[int] = set()
         self._hooks: list[tuple[dict[int, Any], int, Any]] = []
         self.backward: Callable[..., None] = torch.autograd.backward
 
-    def __enter__(self) -> None:
+    def enter(self, user: object) -> None:
+        """Stand there for a user, from now on."""
         with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._install()
+            self._users.add(id(user))
+            self._install()
 
-    def __exit__(self, *error: object) -> None:
+    def leave(self, user: object) -> None:
+        """Do not stand there for this user any more; calling it twice does no harm, after an interrupt."""
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
+            self._users.discard(id(user))
+            if not self._users:
                 self._remove()
 
     def _install(self) -> None:
+        if torch.autograd.backward is _backward:
+            return
         self.backward = torch.autograd.backward
         torch.autograd.backward = _backward
         if not self._hooks:
@@ -83,7 +86,8 @@ class _Interception:
         _silence_the_warning_about_hooks()
 
     def _remove(self) -> None:
-        torch.autograd.backward = self.backward
+        if torch.autograd.backward is _backward:
+            torch.autograd.backward = self.backward
         for hooks, number, _ in self._hooks:
             hooks.pop(number, None)
 
@@ -98,7 +102,7 @@ def _registered(handle: RemovableHandle) -> list[tuple[dict[int, Any], int, Any]
 
 
 installed = _Interception()
-"""``with installed:`` around everything that evaluates closures; it nests."""
+"""``installed.enter(self)`` before and ``installed.leave(self)`` after everything that evaluates closures."""
 
 
 def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
@@ -138,6 +142,24 @@ def _silence_the_warning_about_hooks() -> None:
         warnings.filterwarnings("ignore", message=_ABOUT_HOOKS, category=UserWarning)
 
 
+class Watching(NamedTuple):
+    """Who listens on this thread, and whether graphs are built."""
+
+    recorder: Listener | None
+    buffers: Buffers | None
+    with_grad: bool
+
+    @staticmethod
+    def now() -> Watching:
+        """Return what is so now."""
+        return Watching(_here.recorder, watching.buffers, torch.is_grad_enabled())
+
+    def restore(self) -> None:
+        """Let it be so again."""
+        _here.recorder, watching.buffers = self.recorder, self.buffers
+        torch.set_grad_enabled(self.with_grad)
+
+
 class Watched:
     """Send this thread's backward and zero_grad calls to a recorder, and its module calls to buffers.
 
@@ -151,14 +173,13 @@ class Watched:
         self._recorder, self._buffers, self._with_grad = recorder, buffers, with_grad
 
     def __enter__(self) -> None:
-        self._outer = _here.recorder, watching.buffers, torch.is_grad_enabled()
+        self._outer = Watching.now()
         _here.recorder, watching.buffers = self._recorder, self._buffers
         torch.set_grad_enabled(self._with_grad)
         if self._buffers is not None:
             self._buffers.depth = 0
 
     def __exit__(self, *error: object) -> None:
-        _here.recorder, watching.buffers, with_grad = self._outer
-        torch.set_grad_enabled(with_grad)
+        self._outer.restore()
         if self._buffers is not None and self._buffers.depth > 0:
             self._buffers.end()

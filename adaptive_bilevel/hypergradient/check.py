@@ -16,9 +16,10 @@ from torch import Tensor
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 from adaptive_bilevel.policies.validation import count, fraction, positive
 
+from ..evaluation.guard import closing
 from ..evaluation.vectors import Vector, rounding
 from .cg import CG
-from .curvature import LowerCurvature, partial_gradients
+from .curvature import LowerCurvature, connected_partials, unconnected
 from .lower_solve import resolve
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded
 from .verdict import CheckReport, DirectionCheck, Measurements, Verdict, diagnose
@@ -31,6 +32,7 @@ __all__ = ["CheckReport", "DirectionCheck", "Verdict", "check"]
 COORDINATES = 6  # up to this many numbers in x, every coordinate is measured and nothing is left to chance
 
 
+@closing
 def check(
     upper_closure: Closure,
     lower_closure: Closure,
@@ -157,30 +159,32 @@ class _Bench:
             return math.nan
         return float(self.guard.value(self._upper_closure, self.guard.entry))
 
-    def parts(self) -> tuple[Tensor, Tensor, float]:
-        """Return f_x, C H^{-1} f_y and ||grad_y g|| at the present point."""
+    def parts(self) -> tuple[Tensor, Tensor, float, str]:
+        """Return f_x, C H^{-1} f_y and ||grad_y g|| at the present point; last, what to say if x is in no loss."""
         entry = self.guard.entry
         upper_loss = evaluate(self.guard, self._upper_closure, "upper_closure", entry)
-        direct, rhs = partial_gradients(upper_loss, self.x, self.y)
+        (direct, rhs), reaches = connected_partials(upper_loss, self.x, self.y)
         lower_loss = evaluate(self.guard, self._lower_closure, "lower_closure", entry)
         curvature = LowerCurvature(lower_loss, self.x, self.y)
         size = sum(tensor.numel() for tensor in self.y)
         solution = CG(max_iterations=max(20, min(1000, 4 * size)), tolerance=1e-10).solve(curvature.hvp, rhs)
-        return _flat(direct), _flat(curvature.cross_vjp(solution.tensors)), float(_flat(curvature.gradient).norm())
+        implicit = _flat(curvature.cross_vjp(solution.tensors))
+        absent = "" if curvature.mixed or reaches else unconnected(reaches)
+        return _flat(direct), implicit, float(_flat(curvature.gradient).norm()), absent
 
 
 def _measure(bench: _Bench, claimed: Tensor, random: int, step: float | None, seed: int) -> Measurements:
     noise = bench.noise()
-    direct, implicit, lower_gradient = bench.parts()
+    direct, implicit, lower_gradient, absent = bench.parts()
     present = _flat(bench.y)
-    measured = Measurements(claimed, noise, direct, implicit, lower_gradient)
+    measured = Measurements(claimed, noise, direct, implicit, lower_gradient, absent)
     unit = max(rounding(bench.x), rounding(bench.y))
-    if noise > 64 * unit or not bool(torch.isfinite(torch.cat([claimed, direct, implicit])).all()):
+    if absent or noise > 64 * unit or not bool(torch.isfinite(torch.cat([claimed, direct, implicit])).all()):
         return measured
     measured.resolved_gradient = bench.solve()
     solution, solved = tuple(tensor.detach().clone() for tensor in bench.y), _flat(bench.y)
     measured.lower_distance = float((solved - present).norm() / max(float(solved.norm()), 1e-300))
-    measured.solved_direct, measured.solved_implicit, _ = bench.parts()
+    measured.solved_direct, measured.solved_implicit, *_ = bench.parts()
     length = (unit ** (1 / 3) * max(1.0, float(bench.origin.norm()))) if step is None else step
     for name, direction in _directions(measured, random, seed):
         near, far = (

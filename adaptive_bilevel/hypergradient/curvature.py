@@ -24,8 +24,9 @@ from torch import Tensor
 from adaptive_bilevel.errors import ClosureError
 
 from ..evaluation.vectors import Vector
+from .second_derivatives import explained
 
-__all__ = ["LowerCurvature", "PartialGradients", "partial_gradients"]
+__all__ = ["LowerCurvature", "PartialGradients", "connected_partials", "partial_gradients", "unconnected"]
 
 
 class PartialGradients(NamedTuple):
@@ -38,6 +39,20 @@ class PartialGradients(NamedTuple):
 
     upper: Vector
     lower: Vector
+
+
+def unconnected(direct: bool) -> str:
+    """Return what is to be said where the lower gradient has no path to x.
+
+    Args:
+        direct: Whether the upper loss has one.
+    """
+    part = "f_x alone" if direct else "zero, since the upper loss does not depend on it either"
+    return (
+        f"the lower loss does not depend on x: its gradient in y has no path to any tensor of upper. The hypergradient "
+        f"is {part}. A loss loses its path where it is computed from a copy of x (detach, clone().data, item, or what "
+        "was computed from x before the closure): compute it inside of the closure, from the very tensors of upper"
+    )
 
 
 def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> PartialGradients:
@@ -56,6 +71,11 @@ def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Ten
     >>> partial_gradients((y * y).sum(), [x], [y])
     PartialGradients(upper=(tensor([0., 0.]),), lower=(tensor([2.]),))
     """
+    return connected_partials(loss, upper, lower)[0]
+
+
+def connected_partials(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> tuple[PartialGradients, bool]:
+    """Return what `partial_gradients` returns, and whether f depends on any tensor of x."""
     wanted = [*upper, *lower]
     gradients = gradients_of([loss], wanted, None, name="upper_closure")
     if all(gradient is None for gradient in gradients):
@@ -64,7 +84,8 @@ def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Ten
             "compute it from the very tensors that are passed, not from copies of them."
         )
     both = filled(gradients, wanted)
-    return PartialGradients(both[: len(upper)], both[len(upper) :])
+    direct = any(gradient is not None for gradient in gradients[: len(upper)])
+    return PartialGradients(both[: len(upper)], both[len(upper) :]), direct
 
 
 @final
@@ -87,9 +108,11 @@ class LowerCurvature:
             announced by ``moves``.
         hvps: Number of products with H so far.
         jvps: Number of products with C or C^T so far.
+        mixed: Whether a product with C or C^T has found a path from ``grad_y g`` to x; True before there was one.
 
     Raises:
         ClosureError: ``loss`` depends on no tensor of ``lower``, or its graph is gone already.
+        SolverError: ``loss`` cannot be differentiated twice; also raised by products.
 
     >>> import torch
     >>> x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([1.0, 3.0], requires_grad=True)
@@ -107,29 +130,31 @@ class LowerCurvature:
         self._slopes = slopes[first:]
         if all(slope is None for slope in self._slopes):
             raise ClosureError(
-                "lower_closure returned a loss that depends on no tensor of lower: "
-                "compute it from the very tensors that are passed, not from copies of them."
+                "lower_closure returned a loss that depends on no tensor of lower: compute it from the very tensors "
+                "that are passed, not from copies of them. If the inner model was made anew, call bind(the new lower "
+                "optimizer) on the upper optimizer."
             )
         self._upper_slopes: tuple[Tensor | None, ...] | None = slopes[:first] if moves else None
         self.gradient: Vector = tuple(slope.detach() for slope in filled(self._slopes, self._lower))
         self.gradients = 1
         self.hvps = 0
         self.jvps = 0
+        self.mixed = True
 
     def hvp(self, vector: Sequence[Tensor]) -> Vector:
         """Return ``H v``, shaped like ``lower``, for ``vector`` v shaped like ``lower``."""
         self.hvps += 1
-        return _pull_back(self._slopes, self._lower, vector)
+        return filled(_pull_back(self._slopes, self._lower, vector), self._lower)
 
     def cross_vjp(self, vector: Sequence[Tensor]) -> Vector:
         """Return ``C v = grad_x <grad_y g, v>``, shaped like ``upper``, for ``vector`` v shaped like ``lower``."""
         self.jvps += 1
-        return _pull_back(self._slopes, self._upper, vector)
+        return self._crossed(_pull_back(self._slopes, self._upper, vector), self._upper)
 
     def cross_jvp(self, direction: Sequence[Tensor]) -> Vector:
         """Return ``C^T d = grad_y <grad_x g, d>``, shaped like ``lower``, for ``direction`` d shaped like ``upper``."""
         self.jvps += 1
-        return _pull_back(self._slopes_in_upper(), self._lower, direction)
+        return self._crossed(_pull_back(self._slopes_in_upper(), self._lower, direction), self._lower)
 
     def forget_loss(self) -> None:
         """Drop the loss and ``grad_x g``, so that memory holds only what products with H and C need.
@@ -143,13 +168,21 @@ class LowerCurvature:
         self.hvps += 1
         self.jvps += 1
         both = _pull_back(self._slopes, (*self._upper, *self._lower), vector)
-        return both[: len(self._upper)], both[len(self._upper) :]
+        first = len(self._upper)
+        return self._crossed(both[:first], self._upper), filled(both[first:], self._lower)
 
     def push_forward(self, direction: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
         """Return ``C^T d + H v`` with one backward: how ``grad_y g`` answers to a move of (x, y) by (d, v)."""
         self.hvps += 1
         self.jvps += 1
-        return _pull_back((*self._slopes_in_upper(), *self._slopes), self._lower, (*direction, *vector))
+        slopes = (*self._slopes_in_upper(), *self._slopes)
+        self.mixed = any(slope is not None and slope.requires_grad for slope in self._slopes_in_upper())
+        return filled(_pull_back(slopes, self._lower, (*direction, *vector)), self._lower)
+
+    def _crossed(self, found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+        """Return a product with C or C^T, and take note whether there was a path."""
+        self.mixed = any(part is not None for part in found)
+        return filled(found, like)
 
     def _slopes_in_upper(self) -> tuple[Tensor | None, ...]:
         if self._upper_slopes is None:
@@ -159,12 +192,14 @@ class LowerCurvature:
         return self._upper_slopes
 
 
-def _pull_back(slopes: Sequence[Tensor | None], inputs: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
+def _pull_back(
+    slopes: Sequence[Tensor | None], inputs: Sequence[Tensor], vector: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
     """Return the gradient of <slopes, vector> for ``inputs``, keeping the graph for the next product."""
     pairs = [(s, v) for s, v in zip(slopes, vector, strict=True) if s is not None and s.requires_grad]
     if not pairs:  # the loss is linear in what it was differentiated for
-        return filled([None] * len(inputs), inputs)
-    return filled(gradients_of([s for s, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True), inputs)
+        return (None,) * len(inputs)
+    return gradients_of([s for s, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True)
 
 
 def gradients_of(
@@ -187,6 +222,8 @@ def gradients_of(
             )
         )
     except RuntimeError as error:
+        if (missing := explained(error, name)) is not None:
+            raise missing from error
         if "second time" not in str(error):
             raise
         raise ClosureError(

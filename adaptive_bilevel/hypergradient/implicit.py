@@ -7,12 +7,14 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from adaptive_bilevel.errors import HypergradientError
+from adaptive_bilevel.errors import HypergradientError, warn
 
+from ..evaluation.guard import closing
 from ..evaluation.vectors import Vector, add
-from .curvature import LowerCurvature, partial_gradients
+from .curvature import LowerCurvature, connected_partials, unconnected
 from .lanczos import Lanczos
 from .last_solution import recall, remember
+from .second_derivatives import verify
 from .shared_basis import solve
 from .solution import LinearSolver, Solution, report
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
@@ -82,7 +84,9 @@ def implicit(
     eq. (2) of Fan et al. (2023), arXiv 2305.18666, prints plus.
 
     Each closure is called exactly once, so that dropout draws one mask per loss and BatchNorm counts one batch; with
-    ``Neumann(random=True)`` the lower one is called once more per product, and may draw a new batch each time. No
+    ``Neumann(random=True)`` the lower one is called once more per product, and may draw a new batch each time. (And the
+    first time for some lower tensors, where the lower loss holds a custom ``autograd.Function``, four times more, which
+    leave no trace: its second derivatives are compared with differences.) No
     ``.grad`` is touched, and no random number is drawn beyond what the closures and a random solver draw. Nothing is
     raised on losses or gradients that are not finite: the result then is not finite either, for the optimizer to see.
 
@@ -105,11 +109,14 @@ def implicit(
         ClosureError: A closure is not callable, returned no attached real scalar, or its loss depends on none of the
             tensors. As after any exception, buffers and random state are what they were before the call.
         TensorError: A level is empty or frozen, holds a sparse, complex or integer tensor, or a tensor occurs twice.
+        SolverError: The lower loss holds an operation without second derivatives (fused attention, say).
 
     Warns:
         AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative or vanishing curvature:
             H is indefinite or singular here. The default, `Lanczos`, holds there. Or the lower loss has no curvature in
-            y along ``grad_y f``, so that h is its direct part; or a product with H is not finite.
+            y along ``grad_y f``, so that h is its direct part; or a product with H is not finite. Or the lower gradient
+            has no path to x (mostly it was computed from a copy of x), so that the hypergradient is f_x alone. Or the
+            second derivatives of a custom ``autograd.Function`` are wrong.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -143,6 +150,7 @@ def implicit_with_info(
     return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial)
 
 
+@closing
 def _differentiate(
     upper_closure: Closure, lower_closure: Closure, upper: Tree, lower: Tree, solver: LinearSolver, initial: Tree | None
 ) -> tuple[Tree, ImplicitInfo]:
@@ -156,13 +164,13 @@ def _differentiate(
     check_callable(lower_closure, "lower_closure")
     with guarded((*x, *y)) as guard:
         upper_loss = evaluate(guard, upper_closure, "upper_closure")
-        direct, rhs = partial_gradients(upper_loss, x, y)
-        gradients = 0
+        (direct, rhs), reaches = connected_partials(upper_loss, x, y)
+        gradients, graph = 0, upper_loss
 
         def sample() -> tuple[Tensor, LowerCurvature]:
-            nonlocal gradients
+            nonlocal gradients, graph
             loss = evaluate(guard, lower_closure, "lower_closure")
-            gradients += 1
+            gradients, graph = gradients + 1, loss
             curvature = LowerCurvature(loss, x, y)
             curvature.forget_loss()
             return loss.detach(), curvature
@@ -175,6 +183,11 @@ def _differentiate(
             lower_loss, curvature = sample()
             solution = solve(solver, curvature.hvp, rhs, y, lower_loss, start, random)
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
+        guard.mark()
+        if not solver.resamples:
+            verify(guard, lower_closure, graph, x, y)
+    if not curvature.mixed:
+        warn(f"implicit: {unconnected(reaches)}.")
     if solver.warm_start:
         remember(y, solution.tensors)
     report(solver, solution, h)

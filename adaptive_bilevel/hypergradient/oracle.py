@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import ClosureError
+from adaptive_bilevel.errors import ClosureError, warn
 from adaptive_bilevel.evaluation.counts import Evaluations
 from adaptive_bilevel.evaluation.guard import RandomState
 
 from ..evaluation.vectors import Vector
-from .curvature import LowerCurvature, PartialGradients, filled, gradients_of, partial_gradients
+from .curvature import LowerCurvature, PartialGradients, connected_partials, filled, gradients_of, unconnected
 from .memo import Memo
 from .sample import Batch, Sample
 
 __all__ = ["Loss", "LowerGradients", "Oracle"]
+
+T = TypeVar("T")
 
 Loss: TypeAlias = Callable[[Vector, Vector, Batch], Tensor]
 
@@ -68,6 +70,8 @@ class Oracle:
         self._upper: Memo[tuple[Tensor, PartialGradients]] = Memo()
         self._lower: dict[str, Memo[LowerGradients]] = {of: Memo() for of in ("y", "x", "xy")}
         self._products: Memo[tuple[Tensor, LowerCurvature]] = Memo()
+        self._direct: bool | None = None  # whether f depends on x; None: not known yet
+        self._told = False
 
     def forget(self) -> None:
         """Drop what is kept of the last points (a graph among it)."""
@@ -100,7 +104,8 @@ class Oracle:
         self.evaluations.upper.gradients += 1
         inner, outer = _leaves(x), _leaves(y)
         loss = self._attached("upper_loss", inner, outer, sample.upper, sample.seed)
-        return self._upper.keep(x, y, sample, (loss.detach(), partial_gradients(loss, inner, outer)))
+        partials, self._direct = connected_partials(loss, inner, outer)
+        return self._upper.keep(x, y, sample, (loss.detach(), partials))
 
     def lower_gradients(self, x: Vector, y: Vector, sample: Sample, of: str = "y") -> LowerGradients:
         """Return g(x, y) and its gradient in y, in x, or in both (``of`` "y", "x" or "xy"): one gradient call."""
@@ -121,8 +126,9 @@ class Oracle:
         upper, lower = _leaves(x), _leaves(y)  # both, so that a g without x has a graph, and zeros for its gradient
         loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
         wanted = [*(upper if "x" in of else ()), *(lower if "y" in of else ())]
-        gradients = filled(gradients_of([loss], wanted, None, name="lower_loss"), wanted)
-        first = len(upper) if "x" in of else 0
+        found = gradients_of([loss], wanted, None, name="lower_loss")
+        gradients, first = filled(found, wanted), len(upper) if "x" in of else 0
+        self._look(not first or any(part is not None for part in found[:first]))
         return LowerGradients(loss.detach(), gradients[:first], gradients[first:])
 
     # ------------------------------------------------------------------------------------------ products
@@ -135,18 +141,21 @@ class Oracle:
     def cross_vjp(self, x: Vector, y: Vector, sample: Sample, vector: Sequence[Tensor]) -> Vector:
         """Return C v, C = grad^2_xy g, for v like y."""
         self.evaluations.lower.jvps += 1
-        return self._curvature(x, y, sample).cross_vjp(vector)
+        curvature = self._curvature(x, y, sample)
+        return self._looked_at(curvature, curvature.cross_vjp(vector))
 
     def cross_jvp(self, x: Vector, y: Vector, sample: Sample, direction: Sequence[Tensor]) -> Vector:
         """Return C^T d, for d like x."""
         self.evaluations.lower.jvps += 1
-        return self._curvature(x, y, sample).cross_jvp(direction)
+        curvature = self._curvature(x, y, sample)
+        return self._looked_at(curvature, curvature.cross_jvp(direction))
 
     def pull_back(self, x: Vector, y: Vector, sample: Sample, vector: Sequence[Tensor]) -> tuple[Vector, Vector]:
         """Return (C v, H v) at once; counts as one JVP and one HVP."""
         self.evaluations.lower.hvps += 1
         self.evaluations.lower.jvps += 1
-        return self._curvature(x, y, sample).pull_back(vector)
+        curvature = self._curvature(x, y, sample)
+        return self._looked_at(curvature, curvature.pull_back(vector))
 
     def push_forward(
         self, x: Vector, y: Vector, sample: Sample, direction: Sequence[Tensor], vector: Sequence[Tensor]
@@ -154,7 +163,18 @@ class Oracle:
         """Return C^T d + H v at once; counts as one JVP and one HVP."""
         self.evaluations.lower.hvps += 1
         self.evaluations.lower.jvps += 1
-        return self._curvature(x, y, sample).push_forward(direction, vector)
+        curvature = self._curvature(x, y, sample)
+        return self._looked_at(curvature, curvature.push_forward(direction, vector))
+
+    def _looked_at(self, curvature: LowerCurvature, product: T) -> T:
+        self._look(curvature.mixed)
+        return product
+
+    def _look(self, connected: bool) -> None:
+        """Say, once, that x is in no loss, where that is so."""
+        if not connected and self._direct is False and not self._told:
+            self._told = True
+            warn(f"{unconnected(False)}.")
 
     def _curvature(self, x: Vector, y: Vector, sample: Sample) -> LowerCurvature:
         known = self._products.recall(x, y, sample)

@@ -28,6 +28,7 @@ class Verdict(IntEnum):
         noisy: The closures are not deterministic, nothing can be said.
         inconclusive: The finite differences do not agree with each other, nothing can be said.
         non_finite: The gradient or a loss is not finite.
+        unconnected: Neither loss connects x with y, so there is nothing to compare.
     """
 
     right = 0
@@ -41,6 +42,7 @@ class Verdict(IntEnum):
     noisy = 8
     inconclusive = 9
     non_finite = 10
+    unconnected = 11
 
 
 class DirectionCheck(NamedTuple):
@@ -104,7 +106,8 @@ class CheckReport:
 class Measurements:
     """What was measured: at the present y, at the re-solved one, and along directions.
 
-    Vectors of x are flat. ``direct`` is f_x and ``implicit`` is C H^{-1} f_y.
+    Vectors of x are flat. ``direct`` is f_x and ``implicit`` is C H^{-1} f_y. ``unconnected`` is what to say where x is
+    in no loss; else it is empty.
     """
 
     claimed: Tensor
@@ -112,6 +115,7 @@ class Measurements:
     direct: Tensor
     implicit: Tensor
     lower_gradient: float
+    unconnected: str = ""
     resolved_gradient: float = math.nan
     lower_distance: float = math.nan
     solved_direct: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -130,6 +134,13 @@ def diagnose(m: Measurements, tolerance: float) -> CheckReport:
     if not bool(torch.isfinite(torch.cat([m.claimed, m.direct, m.implicit])).all()):
         return CheckReport(
             False, Verdict.non_finite, "The gradient or a loss is not finite here.", lower_gradient=m.lower_gradient
+        )
+    if m.unconnected:
+        return CheckReport(
+            False,
+            Verdict.unconnected,
+            f"{m.unconnected[0].upper()}{m.unconnected[1:]}.",
+            lower_gradient=m.lower_gradient,
         )
     if not m.checks:
         return CheckReport(

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, warn
 from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
 from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
-from ..policies import SLS, AutoSLS, Outcome, Record, State, validation
+from ..policies import SLS, AutoSLS, Record, validation
 from ..policies.scalars import Scalar
+from .conclusion import ConcludingOptimizer
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain, Proposed
-from .groups import PolicyOptimizer
 from .options import merged
 from .state import RoleState, read_states, write_states
 from .warm_start import WarmStart
@@ -32,13 +31,6 @@ __all__ = ["AdaptiveOptimizer", "Host"]
 _PLAIN = Plain()
 _PLAIN_PROPOSED = Proposed(Descent(list), _PLAIN, RoleState())
 
-_WARNED = {
-    Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
-    "returns, or the loss is at its rounding floor.",
-    Outcome.below_lower_bound: "Give lower_bound= a number that the loss never falls below.",
-    Outcome.no_descent: "The direction does not descend on the searched function; see optimizer.record.",
-}
-
 
 class Host(Protocol):
     """Who steps an optimizer without a closure: a framework that has evaluated the loss itself."""
@@ -48,7 +40,7 @@ class Host(Protocol):
         ...
 
 
-class AdaptiveOptimizer(PolicyOptimizer):
+class AdaptiveOptimizer(ConcludingOptimizer):
     """A policy as a `torch.optim.Optimizer`; the concrete rules derive from it.
 
     `param_groups[i]["lr"]` is the bound (or first trial) of the rule; left out, it is 1 and scales the one that the
@@ -74,11 +66,7 @@ class AdaptiveOptimizer(PolicyOptimizer):
 
     def _prepare(self) -> None:
         super()._prepare()
-        self._warned: dict[int, int] = {}
-        self._skips: Scalar = 0
-        self._looks = 0
         self._warm_start = WarmStart()
-        self.record: Record | None = None
         self.evaluations = Evaluations()
         self.sample: Replay | None = None
         self.host: Host | None = self.unbound  # a copy is the optimizer of no host yet
@@ -221,6 +209,9 @@ class AdaptiveOptimizer(PolicyOptimizer):
         """
         self._warm_start.offer(self.state, self._parameters(), points)
 
+    def displaced(self) -> None:
+        """Take note that a level above, or a host, has moved the parameters."""
+
     def _drop_offer(self) -> None:
         self._warm_start.drop(self.state, self._parameters())
 
@@ -243,45 +234,6 @@ class AdaptiveOptimizer(PolicyOptimizer):
         """
         left = self._schedule()[1] if self._unbounded else 1.0
         return found if left == 1.0 else found._replace(step_size=found.step_size * left)
-
-    def _conclude(self, record: Record, state: State) -> None:
-        """Keep the record, tell what should be told, and count what may not go on."""
-        self.record = record
-        on_device = isinstance(record.step_size, Tensor)
-        scale = state.found if self.param_groups[0]["automatic"] else 1.0
-        for group, factor in zip(self.param_groups, self._factors(), strict=True):
-            if on_device:
-                moved = record.step_size > 0
-                group["scale"] = torch.where(moved, scale, group["scale"])
-                group["step_size"] = torch.where(moved, record.step_size * factor, group["step_size"])
-            elif record.step_size > 0.0:
-                group["scale"] = scale
-                group["step_size"] = record.step_size * factor
-        if on_device:
-            # Looked at rarely, since looking waits for the device.
-            self._skips = torch.where(record.outcome == int(Outcome.non_finite), self._skips + 1, 0)
-            self._looks += 1
-            if self._looks % self.conduct.max_skips == 0:
-                self._refuse_skips(int(self._skips))
-            return
-        outcome = record.outcome
-        self._skips = self._skips + 1 if outcome == Outcome.non_finite else 0
-        if outcome in _WARNED:
-            self._warn(outcome, f"{Outcome(outcome).sentence}. {_WARNED[outcome]}")
-        self._refuse_skips(self._skips)
-
-    def _refuse_skips(self, skips: int) -> None:
-        if skips >= self.conduct.max_skips:
-            raise NonFiniteError(
-                f"{type(self).__name__}: {skips} steps in a row met a loss or gradient that is not finite; nothing "
-                f"has moved since. Look at the data and the loss, or raise max_skips={self.conduct.max_skips}"
-            )
-
-    def _warn(self, key: int, message: str) -> None:
-        """Warn at the 1st, 10th, 100th, ... time."""
-        times = self._warned[key] = self._warned.get(key, 0) + 1
-        if times in (1, 10, 100, 1000) or times % 10000 == 0:
-            warn(f"{type(self).__name__} (time {times}): {message}")
 
     def __repr__(self) -> str:
         """Return the options and the last step."""

@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from ..evaluation.guard import closing
+
 __all__ = ["Hooked"]
 
 _GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
@@ -26,6 +28,7 @@ class Hooked(torch.optim.Optimizer):
 
         A record for profilers costs a fifth of an evaluation of a small model, whether or not one reads it.
         """
+        func = closing(func)
         observed = torch.optim.Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)

@@ -86,7 +86,7 @@ class LineSearch(AveragedSearch):
                 directions = descent.precondition(searched_gradient)
             value, slope = on_host_with_inner(searched_loss, searched_gradient, directions, gradient.factors)
 
-            away, attempts = False, Attempts()
+            away, attempts, moved_back = False, Attempts(), False
 
             def trial(step: float) -> float:
                 nonlocal away
@@ -103,9 +103,13 @@ class LineSearch(AveragedSearch):
             else:
                 guard.copy()
                 rounding = resolution(searched_loss)
-                sample = Context(value, slope, trial, lower_bound, None, bound, scale, rounding=rounding)
-                record, state = self.policy.propose(self._reached(), sample)
+                before = self._reached()
+                trials = self._doubts.watch(trial, value, slope, rounding, gradient.tensors, directions)
+                sample = Context(value, slope, trials, lower_bound, None, bound, scale, rounding=rounding)
+                record, state = self.policy.propose(before, sample)
                 attempts.conclude(record.moved)
+                record, state = trials.conclude(record, state, before, lambda: trial(0.0))
+                moved_back = trials.looked
             if not record.moved:
                 guard.put_back()
                 self._stay(params)
@@ -115,7 +119,8 @@ class LineSearch(AveragedSearch):
                     self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
                 found, record = record, self._scheduled(record)
-                if record.trials == 0 or descent.step is not None or step_closure is not None or record is not found:
+                there = record.trials > 0 and not moved_back and record is found
+                if not there or descent.step is not None or step_closure is not None:
                     guard.put_back()
                     stepped = directions if step_closure is None else gradient.values
                     stepped = stepped if descent.step is None else descent.step
@@ -127,7 +132,7 @@ class LineSearch(AveragedSearch):
             if record.outcome != Outcome.non_finite:
                 self._drop_offer()
         self.sample = Replay(searched, random, record.step_size)
-        self._conclude(record, state)
+        self._conclude(record, state, loss)
         return loss
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:

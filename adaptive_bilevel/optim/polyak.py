@@ -101,7 +101,7 @@ class Polyak(PolyakOptimizer):
             self.sample = Replay(evaluated, guard.entry, record.step_size)
         elif self.sample is not None:
             self.sample = self.sample._replace(step_size=record.step_size)
-        self._conclude(record, state)
+        self._conclude(record, state, loss)
         return loss
 
 

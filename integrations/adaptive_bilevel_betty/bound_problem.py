@@ -37,7 +37,10 @@ class BoundProblem:
     Attributes:
         callback: The problem's param_callback.
         solution: The last solution of "adaptive_cg", where the next one starts.
+        constraint: How a constraint of the problem's parameters is given, for messages.
     """
+
+    constraint = "give the problem a param_callback that does it"
 
     def __init__(self, log: EvaluationLog, solver: Callable[[], LinearSolver], rolled_back: bool) -> None:
         self.log = log
@@ -88,6 +91,8 @@ class BoundProblem:
         The loss is evaluated again for trials only, and where an upper step needs its partial gradients.
         """
         before = self.log.snapshot()
+        if self.rolled_back:
+            optimizer.displaced()
         try:
             if isinstance(optimizer, UpperPolyak):
                 loss = optimizer.advance(loss=self.log.loss)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.errors import OptionError, warn
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
-from adaptive_bilevel.hypergradient.curvature import LowerCurvature
+from adaptive_bilevel.hypergradient.curvature import LowerCurvature, unconnected
 from adaptive_bilevel.hypergradient.shared_basis import solve
 from adaptive_bilevel.hypergradient.solution import report
 
@@ -60,6 +60,8 @@ def adaptive_cg(
             change = torch._foreach_neg(list(curvature.cross_vjp(solution.tensors)))
     finally:
         before.restore()
+    if not curvature.mixed:
+        warn(f"problem {curr.name!r} below {prev.name!r}: {unconnected(True)}.")
     report(solver, solution, change)
     if solver.warm_start:
         lower_problem.solution = solution.tensors

@@ -72,6 +72,8 @@ class LowerProblems:
         for below, _ in self._below:
             if below.callback.projects:
                 below.callback.project(variable(below.problem))
+            if isinstance(below.problem.optimizer, AdaptiveOptimizer):
+                below.problem.optimizer.displaced()
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
         """Move what belongs to optimizers that can go back, and offer them the point before.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.errors import OptionError, warn
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient import LinearSolver
-from adaptive_bilevel.hypergradient.curvature import LowerCurvature
+from adaptive_bilevel.hypergradient.curvature import LowerCurvature, unconnected
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
 
 from .optimality import refuse_asymmetric
@@ -67,12 +67,15 @@ def look(
                 refuse_asymmetric(problem.closure, problem.tensors)
         refuse_unregistered(upper, registered, total)
         series = [s for s in declared if isinstance(s.solver if isinstance(s, Ridge) else s, SafeNeumann)]
-        if series:
-            with torch.enable_grad():
-                loss = total()
-                if loss.requires_grad:
-                    curvature = LowerCurvature(loss, upper, lower)
-                    series[0].solve(curvature.hvp, tuple(torch.ones_like(p) for p in lower))
+        with torch.enable_grad():
+            loss, ones = total(), tuple(torch.ones_like(p) for p in lower)
+            if loss.requires_grad:
+                curvature = LowerCurvature(loss, upper, lower)
+                curvature.cross_vjp(ones)
+                if not curvature.mixed:
+                    warn(f"UpperStep: {unconnected(True)}.")
+                if series:
+                    series[0].solve(curvature.hvp, ones)
         guard.undo()
 
 

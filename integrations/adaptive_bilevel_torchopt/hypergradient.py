@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_bilevel.errors import ClosureError, HypergradientError
+from adaptive_bilevel.errors import ClosureError, HypergradientError, SolverError
+from adaptive_bilevel.hypergradient import second_derivatives
 
 from ._host import Node
 
@@ -200,9 +201,11 @@ def computed_before() -> ClosureError:
     )
 
 
-def explained(error: RuntimeError) -> ClosureError | None:
-    """Return the error for a graph that is gone, if this is autograd's: it was one from before the step."""
-    return computed_before() if "through the graph a second time" in str(error) else None
+def explained(error: RuntimeError) -> ClosureError | SolverError | None:
+    """Return the error in the place of one of autograd's: the graph is one from before the step, or cannot be used."""
+    if "through the graph a second time" in str(error):
+        return computed_before()
+    return second_derivatives.explained(error, "UpperStep, through solve()")
 
 
 def _raised_in_torchopt(error: BaseException) -> bool:

@@ -1,0 +1,236 @@
+"""`diagnose`: what limits a run, in sentences, from what an optimizer remembers of its last steps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import OptionError
+from ..hypergradient.solution import HessianReport, SolverStatus
+from ..optim.base import AdaptiveOptimizer
+from ..optim.conclusion import Past
+from ..policies import Outcome
+from ..policies.scalars import resolution
+from .lower import LowerLevel
+from .upper import UpperOptimizer
+
+__all__ = ["diagnose"]
+
+_SOME, _MOST = 0.1, 0.5
+"""Parts of the last steps that are worth a sentence: of what should not be, and of what may be."""
+
+_OUTCOMES = {
+    Outcome.search_failed: (
+        "searches failed in {of}: no step gave sufficient decrease, and nothing moved. Compare the gradient with the "
+        "loss (of an upper level by hypergradient.check), or, near a solution, use float64"
+    ),
+    Outcome.no_descent: (
+        "the direction did not descend in {of}, and nothing moved. The hypergradient and the response disagree: use "
+        "one sample and one solver for both, and take more lower steps"
+    ),
+    Outcome.zero_gradient: (
+        "the gradient was zero in {of}, and nothing moved. That is a solution, or the loss does not depend on the "
+        "parameters: compute it from the very tensors, not from copies"
+    ),
+    Outcome.non_finite: (
+        "loss or gradient was not finite in {of}, and nothing moved. Look at the data and the loss at the present point"
+    ),
+    Outcome.below_lower_bound: (
+        "the loss was at or below lower_bound in {of}. Give lower_bound= a number that it never falls below"
+    ),
+}
+
+_STATUS = {
+    SolverStatus.negative_curvature: "negative curvature",
+    SolverStatus.indefinite: "negative curvature",
+    SolverStatus.singular: "a singular Hessian",
+    SolverStatus.flat: "no curvature at all",
+    SolverStatus.diverging: "a series that grows",
+    SolverStatus.asymmetric: "products of no symmetric matrix",
+    SolverStatus.iteration_limit: "its iteration limit",
+    SolverStatus.non_finite: "numbers that are not finite",
+}
+
+_REMEDIES = {
+    "negative curvature": "leave solver= out (Lanczos holds there), solve the lower level further, or regularize it",
+    "a singular Hessian": "leave solver= out (Lanczos holds there), or regularize the lower loss",
+    "no curvature at all": "the lower loss is linear in y and has no minimizer: look at it",
+    "a series that grows": "give Neumann a smaller scale=, or leave solver= out for Lanczos",
+    "products of no symmetric matrix": "let the lower closure use one batch and one dropout mask in each evaluation",
+    "its iteration limit": "raise max_iterations=, or scale the lower variables alike",
+    "numbers that are not finite": "look at the lower loss at the present point",
+}
+
+
+def diagnose(optimizer: Any) -> list[str]:
+    """Return sentences on what limits a run, each with a remedy, from the last 50 steps; an empty list if nothing does.
+
+    Counted are failed searches and other steps that moved nothing, steps at their bound, many trials, solves that met
+    negative curvature or a singular Hessian, slopes that disagree with the hypergradient, losses that rise from step
+    to step, closures that change at the same point, steps below rounding, and, of an upper optimizer, the same of its
+    lower optimizers and whether they are far from their solution. On an accelerator, this waits for the device; no
+    loss is evaluated. What is remembered is not in ``state_dict``.
+
+    Args:
+        optimizer: An optimizer of this package, or an object whose ``optimizer`` is one (an `UpperStep` of TorchOpt, a
+            problem of Betty).
+
+    Raises:
+        OptionError: It is something else.
+
+    >>> import torch
+    >>> from adaptive_bilevel import SLS, diagnose
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> optimizer = SLS([x])
+    >>> diagnose(optimizer)
+    ['SLS has taken no step yet: call step(closure) first']
+    >>> _ = optimizer.step(lambda: (x**2).sum())
+    >>> diagnose(optimizer)
+    []
+    """
+    held = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(held, AdaptiveOptimizer):
+        raise OptionError(
+            f"diagnose({type(optimizer).__name__}): pass an optimizer of adaptive_bilevel, e.g. diagnose(outer)"
+        )
+    name, past = type(held).__name__, list(held.history)
+    if not past:
+        return [f"{name} has taken no step yet: call step(closure) first"]
+    found = [f"{name}: {text}" for part in _PARTS for text in part(held, past)]
+    if isinstance(held, UpperOptimizer) and isinstance(held.lower, LowerLevel):
+        for lower in held.lower.optimizers:
+            if isinstance(lower, AdaptiveOptimizer) and lower.history:
+                found += _behind(lower, list(lower.history))
+                found += [f"lower level: {text}" for text in diagnose(lower)]
+    return found
+
+
+def _of(count: int, past: Sequence[Any], what: str = "steps") -> str:
+    return f"{count} of the last {len(past)} {what}"
+
+
+def _closures(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    doubts, found = optimizer.doubts, []
+    if doubts.changes:
+        found.append("the closure changes from call to call at the same point: draw its batch outside of it")
+    if doubts.stays:
+        found.append("the closure's loss does not follow the parameters: compute it inside of the closure")
+    return found
+
+
+def _outcomes(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    outcomes = [int(step.record.outcome) for step in past]
+    counts = {outcome: outcomes.count(outcome) for outcome in _OUTCOMES}
+    return [_OUTCOMES[o].format(of=_of(n, past)) for o, n in counts.items() if n > _SOME * len(past)]
+
+
+def _bounds(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    if float(optimizer.param_groups[0]["lr"]) == 0.0:
+        return ["lr is 0, so nothing moves: look at the scheduler"]
+    if not hasattr(optimizer.policy, "bound"):
+        return []
+    count = sum(int(s.record.outcome) == Outcome.at_bound for s in past)
+    if count <= _MOST * len(past):
+        return []
+    return [
+        f"the step was the bound in {_of(count, past)}: raise lr=, or let it decay more slowly (decay=) for longer ones"
+    ]
+
+
+def _trials(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    trials = [step.record.trials for step in past if step.record.trials]
+    if len(trials) < 3 or statistics.fmean(trials) < 6.0:
+        return []
+    return [
+        f"searches took {statistics.fmean(trials):.1f} trials on average: samples ask for very different steps, so "
+        "take larger batches, or a smaller grow="
+    ]
+
+
+def _solves(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
+    met = [_STATUS[report.status] for report in reports if report.status in _STATUS]
+    return [
+        f"the solver met {what} in {_of(met.count(what), reports, 'solves')}: {_REMEDIES[what]}"
+        for what in dict.fromkeys(met)
+        if met.count(what) > _SOME * len(reports)
+    ]
+
+
+def _slopes(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    ratios = [r for step in past if math.isfinite(r := float(step.record.slope_ratio))]
+    far = [r for r in ratios if not 0.5 <= r <= 2.0]
+    if len(far) <= _MOST * len(ratios):
+        return []
+    return [
+        "the searched function's slope was far from what the hypergradient promises in "
+        f"{_of(len(far), ratios)} (median ratio {statistics.median(ratios):.3g}): check the hypergradient with "
+        "hypergradient.check, and give the optimizer the solver that it uses"
+    ]
+
+
+def _noise(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    losses = [float(step.loss) for step in past]
+    pairs = [(a, b) for a, b in itertools.pairwise(losses) if math.isfinite(a) and math.isfinite(b)]
+    rises = [b - a for a, b in pairs if b > a + 64.0 * resolution(a) * abs(a)]
+    if len(pairs) < 10 or len(rises) <= 0.3 * len(pairs):
+        return []
+    return [
+        f"the loss rose from one step to the next in {_of(len(rises), pairs)}, though each step lowered its own "
+        "sample: samples disagree. Take larger batches, or a rule whose bound decays (AutoSLS, SLSB, SPSB; BiSPS)"
+    ]
+
+
+def _still(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    last = list(past)[-10:]
+    tiny = sum(_hidden(step) for step in last)
+    said = (
+        []
+        if tiny < max(3, len(last) // 2 + 1)
+        else [
+            f"the steps promised less than the rounding of the loss in {_of(tiny, last)}: this is a solution, or "
+            "float64 is needed to see further"
+        ]
+    )
+    shared = optimizer.state.get("diagnosis", {})  # type: ignore[call-overload]
+    if shared.get("still", 0) >= 3:
+        said.append(
+            f"the upper variable stands still: it moved by less than 1e-6 of its size in the last {shared['still']} "
+            "searches, although the hypergradient promises more. What else is said here names the cause; if nothing "
+            "is, scale the upper variables alike"
+        )
+    return said
+
+
+def _hidden(step: Past) -> bool:
+    """Return whether what the step last tried promises is lost in the rounding of the loss."""
+    loss, slope = abs(float(step.loss)), float(step.record.slope)
+    length = max(float(step.record.step_size), float(step.record.proposed))
+    return slope > 0.0 and 0.0 < length * slope <= resolution(step.loss) * loss
+
+
+def _behind(lower: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    """Return whether a lower optimizer is still far from its solution: its last step promised much."""
+    last = past[-1]
+    promised, loss = float(last.record.step_size) * float(last.record.slope), abs(float(last.loss))
+    if not (loss > 0.0 and math.isfinite(promised) and promised > 0.1 * loss):
+        return []
+    return [
+        f"the lower level is behind: the last step of {type(lower).__name__} still promised to lower its loss by "
+        f"{promised / loss:.0%}. Take more lower steps for each upper one"
+    ]
+
+
+_PARTS: Sequence[Callable[[AdaptiveOptimizer, Sequence[Past]], list[str]]] = (
+    _closures,
+    _outcomes,
+    _bounds,
+    _still,
+    _solves,
+    _slopes,
+    _trials,
+    _noise,
+)
