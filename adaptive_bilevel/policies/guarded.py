@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .bounded import without_increase
 from .context import Context
 from .distance import estimate, take
 from .margin import compared, promised
@@ -28,9 +29,10 @@ class GuardedSLS(SLS):
         gamma_k <= sqrt(max{D^2, S} / (G (k + 1))),    S = sum of gamma_j^2 n_j,
 
     D the distance to the solution and G the mean of the n_j as `SLSB` estimates them
-    (`adaptive_bilevel.policies.distance`; D is gamma_0 sqrt(n_0) at first). D alone lags where the best steps become
-    longer, as they do where x saturates; S keeps the bound at the root mean square of the steps so far. It takes no
-    evaluation, and no number. Options as in `SLS`.
+    (`adaptive_bilevel.policies.distance`), D being at least the longest step that does not raise the loss of the first
+    sample with M < 0. D alone lags where the best steps become longer, as they do where x saturates; S keeps the bound
+    at the root mean square of the steps so far. It takes no number, and no evaluation before M < 0. Options as in
+    `SLS`.
 
     Measured (``examples/benchmarks/NOTES.md``): few-shot networks that start at x diverged in 2 of 3 runs without it.
 
@@ -51,12 +53,23 @@ class GuardedSLS(SLS):
         loss, slope = float(context.loss), float(context.slope)
         rounding = resolution(context.loss) if context.rounding is None else context.rounding
         seen = compared(state, loss, c=self.c, slack=self.slack, rounding=rounding)
+        if seen.margin < 0.0 and seen.distance_tried == 0.0:
+            seen = self._with_distance(seen, loss, slope, context)
         record, after = super().propose(seen, context)
         if not record.moved:
             return record, state
         step = float(record.step_size)
-        estimated = take(estimate(after, loss, slope, step), loss, slope, step)
+        estimated = take(estimate(after, loss, slope, 0.0), loss, slope, step)
         return record, promised(estimated._replace(found=after.found), loss, step * slope)
+
+    def _with_distance(self, state: SearchState, loss: float, slope: float, context: Context) -> SearchState:
+        """Return the state with D at least as far as the loss of this sample does not rise."""
+        ceiling = self._ceiling(loss, slope, context.lower_bound)
+        if context.trial is None or not math.isfinite(ceiling):
+            return state
+        longest, _ = without_increase(context.trial, loss, ceiling)
+        tried = longest * slope * longest
+        return state._replace(distance=max(state.distance, tried), distance_tried=tried)
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         initial, largest = super()._limits(state, initial, context)

@@ -35,7 +35,7 @@ def test_a_search_without_a_trial_function_is_refused(policy: Policy[Any]) -> No
 @pytest.mark.parametrize("family", [SLS, SLSB, AutoSLS, GuardedSLS])
 def test_no_trial_is_above_the_ceiling(family: Any, option: str) -> None:
     """f(x) = |x|, which allows steps of nearly (f - l) / (c s), so that the starts run into the ceiling."""
-    name = "start" if family is SLS else "bound"
+    name = "start" if issubclass(family, SLS) else "bound"
     policy = family(**{name: 100.0}, c=0.3, reset=option, grow=3.0)
     state, x = policy.init(), 5.0
     for _ in range(30):

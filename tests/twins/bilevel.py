@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient
+from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient, longest_without_increase
 from .line_search import SLS, backtrack, is_start
 from .polyak import Bound, polyak_step
 
@@ -189,11 +189,12 @@ class Guard:
     """The bound on steps of BiSLS where the margin M is negative: sqrt(max(D^2, S) / (G (k + 1))) of `Bound`.
 
     M adds up, over the steps, by how much f fell from one to the next, at most the largest a s so far in size, less
-    c a s. S adds up a^2 s.
+    c a s. S adds up a^2 s. D^2 is at least a^2 s for the longest of a, a / 2, ... that does not raise f where M is
+    negative for the first time, from a = f / (c s).
     """
 
     def __init__(self) -> None:
-        self.bound, self.margin, self.largest, self.steps = Bound(), 0.0, 0.0, 0
+        self.bound, self.margin, self.largest, self.steps, self.D2 = Bound(), 0.0, 0.0, 0, 0.0
         self.last: tuple[float, float] | None = None
 
     def margin_at(self, f: float, c: float) -> float:
@@ -203,16 +204,18 @@ class Guard:
         fall = min(max(before - f, -self.largest), self.largest)
         return self.margin + fall - c * gain + EPS * abs(before)
 
-    def longest(self, f: float, c: float) -> float:
+    def longest(self, phi: Callable[[float], float], f: float, slope: float, c: float) -> float:
         if self.margin_at(f, c) >= 0:
             return float("inf")
-        squares = max(self.bound.D2, self.bound.sum_gamma2_n) / self.bound.G
+        if self.D2 == 0:
+            self.D2 = longest_without_increase(phi, f, f / slope / c) ** 2 * slope
+        squares = max(self.bound.D2, self.D2, self.bound.sum_gamma2_n) / self.bound.G
         return float((squares / (self.steps + 1)) ** 0.5)
 
     def keep(self, f: float, slope: float, c: float, a: float) -> None:
         """Remember a step that was taken."""
         self.margin = self.margin_at(f, c)
-        self.bound = self.bound.see(f, slope, a).take(f, slope, a)
+        self.bound = self.bound.see(f, slope, 0.0).take(f, slope, a)
         self.last, self.largest, self.steps = (f, a * slope), max(self.largest, a * slope), self.steps + 1
 
 
@@ -271,12 +274,14 @@ class BiSLS:
         """Return the step, 0 if none passes."""
         x, y, d, w = self.x, self.lower.x, tangent.d, tangent.w
         c = 0.5 if self.previous == 0 else 0.1
-        longest = min(value / slope / c, self.guard.longest(value, c))
+
+        def phi(a: float) -> float:
+            return float(f(x.add(d, alpha=-a), y.add(w, alpha=a)))
+
+        longest = min(value / slope / c, self.guard.longest(phi, value, slope, c))
         first, grow = self.lr or longest, 1.2 if self.rejected else 2.0
         start = min(first if self.previous == 0 else grow * self.previous, longest)
-        a, trials = backtrack(
-            lambda a: float(f(x.add(d, alpha=-a), y.add(w, alpha=a))), value, slope, start, c, tangent.believed
-        )
+        a, trials = backtrack(phi, value, slope, start, c, tangent.believed)
         if a > 0 and is_start(self.previous, trials, c * a * slope, value):
             self.previous = a
         if a > 0:
