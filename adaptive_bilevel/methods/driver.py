@@ -120,16 +120,10 @@ class Driver:
             self._steppers[name].restart()
 
     def _choose(self, stayed: Vector, sample: Sample) -> None:
-        """Go back to where y was before the upper search moved it along, or not."""
-        state, stepper = self.state, self._steppers["y"]
-
-        def next_step(point: Point) -> Vector:
-            gradient = stepper.gradient(self._oracle, point, sample)
-            directed = stepper.directed(self._oracle, gradient, point, sample, self._full(sample), state.count)
-            return add(point.y, directed.stepped, -state.lower_step)
-
+        """Go to the share of the prediction, by which the upper search moved y along, that is kept."""
+        state = self.state
         state.offered = None
-        state.point = choose(self._oracle, state.point, stayed, sample, next_step)
+        state.point, state.share = choose(self._oracle, state.point, stayed, sample, state.share)
 
     def _move(self, group: str, sample: Sample) -> None:
         """Step all variables of a group from the present point."""

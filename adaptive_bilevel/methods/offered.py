@@ -1,32 +1,32 @@
-"""The choice about a predicted y, before the lower loop after an upper search that has moved y along."""
+"""Where the lower loop begins after an upper search that has moved y along to a prediction."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import torch
 
-from ..evaluation.vectors import Vector
+from ..evaluation.vectors import Vector, inner
 from ..hypergradient.estimate import Point
 from ..hypergradient.oracle import Oracle
 from ..hypergradient.sample import Sample
+from ..optim.warm_start import Share
 
 __all__ = ["choose"]
 
 
-def choose(oracle: Oracle, moved: Point, stayed: Vector, sample: Sample, next_step: Callable[[Point], Vector]) -> Point:
-    """Return the point to go on from, as a lower optimizer chooses between warm start and prediction.
-
-    The prediction has to be better than y, and than y after one more lower step of the last size.
+def choose(oracle: Oracle, moved: Point, stayed: Vector, sample: Sample, share: Share) -> tuple[Point, Share]:
+    """Return the point to go on from, and the share with this prediction in it, as a lower optimizer finds them.
 
     Args:
         oracle: Gives the lower loss.
         moved: Where y was moved along.
         stayed: y as it was before.
         sample: The sample of the next lower step.
-        next_step: Point -> y after one more lower step from there.
+        share: How much of the predictions before was kept.
     """
-    stay = moved._replace(y=stayed)
-    here, there = (float(oracle.lower_value(moved.x, point.y, sample)) for point in (moved, stay))
-    if here < there:
-        there = float(oracle.lower_value(moved.x, next_step(stay), sample))
-    return stay if there <= here or math.isnan(here) else moved
+    here = float(oracle.lower_value(moved.x, moved.y, sample))
+    there = oracle.lower_gradients(moved.x, stayed, sample)
+    offset = torch._foreach_sub(list(moved.y), list(stayed))
+    seen = share.after(float(inner(there.lower, offset)), float(there.loss), here)
+    if seen.value == 1.0:
+        return moved, seen
+    return moved._replace(y=tuple(torch._foreach_add(list(stayed), offset, alpha=seen.value))), seen

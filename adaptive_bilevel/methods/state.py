@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +11,7 @@ from ..errors import OptionError
 from ..evaluation.counts import Evaluations
 from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Point
+from ..optim.warm_start import Share
 from .stepper import Steppers
 
 __all__ = ["PlainData", "RunState", "load_counts", "saved_counts"]
@@ -28,6 +29,7 @@ class RunState:
         steppers: The variables, in the order of their steps.
         generator: Of all random numbers.
         offered: Where y was before the upper search moved it along by choice; None: there is no choice to make.
+        share: How much of such moves was kept so far.
         lower_step: The last step size of y.
         count: k, the number of iterations so far.
     """
@@ -37,6 +39,7 @@ class RunState:
     steppers: Steppers
     generator: torch.Generator
     offered: Vector | None = None
+    share: Share = field(default_factory=Share)
     lower_step: float = 0.0
     count: int = 0
 
@@ -49,6 +52,7 @@ class RunState:
             "rules": {name: stepper.rule._asdict() for name, stepper in self.steppers.items()},
             "directions": {name: stepper.past for name, stepper in self.steppers.items()},
             "offered": self.offered,
+            "share": self.share._asdict(),
             "lower_step": self.lower_step,
             "generator": self.generator.get_state(),
         }
@@ -63,6 +67,7 @@ class RunState:
         _refuse_shapes("x", point.x, self.point.x)
         _refuse_shapes("y", point.y, self.point.y)
         self.point, self.first, self.offered = point, saved["first"], saved["offered"]
+        self.share = Share(**saved["share"])
         self.count, self.lower_step = saved["count"], saved["lower_step"]
         for name, stepper in self.steppers.items():
             stepper.rule = type(stepper.rule)(**saved["rules"][name])

@@ -50,10 +50,10 @@ class AveragedSearch(AdaptiveOptimizer):
         before = self._warm_start.point(self.state, params)
         self._follows = before is None
         if not self._disagree(self._rule_state()):
-            return self._decide(guard, closure, params, before, None)
+            return self._decide(guard, closure, params, before, None)[0]
         average = Average.read(self.state, params, offered=before is not None)
         if average is None:
-            return self._decide(guard, closure, params, before, None)
+            return self._decide(guard, closure, params, before, None)[0]
         known = closure.evaluated(params) if isinstance(closure, Objective) else None
         self._own_counts.values += known is None
         rests = Attempts().value(lambda: guard.value(closure)) if known is None else known.loss
@@ -62,9 +62,10 @@ class AveragedSearch(AdaptiveOptimizer):
         torch._foreach_add_(params, average.ahead)
         guard.rebase()
         point = None if before is None else list(torch._foreach_add(before, average.ahead))
-        found = self._decide(guard, closure, params, point, guard.entry)
-        if point is not None and before is not None and all(map(torch.equal, params, point)):
-            self._average, self._resting = average, before  # what was compared is at the prediction
+        found, kept = self._decide(guard, closure, params, point, guard.entry)
+        if before is not None and kept < 1.0:
+            # What was compared is at the prediction.
+            self._average, self._resting = average, list(torch._foreach_lerp(before, resting, kept))
             return found
         at_rest, ahead = on_host(rests, found.loss)
         self._average, self._resting = average.compared(at_rest - ahead), resting

@@ -14,6 +14,8 @@ from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host
+from ..evaluation.tensors import gradients_of
+from ..evaluation.vectors import inner
 from ..policies import SLS, AutoSLS, Record, validation
 from ..policies.scalars import Scalar
 from .conclusion import ConcludingOptimizer
@@ -132,8 +134,11 @@ class AdaptiveOptimizer(ConcludingOptimizer):
     # ------------------------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
-        """Return loss and gradients on the sample; first decide whether to go back to the point before a prediction."""
-        return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None)
+        """Return loss and gradients on the sample; after a prediction, first go to the share of it that is kept.
+
+        See `adaptive_bilevel.optim.warm_start`.
+        """
+        return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None)[0]
 
     def _decide(
         self,
@@ -142,44 +147,29 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         params: list[Tensor],
         before: list[Tensor] | None,
         random: RandomState | None,
-    ) -> Differentiated:
-        """Do what `_evaluate` does; `random` replays a sample that was evaluated elsewhere.
-
-        The prediction has to be worth more than a step of the usual length from there, which a loop takes anyway.
-        """
+    ) -> tuple[Differentiated, float]:
+        """Do what `_evaluate` does, and return the share too; `random` replays a sample evaluated elsewhere."""
+        known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
         if before is None:
-            known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
-            return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known)
-        guard.copy()
-        here = Attempts().value(lambda: guard.value(closure, random))
+            return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known), 1.0
+        predicted = [p.clone() for p in guard.copy()]
+        moved = Attempts().value(lambda: guard.value(closure, random))
         self._own_counts.values += 1
         torch._foreach_copy_(params, before)
+        guard.rebase()
         found = self._gradient(guard, closure, params, guard.entry)
-        here, there = on_host(here, found.loss)
-        preferred = there <= here or here != here
-        if there == there and not preferred:
-            guard.mark()
-            preferred = self._after_another_step(guard, closure, params, found.loss, found.gradients) <= here
-            guard.recall()
-            torch._foreach_copy_(params, before)
-        if preferred:
-            guard.rebase()
-            return found
-        guard.put_back()
-        known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
-        return self._gradient(guard, closure, params, guard.entry) if known is None else Differentiated(*known)
-
-    def _after_another_step(
-        self, guard: Guard, closure: Closure, params: list[Tensor], loss: Tensor, grads: Sequence[Tensor | None]
-    ) -> float:
-        """Return the loss after a step from here that is as long as the last one was."""
-        gradient = self._with_gradient(params, grads)
-        descent = self._propose(gradient).descent
-        stepped = self._measured_along(gradient, descent, closure, loss) if descent.step is None else descent.step
-        length = next((float(g["step_size"]) for g in self.param_groups if float(g["lr"]) != 0.0), 0.0)
-        descent.move(gradient.tensors, stepped, length, gradient.factors)
-        self._own_counts.values += 1
-        return float(on_host(Attempts().value(lambda: guard.value(closure, guard.entry)))[0])
+        offset = torch._foreach_sub(predicted, before)
+        own = gradients_of(params, params, found.gradients if found.own is None else found.own)
+        kept = self._warm_start.look(self.state, *on_host(inner(own, offset), found.loss, moved))
+        if kept == 0.0:
+            return found, kept
+        torch._foreach_add_(params, offset, alpha=kept)
+        if kept == 1.0:
+            torch._foreach_copy_(params, predicted)
+        guard.rebase()
+        if kept == 1.0 and known is not None:
+            return Differentiated(*known), kept
+        return self._gradient(guard, closure, params, guard.entry), kept
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
         """Return what the length of a step is found along, without the factors of groups."""
@@ -204,8 +194,8 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         """Offer another starting point for the next step, copies of all parameters in order.
 
         The level above has moved the parameters to a prediction, and calls this with the point before. The next
-        `step(closure)` goes back there unless the prediction has the smaller loss on the step's own sample, also after
-        a step from there that is as long as the last one was. Whoever else moves the parameters voids the offer.
+        `step(closure)` begins between the two, at the share of the prediction that is best along it on the mean of the
+        samples so far (`adaptive_bilevel.optim.warm_start`). Whoever else moves the parameters voids the offer.
         """
         self._warm_start.offer(self.state, self._parameters(), points)
 

@@ -6,8 +6,9 @@ Losses and slopes may be Python numbers, or 0-dim arrays and tensors of NumPy, P
 also run inside ``vmap``, ``jit`` and ``torch.compile``. Policies never raise or warn at a step: they report
 (`Outcome`).
 
-Rules, by their names in the literature: `SPSMax`, `DecSPS`, `SPSB` (Polyak), `SLS`, `SLSB`, `AutoSLS` (line
-search), `Envelope` (any raw step between a floor and a bound), `GradientNorm` (tuning-free), `Constant`.
+Rules, by their names in the literature: `SPSMax`, `DecSPS`, `SPSB` (Polyak), `SLS`, `SLSB` (line search), `Envelope`
+(any raw step between a floor and a bound), `GradientNorm` (tuning-free), `Constant`. Searches of this package:
+`AutoSLS`, for the lower level, and `GuardedSLS`, for the upper one.
 """
 
 from .armijo import armijo_ceiling, armijo_threshold
@@ -15,6 +16,7 @@ from .auto_sls import AutoSLS
 from .context import Certificate, Context, Policy, Trial
 from .envelope import Constant, Envelope
 from .gradient_norm import GradientNorm, GradientNormState
+from .guarded import GuardedSLS
 from .polyak import SPSB, DecSPS, SPSMax
 from .record import Outcome, Record
 from .reset import reset
@@ -36,6 +38,7 @@ __all__ = [
     "Envelope",
     "GradientNorm",
     "GradientNormState",
+    "GuardedSLS",
     "Outcome",
     "Policy",
     "PowerDecay",

@@ -34,6 +34,7 @@ import math
 from dataclasses import dataclass
 
 from .context import Context
+from .margin import compared, promised
 from .record import Record
 from .scalars import resolution
 from .schedule import Decay
@@ -87,9 +88,9 @@ class AutoSLS(SLSB):
             record, after = super().propose(seen, context)
             if not record.moved:
                 return record, state
-            decrease, gain = max(loss - float(record.value), 0.0), float(record.step_size) * slope
-            after = after._replace(expected=float(record.value), last_decrease=decrease, last_loss=loss)
-            return record, after._replace(last_gain=gain, largest_gain=max(after.largest_gain, gain))
+            decrease = max(loss - float(record.value), 0.0)
+            after = after._replace(expected=float(record.value), last_decrease=decrease)
+            return record, promised(after, loss, float(record.step_size) * slope)
 
         def tangent(step: float) -> float:
             return loss - step * slope
@@ -103,14 +104,11 @@ class AutoSLS(SLSB):
         """Return the state with the last step compared with the loss of this sample."""
         if state.last_gain == 0.0 or not math.isfinite(loss) or not self.agrees(state):
             return state
-        most, gain = state.last_decrease, state.largest_gain
+        most = state.last_decrease
         differing = abs(loss - state.expected) - rounding * max(abs(loss), abs(state.expected))
-        fall = min(max(state.last_loss - loss, -gain), gain)
-        surplus = fall - self.c * state.last_gain + self.slack + rounding * abs(state.last_loss)
-        return state._replace(
-            differing=state.differing + min(max(differing, 0.0), most),
-            decreases=state.decreases + most,
-            margin=state.margin + surplus,
+        after = compared(state, loss, c=self.c, slack=self.slack, rounding=rounding)
+        return after._replace(
+            differing=state.differing + min(max(differing, 0.0), most), decreases=state.decreases + most
         )
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:

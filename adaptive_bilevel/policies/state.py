@@ -71,7 +71,8 @@ class SearchState(NamedTuple):
         last_loss: f_{k-1}, the loss before the last step.
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
         largest_gain: The largest gamma_j n_j so far.
-        margin: M, by how much the losses fell more than the steps promised.
+        margin: M, by how much the losses fell more than the steps promised; see `adaptive_bilevel.policies.margin`.
+        distance_tried: D^2 as far as the loss of a sample did not rise; see `GuardedSLS`. 0 before that was tried.
     """
 
     count: int = 0  # type: ignore[assignment]
@@ -93,3 +94,4 @@ class SearchState(NamedTuple):
     last_gain: float = 0.0
     largest_gain: float = 0.0
     margin: float = 0.0
+    distance_tried: float = 0.0

@@ -41,21 +41,23 @@ def test_where_y_is_after_a_step(carry: Any, kind: Any) -> None:
     assert own is False or carry == "auto" or "warm_start" not in inner.state[point.y]
 
 
-@pytest.mark.parametrize("better", ["prediction", "before"])
-def test_the_next_lower_step_chooses(better: str) -> None:
+@pytest.mark.parametrize(("share", "kept"), [(1.0, 1.0), (1.5, 1.0), (0.25, 0.25), (0.0, 0.0), (-0.5, 0.0)])
+def test_the_next_lower_step_keeps_the_share_that_is_best(share: float, kept: float) -> None:
+    """The minimizer of its loss is at this share of the prediction."""
     point, inner, outer = prepared()
     inner.step(point.lower)
     y0 = point.y.detach().clone()
     point.x.grad = torch.ones_like(point.x)
     outer.step(point.upper)
     predicted = point.y.detach().clone()
-    target = predicted if better == "prediction" else y0
-    lower = Traced(lambda: (point.y - target + 0.001).square().sum(), [point.y])
+    target = y0 + share * (predicted - y0)
+    lower = Traced(lambda: (point.y - target).square().sum() + 1.0, [point.y])
     inner.step(lower)
     assert torch.equal(lower.points[0][0], predicted)
     assert torch.equal(lower.points[1][0], y0)
     base = [p[0] for p, graph in zip(lower.points, lower.graphs, strict=True) if graph][-1]
-    assert torch.equal(base, target)
+    assert torch.allclose(base, y0 + kept * (predicted - y0), rtol=1e-12, atol=1e-12)
+    assert sum(lower.graphs) == (2 if kept > 0.0 else 1)
     assert "warm_start" not in inner.state[point.y]
     calls = Traced(point.lower)
     inner.step(calls)

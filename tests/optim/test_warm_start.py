@@ -1,4 +1,4 @@
-"""A start that was offered: taken if it is better, worth more than a step, saved, and no trace of it otherwise."""
+"""A start between a prediction and the point before: the share that is kept, saved, and no trace of it otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_bilevel import SLS, AutoSLS
+from adaptive_bilevel import SLS
+from adaptive_bilevel.optim.warm_start import Share
 from tests.evaluation.helpers import Broken
 from tests.optim.helpers import OptimizerInfo, every_optimizer, plain
 
@@ -36,50 +37,73 @@ def test_an_exception_with_an_offered_start(info: OptimizerInfo, index: int, sta
 
 
 @every_optimizer
-def test_an_offered_start_is_taken_if_it_is_better(info: OptimizerInfo) -> None:
-    for offset, start in ((-1.0, 2.0), (1.0, 3.0)):
-        x, y = (nn.Parameter(torch.tensor([v])) for v in (3.0, start))
-        offered, direct = info.make([x], 0.01), info.make([y], 0.01)
-        offered.offer([torch.tensor([3.0 + offset])])
-        state = torch.get_rng_state()
-        offered.step(lambda: (x**2).sum() + 0.0 * torch.rand(()))
-        drawn = torch.get_rng_state()
-        torch.set_rng_state(state)
-        direct.step(lambda: (y**2).sum() + 0.0 * torch.rand(()))
-        assert x.tolist() == y.tolist()
-        assert torch.equal(torch.get_rng_state(), drawn)
-        asked, usual = offered.evaluations.lower, direct.evaluations.lower
-        assert asked.values - usual.values == (1 if offset < 0.0 else 2)  # at x; and after another step
-        assert asked.gradients - usual.gradients == (0 if offset < 0.0 else 1)
-        assert plain(offered.state["policy"]) == plain(direct.state["policy"])
-
-
-@every_optimizer
-@pytest.mark.parametrize(("gained", "back"), [(0.5, True), (2.0, False)])
-def test_a_prediction_has_to_be_worth_more_than_a_step(info: OptimizerInfo, gained: float, back: bool) -> None:
-    """The prediction gained half of, or twice, what a step of the last length gains; buffers and draws are its own."""
-    if info.cls is AutoSLS:
-        pytest.skip("a move without an offer shows as a sample that disagrees")
+@pytest.mark.parametrize("kept", [0.0, 0.25, 1.0])
+def test_a_step_begins_at_the_share_that_is_kept(info: OptimizerInfo, kept: float) -> None:
+    """Along p = 2 the loss x^2 is best at the share kept, and the rest of the step is as if x had been there."""
+    point = {0.0: 0.5, 0.25: -0.5, 1.0: 3.5}[kept]
+    x, y = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    with torch.no_grad():
+        x.fill_(point + 2.0 if kept < 1.0 else 1.5)
+        y.fill_(point + kept * (x.item() - point))
+    norm = nn.BatchNorm1d(1)
     ends = []
-    for offers in (True, False):
+    for p in (x, y):
         torch.manual_seed(0)
-        x, norm = nn.Parameter(torch.tensor([4.0])), nn.BatchNorm1d(1)
-        optimizer = info.make([x], 0.01)
+        norm.reset_running_stats()
+        optimizer = info.make([p], 0.01)
+        if p is x:
+            optimizer.offer([torch.tensor([point])])
+        optimizer.step(lambda p=p: (p**2).sum() + 1.0 + 0.0 * norm(p * torch.rand(4, 1)).sum())
+        ends.append([p.detach(), *(b.clone() for b in norm.buffers()), torch.get_rng_state()])
+        counts = optimizer.evaluations.lower
+        if p is x:
+            values, gradients = counts.values, counts.gradients
+        else:
+            assert (values, gradients) == (counts.values + 1, counts.gradients + (kept > 0.0))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-12, atol=1e-12)
+    if kept in (0.0, 1.0):
+        assert plain(ends[0]) == plain(ends[1])
 
-        def loss(x: nn.Parameter = x, norm: nn.Module = norm) -> Tensor:
-            return (x**2).sum() + 0.0 * norm(x * torch.rand(4, 1)).sum()
 
-        before = x.detach().clone()
-        optimizer.step(loss)
-        stay = x.detach().clone()
-        predicted = stay + gained * (stay - before)
-        with torch.no_grad():
-            x.copy_(stay if back and not offers else predicted)
-        if offers:
-            optimizer.offer([stay])
-        optimizer.step(loss)
-        ends.append(plain([x, *norm.buffers(), torch.get_rng_state(), optimizer.state["policy"]]))
-    assert ends[0] == ends[1]
+def test_the_share_is_that_of_the_mean_of_samples() -> None:
+    """Minimizers along p at 0, 1, 0, 1, ...: the parabolas (0, 1) and (-2/3, 1/3) add up to one with its own at 1/4."""
+    share = Share()
+    for minimizer in [0.0, 1.0] * 40:
+        share = share.after(-2.0 * minimizer, minimizer**2, (1.0 - minimizer) ** 2)
+    assert 0.2 < share.value < 0.3
+    assert Share().after(-1.0, 0.0, -0.5).value == 1.0
+    assert Share().after(-1.0, 0.0, -2.0).value == 1.0  # concave along p, and p descends
+    assert Share().after(1.0, 0.0, 0.5).value == 0.0
+    assert Share().after(-1.0, 0.0, 0.0).value == 0.5
+    assert Share().after(-1.0, 0.0, torch.inf).value == 0.0
+    assert Share(-1.0, 1.0).after(torch.nan, 0.0, 1.0) == Share(-1.0, 1.0)
+    assert Share(-1.0, 1.0).after(0.0, 1.0, 1.0) == Share(-1.0, 1.0)
+    one, two = Share().after(-2.0, 5.0, 4.0), Share().after(-2e9, 5e9, 4e9)
+    assert one == two  # no unit of the loss
+
+
+def test_the_share_is_saved_and_a_failed_step_leaves_none() -> None:
+    x, y = (nn.Parameter(torch.tensor([3.0])) for _ in range(2))
+    one, two = SLS([x], 0.01), SLS([y], 0.01)
+    one.offer([torch.tensor([4.0])])
+    with pytest.raises(Broken):
+        one.step(_broken)
+    assert "predicted_share" not in one.state_dict()["state"]
+    one.step(lambda: (x**2).sum())
+    saved = one.state_dict()
+    assert saved["state"]["predicted_share"]["slope"] < 0.0
+    two.load_state_dict(saved)
+    with torch.no_grad():
+        y.copy_(x)
+    for optimizer, p in ((one, x), (two, y)):
+        optimizer.offer([p.detach() - 0.5])
+        optimizer.step(lambda: (p**2).sum())
+    assert x.tolist() == y.tolist()
+    assert one.state_dict()["state"]["predicted_share"] == two.state_dict()["state"]["predicted_share"]
+
+
+def _broken() -> Tensor:
+    raise Broken
 
 
 def test_an_offer_is_saved() -> None:

@@ -15,6 +15,7 @@ from adaptive_bilevel.policies import (
     DecSPS,
     Envelope,
     GradientNorm,
+    GuardedSLS,
     Policy,
     Record,
     SPSMax,
@@ -33,6 +34,7 @@ SEARCHES: dict[str, Policy[Any]] = {
     "slsb": SLSB(bound=0.5),
     "sls_found": SLS(),
     "auto_sls": AutoSLS(),
+    "guarded": GuardedSLS(),
 }
 POLICIES = {**CLOSED, **SEARCHES}
 

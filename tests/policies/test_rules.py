@@ -19,6 +19,7 @@ from adaptive_bilevel.policies import (
     DecSPS,
     Envelope,
     GradientNorm,
+    GuardedSLS,
     Outcome,
     Policy,
     SPSMax,
@@ -124,7 +125,7 @@ def test_no_slope_no_move_no_state(policy: Policy[Any], slope: float, outcome: O
     assert after == state
 
 
-@pytest.mark.parametrize("policy", [SLS(), SLSB(), AutoSLS()], ids=repr)
+@pytest.mark.parametrize("policy", [SLS(), SLSB(), AutoSLS(), GuardedSLS()], ids=repr)
 def test_a_search_that_starts_at_a_solution_has_nothing_to_descend_along(policy: SLS | SLSB | AutoSLS) -> None:
     """The slope is one of rounding errors: it gives no scale for a first trial, whatever the lower bound is."""
     record, state = take(policy, loss=0.5, slope=1e-31)

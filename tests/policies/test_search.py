@@ -13,6 +13,7 @@ from adaptive_bilevel.policies import (
     SLS,
     SLSB,
     AutoSLS,
+    GuardedSLS,
     Outcome,
     Policy,
     reset,
@@ -31,10 +32,10 @@ def test_a_search_without_a_trial_function_is_refused(policy: Policy[Any]) -> No
 
 
 @pytest.mark.parametrize("option", ["initial", "keep", "grow"])
-@pytest.mark.parametrize("family", [SLS, SLSB, AutoSLS])
+@pytest.mark.parametrize("family", [SLS, SLSB, AutoSLS, GuardedSLS])
 def test_no_trial_is_above_the_ceiling(family: Any, option: str) -> None:
     """f(x) = |x|, which allows steps of nearly (f - l) / (c s), so that the starts run into the ceiling."""
-    name = "start" if family is SLS else "bound"
+    name = "start" if issubclass(family, SLS) else "bound"
     policy = family(**{name: 100.0}, c=0.3, reset=option, grow=3.0)
     state, x = policy.init(), 5.0
     for _ in range(30):

@@ -44,22 +44,30 @@ class SLS:
 
     No a above f / (.1 <g, d>) can pass. The first search starts there, later ones at 1.2 times the last step.
 
-    `other` is a second starting point that BiSLS offers, the one before its prediction. The next step goes back there
-    if the loss is no larger there, or is no larger after a step of the last length from there.
+    `other` is a second starting point that BiSLS offers, the one before its prediction. The next step begins between
+    the two, at the minimizer along p of the mean of the parabolas through the losses at both and the slope at `other`,
+    each in units of the sum of the sizes of its two terms, with weights .9^age.
     """
 
     def __init__(self, x: Tensor, direction: str = "sgd") -> None:
         self.x, self.direction = x, Direction(direction, x)
         self.previous, self.step_size = 0.0, 0.0
         self.other: Tensor | None = None
+        self.parabola: tuple[float, ...] = (0.0, 0.0)
 
     def choose_start(self, loss: Loss) -> None:
         if self.other is not None:
+            p = self.x - self.other
             here, (there, g) = float(loss(self.x)), gradient(loss, self.other)
-            _, e = self.direction.at(g)
-            after_a_step = float(loss(self.other.add(e, alpha=-self.step_size)))
-            if there <= here or after_a_step <= here:
-                self.x = self.other
+            linear = float(g @ p)
+            square = here - there - linear
+            size = abs(linear) + abs(square)
+            if size > 0:
+                terms = zip(self.parabola, (linear, square), strict=True)
+                self.parabola = tuple(0.9 * old + new / size for old, new in terms)
+            b, a = self.parabola
+            share = (1.0 if b < 0 else 0.0) if a <= 0 else min(max(-b / (2 * a), 0.0), 1.0)
+            self.x = self.x if share == 1 else torch.add(self.other, p, alpha=share)
         self.other = None
 
     def step(self, loss: Loss) -> None:

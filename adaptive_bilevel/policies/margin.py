@@ -1,0 +1,51 @@
+"""The margin of a run: by how much the losses fell more than the steps promised.
+
+Every step of a search leaves f_j(x_{j+1}) <= f_j(x_j) - c gamma_j n_j + slack, eq. (8) of Fan et al. (2023). If all
+samples were one function, the next sample would start there, and the losses would fall by as much,
+
+    a_j = f_j(x_j) - f_{j+1}(x_{j+1}) >= c gamma_j n_j - slack        for each j.
+
+So M = sum_j (a_j - c gamma_j n_j + slack) can become negative only where samples differ: the steps passed the test on
+their own samples, and the losses fell by less than the tests require. The a_j of one variable add up to
+f_0(x_0) - f_k(x_k), so that noise in the losses cancels.
+
+Another level that moves, or a variable that starts anew, changes the loss without a step being at fault. Therefore a_j
+is cut to [-r_j, r_j], r_j the largest gamma_i n_i so far (what a step could gain at most if f_i is convex).
+"""
+
+from __future__ import annotations
+
+import math
+
+from .state import SearchState
+
+__all__ = ["compared", "promised"]
+
+
+def compared(state: SearchState, loss: float, *, c: float, slack: float, rounding: float) -> SearchState:
+    """Return the state with the loss of a further sample in its margin.
+
+    Args:
+        state: With the last step in it, see `promised`; without one, nothing is compared.
+        loss: f_k(x_k).
+        c: The constant of the test.
+        slack: delta.
+        rounding: Relative rounding unit of the loss.
+    """
+    if state.last_gain == 0.0 or not math.isfinite(loss):
+        return state
+    most = state.largest_gain
+    decrease = min(max(state.last_loss - loss, -most), most)
+    allowed = slack + rounding * abs(state.last_loss)
+    return state._replace(margin=state.margin + decrease - c * state.last_gain + allowed)
+
+
+def promised(state: SearchState, loss: float, gain: float) -> SearchState:
+    """Return the state with a step in it that the next sample is to be compared with.
+
+    Args:
+        state: After the step.
+        loss: f_k(x_k), where it began.
+        gain: gamma_k n_k.
+    """
+    return state._replace(last_loss=loss, last_gain=gain, largest_gain=max(state.largest_gain, gain))

@@ -1,0 +1,92 @@
+"""GuardedSLS: SLS where samples agree, and a bound from the steps so far where they do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from adaptive_bilevel.policies import SLS, GuardedSLS, Outcome, SearchState
+
+
+def walk(policy: SLS, losses: list[float], curvatures: list[float]) -> tuple[list[float], SearchState]:
+    """Take steps on samples f_j(x) = curvature x^2 whose variable starts anew where the loss is the one given."""
+    state, steps = policy.init(), []
+    for loss, curvature in zip(losses, curvatures, strict=True):
+        x = math.sqrt(loss / curvature)
+        slope = (2.0 * curvature * x) ** 2
+        record, state = policy.step(
+            state,
+            loss=loss,
+            slope=slope,
+            trial=lambda a, c=curvature, x=x: c * (x - a * 2.0 * c * x) ** 2,
+        )
+        steps.append(float(record.step_size))
+    return steps, state
+
+
+@pytest.mark.parametrize("curvature", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("start", [None, 1e-3, 1e3])
+def test_on_one_function_the_steps_are_those_of_sls(curvature: float, start: float | None) -> None:
+    runs = []
+    for rule in (SLS, GuardedSLS):
+        policy, x, steps = rule(start=start), 3.0, []
+        state = policy.init()
+        for _ in range(30):
+            f, g = curvature * x * x, 2.0 * curvature * x
+            if g == 0.0:
+                break
+            record, state = policy.step(
+                state, loss=f, slope=g * g, trial=lambda a, x=x, g=g: curvature * (x - a * g) ** 2
+            )
+            x -= record.step_size * g
+            steps.append(record.step_size)
+        runs.append(steps)
+        assert state.margin >= 0.0
+    assert runs[0] == runs[1]
+
+
+def test_steps_that_only_fit_their_own_sample_become_shorter() -> None:
+    """Each sample is fitted in one step, and the next one is as bad as the first."""
+    steps, state = walk(GuardedSLS(), [1.0] * 60, [1.0] * 60)
+    free, _ = walk(SLS(), [1.0] * 60, [1.0] * 60)
+    assert state.margin < 0.0
+    assert min(free) > 0.2
+    assert steps[0] == free[0]
+    assert steps[-1] == pytest.approx(math.sqrt(state.squares / state.mean_slope / 60), rel=0.05)
+    assert max(steps[30:]) < 0.75 * max(free[30:])
+
+
+def test_the_bound_is_at_least_the_rms_of_the_steps_so_far() -> None:
+    state = SearchState(
+        count=8, found=1.0, previous=5.0, seen=8, mean_slope=2.0, distance=4.0, squares=64.0, margin=-1.0
+    )
+    record, _ = GuardedSLS().step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0)
+    assert record.step_size == pytest.approx(math.sqrt(64.0 / 2.0 / 9.0))
+    assert record.outcome == Outcome.at_bound
+    record, _ = GuardedSLS().step(state._replace(distance=256.0), loss=1e6, slope=1.0, trial=lambda a: 0.0)
+    assert record.step_size == pytest.approx(math.sqrt(256.0 / 2.0 / 9.0))
+    record, _ = GuardedSLS().step(state._replace(margin=0.0), loss=1e6, slope=1.0, trial=lambda a: 0.0)
+    assert record.step_size == 6.0
+    record, _ = GuardedSLS(max_step=0.5).step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0)
+    assert record.step_size == 0.5
+
+
+def test_units_do_not_matter() -> None:
+    """f in units of 1e-9 and x in units of 1e6: steps in units of 1e21, all decisions the same."""
+    losses = [1.0, 0.5, 2.0, 1.0, 3.0, 1.5, 2.5, 1.0] * 4
+    steps, _ = walk(GuardedSLS(), losses, [1.0] * len(losses))
+    scaled, _ = walk(GuardedSLS(), [1e-9 * f for f in losses], [1e-21] * len(losses))
+    assert scaled == pytest.approx([1e21 * a for a in steps], rel=1e-9)
+
+
+def test_a_step_that_does_not_move_leaves_no_trace() -> None:
+    policy = GuardedSLS()
+    _, state = walk(policy, [1.0] * 5, [1.0] * 5)
+    for loss, slope in ((math.nan, 1.0), (1.0, math.inf), (1.0, 0.0), (1.0, -1.0)):
+        record, after = policy.step(state, loss=loss, slope=slope, trial=lambda a: 0.0)
+        assert not record.moved
+        assert after == state
+    record, after = policy.step(state, loss=1.0, slope=1.0, trial=lambda a: 2.0)
+    assert record.outcome == Outcome.search_failed
+    assert after == state
