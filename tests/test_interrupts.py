@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import SLS, SLSB, AutoSLS
+from adaptive_bilevel.evaluation import interception
 from tests.interrupts import survey
 
 
@@ -34,3 +35,13 @@ def test_a_closure_that_moves_a_parameter_and_raises_is_undone(cls: Any) -> None
     with pytest.raises(KeyboardInterrupt):
         inner.step(closure)
     assert torch.equal(x, before[0]) and torch.equal(y, before[1]) and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_lock_that_an_interrupt_has_left_is_taken_over() -> None:
+    backward = torch.autograd.backward
+    y = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = SLS([y])
+    interception.installed._lock.acquire()
+    for _ in range(3):
+        optimizer.step(lambda: (y**2).sum())
+    assert torch.autograd.backward is backward and not interception.installed._lock.locked()

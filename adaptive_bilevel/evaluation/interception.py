@@ -6,11 +6,12 @@ This thread's ``backward()`` goes to whoever listens to the closure, and its ``z
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -56,16 +57,26 @@ class _Interception:
 
     def enter(self, user: object) -> None:
         """Stand there for a user, from now on."""
-        with self._lock:
+        with self._alone():
             self._users.add(id(user))
             self._install()
 
     def leave(self, user: object) -> None:
         """Do not stand there for this user any more; calling it twice does no harm, after an interrupt."""
-        with self._lock:
+        with self._alone():
             self._users.discard(id(user))
             if not self._users:
                 self._remove()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out; a lock that an interrupt has left behind, which nobody holds, is taken over."""
+        self._lock.acquire(timeout=0.5)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RuntimeError):
+                self._lock.release()
 
     def _install(self) -> None:
         if torch.autograd.backward is _backward:
