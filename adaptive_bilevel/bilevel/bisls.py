@@ -109,9 +109,9 @@ class BiSLS(UpperSearch):
         response: How y answers: "tangent", or a `Response`. See `adaptive_bilevel.bilevel.response`.
         solver: P of the tangent; give the one that the hypergradient uses. For `Identity` and a random draw, which do
             not know how far they are from the inverse, P is `CG` instead where d descends along its tangent.
-        carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps that if the loss of its
-            first sample is smaller there than at y, and than after a lower step from y; else it goes back to y (lower
-            optimizers of this package; for others False). Or a `Prediction`.
+        carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps the share of that which
+            is best along it on the mean of the samples so far (`adaptive_bilevel.optim.warm_start`; lower optimizers of
+            this package; for others False). Or a `Prediction`.
         curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
             curvature * (a ||C^T d|| + ||grad_y g||), which it does where the tangent does not hold; with `Lanczos`
             and `CG`, unless f corrected for that change passes the test of decrease too. Where a sample supports a

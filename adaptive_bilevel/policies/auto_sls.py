@@ -106,7 +106,7 @@ class AutoSLS(SLSB):
             return state
         most = state.last_decrease
         differing = abs(loss - state.expected) - rounding * max(abs(loss), abs(state.expected))
-        after = compared(state, loss, c=self.c, slack=self.slack, rounding=rounding)
+        after = compared(state, loss, c=self.c, slack=self.slack, rounding=rounding, most=state.largest_gain)
         return after._replace(
             differing=state.differing + min(max(differing, 0.0), most), decreases=state.decreases + most
         )

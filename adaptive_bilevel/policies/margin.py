@@ -9,8 +9,8 @@ So M = sum_j (a_j - c gamma_j n_j + slack) can become negative only where sample
 their own samples, and the losses fell by less than the tests require. The a_j of one variable add up to
 f_0(x_0) - f_k(x_k), so that noise in the losses cancels.
 
-Another level that moves, or a variable that starts anew, changes the loss without a step being at fault. Therefore a_j
-is cut to [-r_j, r_j], r_j the largest gamma_i n_i so far (what a step could gain at most if f_i is convex).
+A variable that starts anew changes the loss without a step being at fault. For a level that may do so, a_j is cut to
+[-r_j, r_j], r_j the largest gamma_i n_i so far (what a step could gain at most if f_i is convex).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from .state import SearchState
 __all__ = ["compared", "promised"]
 
 
-def compared(state: SearchState, loss: float, *, c: float, slack: float, rounding: float) -> SearchState:
+def compared(
+    state: SearchState, loss: float, *, c: float, slack: float, rounding: float, most: float = math.inf
+) -> SearchState:
     """Return the state with the loss of a further sample in its margin.
 
     Args:
@@ -31,10 +33,10 @@ def compared(state: SearchState, loss: float, *, c: float, slack: float, roundin
         c: The constant of the test.
         slack: delta.
         rounding: Relative rounding unit of the loss.
+        most: What a_j is cut to.
     """
     if state.last_gain == 0.0 or not math.isfinite(loss):
         return state
-    most = state.largest_gain
     decrease = min(max(state.last_loss - loss, -most), most)
     allowed = slack + rounding * abs(state.last_loss)
     return state._replace(margin=state.margin + decrease - c * state.last_gain + allowed)

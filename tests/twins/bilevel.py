@@ -199,21 +199,20 @@ class Tangent:
 class Guard:
     """The bound on steps of BiSLS where the margin M is negative: sqrt(max(D^2, S) / (G (k + 1))) of `Bound`.
 
-    M adds up, over the steps, by how much f fell from one to the next, at most the largest a s so far in size, less
-    c a s. S adds up a^2 s. D^2 is at least a^2 s for the longest of a, a / 2, ... that does not raise f where M is
-    negative for the first time, from a = f / (c s).
+    M adds up, over the steps, by how much f fell from one to the next, less c a s. S adds up a^2 s. D^2 is at least
+    a^2 s for the longest of a, a / 2, ... that does not raise f where M is negative for the first time, from
+    a = f / (c s).
     """
 
     def __init__(self) -> None:
-        self.bound, self.margin, self.largest, self.steps, self.D2 = Bound(), 0.0, 0.0, 0, 0.0
+        self.bound, self.margin, self.steps, self.D2 = Bound(), 0.0, 0, 0.0
         self.last: tuple[float, float] | None = None
 
     def margin_at(self, f: float, c: float) -> float:
         if self.last is None:
             return self.margin
         before, gain = self.last
-        fall = min(max(before - f, -self.largest), self.largest)
-        return self.margin + fall - c * gain + EPS * abs(before)
+        return self.margin + (before - f) - c * gain + EPS * abs(before)
 
     def longest(self, phi: Callable[[float], float], f: float, slope: float, c: float) -> float:
         if self.margin_at(f, c) >= 0:
@@ -227,7 +226,7 @@ class Guard:
         """Remember a step that was taken."""
         self.margin = self.margin_at(f, c)
         self.bound = self.bound.see(f, slope, 0.0).take(f, slope, a)
-        self.last, self.largest, self.steps = (f, a * slope), max(self.largest, a * slope), self.steps + 1
+        self.last, self.steps = (f, a * slope), self.steps + 1
 
 
 class BiSLS:
