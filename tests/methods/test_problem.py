@@ -87,6 +87,7 @@ def test_variables_that_cannot_be_stepped(wrong: Any) -> None:
         methods.run("soba", problem_of(b2()), b2().x0, wrong, iterations=1)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not depend on x")  # said of rows that differentiate by x
 @pytest.mark.filterwarnings("ignore:.*sufficient decrease", "ignore:.*slope", "ignore:.*descend")
 @pytest.mark.parametrize("name", methods.names())
 def test_losses_that_do_not_use_all_they_are_given(name: str) -> None:
