@@ -87,11 +87,12 @@ class TangentCheck:
     * step * ||C^T d|| passes. So does one below that plus unsolved * ||grad_y g||, if the part of it along C^T d is
     below it alone (x in log space has less and less effect): where the lower problem is not solved, the model is no
     better than that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the
-    kinks of a few samples in an unsolved ReLU network cut a first search to steps of 1e-5.) A larger one is measured
+    kinks of a few samples in an unsolved ReLU network cut a first search to steps of 1e-5.)A larger one is measured
     again at half of the step. What a smooth lower loss adds is of second order: there it is a quarter, and the search
-    goes on to shorter steps. Where it is half or more, no shorter step holds any better, so this one passes: samples
-    cross kinks of a ReLU network, by which its gradient jumps. Rejected for them, steps would shrink until not one
-    sample crosses a kink any more.
+    goes on to shorter steps. Where it is half or more, no shorter step holds any better: samples cross kinks of a ReLU
+    network, by which its gradient jumps, and rejected for them, steps would shrink until not one sample crosses a kink
+    any more. So this one passes, if its part along C^T d is below the first term alone. (Kinks hide what x does, too:
+    in the logarithm of a weight decay a first step of 9 passed, after which x had no effect any more.)
 
     One that is not finite never passes.
 
@@ -143,7 +144,7 @@ class TangentCheck:
             if not (c.size <= limit or (half.size >= 0.5 * c.size and math.isfinite(half.size))):
                 self._inside = True
                 return False
-        return self._inside or (followed and faithful)
+        return faithful and (self._inside or followed)
 
 
 def _measured(model: ResponseModel) -> list[Change]:

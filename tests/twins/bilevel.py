@@ -193,7 +193,7 @@ class Tangent:
         if float(self.change(a / 2)[0].norm()) < size / 2:
             self.inside = True
             return False
-        return self.inside or (followed and faithful)
+        return faithful and (self.inside or followed)
 
 
 class Guard:
