@@ -21,6 +21,7 @@ from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
 from ..policies import Outcome, validation
+from ..policies.margin import shortened
 from .between_steps import PROJECT
 from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
@@ -243,7 +244,7 @@ class SearchingOptimizer(StartingOptimizer):
         del mix, context  # what is written takes the place of what these hold
         write_states(self.state, news, path.gradient.tensors)
         if moved or record.trials > 1:
-            after = found.state if moved else point.scale.state
+            after = shortened(found.state, step / record.step_size) if moved else point.scale.state
             self._save_rule_state(after, **point.scale.after(record, self.policy, point.value))
         return messages
 

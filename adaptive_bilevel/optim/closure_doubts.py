@@ -81,7 +81,7 @@ class ClosureDoubts:
             loss: The value that trials are compared with.
             slope: What the gradient promises of a step of 1.
             rounding: Relative rounding unit of the loss.
-            tensors: The parameters.
+            tensors: The parameters; none: no trial is long enough for the second doubt.
             along: Along what they move.
         """
         return WatchedTrials(self, trial, loss, slope, rounding, lambda: _visible(tensors, along))
@@ -190,7 +190,9 @@ class WatchedTrials:
 
 
 def _visible(tensors: Sequence[Tensor], along: Sequence[Tensor]) -> float:
-    """Return the step above which parameters move by more than rounding."""
+    """Return the step above which parameters move by more than rounding; inf without any."""
+    if not tensors:
+        return math.inf
     at = [p.detach() for p in tensors]
     square, size = on_host(inner(along, along), inner(at, at))
     return _MOVES * rounding(at) * math.sqrt(size / square) if square > 0.0 else math.inf

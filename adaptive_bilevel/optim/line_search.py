@@ -17,6 +17,7 @@ from ..evaluation.objective import Objective, Replay
 from ..evaluation.reductions import on_host, on_host_with_inner
 from ..evaluation.tensors import gradients_of, tainted
 from ..policies import Context, Outcome, Record, validation
+from ..policies.margin import shortened
 from ..policies.scalars import resolution
 from ..policies.schedule import Decay
 from .averaged import AveragedSearch
@@ -119,6 +120,7 @@ class LineSearch(AveragedSearch):
                     self._commit_direction(gradient, proposed)  # its memory has to turn, or nothing ever moves again
             else:
                 found, record = record, self._scheduled(record)
+                state = shortened(state, record.step_size / found.step_size)
                 there = record.trials > 0 and not moved_back and record is found
                 if not there or descent.step is not None or step_closure is not None:
                     guard.put_back()

@@ -19,7 +19,7 @@ import math
 
 from .state import SearchState
 
-__all__ = ["compared", "promised"]
+__all__ = ["compared", "promised", "shortened"]
 
 
 def compared(
@@ -51,3 +51,8 @@ def promised(state: SearchState, loss: float, gain: float) -> SearchState:
         gain: gamma_k n_k.
     """
     return state._replace(last_loss=loss, last_gain=gain, largest_gain=max(state.largest_gain, gain))
+
+
+def shortened(state: SearchState, part: float) -> SearchState:
+    """Return the state where only a part of the step was taken, as under a schedule: the promise is that part, too."""
+    return state if part == 1.0 else state._replace(last_gain=part * state.last_gain)

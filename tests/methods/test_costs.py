@@ -99,8 +99,8 @@ def test_cost_of_bisls_in_paper_mode(baseline: str, more: int) -> None:
 def test_cost_of_bisls_along_the_tangent() -> None:
     """One value of f per trial; a lower graph, one JVP and the solve for w; one lower gradient per certificate."""
     solver = CG(2, 0.0)
-    lower_step = policies.SLS(start=10.0, lower_bound=None)
-    for record in run("bisls-sgd", random_qb(1), 5, solver=solver, lower_steps=T, carry=False, lower_step=lower_step):
+    steps = {"lower_step": policies.SLS(start=10.0, lower_bound=None), "upper_step": policies.SLS(c=0.5)}
+    for record in run("bisls-sgd", random_qb(1), 5, solver=solver, lower_steps=T, carry=False, **steps):
         lower, (upper,) = sum(r.trials for r in record.records["y"]), record.records["x"]
         certified = record.evaluations.lower.gradients - T - 1
         assert 1 <= certified <= upper.trials

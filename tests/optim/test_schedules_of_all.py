@@ -14,7 +14,10 @@ from adaptive_bilevel import SLS, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.hypergradient import assign, implicit
 from tests.optim.helpers import CLASSES
 
-pytestmark = pytest.mark.filterwarnings("ignore:OneStepBiSLS.*no trial step")  # as its searched function may
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:OneStepBiSLS.*no trial step",  # as its searched function may
+    "ignore:.*stands still",  # as it is told to
+)
 
 SMALL, HALF, STEPS = 1e-8, 6, 12
 

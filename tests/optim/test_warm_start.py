@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,10 +90,10 @@ def test_the_share_is_saved_and_a_failed_step_leaves_none() -> None:
     one.offer([torch.tensor([4.0])])
     with pytest.raises(Broken):
         one.step(_broken)
-    assert "predicted_share" not in one.state_dict()["state"]
+    assert "predicted_share" not in shared(one)
     one.step(lambda: (x**2).sum())
     saved = one.state_dict()
-    assert saved["state"]["predicted_share"]["slope"] < 0.0
+    assert shared(one)["predicted_share"]["slope"] < 0.0
     two.load_state_dict(saved)
     with torch.no_grad():
         y.copy_(x)
@@ -99,7 +101,12 @@ def test_the_share_is_saved_and_a_failed_step_leaves_none() -> None:
         optimizer.offer([p.detach() - 0.5])
         optimizer.step(lambda: (p**2).sum())
     assert x.tolist() == y.tolist()
-    assert one.state_dict()["state"]["predicted_share"] == two.state_dict()["state"]["predicted_share"]
+    assert shared(one)["predicted_share"] == shared(two)["predicted_share"]
+
+
+def shared(optimizer: SLS) -> Any:
+    """What an optimizer saves that belongs to no parameter."""
+    return optimizer.state_dict()["param_groups"][0]["shared_state"]
 
 
 def _broken() -> Tensor:
