@@ -92,8 +92,9 @@ def hypergradient() -> None:
 
 
 def driver() -> None:
-    problem = methods.BilevelProblem(lambda x, y, _: y.square().sum(), lambda x, y, _: (y - x).square().sum() - 50)
-    for _ in methods.run("bisls-sgd", problem, torch.ones(2), torch.zeros(2), iterations=3):  # here
+    problem = methods.BilevelProblem(lambda x, y, _: y.square().sum(), lambda x, y, _: (y - x).square().sum())
+    few: Any = {"lower_steps": 1, "auxiliary_steps": 1}
+    for _ in methods.run("d-tfbo", problem, torch.ones(2), torch.zeros(2), iterations=3, **few):  # here
         pass
 
 

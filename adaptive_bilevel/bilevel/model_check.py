@@ -91,8 +91,9 @@ class TangentCheck:
     again at half of the step. What a smooth lower loss adds is of second order: there it is a quarter, and the search
     goes on to shorter steps. Where it is half or more, no shorter step holds any better: samples cross kinks of a ReLU
     network, by which its gradient jumps, and rejected for them, steps would shrink until not one sample crosses a kink
-    any more. So this one passes, if its part along C^T d is below the first term alone. (Kinks hide what x does, too:
-    in the logarithm of a weight decay a first step of 9 passed, after which x had no effect any more.)
+    any more. So this one passes, unless its part along C^T d is above the first term and less than half as large
+    there. (Kinks hide what x does: in the logarithm of a weight decay, first steps of 9 passed, after which x had no
+    effect any more.)
 
     One that is not finite never passes.
 
@@ -140,11 +141,17 @@ class TangentCheck:
         if self._resumed and followed and _harmless(model, surplus):
             return True
         place(0.5 * step)
-        for c, half, limit in zip(changes, _measured(model), limits, strict=True):
-            if not (c.size <= limit or (half.size >= 0.5 * c.size and math.isfinite(half.size))):
+        for c, half, faith, limit in zip(changes, _measured(model), linear, limits, strict=True):
+            if not (c.size <= limit or _no_smaller(c, half, faith)):
                 self._inside = True
                 return False
-        return faithful and (self._inside or followed)
+        return self._inside or (followed and faithful)
+
+
+def _no_smaller(change: Change, half: Change, faithful: float) -> bool:
+    """Return whether the change at half of the step is half as large at least, as is its part along C^T d if large."""
+    along = change.along <= faithful or half.along >= 0.5 * change.along
+    return along and half.size >= 0.5 * change.size and math.isfinite(half.size)
 
 
 def _measured(model: ResponseModel) -> list[Change]:

@@ -102,7 +102,8 @@ class Average(NamedTuple):
         if not offered and kept.shared["at"] != _fingerprint(params):
             return None
         counts = (kept.shared[name] for name in ("count", "lead", "variance"))
-        return cls([own["ahead"] for own in kept.each], *counts)
+        pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
+        return cls([own["ahead"] if p.requires_grad else torch.zeros_like(p) for p, own in pairs], *counts)
 
     def compared(self, lead: float) -> Average | None:
         """Return it with f(xbar) - f(z) on this sample taken in; None if the mean is behind, and begins anew."""

@@ -100,7 +100,8 @@ class WarmStart:
         if kept.shared.get("at") != _fingerprint(params):
             self.drop(state, params)
             return None
-        return [own["point"] if own else p.detach().clone() for p, own in zip(params, kept.each, strict=True)]
+        pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
+        return [own["point"] if own and p.requires_grad else p.detach().clone() for p, own in pairs]
 
     def look(self, state: Any, slope: float, stayed: float, moved: float) -> float:
         """Return the share of the prediction to keep; `drop` ends the step that it was looked at for, and saves it.

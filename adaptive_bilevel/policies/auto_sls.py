@@ -89,8 +89,10 @@ class AutoSLS(SLSB):
             if not record.moved:
                 return record, state
             decrease = max(loss - float(record.value), 0.0)
-            after = after._replace(expected=float(record.value), last_decrease=decrease)
-            return record, promised(after, loss, float(record.step_size) * slope)
+            step = float(record.step_size)
+            longest = max(state.longest, step)
+            after = after._replace(expected=float(record.value), last_decrease=decrease, longest=longest)
+            return record, promised(after, loss, step * slope)
 
         def tangent(step: float) -> float:
             return loss - step * slope
@@ -114,5 +116,8 @@ class AutoSLS(SLSB):
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         limits = super()._limits(state, initial, context)
         if not self.agrees(state):
-            return limits
+            # Nothing is searched, so a length that was given is held to what searches have accepted.
+            given = self.bound is not None or context.bound is not None
+            most = state.longest if given and state.longest else math.inf
+            return min(limits[0], most), min(limits[1], most)
         return initial, math.inf if context.cap is None else context.cap

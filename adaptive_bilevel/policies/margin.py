@@ -50,9 +50,13 @@ def promised(state: SearchState, loss: float, gain: float) -> SearchState:
         loss: f_k(x_k), where it began.
         gain: gamma_k n_k.
     """
-    return state._replace(last_loss=loss, last_gain=gain, largest_gain=max(state.largest_gain, gain))
+    largest = max(state.largest_gain, gain)
+    return state._replace(last_loss=loss, last_gain=gain, largest_gain=largest, gains=state.gains + gain)
 
 
 def shortened(state: SearchState, part: float) -> SearchState:
     """Return the state where only a part of the step was taken, as under a schedule: the promise is that part, too."""
-    return state if part == 1.0 else state._replace(last_gain=part * state.last_gain)
+    if part == 1.0:
+        return state
+    gain = part * state.last_gain
+    return state._replace(last_gain=gain, gains=state.gains + (gain - state.last_gain))

@@ -66,13 +66,14 @@ class SearchState(NamedTuple):
         expected: f_{k-1}(x_k), the loss of the last sample after the step on it; this and what follows is used by
             `AutoSLS`.
         last_decrease: f_{k-1}(x_{k-1}) - f_{k-1}(x_k); 0 where there is nothing to compare with.
+        longest: The longest step that was accepted while samples agreed.
         differing: The part of the decreases that the next samples have not confirmed.
         decreases: The sum of the decreases that were compared.
         last_loss: f_{k-1}, the loss before the last step.
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
         largest_gain: The largest gamma_j n_j so far.
+        gains: The sum of the gamma_j n_j.
         margin: M, by how much the losses fell more than the steps promised; see `adaptive_bilevel.policies.margin`.
-        distance_tried: D^2 as far as the loss of a sample did not rise; see `GuardedSLS`. 0 before that was tried.
     """
 
     count: int = 0  # type: ignore[assignment]
@@ -88,10 +89,11 @@ class SearchState(NamedTuple):
     squares: float = 0.0
     expected: float = 0.0
     last_decrease: float = 0.0
+    longest: float = 0.0
     differing: float = 0.0
     decreases: float = 0.0
     last_loss: float = 0.0
     last_gain: float = 0.0
     largest_gain: float = 0.0
+    gains: float = 0.0
     margin: float = 0.0
-    distance_tried: float = 0.0

@@ -58,8 +58,8 @@ def test_steps_that_only_fit_their_own_sample_become_shorter() -> None:
 
 
 def test_the_bound_is_at_least_the_rms_of_the_steps_so_far() -> None:
-    known = {"count": 8, "found": 1.0, "previous": 5.0, "seen": 8, "mean_slope": 2.0, "squares": 64.0}
-    state = SearchState(**known, distance=4.0, distance_tried=1.0, margin=-1.0)  # type: ignore[arg-type]
+    known = {"count": 8, "found": 1.0, "previous": 5.0, "seen": 8, "mean_slope": 2.0, "squares": 64.0, "gains": 9.0}
+    state = SearchState(**known, distance=4.0, margin=-1.0)  # type: ignore[arg-type]
     record, _ = GuardedSLS().step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0)
     assert record.step_size == pytest.approx(math.sqrt(64.0 / 2.0 / 9.0))
     assert record.outcome == Outcome.at_bound
@@ -67,15 +67,8 @@ def test_the_bound_is_at_least_the_rms_of_the_steps_so_far() -> None:
     assert record.step_size == pytest.approx(math.sqrt(256.0 / 2.0 / 9.0))
     record, _ = GuardedSLS().step(state._replace(margin=0.0), loss=1e6, slope=1.0, trial=lambda a: 0.0)
     assert record.step_size == 6.0
-    found = GuardedSLS().step(state._replace(distance_tried=0.0, squares=0.0), loss=1.0, slope=1.0, trial=quadratic)
-    assert found[1].distance_tried == 0.625**2
     record, _ = GuardedSLS(max_step=0.5).step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0)
     assert record.step_size == 0.5
-
-
-def quadratic(step: float) -> float:
-    """Half of 1.25 is the longest of 10, 5, ... at which this is at most 1."""
-    return 1.0 - step + step * step
 
 
 def test_units_do_not_matter() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient, longest_without_increase
+from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient
 from .line_search import SLS, backtrack, is_start
 from .polyak import Bound, polyak_step
 
@@ -179,8 +179,9 @@ class Tangent:
         |grad_y g| / 2 counts only if the part of the change along C^T d is small without it.
 
         It is excused, after the first step, if it is smaller than without any answer of y, and phi - <v, change> passes
-        the test of decrease too. It also is if half of the step leaves half of it or more, since then no shorter step
-        is better; but not if it is as large as without any answer, and there was no step nor such a rejection before.
+        the test of decrease too. It also is if half of the step leaves half of it or more (and of its part along C^T d,
+        if that is not small), since then no shorter step is better; but not if it is as large as without any answer,
+        and there was no step nor such a rejection before.
         """
         change, rounding = self.change(a)
         size, without = float(change.norm()), a * self.push
@@ -190,53 +191,22 @@ class Tangent:
         followed = size <= (1 + self.residual) * without + rounding
         if size <= limit or (self.resumed and followed and -float(self.v @ change) <= surplus):
             return True
-        if float(self.change(a / 2)[0].norm()) < size / 2:
+        half = self.change(a / 2)[0]
+        smooth = not faithful and abs(float(half @ self.pushed)) < abs(float(change @ self.pushed)) / 2
+        if smooth or float(half.norm()) < size / 2:
             self.inside = True
             return False
-        return faithful and (self.inside or followed)
-
-
-class Guard:
-    """The bound on steps of BiSLS where the margin M is negative: sqrt(max(D^2, S) / (G (k + 1))) of `Bound`.
-
-    M adds up, over the steps, by how much f fell from one to the next, less c a s. S adds up a^2 s. D^2 is at least
-    a^2 s for the longest of a, a / 2, ... that does not raise f where M is negative for the first time, from
-    a = f / (c s).
-    """
-
-    def __init__(self) -> None:
-        self.bound, self.margin, self.steps, self.D2 = Bound(), 0.0, 0, 0.0
-        self.last: tuple[float, float] | None = None
-
-    def margin_at(self, f: float, c: float) -> float:
-        if self.last is None:
-            return self.margin
-        before, gain = self.last
-        return self.margin + (before - f) - c * gain + EPS * abs(before)
-
-    def longest(self, phi: Callable[[float], float], f: float, slope: float, c: float) -> float:
-        if self.margin_at(f, c) >= 0:
-            return float("inf")
-        if self.D2 == 0:
-            self.D2 = longest_without_increase(phi, f, f / slope / c) ** 2 * slope
-        squares = max(self.bound.D2, self.D2, self.bound.sum_gamma2_n) / self.bound.G
-        return float((squares / (self.steps + 1)) ** 0.5)
-
-    def keep(self, f: float, slope: float, c: float, a: float) -> None:
-        """Remember a step that was taken."""
-        self.margin = self.margin_at(f, c)
-        self.bound = self.bound.see(f, slope, 0.0).take(f, slope, a)
-        self.last, self.steps = (f, a * slope), self.steps + 1
+        return self.inside or (followed and faithful)
 
 
 class BiSLS:
     """x <- x - a e, with the first a of start, start / 2, ... that passes a test of decrease, and that of `Tangent`.
 
     phi(a) = f(x - a d, y + a w) <= f(x, y) - c a s, s = <f_x, d> - <f_y, w>, d = h or A^{-1} h, e of `Momentum`.
-    No a above f / (c s) can pass, and none above that of `Guard` is tried. The first search starts there or at lr, with
-    c = .5; later ones have c = .1 and start at 1.2 times the last step, or at 2 times it until a trial was rejected,
-    and after it is over 2 times as long as the last trial that was rejected and has 7/8 of the decrease that the slope
-    promises. Where s is not positive, h is replaced by one of refined solves, twice at most; then nothing moves.
+    No a above f / (c s) can pass. The first search starts there or at lr, with c = .5; later ones have c = .1 and start
+    at 1.2 times the last step, or at 2 times it until a trial was rejected, and after it is over 2 times as long as the
+    last trial that was rejected and has 7/8 of the decrease that the slope promises. Where s is not positive, h is
+    replaced by one of refined solves, twice at most; then nothing moves.
 
     y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` keeps a share of that.
     Once a trial was rejected, a last step that promises less than the rounding of f is taken again without a trial.
@@ -249,7 +219,6 @@ class BiSLS:
         self.second, self.momentum = SecondMoment(torch.zeros_like(x)), Momentum(Mean(torch.zeros_like(x)), x)
         self.support, self.tangents = Support(x), Mean(torch.zeros_like(lower.x))
         self.previous, self.step_size, self.rejected, self.shortest = 0.0, 0.0, False, math.inf
-        self.guard = Guard()
 
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
         """Return the moments with h in them, d and e."""
@@ -289,14 +258,12 @@ class BiSLS:
         def phi(a: float) -> float:
             return float(f(x.add(d, alpha=-a), y.add(w, alpha=a)))
 
-        longest = min(value / slope / c, self.guard.longest(phi, value, slope, c))
+        longest = value / slope / c
         first, grow = self.lr or longest, 1.2 if self.rejected and self.shortest > 0 else 2.0
         start = min(first if self.previous == 0 else grow * self.previous, longest)
         a, trials = backtrack(phi, value, slope, start, c, tangent.believed)
         if a > 0 and is_start(self.previous, trials, c * a * slope, value):
             self.previous = a
-        if a > 0:
-            self.guard.keep(value, slope, c, a)
         self.rejected = self.rejected or trials > 1
         if trials > 1:
             self.shortest = 2.0 * a if a > 0 else math.inf

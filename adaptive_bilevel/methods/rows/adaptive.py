@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...hypergradient import Amortised, Implicit, Lanczos
-from ...policies import SLS, SPSB, Envelope, GradientNorm, GuardedSLS
+from ...policies import SLS, SPSB, Envelope, GradientNorm
 from ..directions import Adam
 from ..row import Row
 from .parts import STRONG, SUM
@@ -56,7 +56,7 @@ ROWS = (
         assumes=f"{STRONG}; no rate proved",
         order="y,x",
         estimator=Implicit(Lanczos()),
-        upper_step=GuardedSLS(c=0.5),
+        upper_step=SLS(c=0.5),
         lower_step=SLS(),
         lower_steps=10,
     ),
@@ -67,7 +67,7 @@ ROWS = (
         assumes=f"{STRONG}; no rate proved",
         order="y,x",
         estimator=Implicit(Lanczos()),
-        upper_step=GuardedSLS(c=0.1),
+        upper_step=SLS(c=0.1),
         lower_step=SLS(),
         upper_direction=Adam(),
         lower_steps=10,
