@@ -65,7 +65,7 @@ class GuardedSLS(SLS):
     def _with_distance(self, state: SearchState, context: Context, rounding: float) -> SearchState:
         """Return the state with D at least as far as the loss of this sample does not rise."""
         loss, slope = float(context.loss), float(context.slope)
-        ceiling = self._ceiling(loss, slope, context.lower_bound)
+        ceiling = self._ceiling(loss, slope, context.lower_bound, context.most_ratio)
         if context.trial is None or not math.isfinite(ceiling):
             return state
         longest, _ = without_increase(context.trial, loss, slope, ceiling, rounding=rounding)
