@@ -15,6 +15,7 @@ from ..optim.direction import Direction
 from ..optim.options import Conduct
 from ..optim.projection import Projection, as_projection
 from ..optim.search_path import SearchPath
+from ..optim.slope_rounding import most_ratio
 from ..optim.state import RoleState
 from ..policies import armijo_ceiling
 from ..policies.schedule import Decay
@@ -137,7 +138,8 @@ class OneStepSearch(SearchingOptimizer):
         if self.param_groups[0]["automatic"]:
             low, scale = self.options.lower_bound, point.lr
             if state.found == 0.0 and low is not None:
-                ceiling = float(armijo_ceiling(point.value, path.promised, low, self.rule.c))
+                most = most_ratio(point.value, path.promised, path.gradient.tensors, path.along)
+                ceiling = float(armijo_ceiling(point.value, path.promised, low, self.rule.c, most))
                 state = state._replace(found=ceiling if math.isfinite(ceiling) else 0.0)
             bound = scale * state.found or None  # None: found by trials
         return Limits(self.policy, state, bound, scale, math.inf, 0.0, baseline=self.options.baseline == "matched")

@@ -13,6 +13,7 @@ from ..evaluation.reductions import agree
 from ..hypergradient.solution import HessianReport
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath
+from ..optim.slope_rounding import most_ratio
 from ..optim.state import RoleState
 from ..policies import Context, Outcome, Record
 from ..policies.armijo import armijo_threshold
@@ -46,7 +47,12 @@ class Limits(NamedTuple):
     def within(self, point: Point, path: SearchPath, section: Section) -> SearchPath:
         """Return the path that stays in the convex set up to the first trial."""
         longest = self.policy.first_trial(
-            self.state, loss=point.value, slope=path.promised, bound=self.bound, scale=self.scale
+            self.state,
+            loss=point.value,
+            slope=path.promised,
+            bound=self.bound,
+            scale=self.scale,
+            most_ratio=most_ratio(point.value, path.promised, path.gradient.tensors, path.along),
         )
         if math.isfinite(longest) and longest > 0.0:
             return path.within(point.params, section, longest)
@@ -146,6 +152,7 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
         cap=min(limits.most, path.longest),
         rounding=limits.rounding,
         certify=certify,
+        most_ratio=most_ratio(value, model.slope, path.gradient.tensors, path.along),
     )
     record, state = policy.propose(limits.state, context)
     attempts.conclude(record.moved)

@@ -8,6 +8,8 @@ everything back by copy (never by adding and subtracting), whatever happens, exc
 * random state: of the CPU and of the parameters' devices; every trial replays the same dropout mask;
 * gradients: backward and zero_grad inside a closure reach no ``.grad`` of the user's, which is put aside meanwhile.
 
+Threads share torch's default generators: one that draws meanwhile (loads data) needs a ``torch.Generator`` of its own.
+
 What it cannot see: random generators other than torch's default ones, modules that run only inside a compiled function
 (compile the module, not a function around it), and what the closure does to Python objects.
 """

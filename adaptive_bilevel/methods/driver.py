@@ -11,6 +11,7 @@ from ..hypergradient.estimate import Estimate, Point, Responding, Visit
 from ..hypergradient.oracle import Oracle
 from ..hypergradient.sample import Batch, Sample
 from ..optim.projection import as_projection
+from ..optim.slope_rounding import most_ratio
 from ..policies import Context, GradientNormState, Outcome, Record, State
 from ..policies.armijo import polyak_ratio
 from ..policies.bounded import reach
@@ -170,7 +171,8 @@ class Driver:
         states = [shared[other] for other in row.couplings.get(stepper.name, "") if other in shared]
         coupled = [s for s in states if isinstance(s, GradientNormState)] or None
         cap = self._reach(gradient.loss, slope, directed, old, sample) if stepper.name == "x" else None
-        context = Context(gradient.loss, slope, trial, low, coupled, cap=cap, rounding=rounding)
+        most = most_ratio(gradient.loss, slope, getattr(old, stepper.name), directed.along)
+        context = Context(gradient.loss, slope, trial, low, coupled, cap=cap, rounding=rounding, most_ratio=most)
         record, after = policy.propose(rule, context)
         outcome = Outcome(int(record.outcome))
         self._notices.outcome(stepper.name, outcome)
@@ -194,7 +196,8 @@ class Driver:
             moved = add(there, before, -1.0)
             return math.sqrt(dot(moved, moved))
 
-        return reach(change, float(polyak_ratio(loss, slope, policy.lower_bound, 1.0)))
+        most = most_ratio(loss, slope, old.x, directed.along)
+        return reach(change, float(polyak_ratio(loss, slope, policy.lower_bound, 1.0, most)))
 
     def _search_upper(self, search: UpperSearch, stepper: Stepper, sample: Sample) -> None:
         state, gradient = self.state, stepper.seen

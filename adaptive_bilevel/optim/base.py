@@ -55,7 +55,9 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         record: The last step's `Record`; None before.
         evaluations: Every oracle call so far; those of the loss that is stepped on are in ``evaluations.lower`` (of the
             upper optimizers, in ``evaluations.upper``).
-        sample: The last sample stepped on; None before.
+        sample: The closure of the last step, with its random state and step size; None before the first. An upper
+            optimizer may be bound after that step and needs it then, so it is kept until the next step, and with it
+            what the closure holds (a batch). Where no level above needs it, set it to None to free that.
         host: Who takes a ``step()`` without a closure; None: a closure is required.
     """
 

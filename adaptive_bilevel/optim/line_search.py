@@ -25,6 +25,7 @@ from .direction import Descent, Direction, Gradient
 from .options import Conduct
 from .projection import Section
 from .search_path import SearchPath, scaled
+from .slope_rounding import most_ratio
 
 __all__ = ["SLS", "SLSB", "LineSearch"]
 
@@ -106,7 +107,10 @@ class LineSearch(AveragedSearch):
                 rounding = resolution(searched_loss)
                 before = self._reached()
                 trials = self._doubts.watch(trial, value, slope, rounding, gradient.tensors, directions)
-                sample = Context(value, slope, trials, lower_bound, None, bound, scale, rounding=rounding)
+                most = most_ratio(value, slope, gradient.tensors, directions, gradient.factors)
+                sample = Context(
+                    value, slope, trials, lower_bound, None, bound, scale, rounding=rounding, most_ratio=most
+                )
                 record, state = self.policy.propose(before, sample)
                 attempts.conclude(record.moved)
                 record, state = trials.conclude(record, state, before, lambda: trial(0.0))
@@ -148,8 +152,14 @@ class LineSearch(AveragedSearch):
         path = SearchPath(gradient, scaled(directions, gradient.factors), descent)
         bound, scale = self._bound()
         policy: Any = self.policy
+        value = float(loss)
         longest = policy.first_trial(
-            self._rule_state(), loss=float(loss), slope=path.promised, bound=bound, scale=scale
+            self._rule_state(),
+            loss=value,
+            slope=path.promised,
+            bound=bound,
+            scale=scale,
+            most_ratio=most_ratio(value, path.promised, gradient.tensors, path.along),
         )
         if not (math.isfinite(longest) and longest > 0.0 and math.isfinite(path.promised)):
             return directions

@@ -19,6 +19,7 @@ from ..policies.bounded import reach
 from ..policies.scalars import Scalar
 from .base import AdaptiveOptimizer
 from .direction import Descent, Gradient
+from .slope_rounding import most_ratio
 
 __all__ = ["PolyakOptimizer"]
 
@@ -75,6 +76,9 @@ class PolyakOptimizer(AdaptiveOptimizer):
             trial = self._trial(*sample, gradient, directions, descent, attempts)
         bound, scale = self._bound()
         context = Context(value, slope, trial, lower_bound, None, bound, scale)
+        if self._on_host(gradient.tensors):
+            most = most_ratio(float(value), float(slope), gradient.tensors, directions, gradient.factors)
+            context = context._replace(most_ratio=most)
         if response is not None and self._seeks_bound():
             guard, change = response
             guard.copy()
@@ -86,7 +90,8 @@ class PolyakOptimizer(AdaptiveOptimizer):
                 return found
 
             low = self.rule.lower_bound if lower_bound is None else lower_bound
-            context = context._replace(cap=reach(changed, float(polyak_ratio(value, slope, low, 1.0))))
+            longest = float(polyak_ratio(value, slope, low, 1.0, context.most_ratio))
+            context = context._replace(cap=reach(changed, longest))
         record, state = self.policy.propose(state, context)
         attempts.conclude(trial is None or record.moved)
         stepped = gradient.values if descent.step is None else descent.step

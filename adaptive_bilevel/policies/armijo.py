@@ -6,7 +6,17 @@ import math
 
 from .scalars import Scalar, where
 
-__all__ = ["armijo_ceiling", "armijo_threshold", "parabola_minimizer", "polyak_ratio", "unbounded_length"]
+__all__ = [
+    "LARGEST_RATIO",
+    "armijo_ceiling",
+    "armijo_threshold",
+    "parabola_minimizer",
+    "polyak_ratio",
+    "unbounded_length",
+]
+
+LARGEST_RATIO = 2.0**100
+"""A ratio |f| / <g, d> above it is one of rounding errors in g, unless the sizes of x and d say otherwise."""
 
 
 def armijo_threshold(
@@ -30,28 +40,33 @@ def armijo_threshold(
     return loss + slack + rounding * abs(loss) - c * step * slope
 
 
-def polyak_ratio(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: Scalar) -> Scalar:
+def polyak_ratio(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: Scalar, most: float = LARGEST_RATIO) -> Scalar:
     """Return max(loss - lower_bound, 0) / (c slope), and inf for a slope that is not positive.
 
-    Beyond 2^100 the ratio also is inf: no division here can overflow (which NumPy would warn about), or be by zero.
+    Where it is above `most` for c = 1, the ratio also is inf. At the default, no division here can overflow (which
+    NumPy would warn about), or be by zero.
     """
     gap = loss - lower_bound
     gap = where(gap > 0, gap, 0.0)
-    divides = gap * 2.0**-100 < slope
+    divides = gap * (1.0 / most) < slope
     return where(divides, gap / where(divides, slope, 1.0), float("inf")) / c
 
 
-def armijo_ceiling(loss: Scalar, slope: Scalar, lower_bound: Scalar, c: float = 0.1) -> Scalar:
+def armijo_ceiling(
+    loss: Scalar, slope: Scalar, lower_bound: Scalar, c: float = 0.1, most: float = LARGEST_RATIO
+) -> Scalar:
     """Return (loss - lower_bound) / (c slope): no longer step can satisfy sufficient decrease with constant c.
 
     From ``lower_bound <= f(x - a d) <= f(x) - c a slope``. It is the largest step worth considering at this point, so
     it serves as cap of every search, and as first trial or bound where the user gave no number.
     """
-    return polyak_ratio(loss, slope, lower_bound, c)
+    return polyak_ratio(loss, slope, lower_bound, c, most)
 
 
-def unbounded_length(loss: float, slope: float) -> float:
-    """Return |f| / <g, d>, a length that needs no lower bound, or 1 / sqrt(<g, d>) where f = 0; inf at a slope of 0.
+def unbounded_length(loss: float, slope: float, most: float = LARGEST_RATIO) -> float:
+    """Return |f| / <g, d>, a length that needs no lower bound, or 1 / sqrt(<g, d>) where f = 0.
+
+    It is inf at a slope of 0, and where the ratio is above `most`.
 
     It only has the right unit: where f or x is multiplied by a number, it changes as steps have to. (Where f = 0, as
     multiples of f ask for; x - a g then moves by 1.) Whether it is long or short is to be tried.
@@ -61,7 +76,7 @@ def unbounded_length(loss: float, slope: float) -> float:
     """
     if loss == 0.0:
         return slope**-0.5 if slope > 0.0 else math.inf
-    return float(polyak_ratio(abs(loss), slope, 0.0, 1.0))
+    return float(polyak_ratio(abs(loss), slope, 0.0, 1.0, most))
 
 
 def parabola_minimizer(loss: float, slope: float, step: float, value: float) -> float:

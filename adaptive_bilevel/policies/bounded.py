@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ..errors import OptionError
 from . import validation
-from .armijo import armijo_ceiling, parabola_minimizer, polyak_ratio
+from .armijo import LARGEST_RATIO, armijo_ceiling, parabola_minimizer, polyak_ratio
 from .context import Context, Trial
 from .distance import estimate, take
 from .record import Outcome, Record, closed_form
@@ -145,12 +145,19 @@ class Bounded:
         validation.finite(owner, "lower_bound", self.lower_bound, optional=True)
         validation.make_plain(self)
 
-    def first_bound(self, *, loss: Scalar, slope: Scalar, lower_bound: Scalar | None = None) -> Scalar:
+    def first_bound(
+        self,
+        *,
+        loss: Scalar,
+        slope: Scalar,
+        lower_bound: Scalar | None = None,
+        most_ratio: float = LARGEST_RATIO,
+    ) -> Scalar:
         """Return the initial bound that the rule takes where none is given; 0 if this point does not show one."""
         low = self.lower_bound if lower_bound is None else lower_bound
         if low is None:
             return 0.0
-        ceiling = armijo_ceiling(loss, slope, low)
+        ceiling = armijo_ceiling(loss, slope, low, most=most_ratio)
         return where(isfinite(ceiling), ceiling, 0.0)
 
     def _lower_bound(self, override: Scalar | None) -> Scalar:
@@ -173,19 +180,19 @@ class Bounded:
         given, trials = self.bound if context.bound is None else context.bound, 0
         if given is not None:
             return given, state, trials
-        loss, slope, trial = context.loss, context.slope, context.trial
+        loss, slope, trial, most = context.loss, context.slope, context.trial, context.most_ratio
         estimated = self.decay in ESTIMATED
         if trial is not None and state.found == 0.0:
-            longest = self.first_bound(loss=loss, slope=slope, lower_bound=low)
+            longest = self.first_bound(loss=loss, slope=slope, lower_bound=low, most_ratio=most)
             initial, trials = without_increase(
                 trial, float(loss), float(slope), float(longest), rounding=resolution(loss)
             )
             initial = like(initial, slope)
         elif estimated:
-            initial = polyak_ratio(loss, slope, low, 1.0)
+            initial = polyak_ratio(loss, slope, low, 1.0, most)
             initial = where(isfinite(initial), initial, 0.0)
         else:
-            initial = self.first_bound(loss=loss, slope=slope, lower_bound=low)
+            initial = self.first_bound(loss=loss, slope=slope, lower_bound=low, most_ratio=most)
         if context.cap is not None:
             initial = smaller(initial, like(context.cap, slope))
         if estimated and isinstance(state, BoundState):

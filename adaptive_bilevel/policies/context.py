@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
+from .armijo import LARGEST_RATIO
 from .record import Record
 from .scalars import Scalar
 
@@ -49,6 +50,7 @@ class Context(NamedTuple):
         rounding: Relative rounding unit of the loss, for a search; None: that of the loss's dtype.
         certify: A further test of a search, called with a step right after its trial passed; False rejects it.
         raw: The raw step of an `Envelope`; None: Polyak's ratio. NaN counts as non-finite.
+        most_ratio: A ratio |f| / <g, d> above it gives no scale, since the slope is one of rounding errors.
     """
 
     loss: Scalar
@@ -62,6 +64,7 @@ class Context(NamedTuple):
     rounding: float | None = None
     certify: Certificate | None = None
     raw: Scalar | None = None
+    most_ratio: float = LARGEST_RATIO
 
 
 S = TypeVar("S")
@@ -96,7 +99,10 @@ class Policy(Protocol[S]):
         rounding: float | None = None,
         certify: Certificate | None = None,
         raw: Scalar | None = None,
+        most_ratio: float = LARGEST_RATIO,
     ) -> tuple[Record, S]:
         """Return the record of one step, and the state after it: `propose` with the `Context` as keywords."""
-        context = Context(loss, slope, trial, lower_bound, shared, bound, scale, cap, rounding, certify, raw)
+        context = Context(
+            loss, slope, trial, lower_bound, shared, bound, scale, cap, rounding, certify, raw, most_ratio
+        )
         return self.propose(state, context)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from .scalars import Scalar, clock, larger, like, root, where
+from .scalars import Scalar, clock, larger, largest_quotient, like, root, where
 from .state import BoundState, SearchState
 
 __all__ = ["estimate", "take"]
@@ -58,7 +58,7 @@ def estimate(state: E, loss: Scalar, slope: Scalar, first: Scalar) -> E:
     found = root(where(divisible, distance / where(divisible, mean_slope, 1.0), state.found * state.found))
     # Both are squares: where their quotient would leave the range of a dtype, that of their roots need not.
     length, size = root(distance), root(mean_slope)
-    far = (divisible ^ True) & (size > length * 2.0**-100)
+    far = (divisible ^ True) & (size > length / largest_quotient(loss))
     found = where(far, length / where(far, size, 1.0), found)
     return state._replace(
         seen=state.seen + 1,

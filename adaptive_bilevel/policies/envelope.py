@@ -104,7 +104,7 @@ class Envelope(Bounded, Policy[BoundState]):
         initial, seen, trials = self._bound(state, context, low)
         k = clock(state.count, loss)
         if raw is None:
-            raw = polyak_ratio(loss, slope, low, self.c(k) if callable(self.c) else self.c)
+            raw = polyak_ratio(loss, slope, low, self.c(k) if callable(self.c) else self.c, context.most_ratio)
         high = initial * decay_factor(self.decay, k)
         floor = self.floor * decay_factor(self.floor_decay, k)
         record = clip(raw, floor, high, loss=loss, slope=slope, lower_bound=low)

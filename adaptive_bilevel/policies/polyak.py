@@ -83,7 +83,7 @@ class DecSPS(Bounded, Policy[DecSPSState]):
         initial, seen, trials = self._bound(state, context, low)
         c = self.c * (clock(state.count, loss) + 1) ** 0.5
         high = where(state.product > 0, smaller(state.product / c, initial), initial)
-        raw = polyak_ratio(loss, slope, low, c)
+        raw = polyak_ratio(loss, slope, low, c, context.most_ratio)
         record = clip(raw, 0.0, high, loss=loss, slope=slope, lower_bound=low)
         record = tried(record, trials, seen.found)
         after = advance(state, seen, record, loss, slope)

@@ -23,6 +23,7 @@ __all__ = [
     "first",
     "isfinite",
     "larger",
+    "largest_quotient",
     "like",
     "resolution",
     "root",
@@ -111,3 +112,8 @@ def resolution(scalar: Scalar) -> float:
     if isinstance(scalar, (int, float)):
         return 2.220446049250313e-16
     return float(array_namespace(scalar).finfo(scalar.dtype).eps)
+
+
+def largest_quotient(scalar: Scalar) -> float:
+    """Return a quotient that is well inside of the range of the scalar's own dtype: 2^1000 for doubles, else 2^100."""
+    return 2.0**1000 if resolution(scalar) < 1e-10 else 2.0**100

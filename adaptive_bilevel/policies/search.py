@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import OptionError
 from . import validation
-from .armijo import armijo_ceiling, armijo_threshold, parabola_minimizer, unbounded_length
+from .armijo import LARGEST_RATIO, armijo_ceiling, armijo_threshold, parabola_minimizer, unbounded_length
 from .context import Context, Policy
 from .distance import take
 from .record import Outcome, Record
@@ -88,11 +88,18 @@ class Search(Policy[SearchState]):
         return ceiling if math.isfinite(ceiling) else 0.0
 
     def first_trial(
-        self, state: SearchState, *, loss: float, slope: float, bound: float | None = None, scale: float = 1.0
+        self,
+        state: SearchState,
+        *,
+        loss: float,
+        slope: float,
+        bound: float | None = None,
+        scale: float = 1.0,
+        most_ratio: float = LARGEST_RATIO,
     ) -> float:
         """Return where an uncapped search at this point starts."""
-        found = state.found or self.first_bound(loss=loss, slope=slope) or unbounded_length(loss, slope)
-        cap = self._ceiling(loss, slope, None)
+        cap = self._ceiling(loss, slope, None, most_ratio)
+        found = state.found or (cap if math.isfinite(cap) else unbounded_length(loss, slope, most_ratio))
         return reset(state.previous, bound or scale * found, option=self.reset, grow=self.grow, cap=cap)
 
     def propose(self, state: SearchState, context: Context) -> tuple[Record, SearchState]:
@@ -111,7 +118,7 @@ class Search(Policy[SearchState]):
         if slope <= 0.0:
             outcome = Outcome.zero_gradient if slope == 0.0 else Outcome.no_descent
             return Record(0.0, 0.0, math.inf, outcome, slope=slope), state
-        ceiling = self._ceiling(loss, slope, context.lower_bound)
+        ceiling = self._ceiling(loss, slope, context.lower_bound, context.most_ratio)
         initial, seen, estimated, before = self._given(context), state, False, 0
         if initial is None:
             seen, estimated, before, outcome = self._find(state, point, ceiling, context)
@@ -203,7 +210,8 @@ class Search(Policy[SearchState]):
         decrease with c = 1/2 (or above), which no step beyond the minimizer of a parabola does.
         """
         strict = replace(self, c=max(self.c, 0.5))
-        start, largest = unbounded_length(point.loss, point.slope), math.inf if context.cap is None else context.cap
+        start = unbounded_length(point.loss, point.slope, context.most_ratio)
+        largest = math.inf if context.cap is None else context.cap
         if not math.isfinite(start):
             return 0.0, 0, Outcome.zero_gradient  # at a solution, a slope of rounding errors gives no scale
         step, outcome, trials, _ = strict._backtrack(min(start, largest), point, context)
@@ -220,10 +228,12 @@ class Search(Policy[SearchState]):
     def _low(self, lower_bound: Scalar | None) -> float | None:
         return self.lower_bound if lower_bound is None else float(lower_bound)
 
-    def _ceiling(self, loss: float, slope: float, lower_bound: Scalar | None) -> float:
+    def _ceiling(
+        self, loss: float, slope: float, lower_bound: Scalar | None, most_ratio: float = LARGEST_RATIO
+    ) -> float:
         """Return the longest step that could pass; inf where that is not known."""
         low = self._low(lower_bound)
         if low is None or not (math.isfinite(loss) and math.isfinite(slope) and slope > 0.0 and loss > low):
             return math.inf
         # With slack, a step above the bare ceiling may still pass.
-        return float(armijo_ceiling(loss + self.slack, slope, low, self.c))
+        return float(armijo_ceiling(loss + self.slack, slope, low, self.c, most_ratio))

@@ -133,6 +133,24 @@ def test_a_search_that_starts_at_a_solution_has_nothing_to_descend_along(policy:
     assert state == policy.init()
 
 
+@pytest.mark.parametrize("policy", [SLS(), SLSB(), AutoSLS(), GuardedSLS(), SLS(lower_bound=None)], ids=repr)
+@pytest.mark.parametrize("unit", [1e16, 1e40, 1e140])
+def test_a_slope_that_is_known_to_be_none_of_rounding_errors_gives_a_scale(policy: Policy[Any], unit: float) -> None:
+    """The first search of f = x^2 / 2 at x = 1, and of the same f in a unit of x: steps are in its square."""
+
+    def search(unit: float, **known: float) -> float:
+        record, _ = take(
+            policy,
+            loss=0.5,
+            slope=(1.0 / unit) ** 2,
+            trial=lambda step: 0.5 * (1.0 - step / unit / unit) ** 2,
+            **known,
+        )
+        return float(record.step_size)
+
+    assert search(unit, most_ratio=2.0**1000) == pytest.approx(search(1.0) * unit**2)
+
+
 def test_a_tie_is_accepted() -> None:
     """The first sample of S1 with c = .1 and a step of 1: 6 - .1 * 20 = 4 = f exactly."""
     record, _ = SLS(start=1.0).step(SLS(start=1.0).init(), loss=6.0, slope=20.0, trial=lambda step: 4.0)
