@@ -186,6 +186,13 @@ def closure(name: str, extras: set[str], seen: set[str]) -> set[str]:
     return seen
 
 
+def test_ci_tries_every_python_that_is_promised() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    tried = re.search(r"^ *python: \[(.*)\]$", workflow, re.MULTILINE)
+    promised = [line.split(" :: ")[-1] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
+    assert tried is not None and [version.strip(' "') for version in tried[1].split(",")] == promised
+
+
 def test_no_path_of_a_machine_is_committed() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,26 +44,36 @@ _OUTCOMES = {
     ),
 }
 
-_STATUS = {
-    SolverStatus.negative_curvature: "negative curvature",
-    SolverStatus.indefinite: "negative curvature",
-    SolverStatus.singular: "a singular Hessian",
-    SolverStatus.flat: "no curvature at all",
-    SolverStatus.diverging: "a series that grows",
-    SolverStatus.asymmetric: "products of no symmetric matrix",
-    SolverStatus.iteration_limit: "its iteration limit",
-    SolverStatus.non_finite: "numbers that are not finite",
-}
+_DEFAULT_SOLVER = "leave solver= out (Lanczos holds there), or regularize the lower loss"
 
-_REMEDIES = {
-    "negative curvature": "leave solver= out (Lanczos holds there), solve the lower level further, or regularize it",
-    "a singular Hessian": "leave solver= out (Lanczos holds there), or regularize the lower loss",
-    "no curvature at all": "the lower loss is linear in y and has no minimizer: look at it",
-    "a series that grows": "give Neumann a smaller scale=, or leave solver= out for Lanczos",
-    "products of no symmetric matrix": "let the lower closure use one batch and one dropout mask in each evaluation",
-    "its iteration limit": "raise max_iterations=, or scale the lower variables alike",
-    "numbers that are not finite": "look at the lower loss at the present point",
+_SOLVES = {
+    SolverStatus.negative_curvature: ("negative curvature", _DEFAULT_SOLVER),
+    SolverStatus.vanishing_curvature: ("a singular Hessian", _DEFAULT_SOLVER),
+    SolverStatus.indefinite: (
+        "negative curvature",
+        "Lanczos holds there, by 1/|t| at an eigenvalue t; solve the lower level further, or regularize it, for the "
+        "inverse itself",
+    ),
+    SolverStatus.singular: (
+        "a singular Hessian",
+        "Lanczos holds there, by a bounded solution; regularize the lower loss for the inverse itself",
+    ),
+    SolverStatus.flat: ("no curvature at all", "the lower loss is linear in y and has no minimizer: look at it"),
+    SolverStatus.diverging: (
+        "a series that grows",
+        "give Neumann a smaller scale=, or leave solver= out for Lanczos",
+    ),
+    SolverStatus.asymmetric: (
+        "products of no symmetric matrix",
+        "let the lower closure use one batch and one dropout mask in each evaluation",
+    ),
+    SolverStatus.iteration_limit: (
+        "its iteration limit",
+        "raise max_iterations=, or scale the lower variables alike",
+    ),
+    SolverStatus.non_finite: ("numbers that are not finite", "look at the lower loss at the present point"),
 }
+"""What a solve has met, and the remedy. `indefinite` and `singular` are known to `Lanczos` alone."""
 
 
 def diagnose(optimizer: Any) -> list[str]:
@@ -152,11 +163,11 @@ def _trials(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 
 def _solves(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
-    met = [_STATUS[report.status] for report in reports if report.status in _STATUS]
+    met = [_SOLVES[report.status] for report in reports if report.status in _SOLVES]
     return [
-        f"the solver met {what} in {_of(met.count(what), reports, 'solves')}: {_REMEDIES[what]}"
-        for what in dict.fromkeys(met)
-        if met.count(what) > _SOME * len(reports)
+        f"the solver met {what} in {_of(count, reports, 'solves')}: {remedy}"
+        for (what, remedy), count in Counter(met).items()
+        if count > _SOME * len(reports)
     ]
 
 

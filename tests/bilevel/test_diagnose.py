@@ -122,6 +122,14 @@ def test_what_solvers_meet(case: str) -> None:
     _, outer, iterate = bilevel(loss)
     said = told(outer, iterate, 6)
     assert words in said and "of the last" in said and "regularize" in said
+    assert "solver=" not in said  # it was left out already
+
+
+def test_what_cg_meets_is_a_reason_for_the_default_solver() -> None:
+    loss, words = HESSIANS["indefinite"]
+    _, outer, iterate = bilevel(loss, solver=CG(tolerance=1e-8))
+    said = told(outer, iterate, 6)
+    assert words in said and "leave solver= out" in said
 
 
 def test_slopes_that_disagree() -> None:

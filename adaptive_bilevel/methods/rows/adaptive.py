@@ -52,7 +52,7 @@ ROWS = (
     Row(
         name="bisls-sgd",
         summary="line searches at both levels; the upper one follows the tangent of y*(x)",
-        source="Fan et al., 2023, arXiv 2305.18666, Algorithms 2, 3 (response='step'); see the README for the tangent",
+        source="Fan et al., 2023, arXiv 2305.18666, Algorithms 2, 3 (response='step'); tangent: docs/bilevel.md",
         assumes=f"{STRONG}; no rate proved",
         order="y,x",
         estimator=Implicit(Lanczos()),
