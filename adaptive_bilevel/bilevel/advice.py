@@ -124,10 +124,10 @@ def _of(count: int, past: Sequence[Any], what: str = "steps") -> str:
 
 
 def _closures(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
-    doubts, found = optimizer.doubts, []
-    if doubts.changes:
+    checks, found = optimizer.closure_checks, []
+    if checks.changes:
         found.append("the closure changes from call to call at the same point: draw its batch outside of it")
-    if doubts.stays:
+    if checks.stays:
         found.append("the closure's loss does not follow the parameters: compute it inside of the closure")
     return found
 
@@ -191,7 +191,8 @@ def _noise(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
         return []
     return [
         f"the loss rose from one step to the next in {_of(len(rises), pairs)}, though each step lowered its own "
-        "sample: samples disagree. Take larger batches, or a rule whose bound decays (AutoSLS, SLSB, SPSB; BiSPS)"
+        "sample: samples disagree, or another level moves. Take larger batches, or a rule whose bound decays (AutoSLS, "
+        "SLSB, SPSB; BiSPS)"
     ]
 
 

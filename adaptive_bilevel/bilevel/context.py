@@ -14,7 +14,7 @@ from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Objective
 from ..hypergradient.solution import HessianReport
-from ..optim.closure_doubts import ClosureDoubts
+from ..optim.closure_checks import ClosureChecks
 from ..optim.direction import Descent, Gradient
 from ..optim.search_path import SearchPath
 from ..policies import Record
@@ -51,7 +51,7 @@ class Point:
         f_y: Partial gradients of f by ``lower``; empty after `release`.
         scale: What earlier searches have shown of the right step length.
         counts: Oracle calls of the optimizer.
-        doubts: What its searches have shown of the closure.
+        closure_checks: What its searches have shown of the closure.
     """
 
     guard: Guard
@@ -70,7 +70,7 @@ class Point:
     f_y: list[Tensor]
     scale: Scale
     counts: Evaluations
-    doubts: ClosureDoubts
+    closure_checks: ClosureChecks
 
     def release(self) -> None:
         """Drop the partial gradients, which only the response needs."""

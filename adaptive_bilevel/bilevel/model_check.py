@@ -87,13 +87,14 @@ class TangentCheck:
     * step * ||C^T d|| passes. So does one below that plus unsolved * ||grad_y g||, if the part of it along C^T d is
     below it alone (x in log space has less and less effect): where the lower problem is not solved, the model is no
     better than that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the
-    kinks of a few samples in an unsolved ReLU network cut a first search to steps of 1e-5.)A larger one is measured
-    again at half of the step. What a smooth lower loss adds is of second order: there it is a quarter, and the search
-    goes on to shorter steps. Where it is half or more, no shorter step holds any better: samples cross kinks of a ReLU
-    network, by which its gradient jumps, and rejected for them, steps would shrink until not one sample crosses a kink
-    any more. So this one passes, unless its part along C^T d is above the first term and less than half as large
-    there. (Kinks hide what x does: in the logarithm of a weight decay, first steps of 9 passed, after which x had no
-    effect any more.)
+    kinks of a few samples in an unsolved ReLU network cut a first search to steps of 1e-5.)
+
+    A larger one is measured again at half of the step. What a smooth lower loss adds is of second order: there it is a
+    quarter, and the search goes on to shorter steps. Where it is half or more, no shorter step holds any better:
+    samples cross kinks of a ReLU network, by which its gradient jumps, and rejected for them, steps would shrink until
+    not one sample crosses a kink any more. So this one passes, unless its part along C^T d is above the first term and
+    less than half as large there. (Kinks hide what x does: in the logarithm of a weight decay, first steps of 9 passed,
+    after which x had no effect any more.)
 
     One that is not finite never passes.
 

@@ -142,7 +142,7 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
         value = there = float(agree(evaluate(0.0))[0])
     # Where the slope is not that of the searched function, a loss that stays the same says nothing of the closure.
     moved = path.gradient.tensors if model.comparable else []
-    trials = point.doubts.watch(trial, value, model.slope, limits.rounding or point.rounding, moved, path.along)
+    trials = point.closure_checks.watch(trial, value, model.slope, limits.rounding or point.rounding, moved, path.along)
     context = Context(
         value,
         model.slope,

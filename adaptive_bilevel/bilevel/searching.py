@@ -203,7 +203,7 @@ class SearchingOptimizer(StartingOptimizer):
         record, after = search(point, model, check, limits)
         if getattr(model, "blind", False):
             record = record._replace(outcome=Outcome.no_descent)
-            point.doubts.say("blind", _BLIND)
+            point.closure_checks.say("blind", _BLIND)
         kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
         return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian))
 

@@ -71,7 +71,7 @@ class StartingOptimizer(UpperOptimizer):
             loss, found = known
         guard.mark()
         if lower and all(g is None for g in found[len(params) :]):
-            self._doubts.say("apart", _APART)
+            self._closure_checks.say("apart", _APART)
         partials = gradients_of([*gradient.tensors, *lower], tensors, found)
         parts = zip(params, hypergradient, self._each_factor(), strict=True)
         return Point(
@@ -91,5 +91,5 @@ class StartingOptimizer(UpperOptimizer):
             f_y=partials[len(gradient.tensors) :],
             scale=Scale(self._rule_state(), self._saved("rejected", False), self._saved("shortest", math.inf)),
             counts=self.evaluations,
-            doubts=self._doubts,
+            closure_checks=self._closure_checks,
         )

@@ -17,6 +17,7 @@ __all__ = [
     "add",
     "cast_like",
     "dot",
+    "fingerprint",
     "inner",
     "inners",
     "negate",
@@ -58,6 +59,12 @@ def inners(*pairs: tuple[Sequence[Tensor], Sequence[Tensor]]) -> list[Tensor]:
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Return <left, right> as a number, for which an accelerator is waited for once."""
     return float(inner(left, right).detach())
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> float:
+    """Return ||x||^2, by which nearly every change of x shows, however it was made (versions miss ``.data``)."""
+    detached = [t.detach() for t in tensors]
+    return dot(detached, detached)
 
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:

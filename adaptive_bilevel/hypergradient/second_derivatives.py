@@ -19,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from adaptive_bilevel.errors import SolverError, warn
 
 from ..evaluation.guard import Guard
-from ..evaluation.vectors import Vector, dot, rounding
+from ..evaluation.tensors import gradients_of
+from ..evaluation.vectors import dot, rounding
 
 __all__ = ["custom_functions", "explained", "verify"]
 
@@ -111,16 +112,16 @@ def _difference(guard: Guard, closure: Any, inputs: Sequence[Tensor], lower: Seq
     if not pairs:
         return 0.0
     outputs, vectors = [s for s, _ in pairs], [u for _, u in pairs]
-    product = _filled(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True), inputs)
+    product = gradients_of(inputs, inputs, torch.autograd.grad(outputs, inputs, vectors, allow_unused=True))
     before = [p.detach().clone() for p in lower]
     unit, size = rounding(lower), math.sqrt(dot(before, before))
     step = unit ** (1 / 3) * max(1.0, size) / math.sqrt(dot(v, v))
 
-    def gradient(length: float) -> tuple[Tensor, Vector]:
+    def gradient(length: float) -> tuple[Tensor, list[Tensor]]:
         for p, point, u in zip(lower, before, v, strict=True):
             p.data.copy_(point + length * u)  # no new version of the tensor: the user's graphs may hold it
         value, found = guard.gradient(closure, inputs, guard.entry)
-        return value, _filled(found, inputs)
+        return value, gradients_of(inputs, inputs, found)
 
     try:
         again, here = gradient(0.0)
@@ -136,10 +137,3 @@ def _difference(guard: Guard, closure: Any, inputs: Sequence[Tensor], lower: Seq
     apart = math.sqrt(max(dot(error, error), 0.0)) - noise
     whole = max(math.sqrt(dot(change, change)), math.sqrt(dot(product, product)))
     return apart / whole if whole > 0.0 and math.isfinite(apart / whole) else 0.0
-
-
-def _filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
-    return tuple(
-        torch.zeros_like(p, requires_grad=False) if g is None else g.detach()
-        for g, p in zip(gradients, like, strict=True)
-    )

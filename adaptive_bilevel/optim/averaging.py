@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..evaluation.vectors import dot
+from ..evaluation.vectors import fingerprint
 from .direction import Descent, Gradient
 from .moments import Moment, mean
 from .state import RoleState, read_states, write_states
@@ -99,7 +99,7 @@ class Average(NamedTuple):
         kept = read_states(state, {_ENTRY: RoleState()}, params)[_ENTRY]
         if "at" not in kept.shared or not all("ahead" in own for own in kept.each):
             return None
-        if not offered and kept.shared["at"] != _fingerprint(params):
+        if not offered and kept.shared["at"] != fingerprint(params):
             return None
         counts = (kept.shared[name] for name in ("count", "lead", "variance"))
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
@@ -136,7 +136,7 @@ def settle(state: Any, params: Sequence[Tensor], start: Sequence[Tensor], averag
         torch._foreach_mul_(ahead, 1.0 - _weight(average.taken + 1))
         torch._foreach_sub_(list(params), ahead)
     shared = {
-        "at": _fingerprint(params),
+        "at": fingerprint(params),
         "count": average.taken + 1,
         "lead": average.lead,
         "variance": average.variance,
@@ -147,8 +147,3 @@ def settle(state: Any, params: Sequence[Tensor], start: Sequence[Tensor], averag
 def _weight(count: int) -> float:
     """Return the weight of the newest of `count` iterates."""
     return (POWER + 1.0) / (max(count, 1) + POWER)
-
-
-def _fingerprint(params: Sequence[Tensor]) -> float:
-    detached = [p.detach() for p in params]
-    return dot(detached, detached)

@@ -165,9 +165,10 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         kept = self._warm_start.look(self.state, *on_host(inner(own, offset), found.loss, moved))
         if kept == 0.0:
             return found, kept
-        torch._foreach_add_(params, offset, alpha=kept)
         if kept == 1.0:
             torch._foreach_copy_(params, predicted)
+        else:
+            torch._foreach_add_(params, offset, alpha=kept)
         guard.rebase()
         if kept == 1.0 and known is not None:
             return Differentiated(*known), kept

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import NonFiniteError, warn
 from ..policies import Outcome, Record, State
 from ..policies.scalars import Scalar
-from .closure_doubts import ClosureDoubts
+from .closure_checks import ClosureChecks
 from .groups import PolicyOptimizer
 
 __all__ = ["ConcludingOptimizer", "Past"]
@@ -54,20 +54,20 @@ class ConcludingOptimizer(PolicyOptimizer):
         self._warned: dict[int, int] = {}
         self._skips: Scalar = 0
         self._looks = 0
-        self._doubts = ClosureDoubts()
+        self._closure_checks = ClosureChecks()
         self.record: Record | None = None
         self.history: deque[Past] = deque(maxlen=_KEPT)
 
     @property
-    def doubts(self) -> ClosureDoubts:
+    def closure_checks(self) -> ClosureChecks:
         """What the searches have shown of the closure."""
-        return self._doubts
+        return self._closure_checks
 
     def _conclude(self, record: Record, state: State, loss: Any, hessian: Any = None) -> None:
         """Keep the record, tell what should be told, and count what may not go on."""
         self.record = record
         self.history.append(Past(record, loss.detach() if isinstance(loss, Tensor) else loss, hessian))
-        for message in self._doubts.take():
+        for message in self._closure_checks.take():
             warn(f"{type(self).__name__}: {message}")
         on_device = isinstance(record.step_size, Tensor)
         scale = state.found if self.param_groups[0]["automatic"] else 1.0

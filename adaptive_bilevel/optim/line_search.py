@@ -106,7 +106,7 @@ class LineSearch(AveragedSearch):
                 guard.copy()
                 rounding = resolution(searched_loss)
                 before = self._reached()
-                trials = self._doubts.watch(trial, value, slope, rounding, gradient.tensors, directions)
+                trials = self._closure_checks.watch(trial, value, slope, rounding, gradient.tensors, directions)
                 most = most_ratio(value, slope, gradient.tensors, directions, gradient.factors)
                 sample = Context(
                     value, slope, trials, lower_bound, None, bound, scale, rounding=rounding, most_ratio=most

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from ..evaluation.vectors import dot
+from ..evaluation.vectors import fingerprint
 from .state import RoleState, read_states, write_states
 
 __all__ = ["Share", "WarmStart"]
@@ -87,7 +87,7 @@ class WarmStart:
 
     def offer(self, state: Any, params: Sequence[Tensor], points: Sequence[Tensor]) -> None:
         """Keep the point before the prediction, which is where the parameters are."""
-        after = RoleState({"at": _fingerprint(params)}, [{"point": point} for point in points])
+        after = RoleState({"at": fingerprint(params)}, [{"point": point} for point in points])
         write_states(state, {_ENTRY: after}, params)
         self._offered = True
 
@@ -97,7 +97,7 @@ class WarmStart:
             return None
         kept = read_states(state, {_ENTRY: RoleState()}, params)[_ENTRY]
         self._seen = None
-        if kept.shared.get("at") != _fingerprint(params):
+        if kept.shared.get("at") != fingerprint(params):
             self.drop(state, params)
             return None
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
@@ -127,8 +127,3 @@ class WarmStart:
                 state[p] = {name: value for name, value in state[p].items() if name != _ENTRY}
         state.pop(_ENTRY, None)
         self._offered = False
-
-
-def _fingerprint(params: Sequence[Tensor]) -> float:
-    detached = [p.detach() for p in params]
-    return dot(detached, detached)

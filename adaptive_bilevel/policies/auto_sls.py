@@ -51,8 +51,9 @@ _UNCONFIRMED = 0.5
 class AutoSLS(SLSB):
     """Stochastic line search as long as samples agree; from then on the bound is the step, and nothing is searched.
 
-    Options as in `SLSB`. `bound` is the first trial, too; None: found, see `Envelope`, and estimated from the first
-    step on, whether it is in force or not. `decay` is made for averaged iterates.
+    Options as in `SLSB`. `bound` is the first trial, too, and where samples disagree, no step is longer than the
+    longest that a search has accepted; None: found, see `Envelope`, and estimated from the first step on, whether it is
+    in force or not. `decay` is made for averaged iterates.
 
     >>> policy, f = AutoSLS(), lambda x: x * x
     >>> record, state = policy.step(policy.init(), loss=f(1.0), slope=4.0, trial=lambda a: f(1.0 - 2.0 * a))

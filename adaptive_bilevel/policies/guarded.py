@@ -1,4 +1,4 @@
-"""SLS with a guard: where samples disagree, no step is longer than those that the samples have agreed on."""
+"""SLS under a bound that is in force while the losses fall by less than the steps promised."""
 
 from __future__ import annotations
 

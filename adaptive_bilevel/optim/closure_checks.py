@@ -17,7 +17,7 @@ from ..evaluation.reductions import on_host
 from ..evaluation.vectors import inner, rounding
 from ..policies import Outcome, Record
 
-__all__ = ["ClosureDoubts", "WatchedTrials"]
+__all__ = ["ClosureChecks", "WatchedTrials"]
 
 S = TypeVar("S")
 
@@ -51,8 +51,8 @@ _STAYS = (
 
 
 @final
-class ClosureDoubts:
-    """The doubts of one optimizer, over its steps. What is said is said once.
+class ClosureChecks:
+    """The checks of the closure of one optimizer, over its steps. Each message is given once.
 
     Attributes:
         changes: Whether the closure was found to change at the same point.
@@ -81,7 +81,7 @@ class ClosureDoubts:
             loss: The value that trials are compared with.
             slope: What the gradient promises of a step of 1.
             rounding: Relative rounding unit of the loss.
-            tensors: The parameters; none: no trial is long enough for the second doubt.
+            tensors: The parameters; none: no trial is long enough for the second check.
             along: Along what they move.
         """
         return WatchedTrials(self, trial, loss, slope, rounding, lambda: _visible(tensors, along))
@@ -107,7 +107,7 @@ class ClosureDoubts:
 
 @final
 class WatchedTrials:
-    """The trials of one search; see `ClosureDoubts.watch`.
+    """The trials of one search; see `ClosureChecks.watch`.
 
     Attributes:
         counted: Trials evaluated.
@@ -116,14 +116,14 @@ class WatchedTrials:
 
     def __init__(
         self,
-        doubts: ClosureDoubts,
+        closure_checks: ClosureChecks,
         trial: Callable[[float], float],
         loss: float,
         slope: float,
         rounding: float,
         visible: Callable[[], float],
     ) -> None:
-        self._doubts, self._trial = doubts, trial
+        self._closure_checks, self._trial = closure_checks, trial
         self._find_visible, self._visible = visible, math.nan
         self._loss, self._slope, self._rounding = loss, slope, _UNITS * rounding
         self._equal, self._other, self._promise = 0, False, 0.0
@@ -131,7 +131,7 @@ class WatchedTrials:
 
     def __call__(self, step: float) -> float:
         """Return the value of a step; infinity, unevaluated, where it is known that it would say nothing."""
-        if self._doubts.stays and self._stays:
+        if self._closure_checks.stays and self._stays:
             return math.inf
         self.counted += 1
         value = self._trial(step)
@@ -166,20 +166,20 @@ class WatchedTrials:
             look: Puts the parameters where the step began, and evaluates the closure.
             compared: The loss there, where trials were compared with another value.
         """
-        doubts, trials = self._doubts, self.counted
-        doubts.stays = self._stays and (not record.moved or float(record.value) == self._loss)
-        if doubts.stays:
-            doubts.say("stays", _STAYS.format(loss=self._loss, trials=trials, promise=self._promise))
+        checks, trials = self._closure_checks, self.counted
+        checks.stays = self._stays and (not record.moved or float(record.value) == self._loss)
+        if checks.stays:
+            checks.say("stays", _STAYS.format(loss=self._loss, trials=trials, promise=self._promise))
             failed = record._replace(step_size=0.0, outcome=Outcome.search_failed, trials=trials, value=self._loss)
             return failed, before
         failed_now = record.outcome == Outcome.search_failed
         resumed = float(getattr(before, "previous", 0.0)) > 0.0
-        if (failed_now or (resumed and trials >= _REJECTED)) and doubts.due():
+        if (failed_now or (resumed and trials >= _REJECTED)) and checks.due():
             first, self.looked = self._loss if compared is None else compared, True
             second = look()
             if self._apart(first, second) and self._apart(second, look()):
-                doubts.changes = True
-                doubts.say("changes", _CHANGES.format(first=first, second=second))
+                checks.changes = True
+                checks.say("changes", _CHANGES.format(first=first, second=second))
         return record, after
 
     def _apart(self, one: float, other: float) -> bool:

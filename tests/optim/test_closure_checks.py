@@ -116,7 +116,7 @@ def test_a_look_leaves_no_trace(make: Any) -> None:
         torch.manual_seed(0)
         w = torch.full((4,), 2.0, dtype=torch.float64, requires_grad=True)
         optimizer = make([w], 1.0)
-        optimizer._doubts.due = functools.partial(bool, looks)
+        optimizer._closure_checks.due = functools.partial(bool, looks)
 
         def closure(w: Tensor = w) -> Tensor:
             return (torch.nn.functional.dropout(w**4, 0.3) * torch.tensor([1.0, 2.0, 30.0, 400.0])).sum()
