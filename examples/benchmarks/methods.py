@@ -11,6 +11,7 @@ hypergradient, and the options come from the command line (``--method NAME:key=v
 Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search", "slsb",
 "spsb" and "auto" are this package's `SLS`, `SLSB`, `SPSB` and `AutoSLS` with no number given; without it the task's own
 rule is used. The option ``solver`` takes the place of the task's setting of that name: the kind of hypergradient.
+``search=guarded`` is `BiSLS` under `policies.GuardedSLS`.
 ``bisls-sgd:response=step`` and ``bisls-adam:response=step`` are the paper's search, `OneStepBiSLS`, as in
 `adaptive_bilevel.methods`.
 """
@@ -80,6 +81,7 @@ def decay_lr(optimizer: torch.optim.Optimizer, decay: str) -> Callable[[], None]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[decay]).step
 
 
+SEARCHES = {"guarded": policies.GuardedSLS()}
 LOWER_RULES: dict[Any, LowerRule] = {"search": SLS, "slsb": SLSB, "spsb": SPSB, "auto": AutoSLS}
 
 
@@ -124,10 +126,13 @@ def searched(
     solver: Any,
     *,
     response: str = "tangent",
+    search: str | None = None,
     **options: Any,
 ) -> Hooks:
     """BiSLS, or the paper's one-step search; `options` are its own, and without `lr` the first trial is found."""
     inner = lower_rule(lower)
+    if search is not None:
+        options["search"] = SEARCHES[search]
     if response == "step":
         outer = OneStepBiSLS(upper, lower=inner, direction=direction, **options)
     else:
