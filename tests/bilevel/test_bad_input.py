@@ -28,20 +28,9 @@ SOLVERS: dict[str, LinearSolver] = {
 BLIND = ("identity",)  # it takes no product, so that it cannot see what is wrong with them
 
 
-class _Spoiled(torch.autograd.Function):
-    """The identity; what its second derivative passes through is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: Callable[[], float]) -> Tensor:
-        ctx.factor = factor
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _Passed.apply(gradients[0], ctx.factor), None
-
-
 class _Passed(torch.autograd.Function):
+    """The identity; what its derivative passes through is multiplied by a factor."""
+
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: Callable[[], float]) -> Tensor:
         ctx.factor = factor
@@ -50,6 +39,14 @@ class _Passed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients[0] * ctx.factor(), None
+
+
+class _Spoiled(_Passed):
+    """The identity; it is what its second derivative passes through that is multiplied."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _Passed.apply(gradients[0], ctx.factor), None
 
 
 def spoiled(tensor: Tensor, factor: Callable[[], float]) -> Tensor:
