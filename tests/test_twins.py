@@ -231,6 +231,23 @@ def cleaning(seed: int) -> Bilevel:
     return Bilevel(torch.full((60,), -5.0), torch.zeros(15), ([60], [12, 3]), draw_upper, draw_lower)
 
 
+def episodes(seed: int) -> Bilevel:
+    """y follows x, and f is of one noisy equation at a time, which each step can solve."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw_upper() -> bilevel.Function:
+        row, noise = (torch.randn(n, generator=generator) for n in (4, 1))
+        return lambda x, y: 0.5 * (y @ row - 2 * noise).square().sum() + 0.1
+
+    return Bilevel(
+        torch.zeros(4),
+        torch.zeros(4),
+        ([3, 1], [3, 1]),
+        draw_upper,
+        lambda: lambda x, y: 0.5 * (y - x).square().sum() + 0.1,
+    )
+
+
 class SpectralBiSLS(bilevel.BiSLS):
     tangent = SpectralTangent
 
@@ -253,6 +270,8 @@ CASES: list[tuple[str, Callable[[int], Bilevel], int, float | None]] = [
     ("BiSLS-SLS", saturating, 1, None),
     ("BiSLS-SLS", cleaning, 1, None),
     ("BiSLS-SLS", cleaning, 2, None),
+    ("BiSLS-SLS", episodes, 1, None),
+    ("BiSLS-SLS", episodes, 2, None),
 ]
 CASES += [("BiSLS-SLS-Lanczos", p, seed, lr) for rule, p, seed, lr in CASES if rule == "BiSLS-SLS" and lr != 1e-3]
 """The rules of both levels, problem, seed, and the first trial of the upper level if it is given."""

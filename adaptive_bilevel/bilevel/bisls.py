@@ -16,7 +16,7 @@ from ..optim.direction import Direction
 from ..optim.options import Conduct, refuse_unused_moments
 from ..optim.projection import Projection, as_projection
 from ..optim.search_path import SearchPath
-from ..policies import SLS, SLSB, validation
+from ..policies import SLS, SLSB, GuardedSLS, validation
 from .context import Point
 from .model_check import check_of
 from .momentum import momentum_of
@@ -121,9 +121,9 @@ class BiSLS(UpperSearch):
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of it is projected first, the
             search stays in it, and parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
         pace: Whether a search is due: "every" step, or a `Pace`.
-        search: A policy, `policies.SLS`, `policies.GuardedSLS` (for upper samples that can each be fitted alone, as a
-            few episodes of few-shot learning can) or `policies.SLSB`, in the place of the options c to max_trials.
-        **options: Of the search, as in `SLS`: c (Armijo constant, in (0, 1); left out: .1; .5 for "sgd" with
+        search: A policy, `policies.GuardedSLS`, `policies.SLS` (without that guard) or `policies.SLSB`, in the place of
+            the options c to max_trials.
+        **options: Of the search, `policies.GuardedSLS`: c (Armijo constant, in (0, 1); left out: .1; .5 for "sgd" with
             momentum=False), shrink, grow (until a trial has been rejected, 1/shrink), reset, slack, lower_bound,
             max_step, max_trials; and betas, eps (Adam's constants; betas[0] also is the decay of all means), max_skips.
 
@@ -211,7 +211,7 @@ def _records(
         plain = getattr(direction, "kind", direction) == "sgd" and _mixing(direction, momentum) is False
         given["c"] = 0.5 if plain else 0.1
     validation.finite("BiSLS", "lower_bound", given.get("lower_bound", 0.0), optional=True)
-    return SLS(**given), conduct
+    return GuardedSLS(**given), conduct
 
 
 def _checked_solver(solver: LinearSolver | None, response: str | Response) -> LinearSolver:

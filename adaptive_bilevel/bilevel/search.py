@@ -33,6 +33,7 @@ class Limits(NamedTuple):
         scale: Factor of one that the policy found by itself.
         most: No trial is above it.
         rounding: Relative rounding unit of f.
+        onward: By how much f still falls along the last searched step, see `last_step`; None: not known.
         baseline: Whether values are compared with phi(0), and not with f(x, y).
     """
 
@@ -42,6 +43,7 @@ class Limits(NamedTuple):
     scale: float
     most: float
     rounding: float
+    onward: float | None = None
     baseline: bool = False
 
     def within(self, point: Point, path: SearchPath, section: Section) -> SearchPath:
@@ -153,6 +155,7 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
         rounding=limits.rounding,
         certify=certify,
         most_ratio=most_ratio(value, model.slope, path.gradient.tensors, path.along),
+        onward=limits.onward,
     )
     record, state = policy.propose(limits.state, context)
     attempts.conclude(record.moved)

@@ -20,11 +20,12 @@ from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
-from ..policies import Outcome, validation
+from ..policies import GuardedSLS, Outcome, validation
 from ..policies.margin import shortened
 from .between_steps import PROJECT
 from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
+from .last_step import departed, onward
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .search import Answer, Found, Limits, nothing_to_search, search
 from .starting import StartingOptimizer
@@ -88,6 +89,7 @@ class SearchingOptimizer(StartingOptimizer):
         self._make_roles()  # whenever the options have changed, as the policy
         self._first_states = {name: role.init() for name, role in self.roles._asdict().items()}
         direction = self.conduct.direction
+        self._first_states["last_step"] = RoleState()
         self._first_states["direction"] = RoleState() if isinstance(direction, str) else direction.init()
         return super()._make_policy(rule)
 
@@ -200,6 +202,8 @@ class SearchingOptimizer(StartingOptimizer):
             return Found(record, path, limits.state)
         model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
+        guarded = isinstance(limits.policy, GuardedSLS)
+        limits = limits._replace(onward=onward(point.gradient, states["last_step"]) if guarded else None)
         record, after = search(point, model, check, limits)
         if getattr(model, "blind", False):
             record = record._replace(outcome=Outcome.no_descent)
@@ -219,10 +223,12 @@ class SearchingOptimizer(StartingOptimizer):
         mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:
             mix = mix._replace(along=None, weight=0.0)
+        searched = moved and answer is not None and isinstance(self.policy, GuardedSLS)
+        news = {"last_step": departed(path.gradient)} if searched else {}
         if moved:
             path.take(step, mix.along)
         direction, messages = self._direction(), list[str]()
-        news = {
+        news |= {
             "check": roles.check.commit(point, check, states["check"]),
             "pace": roles.pace.commit(point, record, states["pace"]),
             "direction": direction.commit(path.gradient, path.descent, states["direction"]),

@@ -51,6 +51,8 @@ class Context(NamedTuple):
         certify: A further test of a search, called with a step right after its trial passed; False rejects it.
         raw: The raw step of an `Envelope`; None: Polyak's ratio. NaN counts as non-finite.
         most_ratio: A ratio |f| / <g, d> above it gives no scale, since the slope is one of rounding errors.
+        onward: <g_k, x_{k-1} - x_k>, by how much f_k still falls, to first order, along the last step. `GuardedSLS`
+            reads it; None: not known.
     """
 
     loss: Scalar
@@ -65,6 +67,7 @@ class Context(NamedTuple):
     certify: Certificate | None = None
     raw: Scalar | None = None
     most_ratio: float = LARGEST_RATIO
+    onward: float | None = None
 
 
 S = TypeVar("S")
@@ -100,9 +103,10 @@ class Policy(Protocol[S]):
         certify: Certificate | None = None,
         raw: Scalar | None = None,
         most_ratio: float = LARGEST_RATIO,
+        onward: float | None = None,
     ) -> tuple[Record, S]:
         """Return the record of one step, and the state after it: `propose` with the `Context` as keywords."""
         context = Context(
-            loss, slope, trial, lower_bound, shared, bound, scale, cap, rounding, certify, raw, most_ratio
+            loss, slope, trial, lower_bound, shared, bound, scale, cap, rounding, certify, raw, most_ratio, onward
         )
         return self.propose(state, context)

@@ -23,9 +23,12 @@ class GuardedSLS(SLS):
     A search certifies a step on its own sample. Where a sample can be fitted alone, as a few episodes of few-shot
     learning can, searches accept steps that raise the loss of all others. It shows in the losses: they fall by less
     than half of what the steps promised, so that the margin M of the run (`adaptive_bilevel.policies.margin`, with
-    c / 2) is negative. On full batches of a single level it never is; a lower level that moves may make it so. As long
-    as M < 0, and the losses have not risen by more than the sum of the gamma_j n_j (the steps are too short for that:
-    another level has raised them),
+    c / 2) is negative. On full batches of a single level it never is; a lower level that moves may make it so.
+    Steps are not at fault then, unless the next sample's gradients say the same of them,
+
+        A = sum of the <g_{j+1}, x_j - x_{j+1}> < (c / 2) sum of the gamma_j n_j.
+
+    As long as M < 0 and that holds (M < 0 alone, where ``onward`` is not given),
 
         gamma_k <= sqrt(max{D^2, S} / (G (k + 1))),    S = sum of gamma_j^2 n_j,
 
@@ -53,6 +56,8 @@ class GuardedSLS(SLS):
         loss, slope = float(context.loss), float(context.slope)
         rounding = resolution(context.loss) if context.rounding is None else context.rounding
         seen = compared(state, loss, c=0.5 * self.c, slack=self.slack, rounding=rounding)
+        if context.onward is not None and math.isfinite(context.onward):
+            seen = seen._replace(onward=seen.onward + context.onward)
         record, after = super().propose(seen, context)
         if not record.moved:
             return record, state
@@ -62,8 +67,8 @@ class GuardedSLS(SLS):
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         initial, largest = super()._limits(state, initial, context)
-        risen = -state.margin - 0.5 * self.c * state.gains
-        if state.margin >= 0.0 or risen > state.gains or not state.mean_slope > 0.0:
+        blamed = state.margin < 0.0 and (context.onward is None or state.onward < 0.5 * self.c * state.gains)
+        if not (blamed and state.mean_slope > 0.0):
             return initial, largest
         length = max(state.distance, state.squares) / state.mean_slope
         return initial, min(largest, math.sqrt(length / (state.count + 1)))

@@ -73,6 +73,7 @@ class SearchState(NamedTuple):
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
         largest_gain: The largest gamma_j n_j so far.
         gains: The sum of the gamma_j n_j.
+        onward: The sum of the <g_{j+1}, x_j - x_{j+1}>; used by `GuardedSLS`.
         margin: M, by how much the losses fell more than the steps promised; see `adaptive_bilevel.policies.margin`.
     """
 
@@ -96,4 +97,5 @@ class SearchState(NamedTuple):
     last_gain: float = 0.0
     largest_gain: float = 0.0
     gains: float = 0.0
+    onward: float = 0.0
     margin: float = 0.0

@@ -11,7 +11,7 @@ hypergradient, and the options come from the command line (``--method NAME:key=v
 Every bilevel method takes the option ``lower``: a number is SGD with that step at the lower level, "search", "slsb",
 "spsb" and "auto" are this package's `SLS`, `SLSB`, `SPSB` and `AutoSLS` with no number given; without it the task's own
 rule is used. The option ``solver`` takes the place of the task's setting of that name: the kind of hypergradient.
-``search=guarded`` is `BiSLS` under `policies.GuardedSLS`.
+``search=sls`` is `BiSLS` without the guard of `policies.GuardedSLS`.
 ``bisls-sgd:response=step`` and ``bisls-adam:response=step`` are the paper's search, `OneStepBiSLS`, as in
 `adaptive_bilevel.methods`.
 """
@@ -81,7 +81,7 @@ def decay_lr(optimizer: torch.optim.Optimizer, decay: str) -> Callable[[], None]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[decay]).step
 
 
-SEARCHES = {"guarded": policies.GuardedSLS()}
+SEARCHES = {"sls": policies.SLS()}
 LOWER_RULES: dict[Any, LowerRule] = {"search": SLS, "slsb": SLSB, "spsb": SPSB, "auto": AutoSLS}
 
 

@@ -71,6 +71,16 @@ def test_the_bound_is_at_least_the_rms_of_the_steps_so_far() -> None:
     assert record.step_size == 0.5
 
 
+@pytest.mark.parametrize(("onward", "bounded"), [(-1.0, True), (0.04, True), (0.06, False), (None, True)])
+def test_steps_along_which_losses_go_on_falling_are_not_at_fault(onward: float | None, bounded: bool) -> None:
+    """Of gains of 1, A is compared with c / 2 = .05 of them."""
+    known = {"count": 8, "found": 1.0, "previous": 5.0, "seen": 8, "mean_slope": 2.0, "squares": 64.0, "gains": 1.0}
+    state = SearchState(**known, margin=-1.0)  # type: ignore[arg-type]
+    record, after = GuardedSLS().step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0, onward=onward)
+    assert (record.outcome == Outcome.at_bound) == bounded
+    assert after.onward == (onward or 0.0)
+
+
 def test_units_do_not_matter() -> None:
     """f in units of 1e-9 and x in units of 1e6: steps in units of 1e21, all decisions the same."""
     losses = [1.0, 0.5, 2.0, 1.0, 3.0, 1.5, 2.5, 1.0] * 4

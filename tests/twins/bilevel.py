@@ -199,6 +199,34 @@ class Tangent:
         return self.inside or (followed and faithful)
 
 
+class Guard:
+    """The longest step while the losses fell, and at the end of the steps still fall, by less than .05 of a <h, d>.
+
+    It is the larger of the distance that `Bound` estimates and the root of the sum of the a^2 <h, d>, over the root of
+    the mean <h, d> and of k + 1.
+    """
+
+    def __init__(self) -> None:
+        self.bound, self.k, self.M, self.onward, self.gains = Bound(), 0, 0.0, 0.0, 0.0
+        self.last: tuple[float, float, Tensor] | None = None
+
+    def longest(self, f: float, h: Tensor, x: Tensor) -> float:
+        if self.last is None:
+            return math.inf
+        before, gain, start = self.last
+        self.seen = self.M + before - f - 0.05 * gain + EPS * abs(before), self.onward + float(h @ (start - x))
+        if self.seen[0] >= 0 or self.seen[1] >= 0.05 * self.gains:
+            return math.inf
+        return float((max(self.bound.D2, self.bound.sum_gamma2_n) / self.bound.G / (self.k + 1)) ** 0.5)
+
+    def take(self, f: float, slope: float, a: float, x: Tensor) -> None:
+        if self.last is not None:
+            self.M, self.onward = self.seen
+        self.bound, self.k = self.bound.see(f, slope, a).take(f, slope, a), self.k + 1
+        self.gains += a * slope
+        self.last = f, a * slope, x
+
+
 class BiSLS:
     """x <- x - a e, with the first a of start, start / 2, ... that passes a test of decrease, and that of `Tangent`.
 
@@ -209,7 +237,8 @@ class BiSLS:
     replaced by one of refined solves, twice at most; then nothing moves.
 
     y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` keeps a share of that.
-    Once a trial was rejected, a last step that promises less than the rounding of f is taken again without a trial.
+    No a is above that of `Guard`. Once a trial was rejected, a last step that promises less than the rounding of f is
+    taken again without a trial.
     """
 
     tangent: type[Tangent] = Tangent
@@ -219,6 +248,7 @@ class BiSLS:
         self.second, self.momentum = SecondMoment(torch.zeros_like(x)), Momentum(Mean(torch.zeros_like(x)), x)
         self.support, self.tangents = Support(x), Mean(torch.zeros_like(lower.x))
         self.previous, self.step_size, self.rejected, self.shortest = 0.0, 0.0, False, math.inf
+        self.guard = Guard()
 
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
         """Return the moments with h in them, d and e."""
@@ -242,7 +272,7 @@ class BiSLS:
                     h = tangent.hypergradient(f_x, refined)
                     second, momentum, d, e = self.directions(h)
                     slope = tangent.along(d, f_x, refined)
-            a, w = self.search(f, value, slope, tangent) if slope > 0 else 0.0, tangent.w
+            a, w = self.search(f, value, slope, tangent, h) if slope > 0 else 0.0, tangent.w
             self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
         self.second, self.momentum = second, momentum
         if a > 0:
@@ -250,7 +280,7 @@ class BiSLS:
             if w is not None:
                 self.lower.other, self.lower.x = y, y + torch.lerp(w, self.tangents.corrected, momentum.theta) * a
 
-    def search(self, f: Function, value: float, slope: float, tangent: Tangent) -> float:
+    def search(self, f: Function, value: float, slope: float, tangent: Tangent, h: Tensor) -> float:
         """Return the step, 0 if none passes."""
         x, y, d, w = self.x, self.lower.x, tangent.d, tangent.w
         c = 0.5 if self.previous == 0 else 0.1
@@ -258,12 +288,15 @@ class BiSLS:
         def phi(a: float) -> float:
             return float(f(x.add(d, alpha=-a), y.add(w, alpha=a)))
 
-        longest = value / slope / c
-        first, grow = self.lr or longest, 1.2 if self.rejected and self.shortest > 0 else 2.0
+        ceiling = value / slope / c
+        longest = min(ceiling, self.guard.longest(value, h, x))
+        first, grow = self.lr or ceiling, 1.2 if self.rejected and self.shortest > 0 else 2.0
         start = min(first if self.previous == 0 else grow * self.previous, longest)
         a, trials = backtrack(phi, value, slope, start, c, tangent.believed)
         if a > 0 and is_start(self.previous, trials, c * a * slope, value):
             self.previous = a
+        if a > 0:
+            self.guard.take(value, slope, a, x)
         self.rejected = self.rejected or trials > 1
         if trials > 1:
             self.shortest = 2.0 * a if a > 0 else math.inf

@@ -1,0 +1,37 @@
+"""Whether the upper loss still falls along the last searched step, as the present hypergradient sees it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..evaluation.reductions import agree
+from ..evaluation.vectors import inner
+from ..optim.direction import Gradient
+from ..optim.state import RoleState
+
+__all__ = ["departed", "onward"]
+
+_FROM = "from"
+
+
+def onward(gradient: Gradient, state: RoleState) -> float | None:
+    """Return <h, x_j - x>, x_j being where the last searched step began; None before there was one.
+
+    To first order, f falls by that much along a further step of the same length. Where h is of another sample than the
+    step, its expected value is that of the whole: the step was not chosen by this sample.
+    """
+    known = [
+        (p, h, own[_FROM])
+        for p, h, own in zip(gradient.tensors, gradient.values, state.each, strict=True)
+        if _FROM in own
+    ]
+    if not known:
+        return None
+    back = torch._foreach_sub([start for _, _, start in known], [p.detach() for p, _, _ in known])
+    return float(agree(inner([h for _, h, _ in known], list(back)))[0])
+
+
+def departed(gradient: Gradient) -> RoleState:
+    """Return what is kept of a step that begins here: per parameter "from", a copy of it."""
+    before = [p.detach().clone() for p in gradient.tensors]
+    return RoleState(deferred={_FROM: lambda: before})
