@@ -18,6 +18,7 @@ from ..optim.projection import Projection, as_projection
 from ..optim.search_path import SearchPath
 from ..policies import SLS, SLSB, GuardedSLS, validation
 from .context import Point
+from .lower import Lower
 from .model_check import check_of
 from .momentum import momentum_of
 from .options import RoleOptions, SearchOptions
@@ -27,6 +28,7 @@ from .response import Tangent
 from .roles import ModelCheck, Momentum, Pace, Prediction, Response
 from .search import Limits
 from .searching import Roles, SearchingOptimizer
+from .source import Source
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,9 +46,9 @@ class UpperSearch(SearchingOptimizer):
     def solver(self) -> LinearSolver:
         """P of the tangent."""
 
-    def bind(self, lower: Any) -> None:
-        """Set the lower level, whose hypergradients leave their inverse for the next step from now on."""
-        super().bind(lower)
+    def _follow(self, level: Lower) -> None:
+        """Take a lower level, whose hypergradients leave their inverse for the next step from now on."""
+        super()._follow(level)
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())
 
@@ -100,7 +102,10 @@ class BiSLS(UpperSearch):
         lr: The first trial of the first search, > 0. Left out: (f - lower_bound)/(c s), the longest step that could
             pass; it caps every later search too.
         lower: The optimizer of the lower level (any torch optimizer), a list of them (several children, a meta-batch of
-            tasks), a `Lower`, or None if f does not depend on a lower variable.
+            tasks), a `Lower`, or None if f does not depend on a lower variable, or each step is given one.
+        hypergradient: Where h comes from: None (``.grad``), `adaptive_bilevel.hypergradient.implicit` or another
+            function of its first four arguments, `Implicit(solver)`, or "unrolled": the upper closure runs the inner
+            loop, and its gradient is h. See `adaptive_bilevel.bilevel.source`.
         direction: "sgd", "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m), or a `Direction`.
         momentum: Whether the step is along the mean of the hypergradients (searched is always along the last one).
             "auto": as far as that mean predicts the next one. False: every step is one that the search has certified,
@@ -156,6 +161,7 @@ class BiSLS(UpperSearch):
         lr: float | None = None,
         *,
         lower: Any = None,
+        hypergradient: Source = None,
         direction: str | Direction = "sgd",
         momentum: str | bool | Momentum = "auto",
         response: str | Response = "tangent",
@@ -174,6 +180,7 @@ class BiSLS(UpperSearch):
         self._solver = _checked_solver(solver, response)
         self.project = as_projection("BiSLS", project)
         super().__init__(params, lr, rule, conduct, options=roles)
+        self.hypergradient = hypergradient
         self.bind(lower)
 
     @property

@@ -23,6 +23,7 @@ from ..optim.polyak_step import PolyakOptimizer
 from ..policies import Outcome, validation
 from ..policies.schedule import Decay
 from .lower import LowerLevel
+from .source import Source, UnrolledLoss
 from .upper import UpperOptimizer
 
 __all__ = ["BiSPS", "UpperPolyak"]
@@ -66,8 +67,10 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         closure: Closure | None = None,
         loss: Tensor | float | None = None,
         lower_bound: float | None = None,
+        lower: Any = None,
+        hypergradient: Any = None,
     ) -> Tensor | float:
-        """Take one upper step along .grad, and return the upper loss before it.
+        """Take one upper step along the hypergradient, and return the upper loss before it.
 
         Args:
             upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, without
@@ -78,9 +81,11 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
             closure: Another name of `upper_closure`, that of torch's optimizers.
             loss: In the place of a closure: that loss.
             lower_bound: Overrides the option for this sample.
+            lower: As in `BiSLS`: (tensors, loss) of functional code.
+            hypergradient: As in `BiSLS`: tensors, or an estimator for this step.
 
         Raises:
-            HypergradientError: No upper parameter has a .grad.
+            HypergradientError: No upper parameter has a .grad, or the hypergradient does not fit.
             ClosureError: Neither closure nor loss.
             NonFiniteError: max_skips steps in a row were not finite.
         """
@@ -90,7 +95,8 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         if upper_closure is None and loss is None and self.host is not None:
             taken: Tensor | float = self.host.step(self)
             return taken
-        return self.advance(upper_closure, lower_closure, loss=loss, lower_bound=lower_bound)
+        given: dict[str, Any] = {"lower": lower, "hypergradient": hypergradient, "lower_bound": lower_bound}
+        return self.advance(upper_closure, lower_closure, loss=loss, **given)  # type: ignore[no-any-return]
 
     def _lower_change(self, guard: Guard, closures: Any, lower: list[Tensor]) -> Callable[[], float] | None:
         """Return what gives |grad_y g(x', y) - grad_y g(x, y)| at the present x'; None where g is not known."""
@@ -113,25 +119,28 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
 
         return change
 
-    @torch.no_grad()
-    def advance(
+    def _advance(
         self,
-        upper_closure: Closure | None = None,
-        lower_closure: Any = None,
+        upper_closure: Closure | None,
+        lower_closure: Any,
+        hypergradient: list[Tensor | None] | None,
         *,
         loss: Tensor | float | None = None,
         lower_bound: float | None = None,
     ) -> Tensor | float:
-        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         params, lower_bound = self._parameters(), self._sample_bound(lower_bound)
-        grads = self._hypergradient(params)
         lower = self.lower.tensors()
         with Guard([*params, *lower], self._workspace) as guard:
-            if loss is not None:
-                value = _given(upper_closure, loss)
+            objective = upper_closure if loss is not None else require_closure("BiSPS", upper_closure)
+            grads = self._begin(guard, objective, params, hypergradient)
+            known = objective.evaluated(params) if isinstance(objective, UnrolledLoss) else None
+            if objective is None or loss is not None:
+                value = _given(objective, loss)
+            elif known is not None:
+                value = known.loss
             else:
-                value = guard.value(require_closure("BiSPS", upper_closure))
-            self.evaluations.upper.values += loss is None
+                value = guard.value(objective)
+                self.evaluations.upper.values += 1
             gradient = self._with_gradient(params, grads)
             change = self._lower_change(guard, lower_closure, lower) if lower and self._seeks_bound() else None
             response, h = None if change is None else (guard, change), gradient.values
@@ -158,6 +167,7 @@ class BiSPS(UpperPolyak):
             parameter that is a logarithm is not thrown far off); under "inverse_sqrt" it is estimated anew at each
             step after that (`adaptive_bilevel.policies.distance`).
         lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
+        hypergradient: As in `BiSLS`.
         lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
             the upper iterations and is constant within one.
         c: c > 0.
@@ -181,6 +191,7 @@ class BiSPS(UpperPolyak):
         *,
         lr_min: float = 0.0,
         lower: Any = None,
+        hypergradient: Source = None,
         c: float = 1.0,
         lower_bound: float | None = 0.0,
         decay: Decay = "inverse_sqrt",
@@ -193,10 +204,11 @@ class BiSPS(UpperPolyak):
         rule = policies.Envelope(c=c, lower_bound=lower_bound, decay=decay)
         conduct = Conduct(owner=type(self).__name__, direction=direction, betas=betas, eps=eps, max_skips=max_skips)
         super().__init__(params, lr, rule, conduct, floor=floor)
+        self.hypergradient = hypergradient
         self.bind(lower)
 
 
-def _given(closure: Closure | None, loss: Tensor | float) -> Tensor | float:
+def _given(closure: Closure | None, loss: Tensor | float | None) -> Tensor | float:
     """Return the loss that the user computed."""
     if closure is not None:
         raise ClosureError("BiSPS.step(closure=..., loss=...): give one of the two")

@@ -29,6 +29,7 @@ from .prediction import Never
 from .roles import ResponseModel
 from .search import Limits
 from .searching import Roles, SearchingOptimizer
+from .source import Source
 
 __all__ = ["OneMoreStep", "OneStepBiSLS", "OneStepSearch"]
 
@@ -156,7 +157,9 @@ class OneStepBiSLS(OneStepSearch):
     Args:
         params: Upper parameters or groups.
         lr: The bound alpha_b,0 > 0: no trial is above it. Left out: (f - lower_bound)/(c <h, d>) at the first step.
-        lower: The optimizer of the lower level (any torch optimizer), or a list of them.
+        lower: The optimizer of the lower level (any torch optimizer), or a list of them. At a step, functional code
+            gives (tensors, loss, step_size), the last with the step size of its inner loop.
+        hypergradient: As in `BiSLS`.
         direction: "sgd", "adam" (search along A^{-1} h, step along A^{-1} m), or a `Direction`.
         momentum: Whether the step is along the mean of the hypergradients. Left out, as in the paper: for "adam".
         baseline: "paper" compares with f(x, y), "matched" with f(x, y(0)).
@@ -185,6 +188,7 @@ class OneStepBiSLS(OneStepSearch):
         lr: float | None = None,
         *,
         lower: Any = None,
+        hypergradient: Source = None,
         direction: str | Direction = "sgd",
         momentum: bool | None = None,
         baseline: str = "paper",
@@ -224,4 +228,5 @@ class OneStepBiSLS(OneStepSearch):
         )
         self.project = as_projection(owner, project)
         super().__init__(params, lr, rule, conduct, options=options)
+        self.hypergradient = hypergradient
         self.bind(lower)

@@ -109,8 +109,10 @@ class SearchingOptimizer(StartingOptimizer):
         lower_closure: Closure | Sequence[Closure | None] | None = None,
         *,
         closure: Closure | None = None,
+        lower: Any = None,
+        hypergradient: Any = None,
     ) -> Tensor:
-        """Search and take one upper step along .grad, and return the upper loss before it.
+        """Search and take one upper step along the hypergradient, and return the upper loss before it.
 
         Args:
             upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient. Evaluated once with
@@ -118,9 +120,13 @@ class SearchingOptimizer(StartingOptimizer):
             lower_closure: Returns the lower loss g(x, y), or a list for several lower optimizers. Left out: the last
                 closure that the lower optimizer stepped on (for stock optimizers, required).
             closure: Another name of `upper_closure`, that of torch's optimizers.
+            lower: Of functional code, (tensors, loss): the lower variable as the inner loop returned it, and the lower
+                loss, which takes it, as `upper_closure` then does. `answer` has it after the step. See
+                `adaptive_bilevel.bilevel.functional`.
+            hypergradient: Tensors, or an estimator for this step. See `adaptive_bilevel.bilevel.source`.
 
         Raises:
-            HypergradientError: No upper parameter has a .grad.
+            HypergradientError: No upper parameter has a .grad, or the hypergradient does not fit.
             LowerLevelError: The lower level is needed and missing, or there is no lower closure.
             ClosureError: A closure is missing or does not return an attached scalar.
             NonFiniteError: max_skips steps in a row were not finite.
@@ -131,17 +137,17 @@ class SearchingOptimizer(StartingOptimizer):
         if upper_closure is None and self.host is not None:
             loss: Tensor = self.host.step(self)
             return loss
-        return self.advance(upper_closure, lower_closure)
+        return self.advance(upper_closure, lower_closure, lower=lower, hypergradient=hypergradient)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def advance(self, upper_closure: Closure | None = None, lower_closure: Any = None) -> Tensor:
-        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
+    def _advance(
+        self, upper_closure: Closure | None, lower_closure: Any, hypergradient: list[Tensor | None] | None
+    ) -> Tensor:
         objective = require_closure(type(self).__name__, upper_closure)
-        params, lower = self._parameters(), self.lower.tensors()
-        hypergradient, messages = self._hypergradient(params), list[str]()
+        params, lower, messages = self._parameters(), self.lower.tensors(), list[str]()
         followed = self.lower if lower_closure is None else None
         self._between.begin(params, followed)
         with Guard([*params, *lower], self._workspace) as guard:
+            hypergradient = self._begin(guard, objective, params, hypergradient)
             section, gradient = self._enter(guard, objective, params, hypergradient)
             point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
             states = read_states(self.state, self._first_states, gradient.tensors)

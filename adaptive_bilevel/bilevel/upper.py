@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import ClosureError, HypergradientError, TensorError
+from ..errors import ClosureError, HypergradientError, LowerLevelError, OptionError, TensorError
+from ..evaluation.closures import require_closure
 from ..evaluation.counts import Counts
-from ..evaluation.guard import Closure, Workspace
+from ..evaluation.guard import Closure, Guard, Workspace, closing
+from ..evaluation.objective import Objective
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
+from .functional import FunctionalLower
 from .lower import Lower, as_lower, refuse_shared
+from .source import UNROLLED, Source, UnrolledLoss, checked_source, estimated, matched
 
 __all__ = ["UpperOptimizer"]
 
@@ -29,6 +35,32 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     takes_offers = False
     lower: Lower
+    _source: Source = None
+
+    @property
+    def hypergradient(self) -> Source:
+        """Where the hypergradient comes from if a step is not given one; None: from ``.grad``."""
+        return self._source
+
+    @hypergradient.setter
+    def hypergradient(self, source: Any) -> None:
+        self._source = checked_source(type(self).__name__, source)
+
+    @property
+    def answer(self) -> Any:
+        """The lower variable of a step with ``lower=(tensors, loss)``, as the step left it: where a warm start goes on.
+
+        It is y + a w, moved along with x, or y itself with ``carry=False``; arranged as it was given, detached.
+
+        Raises:
+            LowerLevelError: The last step was given no such variable.
+        """
+        if not isinstance(self.lower, FunctionalLower) or self.lower.open:
+            raise LowerLevelError(
+                f"{type(self).__name__}.answer: the last step was not given lower=(tensors, loss). The parameters of a "
+                "lower optimizer are moved in place"
+            )
+        return self.lower.answer()
 
     def bind(self, lower: Any) -> None:
         """Set the lower level.
@@ -42,8 +74,12 @@ class UpperOptimizer(AdaptiveOptimizer):
         """
         level = as_lower(lower)
         refuse_shared(level, self._parameters())
-        self.lower = level
+        self._follow(level)
         self._between.forget()
+
+    def _follow(self, level: Lower) -> None:
+        """Take a lower level."""
+        self.lower = level
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `AdaptiveOptimizer.add_param_group` does.
@@ -78,7 +114,7 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
-        return {**super().__getstate__(), "lower": self.lower}
+        return {**super().__getstate__(), "lower": self.lower, "_source": self._source}
 
     def _one_closure(self, upper_closure: Closure | None, closure: Closure | None) -> Closure | None:
         """Return the closure of a step, under either of its names."""
@@ -91,19 +127,123 @@ class UpperOptimizer(AdaptiveOptimizer):
             )
         return closure
 
-    def _hypergradient(self, params: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return .grad of the upper parameters, which must have been set."""
+    @closing
+    @torch.no_grad()
+    def advance(
+        self,
+        upper_closure: Closure | None = None,
+        lower_closure: Any = None,
+        *,
+        lower: Any = None,
+        hypergradient: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
+        if lower is None and isinstance(self.lower, FunctionalLower):
+            raise LowerLevelError(
+                f"{type(self).__name__}.step: the steps before had lower=(tensors, loss), and this one has not; pass "
+                "it again, or call bind(None) where the upper loss depends on no lower variable any more"
+            )
+        source = self._source if hypergradient is None else hypergradient
+        if lower is None and source is None:
+            return self._advance(upper_closure, lower_closure, None, **options)
+        before, params = self.lower, self._parameters()
+        level = None if lower is None else self._functional(lower, before, params)
+        try:
+            with Guard(params, Workspace()):  # buffers and random state, where an estimator draws from it
+                if level is not None:
+                    if upper_closure is not None:
+                        upper_closure = level.upper(type(self).__name__, upper_closure)
+                    self._follow(level)
+                closure, given = self._sourced(source, upper_closure, lower_closure, params)
+                return self._advance(closure, lower_closure, given, **options)
+        except BaseException:
+            self.lower = before
+            raise
+        finally:
+            if level is not None:
+                level.close()
+
+    @abc.abstractmethod
+    def _advance(
+        self, upper_closure: Closure | None, lower_closure: Any, hypergradient: list[Tensor | None] | None
+    ) -> Any:
+        """Take the step; without a hypergradient, along .grad."""
+
+    def _functional(self, lower: Any, before: Lower, params: Sequence[Tensor]) -> FunctionalLower:
+        """Return the lower level that a step was given."""
+        owner = type(self).__name__
+        if not isinstance(before, FunctionalLower) and (not hasattr(before, "optimizers") or before.optimizers):
+            raise OptionError(
+                f"{owner}.step(lower=...): this optimizer is bound to a lower level already. Leave lower= out of the "
+                f"constructor, as in {owner}(x), or out of the step"
+            )
+        level = FunctionalLower.of(owner, lower)
+        level.refuse_shared(params)
+        level.require_form(owner, before)
+        return level
+
+    def _sourced(
+        self, source: Any, closure: Closure | None, lower_closure: Any, params: list[Tensor]
+    ) -> tuple[Closure | None, list[Tensor | None] | None]:
+        """Return the upper closure of a step, and its hypergradient if that is not in .grad."""
+        owner = type(self).__name__
+        if source is None:
+            return closure, None
+        tensors = isinstance(source, Tensor) or (
+            isinstance(source, Sequence) and all(h is None or isinstance(h, Tensor) for h in source)
+        )
+        if tensors and not isinstance(source, str):
+            return closure, matched(owner, params, source)
+        source = checked_source(f"{owner}.step", source)
+        closure = require_closure(owner, closure)
+        if source != UNROLLED:
+            refuse_shared(self.lower, params)
+            if isinstance(self.lower, FunctionalLower):
+                y: Any = self.lower.variable()
+            else:
+                y = self.lower.tensors()
+            with Guard(params, Workspace()) as guard:
+                problems = self.lower.problems(lower_closure, guard)
+            return closure, estimated(owner, source, closure, problems, params, y, self.evaluations)
+        if self.lower.tensors() or isinstance(closure, Objective):
+            raise OptionError(
+                f"{owner}(hypergradient='unrolled'): the upper closure runs the inner loop itself, so there is no "
+                "lower level; leave lower= out"
+            )
+        return UnrolledLoss(closure), None
+
+    def _begin(
+        self, guard: Guard, objective: Closure, params: list[Tensor], given: list[Tensor | None] | None
+    ) -> list[Tensor | None]:
+        """Return the hypergradient of the step, with None where there is none."""
+        if isinstance(objective, UnrolledLoss):
+            return self._hypergradient(params, objective.begin(guard, params, self.evaluations))
+        return self._hypergradient(params, given)
+
+    def _hypergradient(
+        self, params: Sequence[Tensor], given: list[Tensor | None] | None = None
+    ) -> list[Tensor | None]:
+        """Return the hypergradient that was given, or .grad of the upper parameters, which must have been set."""
         refuse_shared(self.lower, params)  # again: its optimizers may have new groups
+        owner = type(self).__name__
+        if given is not None:
+            if all(g is None for g in given):
+                raise HypergradientError(
+                    f"{owner}.step: the hypergradient that is given is of no upper parameter that requires a gradient, "
+                    "so none moves. Call requires_grad_() on those that should"
+                )
+            return given
         grads = [p.grad for p in params]
         if all(g is None for g in grads):
             raise HypergradientError(
-                f"{type(self).__name__}.step: .grad of all {len(params)} upper parameters is None. Put the "
-                "hypergradient there first, e.g. by adaptive_bilevel.hypergradient.implicit, and do not call zero_grad "
-                "in between"
+                f"{owner}.step: .grad of all {len(params)} upper parameters is None. Put the hypergradient there "
+                "first, e.g. by adaptive_bilevel.hypergradient.implicit, and do not call zero_grad in between; or give "
+                "it as hypergradient= to the step or to the constructor"
             )
         if all(not p.requires_grad for p, g in zip(params, grads, strict=True) if g is not None):
             raise HypergradientError(
-                f"{type(self).__name__}.step: .grad of upper parameters is set, but each of them has "
-                "requires_grad=False, so none moves. Call requires_grad_() on those that should"
+                f"{owner}.step: .grad of upper parameters is set, but each of them has requires_grad=False, so none "
+                "moves. Call requires_grad_() on those that should"
             )
         return grads

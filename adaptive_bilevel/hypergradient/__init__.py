@@ -14,6 +14,7 @@ The estimators of the literature (`Implicit`, `Amortised`, `Averaged`, `Unroll`,
 `adaptive_bilevel.methods` runs them.
 """
 
+from .assign import assign
 from .cg import CG
 from .check import CheckReport, DirectionCheck, Verdict, check
 from .curvature import LowerCurvature, PartialGradients, partial_gradients
@@ -21,7 +22,7 @@ from .differences import DARTS, HOZOG, PZOBO
 from .estimate import Estimate, Estimator, Point, Visit, descend
 from .estimators import Amortised, Averaged, Implicit, linear_residual
 from .exact import Exact
-from .implicit import ImplicitInfo, assign, implicit, implicit_with_info
+from .implicit import ImplicitInfo, implicit, implicit_with_info
 from .lanczos import Lanczos
 from .oracle import LowerGradients, Oracle
 from .penalty import ValueFunction

@@ -7,7 +7,7 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from adaptive_bilevel.errors import HypergradientError, warn
+from adaptive_bilevel.errors import warn
 
 from ..evaluation.guard import closing
 from ..evaluation.vectors import Vector, add
@@ -19,7 +19,7 @@ from .shared_basis import solve
 from .solution import LinearSolver, Solution, report
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
-__all__ = ["ImplicitInfo", "assign", "implicit", "implicit_with_info"]
+__all__ = ["ImplicitInfo", "implicit", "implicit_with_info"]
 
 DEFAULT_SOLVER = Lanczos()
 
@@ -202,31 +202,3 @@ def _differentiate(
         jvps=curvature.jvps,
     )
     return same_structure(structure, h), info
-
-
-def assign(upper: Tree, hypergradient: Tree) -> None:
-    """Write ``hypergradient`` into ``.grad`` of the upper tensors, where the bilevel optimizers read it.
-
-    Args:
-        upper: The tensors of x, arranged as they were for `implicit`. Frozen ones keep what they have.
-        hypergradient: What `implicit` returned.
-
-    Raises:
-        HypergradientError: The number or the shapes of the tensors differ.
-
-    >>> import torch
-    >>> x = torch.zeros(2, requires_grad=True)
-    >>> assign([x], (torch.ones(2),))
-    >>> x.grad
-    tensor([1., 1.])
-    """
-    x, _ = flatten(upper, "upper")
-    h, _ = flatten(hypergradient, "hypergradient")
-    if len(x) != len(h) or any(a.shape != b.shape for a, b in zip(x, h, strict=False)):
-        raise HypergradientError(
-            f"hypergradient has shapes {[tuple(t.shape) for t in h]}, upper has {[tuple(t.shape) for t in x]}: "
-            "pass what implicit() returned for the same tensors."
-        )
-    for tensor, part in zip(x, h, strict=True):
-        if tensor.requires_grad:
-            tensor.grad = part.detach().to(tensor, copy=True)

@@ -11,7 +11,17 @@ from torch import Tensor
 from adaptive_bilevel.errors import ClosureError, TensorError
 from adaptive_bilevel.evaluation.guard import Guard, RandomState, Workspace
 
-__all__ = ["Closure", "Tree", "check_callable", "check_levels", "evaluate", "flatten", "guarded", "same_structure"]
+__all__ = [
+    "Closure",
+    "Tree",
+    "check_callable",
+    "check_levels",
+    "evaluate",
+    "flatten",
+    "guarded",
+    "rebuilt",
+    "same_structure",
+]
 
 Closure: TypeAlias = Callable[[], Any]  # returns the loss; like in the optimizers, a backward inside has no effect
 Tree: TypeAlias = Any  # a tensor, or lists, tuples, mappings and iterators of trees
@@ -40,8 +50,13 @@ def flatten(tree: Tree, name: str) -> tuple[tuple[Tensor, ...], Tree]:
 
 def same_structure(structure: Tree, leaves: Sequence[Tensor]) -> Tree:
     """Arrange ``leaves`` as in ``structure``; a list or iterator of tensors at the top becomes a tuple."""
-    built = _rebuild(structure, iter(leaves))
+    built = rebuilt(structure, leaves)
     return tuple(built) if isinstance(built, list) else built
+
+
+def rebuilt(structure: Tree, leaves: Sequence[Tensor]) -> Tree:
+    """Arrange ``leaves`` as in ``structure``; lists stay lists."""
+    return _rebuild(structure, iter(leaves))
 
 
 def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:

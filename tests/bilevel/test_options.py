@@ -82,4 +82,4 @@ def test_a_policy_in_the_place_of_the_options() -> None:
 
 
 def test_the_constructor_is_short() -> None:
-    assert len(inspect.signature(BiSLS.__init__).parameters) <= 14
+    assert len(inspect.signature(BiSLS.__init__).parameters) <= 15
