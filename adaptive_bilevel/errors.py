@@ -14,6 +14,7 @@ __all__ = [
     "AdaptiveBilevelError",
     "AdaptiveBilevelWarning",
     "ClosureError",
+    "DependencyError",
     "HypergradientError",
     "LowerLevelError",
     "NonFiniteError",
@@ -55,6 +56,10 @@ class SolverError(AdaptiveBilevelError, RuntimeError):
 
 class NonFiniteError(AdaptiveBilevelError, RuntimeError):
     """Too many steps in a row met a loss or a gradient that is not finite."""
+
+
+class DependencyError(AdaptiveBilevelError, ImportError):
+    """An optional package is missing."""
 
 
 class AdaptiveBilevelWarning(UserWarning):

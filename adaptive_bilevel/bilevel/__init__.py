@@ -62,8 +62,11 @@ from .advice import diagnose
 from .bisls import BiSLS, UpperSearch
 from .bisps import BiSPS, UpperPolyak
 from .context import Change, Mix, MomentumContext, Point, PredictionContext, Taken
+from .functional import FunctionalLower
 from .lower import Lower, LowerLevel, LowerProblem
+from .monitoring import monitor
 from .one_step import OneStepBiSLS, OneStepSearch
+from .plotting import plot
 from .response import Tangent, Unanswered
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, ResponseModel, StepCheck
 
@@ -74,6 +77,7 @@ __all__ = [
     "Descent",
     "Diagnosis",
     "Direction",
+    "FunctionalLower",
     "Gradient",
     "Lower",
     "LowerLevel",
@@ -98,4 +102,6 @@ __all__ = [
     "UpperPolyak",
     "UpperSearch",
     "diagnose",
+    "monitor",
+    "plot",
 ]

@@ -13,6 +13,7 @@ from ..errors import OptionError
 from ..hypergradient.solution import HessianReport, SolverStatus
 from ..optim.base import AdaptiveOptimizer
 from ..optim.conclusion import Past
+from ..optim.unwrap import unwrapped
 from ..policies import Outcome
 from ..policies.scalars import resolution
 from .lower import LowerLevel
@@ -87,7 +88,7 @@ def diagnose(optimizer: Any) -> list[str]:
 
     Args:
         optimizer: An optimizer of this package, or an object whose ``optimizer`` is one (an `UpperStep` of TorchOpt, a
-            problem of Betty).
+            problem of Betty, what a trainer has wrapped around one).
 
     Raises:
         OptionError: It is something else.
@@ -102,7 +103,7 @@ def diagnose(optimizer: Any) -> list[str]:
     >>> diagnose(optimizer)
     []
     """
-    held = getattr(optimizer, "optimizer", optimizer)
+    held = unwrapped(optimizer)
     if not isinstance(held, AdaptiveOptimizer):
         raise OptionError(
             f"diagnose({type(optimizer).__name__}): pass an optimizer of adaptive_bilevel, e.g. diagnose(outer)"

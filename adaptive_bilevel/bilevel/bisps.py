@@ -22,6 +22,7 @@ from ..optim.options import Conduct
 from ..optim.polyak_step import PolyakOptimizer
 from ..policies import Outcome, validation
 from ..policies.schedule import Decay
+from .functional import UpperLoss
 from .lower import LowerLevel
 from .source import Source, UnrolledLoss
 from .upper import UpperOptimizer
@@ -61,10 +62,10 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
 
     def step(  # type: ignore[override]
         self,
-        upper_closure: Closure | None = None,
+        upper_closure: UpperLoss | None = None,
         lower_closure: Any = None,
         *,
-        closure: Closure | None = None,
+        closure: UpperLoss | None = None,
         loss: Tensor | float | None = None,
         lower_bound: float | None = None,
         lower: Any = None,
@@ -96,7 +97,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
             taken: Tensor | float = self.host.step(self)
             return taken
         given: dict[str, Any] = {"lower": lower, "hypergradient": hypergradient, "lower_bound": lower_bound}
-        return self.advance(upper_closure, lower_closure, loss=loss, **given)  # type: ignore[no-any-return]
+        return self.advance(upper_closure, lower_closure, loss=loss, **given)
 
     def _lower_change(self, guard: Guard, closures: Any, lower: list[Tensor]) -> Callable[[], float] | None:
         """Return what gives |grad_y g(x', y) - grad_y g(x, y)| at the present x'; None where g is not known."""

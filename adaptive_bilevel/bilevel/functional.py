@@ -22,9 +22,12 @@ from ..evaluation.tensors import refuse_unsupported
 from ..hypergradient.trees import Tree, flatten, rebuilt
 from .lower import LowerProblem
 
-__all__ = ["FunctionalLower", "FunctionalProblem"]
+__all__ = ["FunctionalLower", "FunctionalProblem", "UpperLoss"]
 
 Loss: TypeAlias = Callable[[Tree], Any]
+
+UpperLoss: TypeAlias = Callable[..., Any]
+"""The upper loss of a step: a closure, or, with ``lower=(tensors, loss)``, a function of the lower variable."""
 
 _LINES = (
     "write\n"
@@ -151,12 +154,11 @@ class FunctionalLower:
             _require_argument(owner, "the lower loss", loss)
         return cls([FunctionalProblem(*pair) for pair in pairs], pairs is lower)
 
-    def upper(self, owner: str, closure: Closure) -> Closure:
+    def upper(self, owner: str, loss: UpperLoss) -> Closure:
         """Return the upper loss at the leaves, as a closure."""
-        _require_argument(owner, "the upper loss", closure)
-        call: Loss = closure
+        _require_argument(owner, "the upper loss", loss)
         path = PathCheck("the upper loss", self.tensors())
-        return lambda: path.of(call(self.variable()))
+        return lambda: path.of(loss(self.variable()))
 
     def variable(self) -> Tree:
         """Return the lower variable as the closures take it: as it was given, or the list of those of all problems."""

@@ -13,6 +13,7 @@ from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Replay
 from ..evaluation.tensors import refuse_unsupported
 from ..optim.base import AdaptiveOptimizer
+from ..optim.unwrap import unwrapped
 
 __all__ = ["Lower", "LowerLevel", "LowerProblem", "as_lower", "refuse_shared"]
 
@@ -76,7 +77,7 @@ class LowerLevel:
     """One or several torch optimizers, whose losses add up to one lower loss.
 
     Args:
-        optimizers: The lower optimizers.
+        optimizers: The lower optimizers, or what trainers have wrapped around them.
 
     Raises:
         OptionError: One is no torch optimizer.
@@ -84,13 +85,14 @@ class LowerLevel:
     """
 
     def __init__(self, optimizers: Sequence[Any]) -> None:
-        for optimizer in optimizers:
+        self.optimizers: list[torch.optim.Optimizer] = [unwrapped(optimizer) for optimizer in optimizers]
+        for optimizer in self.optimizers:
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise OptionError(
                     f"lower={type(optimizer).__name__}: lower must be the optimizer of the lower level (any "
-                    "torch.optim.Optimizer), a list of them, or None"
+                    "torch.optim.Optimizer), a list of them, or None. The tensors of functional code are given to the "
+                    "step, as lower=(tensors, loss)"
                 )
-        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
         for p in self.tensors():
             refuse_unsupported("the lower level", p)
 

@@ -26,6 +26,7 @@ from .between_steps import PROJECT
 from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
 from .last_step import departed, onward
+from .functional import UpperLoss
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .search import Answer, Found, Limits, nothing_to_search, search
 from .starting import StartingOptimizer
@@ -105,10 +106,10 @@ class SearchingOptimizer(StartingOptimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        upper_closure: Closure | None = None,
+        upper_closure: UpperLoss | None = None,
         lower_closure: Closure | Sequence[Closure | None] | None = None,
         *,
-        closure: Closure | None = None,
+        closure: UpperLoss | None = None,
         lower: Any = None,
         hypergradient: Any = None,
     ) -> Tensor:
@@ -137,7 +138,9 @@ class SearchingOptimizer(StartingOptimizer):
         if upper_closure is None and self.host is not None:
             loss: Tensor = self.host.step(self)
             return loss
-        return self.advance(upper_closure, lower_closure, lower=lower, hypergradient=hypergradient)  # type: ignore[no-any-return]
+        before = self.advance(upper_closure, lower_closure, lower=lower, hypergradient=hypergradient)
+        assert isinstance(before, Tensor)
+        return before
 
     def _advance(
         self, upper_closure: Closure | None, lower_closure: Any, hypergradient: list[Tensor | None] | None

@@ -5,7 +5,7 @@
 | None | what ``.grad`` of the upper parameters holds when the step is called |
 | tensors (at a step only) | these, one for each upper parameter, or None where there is none |
 | `adaptive_bilevel.hypergradient.Implicit` | f_x - C P f_y with its solver |
-| a callable | what ``h(upper_closure, lower_closure, x, y)`` returns; `adaptive_bilevel.hypergradient.implicit` is one |
+| a callable | what ``h(upper_closure, lower_closure, x, y)`` returns; `implicit` is one |
 | "unrolled" | the gradient of the upper loss itself, whose closure runs the inner loop |
 """
 

@@ -16,7 +16,7 @@ from ..evaluation.guard import Closure, Guard, Workspace, closing
 from ..evaluation.objective import Objective
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
-from .functional import FunctionalLower
+from .functional import FunctionalLower, UpperLoss
 from .lower import Lower, as_lower, refuse_shared
 from .source import UNROLLED, Source, UnrolledLoss, checked_source, estimated, matched
 
@@ -116,7 +116,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         """Return what copying and pickling keep."""
         return {**super().__getstate__(), "lower": self.lower, "_source": self._source}
 
-    def _one_closure(self, upper_closure: Closure | None, closure: Closure | None) -> Closure | None:
+    def _one_closure(self, upper_closure: UpperLoss | None, closure: UpperLoss | None) -> UpperLoss | None:
         """Return the closure of a step, under either of its names."""
         if closure is None:
             return upper_closure
@@ -131,13 +131,13 @@ class UpperOptimizer(AdaptiveOptimizer):
     @torch.no_grad()
     def advance(
         self,
-        upper_closure: Closure | None = None,
+        upper_closure: UpperLoss | None = None,
         lower_closure: Any = None,
         *,
         lower: Any = None,
         hypergradient: Any = None,
         **options: Any,
-    ) -> Any:
+    ) -> Tensor | float:
         """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
         if lower is None and isinstance(self.lower, FunctionalLower):
             raise LowerLevelError(
@@ -167,7 +167,7 @@ class UpperOptimizer(AdaptiveOptimizer):
     @abc.abstractmethod
     def _advance(
         self, upper_closure: Closure | None, lower_closure: Any, hypergradient: list[Tensor | None] | None
-    ) -> Any:
+    ) -> Tensor | float:
         """Take the step; without a hypergradient, along .grad."""
 
     def _functional(self, lower: Any, before: Lower, params: Sequence[Tensor]) -> FunctionalLower:
@@ -214,16 +214,14 @@ class UpperOptimizer(AdaptiveOptimizer):
         return UnrolledLoss(closure), None
 
     def _begin(
-        self, guard: Guard, objective: Closure, params: list[Tensor], given: list[Tensor | None] | None
+        self, guard: Guard, objective: Closure | None, params: list[Tensor], given: list[Tensor | None] | None
     ) -> list[Tensor | None]:
         """Return the hypergradient of the step, with None where there is none."""
         if isinstance(objective, UnrolledLoss):
             return self._hypergradient(params, objective.begin(guard, params, self.evaluations))
         return self._hypergradient(params, given)
 
-    def _hypergradient(
-        self, params: Sequence[Tensor], given: list[Tensor | None] | None = None
-    ) -> list[Tensor | None]:
+    def _hypergradient(self, params: Sequence[Tensor], given: list[Tensor | None] | None = None) -> list[Tensor | None]:
         """Return the hypergradient that was given, or .grad of the upper parameters, which must have been set."""
         refuse_shared(self.lower, params)  # again: its optimizers may have new groups
         owner = type(self).__name__

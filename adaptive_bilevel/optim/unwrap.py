@@ -10,7 +10,7 @@ __all__ = ["unwrapped"]
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return what a wrapper holds as ``optimizer``, as often as that is a torch optimizer; anything else as it is.
+    """Return the innermost torch optimizer that a wrapper holds as ``optimizer``; anything else as it is.
 
     A wrapper's own attributes may be copies from when it was made. What an optimizer remembers (its record, its last
     closure) is current in the optimizer itself only.
@@ -25,8 +25,10 @@ def unwrapped(optimizer: Any) -> Any:
     >>> unwrapped(Wrapper(Wrapper(sgd))) is sgd
     True
     """
-    held = getattr(optimizer, "optimizer", None)
-    while isinstance(held, torch.optim.Optimizer) and held is not optimizer:
-        optimizer = held
-        held = getattr(optimizer, "optimizer", None)
-    return optimizer
+    found, node, seen = optimizer, optimizer, set[int]()
+    while node is not None and id(node) not in seen:
+        if isinstance(node, torch.optim.Optimizer):
+            found = node
+        seen.add(id(node))
+        node = getattr(node, "optimizer", None)
+    return found
