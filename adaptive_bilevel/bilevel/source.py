@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ClosureError, HypergradientError, LowerLevelError, OptionError
 from ..evaluation.closures import Closure
 from ..evaluation.counts import Evaluations
-from ..evaluation.guard import Guard
+from ..evaluation.guard import Guard, RandomState
 from ..evaluation.objective import Evaluated, Objective
 from ..hypergradient import Implicit, implicit_with_info
 from .lower import LowerProblem
@@ -136,21 +136,29 @@ class UnrolledLoss(Objective):
 
     def __init__(self, closure: Closure) -> None:
         self._closure = closure
-        self._known: tuple[list[Tensor], list[int], Evaluated] | None = None
+        self._known: tuple[list[Tensor], list[Tensor], Evaluated] | None = None
 
     def __call__(self) -> Any:
         """Return the loss at the parameters as they are."""
         return self._closure()
 
-    def begin(self, guard: Guard, params: list[Tensor], counts: Evaluations) -> list[Tensor | None]:
+    def begin(
+        self, guard: Guard, params: list[Tensor], counts: Evaluations, random: RandomState | None = None
+    ) -> list[Tensor | None]:
         """Evaluate loss and gradient where the step begins, and return the hypergradient.
+
+        Args:
+            guard: The step's guard.
+            params: The upper parameters.
+            counts: Where the evaluation is counted.
+            random: Random state to evaluate under, if not the present one.
 
         Raises:
             HypergradientError: The loss has no path to the upper parameters.
         """
         counts.upper.gradients += 1
         try:
-            found = guard.differentiated(self._closure, params)
+            found = guard.differentiated(self._closure, params, random)
         except ClosureError as error:
             if "without a graph" in str(error):
                 raise HypergradientError(_UNROLLED_DETACHED) from error
@@ -158,13 +166,13 @@ class UnrolledLoss(Objective):
         if all(g is None for g in found.gradients):
             raise HypergradientError(_UNROLLED_DETACHED)
         own = found.gradients if found.own is None else found.own
-        self._known = params, [p._version for p in params], Evaluated(found.loss, own)
+        self._known = params, [p.detach().clone() for p in params], Evaluated(found.loss, own)
         return found.gradients
 
     def evaluated(self, tensors: Sequence[Tensor]) -> Evaluated | None:
         """Return loss and gradient, unless the parameters were moved since."""
         if self._known is None:
             return None
-        params, versions, found = self._known
+        params, places, found = self._known
         same = len(tensors) == len(params) and all(a is b for a, b in zip(tensors, params, strict=True))
-        return found if same and versions == [p._version for p in params] else None
+        return found if same and all(map(torch.equal, params, places)) else None

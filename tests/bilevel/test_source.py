@@ -173,7 +173,7 @@ def h_of(*args: Any) -> Any:
     ],
 )
 def test_an_option_that_gives_no_hypergradient_is_refused(option: Any, says: str) -> None:
-    x, model, upper, lower = problem()
+    x, _model, _upper, _lower = problem()
     for cls in CLASSES.values():
         with pytest.raises(OptionError, match=says):
             cls([x], hypergradient=option)
@@ -211,7 +211,7 @@ def test_a_hypergradient_that_does_not_fit_leaves_no_trace(case: str, name: str)
 
 
 def test_an_estimator_needs_a_lower_level() -> None:
-    x, _, upper, _ = problem()
+    x, _, _upper, _ = problem()
     with pytest.raises(LowerLevelError, match=r"lower=\(tensors, loss\)"):
         BiSLS([x], hypergradient=implicit).step(lambda: (x**2).sum())
     with pytest.raises(HypergradientError, match="hypergradient= to the step or to the constructor"):
