@@ -1,0 +1,55 @@
+"""Accelerate itself, where it is installed: `make test-trainers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaptive_bilevel import SLS, BiSLS, monitor
+from adaptive_bilevel.hypergradient import implicit
+from tests.trainers.problem import Problem, optimizers, plainly
+
+accelerate: Any = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+
+
+@pytest.mark.parametrize("order", ["lower first", "together"])
+def test_prepared_at_both_levels(order: str) -> None:
+    expected, reference = plainly(4)
+    accelerator, problem = accelerate.Accelerator(cpu=True), Problem()
+    inner, outer = optimizers(problem)
+    if order == "together":
+        model, inner, outer = accelerator.prepare(problem.model, inner, outer)
+    else:
+        model, inner = accelerator.prepare(problem.model, SLS(problem.model.parameters()))
+        upper = BiSLS([problem.decay], lower=inner, direction="adam", hypergradient=implicit)
+        outer = accelerator.prepare(upper)
+    assert type(inner).__name__ == type(outer).__name__ == "AcceleratedOptimizer"
+    problem.model = model
+    for _ in range(4):
+        for _ in range(5):
+            inner.step(problem.lower)
+        outer.step(problem.upper)
+    assert torch.equal(problem.decay, expected.decay)
+    assert monitor(outer) == monitor(reference)
+    assert outer.optimizer.record == reference.record
+
+
+def test_a_checkpoint_goes_on(tmp_path: Path) -> None:
+    reached = []
+    for stops in (False, True):
+        accelerator, problem = accelerate.Accelerator(cpu=True), Problem()
+        _model, inner, outer = accelerator.prepare(problem.model, *optimizers(problem))
+        accelerator.register_for_checkpointing(problem)
+        for k in range(4):
+            if stops and k == 2:
+                accelerator.save_state(str(tmp_path))
+                problem.decay.data.zero_()
+                accelerator.load_state(str(tmp_path))
+            inner.step(problem.lower)
+            outer.step(problem.upper)
+        reached.append(problem.decay.detach())
+    assert torch.equal(*reached)
