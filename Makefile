@@ -16,7 +16,7 @@ PIP := pip install --quiet --disable-pip-version-check --constraint constraints.
 INSTALLED := $(VENV)/.installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test lint format types pytest test-jax test-policies test-betty-matrix clean
+.PHONY: help env demo bench test lint format types pytest test-jax test-policies test-betty-matrix test-hosts clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -77,6 +77,13 @@ $(OLD_BETTY): $(INSTALLED)
 test-betty-matrix: $(INSTALLED) $(OLD_BETTY) ## the integration with Betty on both of its releases; PYTHON=python3.10
 	$(PY) -m pytest tests/betty $(ARGS)
 	PYTHONPATH=$(OLD_BETTY) $(PY) -m pytest tests/betty $(ARGS)
+
+# The trainers and hosts that need no integration, beside what .venv has; make test runs these tests too from then on.
+HOSTS := accelerate==1.15.0 pytorch-lightning==2.6.6 higher==0.2.1
+
+test-hosts: $(INSTALLED) ## Accelerate, Lightning and higher themselves: installs them into .venv
+	$(PY) -m $(PIP) $(HOSTS)
+	$(PY) -m pytest tests/hosts $(ARGS)
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) .venv-policies-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

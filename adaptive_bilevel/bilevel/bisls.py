@@ -104,8 +104,8 @@ class BiSLS(UpperSearch):
         lower: The optimizer of the lower level (any torch optimizer), a list of them (several children, a meta-batch of
             tasks), a `Lower`, or None if f does not depend on a lower variable, or each step is given one.
         hypergradient: Where h comes from: None (``.grad``), `adaptive_bilevel.hypergradient.implicit` or another
-            function of its first four arguments, `Implicit(solver)`, or "unrolled": the upper closure runs the inner
-            loop, and its gradient is h. See `adaptive_bilevel.bilevel.source`.
+            function of its first four arguments, `Implicit(solver)`, or "direct": the gradient of the upper loss
+            itself, whose closure runs the inner loop. See `adaptive_bilevel.bilevel.source`.
         direction: "sgd", "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m), or a `Direction`.
         momentum: Whether the step is along the mean of the hypergradients (searched is always along the last one).
             "auto": as far as that mean predicts the next one. False: every step is one that the search has certified,

@@ -24,7 +24,7 @@ from ..policies import Outcome, validation
 from ..policies.schedule import Decay
 from .functional import UpperLoss
 from .lower import LowerLevel
-from .source import Source, UnrolledLoss
+from .source import DirectLoss, Source
 from .upper import UpperOptimizer
 
 __all__ = ["BiSPS", "UpperPolyak"]
@@ -134,7 +134,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         with Guard([*params, *lower], self._workspace) as guard:
             objective = upper_closure if loss is not None else require_closure("BiSPS", upper_closure)
             grads = self._begin(guard, objective, params, hypergradient)
-            known = objective.evaluated(params) if isinstance(objective, UnrolledLoss) else None
+            known = objective.evaluated(params) if isinstance(objective, DirectLoss) else None
             if objective is None or loss is not None:
                 value = _given(objective, loss)
             elif known is not None:

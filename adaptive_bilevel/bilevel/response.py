@@ -117,6 +117,6 @@ def _direct(point: Point, path: SearchPath) -> Unanswered:
         raise LowerLevelError(
             "BiSLS(lower=None): the upper loss does not depend on the upper parameters directly, so the search "
             "needs the lower level's response; pass lower= the lower optimizer. Where the upper closure runs the inner "
-            "loop itself, give hypergradient='unrolled', and let the loop be differentiable"
+            "loop itself, give hypergradient='direct', and let the loop be differentiable"
         )
     return Unanswered(path, float(agree(inner(point.f_x, path.along))[0]))

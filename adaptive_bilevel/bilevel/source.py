@@ -6,7 +6,11 @@
 | tensors (at a step only) | these, one for each upper parameter, or None where there is none |
 | `adaptive_bilevel.hypergradient.Implicit` | f_x - C P f_y with its solver |
 | a callable | what ``h(upper_closure, lower_closure, x, y)`` returns; `implicit` is one |
-| "unrolled" | the gradient of the upper loss itself, whose closure runs the inner loop |
+| "direct" | the gradient of the upper loss itself |
+
+The upper loss is its own answer where its closure runs the inner loop, differentiably (learned inner learning rates,
+MAML, distillation through a trajectory): each trial runs the loop again. It is so, too, in penalty methods (F2SA, BOME),
+whose h is the gradient of f(x, y) + lambda (g(x, y) - g(x, z)) with y and z held: no product with a Hessian is taken.
 """
 
 from __future__ import annotations
@@ -25,16 +29,16 @@ from ..evaluation.objective import Evaluated, Objective
 from ..hypergradient import Implicit, implicit_with_info
 from .lower import LowerProblem
 
-__all__ = ["UNROLLED", "Source", "UnrolledLoss", "checked_source", "estimated", "matched"]
+__all__ = ["DIRECT", "DirectLoss", "Source", "checked_source", "estimated", "matched"]
 
-UNROLLED = "unrolled"
+DIRECT = "direct"
 
 Source: TypeAlias = Implicit | Callable[[Closure, Closure, Any, Any], Any] | str | None
 """What the option ``hypergradient`` of an upper optimizer is."""
 
-_UNROLLED_DETACHED = (
-    "the upper loss has no path to the upper parameters, although hypergradient='unrolled' says that its closure runs "
-    "the inner loop. The loop ran before the step, under no_grad, or without create_graph=True: write\n"
+_DETACHED = (
+    "the upper loss has no path to the upper parameters, although hypergradient='direct' says that it is a function of "
+    "them alone. Its inner loop ran before the step, under no_grad, or without create_graph=True: write\n"
     "    def upper_loss():  # the loop is inside, each of its gradients taken with create_graph=True\n"
     "        return validation_loss(inner_loop(x))"
 )
@@ -49,7 +53,7 @@ def checked_source(owner: str, option: Any) -> Source:
     if option is None or isinstance(option, Implicit):
         return option
     if isinstance(option, str):
-        if option == UNROLLED:
+        if option == DIRECT:
             return option
     elif callable(option) and not isinstance(option, (type, torch.nn.Module)) and not hasattr(option, "needs_path"):
         source: Source = option
@@ -58,7 +62,7 @@ def checked_source(owner: str, option: Any) -> Source:
     raise OptionError(
         f"{owner}(hypergradient={given}): hypergradient must be hypergradient.implicit, "
         "hypergradient.Implicit(solver), a function of (upper_closure, lower_closure, x, y) that returns one tensor "
-        "for each upper parameter, or 'unrolled'. Estimators that need the path of the lower loop run in "
+        "for each upper parameter, or 'direct'. Estimators that need the path of the lower loop run in "
         "adaptive_bilevel.methods"
     )
 
@@ -102,7 +106,7 @@ def estimated(
         raise LowerLevelError(
             f"{owner}(lower=None, hypergradient=...): an estimator needs the lower level; pass lower= the lower "
             "optimizer or, at the step, lower=(tensors, loss). Where the upper closure runs the inner loop, give "
-            "hypergradient='unrolled'"
+            "hypergradient='direct'"
         )
     if any(problem.answers is not None for problem in problems):
         raise LowerLevelError(
@@ -127,8 +131,8 @@ def estimated(
 
 
 @final
-class UnrolledLoss(Objective):
-    """An upper loss whose closure runs the inner loop: its gradient is the hypergradient, and is taken once.
+class DirectLoss(Objective):
+    """An upper loss that is a function of x alone: its gradient is the hypergradient, and is taken once.
 
     Args:
         closure: Returns the loss, a function of the upper parameters alone.
@@ -161,10 +165,10 @@ class UnrolledLoss(Objective):
             found = guard.differentiated(self._closure, params, random)
         except ClosureError as error:
             if "without a graph" in str(error):
-                raise HypergradientError(_UNROLLED_DETACHED) from error
+                raise HypergradientError(_DETACHED) from error
             raise
         if all(g is None for g in found.gradients):
-            raise HypergradientError(_UNROLLED_DETACHED)
+            raise HypergradientError(_DETACHED)
         own = found.gradients if found.own is None else found.own
         self._known = params, [p.detach().clone() for p in params], Evaluated(found.loss, own)
         return found.gradients

@@ -18,7 +18,7 @@ from ..optim.projection import Section
 from ..policies.scalars import resolution
 from .context import Point
 from .scale import Scale
-from .source import UnrolledLoss
+from .source import DirectLoss
 from .upper import UpperOptimizer
 
 __all__ = ["StartingOptimizer"]
@@ -42,9 +42,9 @@ class StartingOptimizer(UpperOptimizer):
     def _begin(
         self, guard: Guard, objective: Closure | None, params: list[Tensor], given: list[Tensor | None] | None
     ) -> list[Tensor | None]:
-        """Return the hypergradient of the step; that of an unrolled loss in the convex set, if there is one."""
+        """Return the hypergradient of the step; that of a direct loss in the convex set, if there is one."""
         found = super()._begin(guard, objective, params, given)
-        if isinstance(objective, UnrolledLoss) and self.project is not None:
+        if isinstance(objective, DirectLoss) and self.project is not None:
             self._enter(guard, objective, params, found)
             if objective.evaluated(params) is None:
                 found = objective.begin(guard, params, self.evaluations, guard.entry)

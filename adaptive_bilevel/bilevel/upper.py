@@ -18,7 +18,7 @@ from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
 from .functional import FunctionalLower, UpperLoss
 from .lower import Lower, as_lower, refuse_shared
-from .source import UNROLLED, Source, UnrolledLoss, checked_source, estimated, matched
+from .source import DIRECT, DirectLoss, Source, checked_source, estimated, matched
 
 __all__ = ["UpperOptimizer"]
 
@@ -197,7 +197,7 @@ class UpperOptimizer(AdaptiveOptimizer):
             return closure, matched(owner, params, source)
         source = checked_source(f"{owner}.step", source)
         closure = require_closure(owner, closure)
-        if source != UNROLLED:
+        if source != DIRECT:
             refuse_shared(self.lower, params)
             if isinstance(self.lower, FunctionalLower):
                 y: Any = self.lower.variable()
@@ -208,16 +208,16 @@ class UpperOptimizer(AdaptiveOptimizer):
             return closure, estimated(owner, source, closure, problems, params, y, self.evaluations)
         if self.lower.tensors() or isinstance(closure, Objective):
             raise OptionError(
-                f"{owner}(hypergradient='unrolled'): the upper closure runs the inner loop itself, so there is no "
-                "lower level; leave lower= out"
+                f"{owner}(hypergradient='direct'): the upper loss is a function of the upper parameters alone, so there "
+                "is no lower level; leave lower= out"
             )
-        return UnrolledLoss(closure), None
+        return DirectLoss(closure), None
 
     def _begin(
         self, guard: Guard, objective: Closure | None, params: list[Tensor], given: list[Tensor | None] | None
     ) -> list[Tensor | None]:
         """Return the hypergradient of the step, with None where there is none."""
-        if isinstance(objective, UnrolledLoss):
+        if isinstance(objective, DirectLoss):
             return self._hypergradient(params, objective.begin(guard, params, self.evaluations))
         return self._hypergradient(params, given)
 

@@ -136,7 +136,11 @@ def test_one_level_and_outcomes_as_numbers() -> None:
     x = torch.tensor([1.0], requires_grad=True)
     optimizer, rows = SLS([x]), []
     for scale in (1.0, math.nan, -1.0):
-        optimizer.step(lambda scale=scale: (scale * (x**2 + 1.0)).sum(), lower_bound=-1e3)
+
+        def loss(factor: float = scale) -> Tensor:
+            return (factor * (x**2 + 1.0)).sum()
+
+        optimizer.step(loss, lower_bound=-1e3)
         rows.append(monitor(optimizer, words=False))
     figure = plot(rows)
     assert len(figure.axes) == 3 and figure.axes[0].get_yscale() == "linear"

@@ -220,7 +220,7 @@ def test_an_estimator_needs_a_lower_level() -> None:
 
 def test_copies_and_pickles_have_the_option() -> None:
     x, *_ = problem()
-    for option in (partial(implicit, solver=CG(3)), Implicit(CG(3)), "unrolled", None):
+    for option in (partial(implicit, solver=CG(3)), Implicit(CG(3)), "direct", None):
         outer = BiSLS([x], hypergradient=option)
         for twin in (copy.deepcopy(outer), pickle.loads(pickle.dumps(outer))):
             assert type(twin.hypergradient) is type(option)

@@ -56,7 +56,7 @@ def test_a_step_alone_goes_where_a_backward_and_a_step_go(name: str, loss: str) 
     reached, counts = [], []
     for alone in (True, False):
         x = start().requires_grad_()
-        outer = CLASSES[name]([x], **({"hypergradient": "unrolled"} if alone else {}))
+        outer = CLASSES[name]([x], **({"hypergradient": "direct"} if alone else {}))
         first = f(x).item()
         for _ in range(10):
             if not alone:
@@ -78,7 +78,7 @@ def test_a_step_alone_goes_where_a_backward_and_a_step_go(name: str, loss: str) 
 def test_every_certified_step_descends(momentum: Any) -> None:
     """F is what is searched, so that without momentum it cannot rise."""
     x = torch.full((6,), -4.0, requires_grad=True)
-    outer = BiSLS([x], hypergradient="unrolled", momentum=momentum)
+    outer = BiSLS([x], hypergradient="direct", momentum=momentum)
     losses = [float(outer.step(lambda: learned_rates(x))) for _ in range(25)]
     assert losses[-1] < 0.05 * losses[0]
     if momentum is False:
@@ -89,7 +89,7 @@ def test_maml_learns_a_start_that_adapts_in_one_step() -> None:
     """Sinusoids of one frequency: meta-batches differ, and the batch is drawn outside of the closure."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 1))
-    outer = BiSLS(model.parameters(), direction="adam", hypergradient="unrolled")
+    outer = BiSLS(model.parameters(), direction="adam", hypergradient="direct")
 
     def tasks(n: int) -> list[tuple[Tensor, ...]]:
         found = []
@@ -118,7 +118,7 @@ def test_maml_learns_a_start_that_adapts_in_one_step() -> None:
 
 def test_truncated_loops_go_on_from_where_they_are() -> None:
     x, w = torch.full((6,), -4.0, requires_grad=True), torch.zeros(6)
-    outer, losses = BiSLS([x], hypergradient="unrolled"), []
+    outer, losses = BiSLS([x], hypergradient="direct"), []
     for _ in range(15):
         start = w
 
@@ -136,7 +136,7 @@ def test_what_the_closure_leaves_in_grad_is_obeyed() -> None:
     reached = []
     for clips in (True, False):
         x = torch.full((6,), -4.0, requires_grad=True)
-        outer = BiSLS([x], hypergradient="unrolled")
+        outer = BiSLS([x], hypergradient="direct")
 
         def closure(x: Tensor = x, clips: bool = clips) -> Any:
             loss = learned_rates(x)
@@ -158,7 +158,7 @@ def test_dropout_in_the_loop_is_repeated_in_trials() -> None:
         seen.append(mask)
         return learned_rates(x * (mask > 0.1))
 
-    outer = BiSLS([x], hypergradient="unrolled")
+    outer = BiSLS([x], hypergradient="direct")
     for k in range(3):
         torch.manual_seed(k)
         seen.clear()
@@ -174,7 +174,7 @@ def test_dropout_in_the_loop_is_repeated_in_trials() -> None:
 
 def test_a_run_goes_on_from_its_state() -> None:
     x = torch.full((6,), -4.0, requires_grad=True)
-    cls = partial(BiSLS, direction="adam", hypergradient="unrolled")
+    cls = partial(BiSLS, direction="adam", hypergradient="direct")
     outer = cls([x])
     for _ in range(3):
         outer.step(lambda: learned_rates(x))
@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_its_state() -> None:
 
 def test_a_start_outside_of_the_set_is_evaluated_inside() -> None:
     x = torch.full((6,), 0.0, requires_grad=True)
-    outer = BiSLS([x], hypergradient="unrolled", project=lambda tensors: [t.clamp_(-6.0, -3.0) for t in tensors])
+    outer = BiSLS([x], hypergradient="direct", project=lambda tensors: [t.clamp_(-6.0, -3.0) for t in tensors])
     inside = learned_rates(torch.full((6,), -3.0)).item()
     assert float(outer.step(lambda: learned_rates(x))) == pytest.approx(inside, rel=1e-12)
     assert outer.evaluations.upper.gradients == 2
@@ -227,7 +227,7 @@ def without_a_path(x: Tensor, how: str) -> Any:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_loop_without_a_path_to_x_is_refused(name: str, how: str) -> None:
     x = torch.full((6,), -4.0, requires_grad=True)
-    outer = CLASSES[name]([x], hypergradient="unrolled")
+    outer = CLASSES[name]([x], hypergradient="direct")
     outer.step(lambda: learned_rates(x))
     before = everything([x], outer)
     with pytest.raises(HypergradientError, match=r"def upper_loss\(\):"):
@@ -237,13 +237,13 @@ def test_a_loop_without_a_path_to_x_is_refused(name: str, how: str) -> None:
         plain = BiSLS([x])
         assign([x], [torch.ones(6)])
         if how == "no create_graph":
-            with pytest.raises(LowerLevelError, match="hypergradient='unrolled'"):
+            with pytest.raises(LowerLevelError, match="hypergradient='direct'"):
                 plain.step(without_a_path(x, how))
 
 
 def test_an_unrolled_loss_has_no_lower_level() -> None:
     x, y = torch.zeros(6, requires_grad=True), torch.zeros(6, requires_grad=True)
-    outer = BiSLS([x], lower=torch.optim.SGD([y], lr=0.1), hypergradient="unrolled")
+    outer = BiSLS([x], lower=torch.optim.SGD([y], lr=0.1), hypergradient="direct")
     with pytest.raises(OptionError, match="leave lower= out"):
         outer.step(lambda: learned_rates(x))
 
@@ -261,7 +261,7 @@ def test_trials_are_forwards_where_the_loop_allows_it() -> None:
     for name, f in (("func", with_func), ("autograd", learned_rates)):
         x = torch.full((6,), -4.0, requires_grad=True)
         traced = Traced(partial(f, x))
-        outer = BiSLS([x], hypergradient="unrolled")
+        outer = BiSLS([x], hypergradient="direct")
         for _ in range(2):
             traced.graphs.clear()
             outer.step(traced)

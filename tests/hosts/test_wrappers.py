@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptive_bilevel import SLS, BiSLS, BiSPS, OneStepBiSLS, diagnose, monitor
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import implicit
-from tests.trainers.problem import Problem, optimizers, plainly
+from tests.hosts.problem import Problem, optimizers, plainly
 
 
 class Accelerated(torch.optim.Optimizer):

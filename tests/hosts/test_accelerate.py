@@ -1,4 +1,4 @@
-"""Accelerate itself, where it is installed: `make test-trainers`."""
+"""Accelerate itself, where it is installed: `make test-hosts`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from adaptive_bilevel import SLS, BiSLS, monitor
 from adaptive_bilevel.hypergradient import implicit
-from tests.trainers.problem import Problem, optimizers, plainly
+from tests.hosts.problem import Problem, optimizers, plainly
 
 accelerate: Any = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs

@@ -1,4 +1,4 @@
-"""Lightning itself, where it is installed: `make test-trainers`."""
+"""Lightning itself, where it is installed: `make test-hosts`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaptive_bilevel import SLS, monitor
-from tests.trainers.problem import Problem, optimizers, plainly
+from tests.hosts.problem import Problem, optimizers, plainly
 
 lightning: Any = pytest.importorskip("pytorch_lightning")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
@@ -17,8 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 def two_levels() -> Any:
     """Return a module with manual optimization."""
+    base: Any = lightning.LightningModule
 
-    class TwoLevels(lightning.LightningModule, Problem):
+    class TwoLevels(base, Problem):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -28,11 +29,11 @@ def two_levels() -> Any:
             return optimizers(self)
 
         def training_step(self, batch: Any, index: int) -> None:
-            inner, outer = self.optimizers()
+            inner, outer = self.optimizers()  # type: ignore[operator]
             for _ in range(5):
                 inner.step(self.lower)
             outer.step(self.upper)
-            self.log_dict(monitor(outer, words=False))
+            self.log_dict(monitor(outer, words=False))  # type: ignore[operator]
             self.rows.append(monitor(outer))
 
     return TwoLevels()
@@ -40,8 +41,9 @@ def two_levels() -> Any:
 
 def lower_only() -> Any:
     """Return a module whose one optimizer Lightning steps itself."""
+    base: Any = lightning.LightningModule
 
-    class LowerOnly(lightning.LightningModule, Problem):
+    class LowerOnly(base, Problem):
         def configure_optimizers(self) -> Any:
             return SLS(self.model.parameters())
 
@@ -57,7 +59,7 @@ def trainer(folder: Path, **options: Any) -> Any:
 
 
 def loader(steps: int) -> Any:
-    return torch.utils.data.DataLoader(torch.zeros(steps), batch_size=1)
+    return torch.utils.data.DataLoader([0.0] * steps, batch_size=1)  # type: ignore[arg-type]
 
 
 def test_two_levels_by_manual_optimization(tmp_path: Path) -> None:
