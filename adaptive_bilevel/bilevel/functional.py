@@ -107,13 +107,11 @@ class FunctionalProblem:
         return self._path.of(self._loss(self.arranged()))
 
     def close(self) -> None:
-        """Let go of the loss and the tensors that were given."""
+        """Let go of the loss and the tensors that were given, and have the leaves require gradients as those did."""
+        for leaf, given in zip(self.leaves, self.given, strict=True):
+            leaf.requires_grad_(given.requires_grad)
         self._loss, self.given = None, ()
         self._structure = rebuilt(self._structure, self.leaves)
-
-    def answer(self) -> Tree:
-        """Return the variable as the step left it."""
-        return self.arranged()
 
 
 @final
@@ -190,14 +188,10 @@ class FunctionalLower:
             )
 
     def close(self) -> None:
-        """Let go of the losses and what they hold."""
+        """Let go of the losses and what they hold; the variable is that of the loop again."""
         self.open = False
         for problem in self._problems:
             problem.close()
-
-    def answer(self) -> Tree:
-        """Return the lower variable as the step left it."""
-        return self.variable()
 
     # ------------------------------------------------------------------------------------------ what an upper step sees
 

@@ -8,9 +8,10 @@
 | a callable | what ``h(upper_closure, lower_closure, x, y)`` returns; `implicit` is one |
 | "direct" | the gradient of the upper loss itself |
 
-The upper loss is its own answer where its closure runs the inner loop, differentiably (learned inner learning rates,
-MAML, distillation through a trajectory): each trial runs the loop again. It is so, too, in penalty methods (F2SA, BOME),
-whose h is the gradient of f(x, y) + lambda (g(x, y) - g(x, z)) with y and z held: no product with a Hessian is taken.
+The last is for losses of x alone. One is that whose closure runs the inner loop, differentiably (learned inner learning
+rates, MAML, distillation through a trajectory): each trial runs the loop again. Another is that of penalty methods
+(F2SA, BOME): their h is the gradient of f(x, y) + lambda (g(x, y) - g(x, z)) with y and z held, and no product with a
+Hessian is taken.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class UpperOptimizer(AdaptiveOptimizer):
     def answer(self) -> Any:
         """The lower variable of a step with ``lower=(tensors, loss)``, as the step left it: where a warm start goes on.
 
-        It is y + a w, moved along with x, or y itself with ``carry=False``; arranged as it was given, detached.
+        It is y + a w, moved along with x, or y itself with ``carry=False``: new leaves, arranged as the tensors that
+        were given, which require a gradient if those did.
 
         Raises:
             LowerLevelError: The last step was given no such variable.
@@ -60,7 +61,7 @@ class UpperOptimizer(AdaptiveOptimizer):
                 f"{type(self).__name__}.answer: the last step was not given lower=(tensors, loss). The parameters of a "
                 "lower optimizer are moved in place"
             )
-        return self.lower.answer()
+        return self.lower.variable()
 
     def bind(self, lower: Any) -> None:
         """Set the lower level.
@@ -208,8 +209,8 @@ class UpperOptimizer(AdaptiveOptimizer):
             return closure, estimated(owner, source, closure, problems, params, y, self.evaluations)
         if self.lower.tensors() or isinstance(closure, Objective):
             raise OptionError(
-                f"{owner}(hypergradient='direct'): the upper loss is a function of the upper parameters alone, so there "
-                "is no lower level; leave lower= out"
+                f"{owner}(hypergradient='direct'): the upper loss is a function of the upper parameters alone, so "
+                "there is no lower level; leave lower= out"
             )
         return DirectLoss(closure), None
 
