@@ -9,6 +9,7 @@ tasks of a meta-batch); the upper loss then takes the list of their variables.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, final
 
@@ -59,7 +60,10 @@ class PathCheck:
         """
         if self._found or not (isinstance(loss, Tensor) and loss.requires_grad):
             return loss
-        wanted, seen = {id(p) for p in self._leaves}, set()
+        wanted, seen = {id(p) for p in self._leaves}, set[Any]()
+        self._found = id(loss) in wanted
+        if self._found:
+            return loss
         nodes: list[Any] = [loss.grad_fn]
         while nodes:
             node = nodes.pop()
@@ -83,10 +87,10 @@ class FunctionalProblem:
     Args:
         tensors: The variable as the inner loop returned it.
         loss: ``loss(tensors)``.
-        step_size: The last step of the inner loop; only the paper's search asks for it.
+        step_size: The last step of the inner loop, which only the paper's search asks for; NaN: not known.
     """
 
-    def __init__(self, tensors: Tree, loss: Loss, step_size: float = 0.0) -> None:
+    def __init__(self, tensors: Tree, loss: Loss, step_size: float = math.nan) -> None:
         self.given, self._structure = flatten(tensors, "lower")
         for t in self.given:
             refuse_unsupported("step(lower=(tensors, loss))", t, "tensor")
@@ -220,7 +224,6 @@ def _is_pair(value: Any) -> bool:
         isinstance(value, (tuple, list))
         and len(value) in (2, 3)
         and callable(value[1])
-        and not callable(value[0])
         and (len(value) == 2 or isinstance(value[2], (int, float)))
     )
 

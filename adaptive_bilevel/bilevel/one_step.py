@@ -106,6 +106,11 @@ class OneMoreStep:
             raise LowerLevelError(
                 "OneStepBiSLS(lower=None): the trial takes lower steps; pass lower= the lower optimizer"
             )
+        if any(math.isnan(problem.step_size) for problem in problems):
+            raise LowerLevelError(
+                "OneStepBiSLS.step(lower=(tensors, loss)): the trial takes lower steps, so give the length of the last "
+                "one, too: lower=(tensors, loss, step_size)"
+            )
         return SteppedModel(point, path, problems, self._steps)
 
     def commit(self, point: Point, model: ResponseModel, state: RoleState) -> RoleState:

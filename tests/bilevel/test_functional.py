@@ -282,6 +282,7 @@ def wrong(x: Tensor, inner: Any) -> dict[str, Wrong]:
         "other places": Wrong(LowerLevelError, "outer.bind.None", f_of, (HELD[::-1], g)),
         "no pair": Wrong(OptionError, "must be .tensors, loss.", f_of, HELD),
         "swapped": Wrong(OptionError, "must be .tensors, loss.", f_of, (g, HELD)),
+        "two losses": Wrong(TensorError, "must hold tensors", f_of, (g, g)),
         "an optimizer": Wrong(OptionError, "given once", f_of, inner),
         "an index": Wrong(TensorError, "int64", f_of, ([HELD[0], torch.zeros((), dtype=torch.int64)], g)),
         "x in y": Wrong(TensorError, "share", f_of, ([x, HELD[1]], g)),
@@ -304,6 +305,24 @@ def test_wrong_use_is_refused_and_leaves_no_trace(case: str) -> None:
     if case.startswith("other"):
         outer.bind(None)
     outer.step(f_of, lower=(HELD, lambda y: training(x, *y)))
+
+
+def test_losses_that_are_the_variable_and_lists_of_parameters() -> None:
+    x, y = torch.tensor(4.0, requires_grad=True), torch.tensor(2.0)
+    outer = BiSLS([x], hypergradient=implicit, lower_bound=None)
+    outer.step(lambda y: y, lower=(y, lambda y: y**2 - x * y))
+    assert x.item() < 4.0 and not outer.answer.requires_grad
+    x = torch.zeros(6, requires_grad=True)
+    parameters = nn.ParameterList(HELD)
+    outer = BiSLS([x], hypergradient=implicit)
+    outer.step(f_of, lower=(parameters, lambda y: training(x, *y)))
+    assert all(t.requires_grad and t.grad is None for t in outer.answer)
+
+
+def test_the_papers_search_asks_for_a_step_size() -> None:
+    x = torch.zeros(6, requires_grad=True)
+    with pytest.raises(LowerLevelError, match=r"lower=\(tensors, loss, step_size\)"):
+        OneStepBiSLS([x], hypergradient=implicit).step(f_of, lower=(HELD, lambda y: training(x, *y)))
 
 
 def test_a_lower_level_is_given_in_one_place() -> None:
