@@ -19,6 +19,7 @@ __all__ = [
     "LowerLevelError",
     "NonFiniteError",
     "OptionError",
+    "ProcessError",
     "SolverError",
     "TensorError",
     "pass_over",
@@ -60,6 +61,10 @@ class NonFiniteError(AdaptiveBilevelError, RuntimeError):
 
 class DependencyError(AdaptiveBilevelError, ImportError):
     """An optional package is missing."""
+
+
+class ProcessError(AdaptiveBilevelError, RuntimeError):
+    """Another process has failed, or processes that step together have different parameters."""
 
 
 class AdaptiveBilevelWarning(UserWarning):

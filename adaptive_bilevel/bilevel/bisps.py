@@ -16,7 +16,7 @@ from .. import policies
 from ..errors import ClosureError, LowerLevelError
 from ..evaluation.closures import require_closure, value_of
 from ..evaluation.guard import Closure, Guard
-from ..evaluation.reductions import agree
+from ..evaluation.means import averaged
 from ..optim.direction import Direction
 from ..optim.options import Conduct
 from ..optim.polyak_step import PolyakOptimizer
@@ -116,7 +116,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
 
         def change() -> float:
             moved = torch._foreach_sub(gradients(), before)
-            return math.sqrt(float(agree(sum(float((d**2).sum()) for d in moved))[0]))
+            return math.sqrt(sum(float((d**2).sum()) for d in moved))
 
         return change
 
@@ -133,7 +133,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         lower = self.lower.tensors()
         with Guard([*params, *lower], self._workspace) as guard:
             objective = upper_closure if loss is not None else require_closure("BiSPS", upper_closure)
-            grads = self._begin(guard, objective, params, hypergradient)
+            grads = averaged(self._begin(guard, objective, params, hypergradient), params)
             known = objective.evaluated(params) if isinstance(objective, DirectLoss) else None
             if objective is None or loss is not None:
                 value = _given(objective, loss)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..evaluation.attempts import Attempts
-from ..evaluation.reductions import agree
 from ..hypergradient.solution import HessianReport
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath
@@ -132,7 +131,7 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
 
     def trial(step: float) -> float:
         nonlocal there
-        there = float(agree(attempts.value(lambda: evaluate(step)))[0])
+        there = float(attempts.value(lambda: evaluate(step)))
         return there
 
     def certify(step: float) -> bool:
@@ -141,7 +140,7 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
 
     guard.copy()
     if limits.baseline:
-        value = there = float(agree(evaluate(0.0))[0])
+        value = there = float(evaluate(0.0))
     # Where the slope is not that of the searched function, a loss that stays the same says nothing of the closure.
     moved = path.gradient.tensors if model.comparable else []
     trials = point.closure_checks.watch(trial, value, model.slope, limits.rounding or point.rounding, moved, path.along)
@@ -163,7 +162,7 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
     def look() -> float:
         guard.put_back()
         point.counts.upper.values += 1
-        return float(agree(guard.value(point.objective, guard.entry))[0])
+        return float(guard.value(point.objective, guard.entry))
 
     record, state = trials.conclude(record, state, limits.state, look, compared=point.value)
     return record._replace(slope=model.slope, slope_ratio=model.slope_ratio), state

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import warn
 from ..evaluation.closures import Closure, require_closure
 from ..evaluation.guard import Guard
+from ..evaluation.means import averaged
 from ..evaluation.reductions import on_host
 from ..evaluation.vectors import inner
 from ..hypergradient.solution import HessianReport
@@ -151,6 +152,7 @@ class SearchingOptimizer(StartingOptimizer):
         self._between.begin(params, followed)
         with Guard([*params, *lower], self._workspace) as guard:
             hypergradient = self._begin(guard, objective, params, hypergradient)
+            hypergradient = averaged(hypergradient, params)
             section, gradient = self._enter(guard, objective, params, hypergradient)
             point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
             states = read_states(self.state, self._first_states, gradient.tensors)

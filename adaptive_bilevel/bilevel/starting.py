@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..evaluation.closures import Closure
 from ..evaluation.guard import Guard
+from ..evaluation.means import averaged
 from ..evaluation.objective import Objective
 from ..evaluation.reductions import agree
 from ..evaluation.tensors import gradients_of
@@ -80,7 +81,7 @@ class StartingOptimizer(UpperOptimizer):
             self.evaluations.upper.gradients += 1
             loss, found = guard.gradient(objective, tensors)
         else:
-            loss, found = known
+            loss, found = known.loss, averaged(known.gradients, tensors)
         guard.mark()
         if lower and all(g is None for g in found[len(params) :]):
             self._closure_checks.say("apart", _APART)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.guard import RandomState
-from ..evaluation.reductions import agree
+from ..evaluation.reductions import agree, agreed
 from ..evaluation.vectors import Vector, inners
 from ..hypergradient.curvature import LowerCurvature
 from ..hypergradient.lanczos import Lanczos, SpectralInverse
@@ -140,7 +140,7 @@ class JointTangent(TangentModel):
         with torch.enable_grad():
             losses = [self._guard.attached(p.closure, p.random).reshape(()) for p in self._problems]
             loss = torch.stack(losses).sum()
-            self._loss = loss.detach()
+            self._loss = agreed(loss)
             return LowerCurvature(loss, self._upper, self._lower, moves=True)
 
     def _left(self, solver: Lanczos) -> SpectralInverse | None:

@@ -6,15 +6,12 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from ..errors import AdaptiveBilevelError
+from ..errors import AdaptiveBilevelError, ProcessError
+from .processes import ARITHMETIC
 
 __all__ = ["Attempts"]
-
-_ARITHMETIC = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
-"""How Python, NumPy and torch (linear algebra, distributions) say that something cannot be computed there."""
 
 T = TypeVar("T")
 
@@ -41,8 +38,8 @@ class Attempts:
     def _attempt(self, evaluate: Callable[[], T], otherwise: T) -> T:
         try:
             found = evaluate()
-        except _ARITHMETIC as error:
-            if isinstance(error, AdaptiveBilevelError):
+        except ARITHMETIC as error:
+            if isinstance(error, AdaptiveBilevelError) and not isinstance(error, ProcessError):
                 raise
             self._error = error
             return otherwise

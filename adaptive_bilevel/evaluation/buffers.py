@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .replicated import Replicated
+
 __all__ = ["Buffers", "enter_module", "leave_module", "watching"]
 
 
@@ -59,6 +61,7 @@ class Buffers:
     Attributes:
         slots: The buffers; where there are none, nothing needs to be put back.
         depth: Number of modules that are running; set to 0 where an evaluation begins.
+        replicated: The modules among them whose backward takes means over processes.
     """
 
     def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
@@ -66,11 +69,13 @@ class Buffers:
         self.slots: list[_Slot] = []
         self._marked = 0
         self.depth = 0
+        self.replicated = Replicated()
         self._meet(modules)
 
     def enter(self, module: nn.Module) -> None:
         """Take note that a module is about to run."""
         self.depth += 1
+        self.replicated.meet(module)
         if id(module) in self._seen:
             return
         for part in module.modules():

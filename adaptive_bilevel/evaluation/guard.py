@@ -27,41 +27,20 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from . import processes
 from .aside import Aside
 from .buffers import Buffers
 from .closures import Closure, Differentiated, StandIns, attached, differentiated, value
 from .interception import Watching, installed
+from .means import joined
+from .replicas import require_replicas
 from .snapshot import RandomState, Snapshot
 from .vectors import on_cpu
+from .workspace import Workspace
 
 __all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace", "closing"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Workspace:
-    """What a guard keeps between steps: memory for the copies, and what it learned about the closures.
-
-    Args:
-        lasting: Whether the memory is kept too.
-    """
-
-    def __init__(self, lasting: bool = True) -> None:
-        self._lasting = lasting
-        self.copies: list[Tensor] = []
-        self.trials_need_grad = False
-
-    def fit(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return memory of the tensors' shapes; if it is kept, it is allocated only when they have changed."""
-        if not self._lasting:
-            return [torch.empty_like(p, requires_grad=False) for p in tensors]
-        same = len(self.copies) == len(tensors) and all(
-            c.shape == p.shape and c.dtype == p.dtype and c.device == p.device
-            for c, p in zip(self.copies, tensors, strict=True)
-        )
-        if not same:
-            self.copies = [torch.empty_like(p, requires_grad=False) for p in tensors]
-        return self.copies
 
 
 class _Open(threading.local):
@@ -100,7 +79,7 @@ class Guard:
 
     Args:
         tensors: The parameters that may move.
-        workspace: Kept by the caller from step to step.
+        workspace: Kept by the caller from step to step. Its processes are those that means are over inside the block.
 
     Leaving the block by an exception puts everything back to before the block. Otherwise parameters stay where they
     were last put, and buffers and random state are as after the one evaluation that `mark` named.
@@ -125,10 +104,16 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self.entry = RandomState(self._devices)
+        self._group = processes.of_group(self._workspace.group)
         _open.guards.append(self)
         installed.enter(self)
         if not any(map(is_lazy, self._tensors)):
             self.copy()  # before any evaluation: the first one may change a parameter and raise
+            try:
+                require_replicas(self._tensors)
+            except BaseException:
+                self.abandon()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -139,7 +124,7 @@ class Guard:
             self.recall()
         installed.leave(self)
         torch.clear_autocast_cache()
-        _open.guards.remove(self)
+        self._close()
 
     def abandon(self) -> None:
         """Put everything back to before the block, and leave it, also where an interrupt has come in between."""
@@ -149,8 +134,12 @@ class Guard:
             p.grad = grad
         installed.leave(self)
         torch.clear_autocast_cache()
+        self._close()
+
+    def _close(self) -> None:
         if self in _open.guards:
             _open.guards.remove(self)
+            processes.of_group(self._group)
 
     def random_state(self) -> RandomState:
         """Return the present random state, to replay the next evaluation later."""
@@ -232,8 +221,12 @@ class Guard:
     ) -> Differentiated:
         """Return the loss at the present point, and the gradients that the closure left; no ``.grad`` changes.
 
-        The backward is a true one restricted to `inputs`, so hooks (DistributedDataParallel's among them) run.
+        The backward is a true one restricted to `inputs`, so hooks (DistributedDataParallel's among them) run. The
+        gradients are means over the processes; the loss is this process's own.
         """
+        return joined(lambda: self._differentiated(closure, inputs, random), inputs, self._buffers.replicated)
+
+    def _differentiated(self, closure: Closure, inputs: Sequence[Tensor], random: RandomState | None) -> Differentiated:
         wanted = [p for p in inputs if p.requires_grad]
         with self._gradients_aside(inputs):
             self._prepare(random)
@@ -252,13 +245,19 @@ class Guard:
         return [(p, known.get(id(p))) for p in self._tensors if p.requires_grad]
 
     def attached(self, closure: Closure, random: RandomState | None = None) -> Tensor:
-        """Return the loss at the present point with its graph."""
+        """Return the loss at the present point with its graph; this process's own."""
+        return processes.together(lambda: self._attached(closure, random))
+
+    def _attached(self, closure: Closure, random: RandomState | None) -> Tensor:
         with self._gradients_aside():
             self._prepare(random)
             return attached(closure, self._buffers, self._in_the_place_of_gradients)
 
     def value(self, closure: Closure, random: RandomState | None = None) -> Tensor | float:
-        """Return the loss at the present point (one forward)."""
+        """Return the loss at the present point (one forward), the mean over the processes."""
+        return processes.value_of(lambda: self._value(closure, random))
+
+    def _value(self, closure: Closure, random: RandomState | None) -> Tensor | float:
         stand_ins: StandIns = self._in_the_place_of_gradients
         with self._gradients_aside():
             if not self._workspace.trials_need_grad:

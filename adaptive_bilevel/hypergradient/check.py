@@ -17,6 +17,7 @@ from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 from adaptive_bilevel.policies.validation import count, fraction, positive
 
 from ..evaluation.guard import closing
+from ..evaluation.processes import Group, mean
 from ..evaluation.vectors import Vector, rounding
 from .cg import CG
 from .curvature import LowerCurvature, connected_partials, unconnected
@@ -45,6 +46,7 @@ def check(
     step: float | None = None,
     max_iterations: int = 50,
     seed: int = 0,
+    process_group: Group = None,
 ) -> CheckReport:
     """Compare a hypergradient with finite differences of ``F(x) = f(x, y*(x))``, and say what is wrong with it.
 
@@ -70,6 +72,7 @@ def check(
         step: The length e, above 0. By default ``eps^(1/3) max(1, ||x||)``, eps being the rounding unit of the dtype.
         max_iterations: Most Newton steps per lower solve, at least 1.
         seed: Seed of the random directions, which do not use torch's global generator.
+        process_group: As for `implicit`.
 
     Raises:
         HypergradientError: There is no gradient to check, or its shapes are not those of ``upper``.
@@ -103,11 +106,11 @@ def check(
     for name, tensors in (("upper", x), ("lower", y)):
         if not all(tensor.is_leaf for tensor in tensors):
             raise TensorError(f"{name} holds a tensor that is no leaf: check() moves tensors in place, pass leaves.")
-    with guarded((*x, *y)) as guard:
+    with guarded((*x, *y), process_group) as guard:
         guard.copy()
         try:
             bench = _Bench(guard, upper_closure, lower_closure, x, y, max_iterations)
-            return diagnose(_measure(bench, _flat(claimed), directions, step, seed), tolerance)
+            return diagnose(_measure(bench, _flat(mean(claimed)), directions, step, seed), tolerance)
         finally:
             guard.undo()
 

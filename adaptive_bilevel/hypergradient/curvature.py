@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError
 
+from ..evaluation.processes import mean
 from ..evaluation.vectors import Vector
 from .second_derivatives import explained
 
@@ -58,6 +59,8 @@ def unconnected(direct: bool) -> str:
 def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> PartialGradients:
     """Return ``(f_x, f_y)`` of an attached scalar upper loss with one backward; no ``.grad`` is touched.
 
+    Of several processes, they are means, by one all-reduce.
+
     Args:
         loss: The value f(x, y) with its graph, which is freed.
         upper: The tensors of x.
@@ -83,7 +86,7 @@ def connected_partials(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Te
             "upper_closure returned a loss that depends on no tensor of upper or lower: "
             "compute it from the very tensors that are passed, not from copies of them."
         )
-    both = filled(gradients, wanted)
+    both = mean(filled(gradients, wanted))
     direct = any(gradient is not None for gradient in gradients[: len(upper)])
     return PartialGradients(both[: len(upper)], both[len(upper) :]), direct
 
@@ -93,8 +96,9 @@ class LowerCurvature:
     """Products with H = grad^2_yy g and C = grad^2_xy g at the point where ``loss`` was evaluated.
 
     One object serves the hypergradient, ``h = f_x - C v`` with ``v = P f_y``, and the response ``w = P C^T d``. A lower
-    level of several losses is their sum. Products see the parameters as they were at the evaluation; changing one in
-    place afterwards makes autograd refuse.
+    level of several losses is their sum; that of several processes is their mean, so that the gradient and each product
+    take one all-reduce of their size. Products see the parameters as they were at the evaluation; changing one in place
+    afterwards makes autograd refuse.
 
     Args:
         loss: g(x, y), an attached scalar with its graph.
@@ -135,7 +139,7 @@ class LowerCurvature:
                 "optimizer) on the upper optimizer."
             )
         self._upper_slopes: tuple[Tensor | None, ...] | None = slopes[:first] if moves else None
-        self.gradient: Vector = tuple(slope.detach() for slope in filled(self._slopes, self._lower))
+        self.gradient: Vector = mean(tuple(slope.detach() for slope in filled(self._slopes, self._lower)))
         self.gradients = 1
         self.hvps = 0
         self.jvps = 0
@@ -144,7 +148,7 @@ class LowerCurvature:
     def hvp(self, vector: Sequence[Tensor]) -> Vector:
         """Return ``H v``, shaped like ``lower``, for ``vector`` v shaped like ``lower``."""
         self.hvps += 1
-        return filled(_pull_back(self._slopes, self._lower, vector), self._lower)
+        return mean(filled(_pull_back(self._slopes, self._lower, vector), self._lower))
 
     def cross_vjp(self, vector: Sequence[Tensor]) -> Vector:
         """Return ``C v = grad_x <grad_y g, v>``, shaped like ``upper``, for ``vector`` v shaped like ``lower``."""
@@ -169,7 +173,9 @@ class LowerCurvature:
         self.jvps += 1
         both = _pull_back(self._slopes, (*self._upper, *self._lower), vector)
         first = len(self._upper)
-        return self._crossed(both[:first], self._upper), filled(both[first:], self._lower)
+        self.mixed = any(part is not None for part in both[:first])
+        means = mean(filled(both, (*self._upper, *self._lower)))
+        return means[:first], means[first:]
 
     def push_forward(self, direction: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
         """Return ``C^T d + H v`` with one backward: how ``grad_y g`` answers to a move of (x, y) by (d, v)."""
@@ -177,12 +183,12 @@ class LowerCurvature:
         self.jvps += 1
         slopes = (*self._slopes_in_upper(), *self._slopes)
         self.mixed = any(slope is not None and slope.requires_grad for slope in self._slopes_in_upper())
-        return filled(_pull_back(slopes, self._lower, (*direction, *vector)), self._lower)
+        return mean(filled(_pull_back(slopes, self._lower, (*direction, *vector)), self._lower))
 
     def _crossed(self, found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
         """Return a product with C or C^T, and take note whether there was a path."""
         self.mixed = any(part is not None for part in found)
-        return filled(found, like)
+        return mean(filled(found, like))
 
     def _slopes_in_upper(self) -> tuple[Tensor | None, ...]:
         if self._upper_slopes is None:

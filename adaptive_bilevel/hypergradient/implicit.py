@@ -10,6 +10,8 @@ from torch import Tensor
 from adaptive_bilevel.errors import warn
 
 from ..evaluation.guard import closing
+from ..evaluation.processes import Group
+from ..evaluation.reductions import agreed
 from ..evaluation.vectors import Vector, add
 from .curvature import LowerCurvature, connected_partials, unconnected
 from .lanczos import Lanczos
@@ -57,6 +59,7 @@ def implicit(
     solver: LinearSolver = ...,
     *,
     initial: Tree | None = ...,
+    process_group: Group = ...,
 ) -> tuple[Tensor, ...]: ...
 @overload
 def implicit(
@@ -67,6 +70,7 @@ def implicit(
     solver: LinearSolver = ...,
     *,
     initial: Tree | None = ...,
+    process_group: Group = ...,
 ) -> Tree: ...
 def implicit(
     upper_closure: Closure,
@@ -76,6 +80,7 @@ def implicit(
     solver: LinearSolver = DEFAULT_SOLVER,
     *,
     initial: Tree | None = None,
+    process_group: Group = None,
 ) -> Tree:
     """Return the hypergradient ``h = grad_x f - C v``, with ``v = P grad_y f`` and P the solver's inverse of H.
 
@@ -101,6 +106,8 @@ def implicit(
         initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the
             last solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint,
             save ``info.solution.tensors`` of `implicit_with_info` and pass them here.
+        process_group: The processes whose losses add up: f and g are the means of theirs, and the result is the same on
+            each. None: all of `torch.distributed`, where that was begun. "alone": this one.
 
     Returns:
         The hypergradient, detached: a tuple for a list or an iterator of tensors, else arranged like ``upper``.
@@ -125,7 +132,7 @@ def implicit(
     >>> implicit(f, g, [x], [y])
     (tensor([0.9000]),)
     """
-    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial)[0]
+    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial, process_group)[0]
 
 
 def implicit_with_info(
@@ -136,6 +143,7 @@ def implicit_with_info(
     solver: LinearSolver = DEFAULT_SOLVER,
     *,
     initial: Tree | None = None,
+    process_group: Group = None,
 ) -> tuple[Tree, ImplicitInfo]:
     """Return what `implicit` returns, and an `ImplicitInfo` on how it came about.
 
@@ -147,12 +155,18 @@ def implicit_with_info(
     >>> info.solution.status.name, info.solution.tensors, info.hvps
     ('converged', (tensor([2.]),), 1)
     """
-    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial)
+    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial, process_group)
 
 
 @closing
 def _differentiate(
-    upper_closure: Closure, lower_closure: Closure, upper: Tree, lower: Tree, solver: LinearSolver, initial: Tree | None
+    upper_closure: Closure,
+    lower_closure: Closure,
+    upper: Tree,
+    lower: Tree,
+    solver: LinearSolver,
+    initial: Tree | None,
+    process_group: Group,
 ) -> tuple[Tree, ImplicitInfo]:
     x, structure = flatten(upper, "upper")
     y, _ = flatten(lower, "lower")
@@ -162,10 +176,10 @@ def _differentiate(
         start = recall(y)
     check_callable(upper_closure, "upper_closure")
     check_callable(lower_closure, "lower_closure")
-    with guarded((*x, *y)) as guard:
+    with guarded((*x, *y), process_group) as guard:
         upper_loss = evaluate(guard, upper_closure, "upper_closure")
         (direct, rhs), reaches = connected_partials(upper_loss, x, y)
-        gradients, graph = 0, upper_loss
+        gradients, graph, agreed_upper = 0, upper_loss, agreed(upper_loss)
 
         def sample() -> tuple[Tensor, LowerCurvature]:
             nonlocal gradients, graph
@@ -173,7 +187,7 @@ def _differentiate(
             gradients, graph = gradients + 1, loss
             curvature = LowerCurvature(loss, x, y)
             curvature.forget_loss()
-            return loss.detach(), curvature
+            return agreed(loss), curvature
 
         if solver.resamples:
             solution = solver.solve(lambda v: sample()[1].hvp(v), rhs, start)
@@ -193,7 +207,7 @@ def _differentiate(
     report(solver, solution, h)
     info = ImplicitInfo(
         solution=solution,
-        upper_loss=upper_loss.detach(),
+        upper_loss=agreed_upper,
         lower_loss=lower_loss,
         direct=direct,
         lower_gradient=curvature.gradient,

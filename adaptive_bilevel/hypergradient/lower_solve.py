@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..evaluation.reductions import agreed
 from ..evaluation.vectors import Vector, add, dot, negate, rounding
 from .cg import CG
 from .curvature import LowerCurvature
@@ -54,7 +55,7 @@ def resolve(
     for iteration in range(max_iterations + 1):
         loss = loss_at()
         curvature = LowerCurvature(loss, upper, lower)
-        value, previous, norm = float(loss.detach()), norm, math.sqrt(dot(curvature.gradient, curvature.gradient))
+        value, previous, norm = float(agreed(loss)), norm, math.sqrt(dot(curvature.gradient, curvature.gradient))
         if not math.isfinite(norm) or not math.isfinite(value):
             return Resolved(math.nan, iteration)
         if polishing and norm > 0.5 * previous:

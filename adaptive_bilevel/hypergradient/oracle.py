@@ -20,6 +20,8 @@ from adaptive_bilevel.errors import ClosureError, warn
 from adaptive_bilevel.evaluation.counts import Evaluations
 from adaptive_bilevel.evaluation.guard import RandomState
 
+from ..evaluation.processes import mean
+from ..evaluation.reductions import agreed
 from ..evaluation.vectors import Vector
 from .curvature import LowerCurvature, PartialGradients, connected_partials, filled, gradients_of, unconnected
 from .memo import Memo
@@ -86,13 +88,13 @@ class Oracle:
         """Return f(x, y)."""
         self.evaluations.upper.values += 1
         with torch.no_grad():
-            return self._loss("upper_loss", x, y, sample.upper, sample.seed).detach()
+            return agreed(self._loss("upper_loss", x, y, sample.upper, sample.seed))
 
     def lower_value(self, x: Vector, y: Vector, sample: Sample) -> Tensor:
         """Return g(x, y)."""
         self.evaluations.lower.values += 1
         with torch.no_grad():
-            return self._loss("lower_loss", x, y, sample.lower, sample.seed).detach()
+            return agreed(self._loss("lower_loss", x, y, sample.lower, sample.seed))
 
     # ------------------------------------------------------------------------------------------ gradients
 
@@ -105,7 +107,7 @@ class Oracle:
         inner, outer = _leaves(x), _leaves(y)
         loss = self._attached("upper_loss", inner, outer, sample.upper, sample.seed)
         partials, self._direct = connected_partials(loss, inner, outer)
-        return self._upper.keep(x, y, sample, (loss.detach(), partials))
+        return self._upper.keep(x, y, sample, (agreed(loss), partials))
 
     def lower_gradients(self, x: Vector, y: Vector, sample: Sample, of: str = "y") -> LowerGradients:
         """Return g(x, y) and its gradient in y, in x, or in both (``of`` "y", "x" or "xy"): one gradient call."""
@@ -127,9 +129,9 @@ class Oracle:
         loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
         wanted = [*(upper if "x" in of else ()), *(lower if "y" in of else ())]
         found = gradients_of([loss], wanted, None, name="lower_loss")
-        gradients, first = filled(found, wanted), len(upper) if "x" in of else 0
+        gradients, first = mean(filled(found, wanted)), len(upper) if "x" in of else 0
         self._look(not first or any(part is not None for part in found[:first]))
-        return LowerGradients(loss.detach(), gradients[:first], gradients[first:])
+        return LowerGradients(agreed(loss), gradients[:first], gradients[first:])
 
     # ------------------------------------------------------------------------------------------ products
 
@@ -181,7 +183,7 @@ class Oracle:
         if known is None:
             upper, lower = _leaves(x), _leaves(y)
             loss = self._attached("lower_loss", upper, lower, sample.lower, sample.seed)
-            known = self._products.keep(x, y, sample, (loss.detach(), LowerCurvature(loss, upper, lower)))
+            known = self._products.keep(x, y, sample, (agreed(loss), LowerCurvature(loss, upper, lower)))
         return known[1]
 
     # ------------------------------------------------------------------------------------------ evaluation

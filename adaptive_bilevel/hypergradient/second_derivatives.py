@@ -19,6 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from adaptive_bilevel.errors import SolverError, warn
 
 from ..evaluation.guard import Guard
+from ..evaluation.processes import mean
+from ..evaluation.reductions import on_host
 from ..evaluation.tensors import gradients_of
 from ..evaluation.vectors import dot, rounding
 
@@ -112,7 +114,7 @@ def _difference(guard: Guard, closure: Any, inputs: Sequence[Tensor], lower: Seq
     if not pairs:
         return 0.0
     outputs, vectors = [s for s, _ in pairs], [u for _, u in pairs]
-    product = gradients_of(inputs, inputs, torch.autograd.grad(outputs, inputs, vectors, allow_unused=True))
+    product = mean(gradients_of(inputs, inputs, torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)))
     before = [p.detach().clone() for p in lower]
     unit, size = rounding(lower), math.sqrt(dot(before, before))
     step = unit ** (1 / 3) * max(1.0, size) / math.sqrt(dot(v, v))
@@ -129,7 +131,7 @@ def _difference(guard: Guard, closure: Any, inputs: Sequence[Tensor], lower: Seq
     finally:
         for p, point in zip(lower, before, strict=True):
             p.data.copy_(point)
-    if float((again - loss.detach()).abs()) > 64.0 * unit * float(again.abs()):
+    if on_host((again - loss.detach()).abs())[0] > 64.0 * unit * on_host(again.abs())[0]:
         return 0.0  # the closure changes from call to call
     change = [(a - b) / (2.0 * step) for a, b in zip(ahead, back, strict=True)]
     error = [a - b for a, b in zip(change, product, strict=True)]

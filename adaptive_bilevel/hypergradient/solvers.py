@@ -28,6 +28,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.policies.validation import count, finite, positive
 
+from ..evaluation.processes import first
 from ..evaluation.vectors import add, cast_like, dot, rounding, scale, widen, zeros_like
 from .krylov import Layout, Rows, square
 from .solution import MatVec, Solution, SolverStatus, trivial_solution
@@ -185,7 +186,7 @@ class Neumann:
 
     def _draw(self) -> int:
         device = "cpu" if self.generator is None else self.generator.device
-        return int(torch.randint(0, self.steps, (), generator=self.generator, device=device))
+        return first(int(torch.randint(0, self.steps, (), generator=self.generator, device=device)))
 
 
 @final

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError, TensorError
 from adaptive_bilevel.evaluation.guard import Guard, RandomState, Workspace
+from adaptive_bilevel.evaluation.processes import Group, checked
 
 __all__ = [
     "Closure",
@@ -94,9 +95,9 @@ def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
             raise TensorError(f"No tensor of {name} requires a gradient: call requires_grad_() on what is optimized.")
 
 
-def guarded(tensors: Sequence[Tensor]) -> Guard:
+def guarded(tensors: Sequence[Tensor], process_group: Group = None) -> Guard:
     """Return the guard under which closures run; used as a context it puts everything back after an exception."""
-    return Guard(tensors, Workspace())
+    return Guard(tensors, Workspace(group=checked("process_group", process_group)))
 
 
 def evaluate(guard: Guard, closure: Closure, name: str, random: RandomState | None = None) -> Tensor:

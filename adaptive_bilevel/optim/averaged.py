@@ -88,7 +88,7 @@ class AveragedSearch(AdaptiveOptimizer):
         if not (isinstance(self.policy, AutoSLS) and self.policy.agrees(state)):
             return state
         self._own_counts.values += 1
-        after: SearchState = self.policy.observed(state, on_host(Attempts().value(value))[0])
+        after: SearchState = self.policy.observed(state, float(Attempts().value(value)))
         return after
 
     def _settle(self, params: list[Tensor], start: list[Tensor], state: State) -> None:

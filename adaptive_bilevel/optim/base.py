@@ -12,7 +12,9 @@ from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
 from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
-from ..evaluation.objective import Objective, Replay
+from ..evaluation.means import averaged
+from ..evaluation.objective import Evaluated, Objective, Replay
+from ..evaluation.processes import checked
 from ..evaluation.reductions import on_host
 from ..evaluation.tensors import gradients_of
 from ..evaluation.vectors import inner
@@ -151,7 +153,7 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         random: RandomState | None,
     ) -> tuple[Differentiated, float]:
         """Do what `_evaluate` does, and return the share too; `random` replays a sample evaluated elsewhere."""
-        known = closure.evaluated(params) if isinstance(closure, Objective) and random is None else None
+        known = _evaluated(closure, params) if random is None else None
         if before is None:
             return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known), 1.0
         predicted = [p.clone() for p in guard.copy()]
@@ -187,6 +189,22 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         if isinstance(closure, Objective):
             found = found._replace(gradients=closure.processed(params, found.gradients))
         return found
+
+    @property
+    def process_group(self) -> Any:
+        """The processes whose losses add up to this one's loss: their mean is stepped on, with the same step on each.
+
+        None: all of `torch.distributed`, where that was begun. A process group: its members. "alone": this process,
+        whose parameters are its own. It is no option that is saved or copied. See docs/processes.md.
+
+        Raises:
+            OptionError: It is set to something else.
+        """
+        return self._workspace.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._workspace.group = checked(type(self).__name__, group)
 
     @property
     def offered(self) -> list[Tensor] | None:
@@ -234,3 +252,9 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
         last = "" if self.record is None else f"; {self.record.describe()}"
         return f"{type(self).__name__}({listed}{last})"
+
+
+def _evaluated(closure: Closure, params: list[Tensor]) -> Evaluated | None:
+    """Return what a host has evaluated, if it is one; its gradients may be those of this process."""
+    known = closure.evaluated(params) if isinstance(closure, Objective) else None
+    return None if known is None else known._replace(gradients=averaged(known.gradients, params))

@@ -14,7 +14,7 @@ from ..evaluation.attempts import Attempts
 from ..evaluation.closures import require_closure
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Objective, Replay
-from ..evaluation.reductions import on_host, on_host_with_inner
+from ..evaluation.reductions import on_host_with_inner
 from ..evaluation.tensors import gradients_of, tainted
 from ..policies import Context, Outcome, Record, validation
 from ..policies.margin import shortened
@@ -97,7 +97,7 @@ class LineSearch(AveragedSearch):
                 away = True
                 descent.move(gradient.tensors, directions, step, gradient.factors)
                 self._own_counts.values += 1
-                return on_host(attempts.value(lambda: guard.value(searched, random)))[0]
+                return float(attempts.value(lambda: guard.value(searched, random)))
 
             bound, scale = self._bound()
             if bound == 0.0 or scale == 0.0:

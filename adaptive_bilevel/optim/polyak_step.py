@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import OptionError
 from ..evaluation.attempts import Attempts
 from ..evaluation.guard import Closure, Guard, RandomState
-from ..evaluation.reductions import agree, on_host, on_host_with_inner
+from ..evaluation.reductions import agree, on_host_with_inner
 from ..evaluation.tensors import slope_of
 from ..evaluation.vectors import on_cpu
 from ..policies import Context, Outcome, Record, State, Trial
@@ -132,7 +132,7 @@ class PolyakOptimizer(AdaptiveOptimizer):
         def trial(step: float) -> float:
             descent.move(gradient.tensors, directions, step, gradient.factors)
             self._own_counts.values += 1
-            value = on_host(attempts.value(lambda: guard.value(closure, random)))[0]
+            value = float(attempts.value(lambda: guard.value(closure, random)))
             guard.put_back()
             return value
 

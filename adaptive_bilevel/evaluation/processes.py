@@ -1,0 +1,259 @@
+"""Several processes, each with a copy of all parameters and data of its own: means over them, and errors of all.
+
+The loss of a level is the mean of the processes' losses. So its value, its gradients and its products with second
+derivatives are the means of theirs, and what is computed from means is the same on every process. `mean` takes vectors,
+by one all-reduce of their size; `adaptive_bilevel.evaluation.reductions.agree` takes scalars.
+
+A closure may raise on one process. Others wait for that process at the mean that follows the evaluation, so it takes
+part in it, with a flag: all processes raise then. `means_of` and `value_of` do so.
+
+Which processes: those of the process group of the guard that is open, see `Workspace.group`; all of them by default.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+from torch import Tensor, distributed
+
+from ..errors import AdaptiveBilevelError, OptionError, ProcessError
+from .vectors import Vector, widen
+
+__all__ = [
+    "ALONE",
+    "ARITHMETIC",
+    "Group",
+    "checked",
+    "count",
+    "first",
+    "heard",
+    "home",
+    "mean",
+    "means_of",
+    "of_group",
+    "packed",
+    "summed",
+    "together",
+    "value_of",
+]
+
+T = TypeVar("T")
+
+Group = Any
+"""A `torch.distributed.ProcessGroup`; None: all processes; `ALONE`."""
+
+ALONE = "alone"
+"""In the place of a process group: this process has parameters of its own."""
+
+ARITHMETIC = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
+"""How Python, NumPy and torch (linear algebra, distributions) say that something cannot be computed there."""
+
+
+class _Here(threading.local):
+    """The process group on this thread."""
+
+    group: Group = None
+
+
+_here = _Here()
+
+
+class _ArithmeticElsewhere(ProcessError, ArithmeticError):
+    """Another process could not compute something there."""
+
+
+def checked(owner: str, group: Group) -> Group:
+    """Return a process group, or raise where it is none, or has gone.
+
+    Raises:
+        OptionError: As said.
+    """
+    if group is None or group == ALONE:
+        return group
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise OptionError(
+            f"{owner}: process_group={group!r} must be a torch.distributed process group, None (all processes) or "
+            f"{ALONE!r} (this one)"
+        )
+    return group
+
+
+def of_group(group: Group) -> Group:
+    """Take a process group from now on, on this thread, and return the one before."""
+    before, _here.group = _here.group, group
+    return before
+
+
+def count() -> int:
+    """Return the number of processes that means are over."""
+    group = _here.group
+    if group == ALONE or not distributed.is_available():
+        return 1
+    if not distributed.is_initialized():
+        if group is not None:
+            raise ProcessError("process_group: the group is gone, since torch.distributed was ended or not begun")
+        return 1
+    try:
+        return max(distributed.get_world_size(group), 1)
+    except ValueError as error:
+        raise ProcessError(f"process_group: the group is gone ({error})") from error
+
+
+def home() -> torch.device:
+    """Return the device of numbers that processes exchange."""
+    if distributed.get_backend(_here.group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def summed(block: Tensor, op: Any = distributed.ReduceOp.SUM) -> Tensor:
+    """Reduce a block over the processes, in place, and return it.
+
+    Raises:
+        ProcessError: torch could not: a process has ended, is elsewhere in its program, or the time is over.
+    """
+    try:
+        distributed.all_reduce(block, op=op, group=_here.group)
+    except RuntimeError as error:
+        raise ProcessError(
+            f"the {count()} processes could not exchange {block.numel()} numbers: one has ended, has skipped a step, "
+            f"or has other parameters. torch says: {error}"
+        ) from error
+    return block
+
+
+def mean(tensors: Sequence[Tensor]) -> Vector:
+    """Return the means over the processes of tensors that have the same shapes on each: one all-reduce."""
+    return tuple(tensors) if count() == 1 else _reduced(tensors, [])[0]
+
+
+def first(number: int) -> int:
+    """Return the number of the first process of the group."""
+    if count() == 1:
+        return number
+    own = number if distributed.get_rank(_here.group) == 0 else 0
+    return int(summed(torch.tensor([own], dtype=torch.int64, device=home())))
+
+
+def _reduced(tensors: Sequence[Tensor], numbers: Sequence[float]) -> tuple[Vector, Tensor]:
+    """Return means of tensors, and sums of numbers that travel with the first block of them.
+
+    There is a block for each device and dtype, in at least float32; a sum over processes in less loses digits.
+    """
+    processes, wide = count(), widen(tensors)
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(wide):
+        places.setdefault((t.device, t.dtype), []).append(i)
+    if not places:
+        return (), summed(torch.tensor(numbers, dtype=torch.float64, device=home()))
+    found: dict[int, Tensor] = {}
+    sums: Tensor | None = None
+    for (device, dtype), indices in places.items():
+        parts = [wide[i].reshape(-1) for i in indices]
+        if sums is None:
+            parts.append(torch.tensor(numbers, dtype=dtype, device=device))
+        block = summed(torch.cat(parts))
+        cut = block.numel() - len(numbers) if sums is None else block.numel()
+        sums = block[cut:].clone() if sums is None else sums
+        block = block[:cut].div_(processes)
+        found.update(zip(indices, block.split([wide[i].numel() for i in indices]), strict=True))
+    assert sums is not None
+    return tuple(found[i].view(t.shape).to(t.dtype) for i, t in enumerate(tensors)), sums
+
+
+# ------------------------------------------------------------------------------------------ errors of one process
+
+
+def together(evaluate: Callable[[], T]) -> T:
+    """Return what is evaluated, or raise on all processes if it raises on one; one all-reduce of a number."""
+    if count() == 1:
+        return evaluate()
+    result, error = _attempted(evaluate)
+    _conclude(float(summed(packed([float(error is not None)]))), error)
+    return cast(T, result)
+
+
+def value_of(evaluate: Callable[[], Tensor | float]) -> Tensor | float:
+    """Return the mean of a value, or raise on all processes if it raises on one; one all-reduce of two numbers."""
+    processes = count()
+    if processes == 1:
+        return evaluate()
+    result, error = _attempted(evaluate)
+    sums = summed(packed([0.0 if result is None else result, float(error is not None)]))
+    value, failed = sums.tolist()
+    _conclude(failed, error)
+    return sums[0] / processes if isinstance(result, Tensor) else value / processes
+
+
+def means_of(
+    evaluate: Callable[[], T], parts: Callable[[T | None], tuple[Sequence[Tensor | None], Sequence[Tensor]]]
+) -> tuple[T, list[Tensor | None]]:
+    """Return what is evaluated, and the means of tensors in it, by one all-reduce of their size.
+
+    A tensor that is None on every process stays None; on some, it counts as zeros there. On an accelerator, whether
+    another process has failed is not looked at, since that would wait for the device: means are not finite then.
+
+    Args:
+        evaluate: Called once.
+        parts: Returns the tensors of what it returned, and tensors of their shapes; None: it has raised.
+    """
+    result, error = _attempted(evaluate)
+    given, like = parts(result)
+    absent = 0.0 if error is None else torch.nan
+    filled = [
+        torch.full_like(t, absent, requires_grad=False) if g is None else g.detach()
+        for t, g in zip(like, given, strict=True)
+    ]
+    means, sums = _reduced(filled, [float(error is not None), *(float(g is not None) for g in given)])
+    if error is not None or sums.device.type == "cpu":
+        _conclude(float(sums[0]), error)
+    result = cast(T, result)
+    if all(g is not None for g in given):
+        return result, list(means)
+    known = [n > 0.0 for n in sums[1:].tolist()]
+    return result, [m if there else None for m, there in zip(means, known, strict=True)]
+
+
+def packed(values: Sequence[Tensor | float]) -> Tensor:
+    """Return numbers as one tensor that processes can exchange."""
+    device = next((v.device for v in values if isinstance(v, Tensor)), None)
+    device = home() if device is None or device.type == "cpu" else device
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values])
+
+
+def _attempted(evaluate: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return evaluate(), None
+    except Exception as error:  # whatever it is: the other processes wait
+        return None, error
+
+
+def _conclude(failed: float, error: Exception | None) -> None:
+    if failed > 0.0 or error is not None:
+        _raise(error)
+
+
+def heard(said: object) -> list[Any]:
+    """Return what every process says; for errors only, since it takes several exchanges."""
+    everything: list[Any] = [None] * count()
+    distributed.all_gather_object(everything, said, group=_here.group)
+    return everything
+
+
+def _raise(error: Exception | None) -> NoReturn:
+    """Raise this process's error, or one that names another process and its error."""
+    own = error if not isinstance(error, ProcessError) else None
+    said = None
+    if own is not None:
+        arithmetic = isinstance(own, ARITHMETIC) and not isinstance(own, AdaptiveBilevelError)
+        said = (distributed.get_rank(), f"{type(own).__name__}: {own}", arithmetic)
+    everything = heard(said)
+    if error is not None:
+        raise error
+    failed = [one for one in everything if one is not None]
+    text = "; ".join(f"process {rank} raised {what}" for rank, what, _ in failed)
+    kind = _ArithmeticElsewhere if failed and all(arithmetic for *_, arithmetic in failed) else ProcessError
+    raise kind(f"this process stopped, since the processes step together and {text or 'another one failed'}")
