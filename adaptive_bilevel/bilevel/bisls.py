@@ -55,7 +55,7 @@ class UpperSearch(SearchingOptimizer):
     def _make_roles(self) -> None:
         chosen = self.options
         self.roles = Roles(
-            response=Tangent(self.solver) if isinstance(chosen.response, str) else chosen.response,
+            response=Tangent(self.solver, chosen.products) if isinstance(chosen.response, str) else chosen.response,
             check=check_of(chosen.curvature),
             pace=EveryStep() if isinstance(chosen.pace, str) else chosen.pace,
             momentum=momentum_of(self._mixing()),
@@ -130,7 +130,9 @@ class BiSLS(UpperSearch):
             the options c to max_trials.
         **options: Of the search, `policies.GuardedSLS`: c (Armijo constant, in (0, 1); left out: .1; .5 for "sgd" with
             momentum=False), shrink, grow (until a trial has been rejected, 1/shrink), reset, slack, lower_bound,
-            max_step, max_trials; and betas, eps (Adam's constants; betas[0] also is the decay of all means), max_skips.
+            max_step, max_trials; products: how those with the lower Hessian are taken, "autograd", "difference" (of two
+            gradients each, for losses without second derivatives) or "auto" (by differences where autograd has none,
+            which is said once); and betas, eps (Adam's constants; betas[0] also is the decay of all means), max_skips.
 
     Raises:
         OptionError: An option is out of range, or does not apply (also a ValueError).
@@ -173,9 +175,16 @@ class BiSLS(UpperSearch):
         search: SLS | SLSB | None = None,
         **options: Unpack[SearchOptions],
     ) -> None:
+        products = options.pop("products", "auto")
         rule, conduct = _records(direction, momentum, search, options)
         roles = RoleOptions(
-            owner="BiSLS", momentum=momentum, carry=carry, curvature=curvature, response=response, pace=pace
+            owner="BiSLS",
+            momentum=momentum,
+            carry=carry,
+            curvature=curvature,
+            response=response,
+            pace=pace,
+            products=products,
         )
         self._solver = _checked_solver(solver, response)
         self.project = as_projection("BiSLS", project)

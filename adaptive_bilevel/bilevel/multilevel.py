@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..hypergradient.curvature import LowerCurvature
+from ..hypergradient.products import Curvature
 from .context import Change, Point
 from .inverse import Inverse, Solved
 from .lower import LowerProblem
@@ -29,7 +29,7 @@ class _Block:
         gradient: grad_yj g_j at (x, y).
     """
 
-    curvature: LowerCurvature
+    curvature: Curvature
     push: Sequence[Tensor]
     solved: Solved
     gradient: Sequence[Tensor]
@@ -53,19 +53,20 @@ class MultilevelTangent(TangentModel):
         point: Where the step begins.
         problems: The lower problems, lowest first; together they have all lower tensors, each once.
         inverse: P.
+        products: How products are taken.
     """
 
-    def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
-        super().__init__(point, problems, inverse)
+    def __init__(
+        self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse, products: str = "auto"
+    ) -> None:
+        super().__init__(point, problems, inverse, products)
         places = {id(p): i for i, p in enumerate(point.lower)}
         self._blocks = [_Block(problem, [places[id(p)] for p in problem.tensors]) for problem in problems]
         for block in self._blocks:
             moving = list(point.gradient.tensors) if block.follows_upper else []
             for i in block.follows:
                 moving += problems[i].tensors
-            with torch.enable_grad():
-                loss = self._guard.attached(block.problem.closure, block.problem.random).reshape(())
-                block.curvature = LowerCurvature(loss, moving, block.problem.tensors, moves=True)
+            block.curvature = self._curvature_of([block.problem], moving, block.problem.tensors).curvature
 
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
         """Do nothing: what moves a problem is known when those before it have answered."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from ..errors import OptionError
+from ..hypergradient.products import PRODUCTS
 from ..optim.options import is_role
 from ..policies import validation
 from .roles import ModelCheck, Momentum, Pace, Prediction, Response
@@ -16,7 +17,7 @@ BASELINES = ("paper", "matched")
 
 
 class SearchOptions(TypedDict, total=False):
-    """Options of an upper search that are those of `adaptive_bilevel.SLS`, see there."""
+    """Options of an upper search: ``products``, see `BiSLS`, and those of `adaptive_bilevel.SLS`, see there."""
 
     c: float | None
     shrink: float
@@ -29,6 +30,7 @@ class SearchOptions(TypedDict, total=False):
     betas: tuple[float, float]
     eps: float
     max_skips: int
+    products: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class RoleOptions:
     curvature: float | ModelCheck = 0.5
     response: str | Response = "tangent"
     pace: str | Pace = "every"
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         """Validate the options."""
@@ -58,6 +61,7 @@ class RoleOptions:
             validation.choice(self.owner, "response", self.response, ("tangent",))
         if not is_role(self.pace):
             validation.choice(self.owner, "pace", self.pace, ("every",))
+        validation.choice(self.owner, "products", self.products, PRODUCTS)
         validation.make_plain(self)
 
 

@@ -79,10 +79,11 @@ class Tangent:
         solver: P. `Identity` and a random draw do not know how far they are from the inverse: they serve a
             hypergradient, where the direction counts, but say nothing of how far y goes, so `CG` takes their place as
             long as d descends along that.
+        products: How products are taken, as for `adaptive_bilevel.hypergradient.implicit`.
     """
 
-    def __init__(self, solver: LinearSolver) -> None:
-        self.solver = solver
+    def __init__(self, solver: LinearSolver, products: str = "auto") -> None:
+        self.solver, self._products = solver, products
 
     def init(self) -> RoleState:
         """Return an empty state."""
@@ -98,7 +99,7 @@ class Tangent:
         if not problems:
             return _direct(point, path)
         several = any(problem.answers is not None for problem in problems)
-        model: TangentModel = (MultilevelTangent if several else JointTangent)(point, problems, inverse)
+        model: TangentModel = (MultilevelTangent if several else JointTangent)(point, problems, inverse, self._products)
         model.along(path)
         model.slope_ratio = slope_ratio(model.slope, path)
         while model.slope <= 0.0 and not model.blind and model.refine():

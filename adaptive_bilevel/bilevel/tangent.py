@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..evaluation.guard import RandomState
-from ..evaluation.reductions import agree, agreed
+from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, inners
-from ..hypergradient.curvature import LowerCurvature
+from ..hypergradient.difference_products import LowerLoss
 from ..hypergradient.lanczos import Lanczos, SpectralInverse
+from ..hypergradient.products import Curvature, Sampled, curvature_of, say_unresolved
 from ..hypergradient.shared_basis import expect, random_state, take
 from ..hypergradient.solution import HessianReport
 from ..optim.search_path import SearchPath
@@ -32,6 +33,7 @@ class TangentModel(abc.ABC):
         point: Where the step begins.
         problems: The lower problems.
         inverse: P.
+        products: How products are taken, as for `adaptive_bilevel.hypergradient.implicit`.
     """
 
     path: SearchPath
@@ -41,16 +43,19 @@ class TangentModel(abc.ABC):
     offsets: Sequence[Tensor] | None = None
     _step = 0.0
 
-    def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
+    def __init__(
+        self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse, products: str = "auto"
+    ) -> None:
         self._guard, self._counts = point.guard, point.counts.lower
-        self._problems, self._inverse = problems, inverse
+        self._problems, self._inverse, self._products, self._error = problems, inverse, products, math.nan
         self.comparable = inverse.certified
         self._lower, self._f_x, self._f_y = point.lower, point.f_x, point.f_y
 
     @property
     def hessian(self) -> HessianReport | None:
         """What the last solve has shown of the lower Hessian."""
-        return self._inverse.report
+        found = self._inverse.report
+        return found if found is None else found._replace(error=self._error)
 
     def along(self, path: SearchPath) -> None:
         """Solve for w and the slope s along a path."""
@@ -118,7 +123,17 @@ class TangentModel(abc.ABC):
     def _drop_graph(self) -> None:
         """Drop the graphs, and count what they were used for."""
 
-    def _count(self, curvature: LowerCurvature) -> None:
+    def _curvature_of(
+        self, problems: Sequence[LowerProblem], upper: Sequence[Tensor], lower: Sequence[Tensor]
+    ) -> Sampled:
+        """Return the loss of some problems, and products of it."""
+        loss = LowerLoss(self._guard, [(p.closure, p.random) for p in problems])
+        with torch.enable_grad():
+            return curvature_of(self._products, loss, upper, lower, moves=True)
+
+    def _count(self, curvature: Curvature) -> None:
+        self._error = curvature.error
+        say_unresolved(self._lower, curvature.error)
         self._counts.gradients += curvature.gradients
         self._counts.hvps += curvature.hvps
         self._counts.jvps += curvature.jvps
@@ -128,20 +143,19 @@ class TangentModel(abc.ABC):
 class JointTangent(TangentModel):
     """The tangent of the minimizer of the sum of all lower losses."""
 
-    def __init__(self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse) -> None:
-        super().__init__(point, problems, inverse)
+    def __init__(
+        self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse, products: str = "auto"
+    ) -> None:
+        super().__init__(point, problems, inverse, products)
         self._upper = point.gradient.tensors
         self._problems = _under(random_state(point.lower), problems)
         self._curvature = self._differentiated()
         self._pushed = False
         inverse.observe(point.f_y, self._curvature.hvp, self._left)
 
-    def _differentiated(self) -> LowerCurvature:
-        with torch.enable_grad():
-            losses = [self._guard.attached(p.closure, p.random).reshape(()) for p in self._problems]
-            loss = torch.stack(losses).sum()
-            self._loss = agreed(loss)
-            return LowerCurvature(loss, self._upper, self._lower, moves=True)
+    def _differentiated(self) -> Curvature:
+        self._loss, curvature, _ = self._curvature_of(self._problems, self._upper, self._lower)
+        return curvature
 
     def _left(self, solver: Lanczos) -> SpectralInverse | None:
         """Return the inverse that the hypergradient left for this point and sample."""

@@ -15,6 +15,7 @@ The price is memory: the graph of the gradient lives as long as the object.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, final
 
@@ -113,6 +114,8 @@ class LowerCurvature:
         hvps: Number of products with H so far.
         jvps: Number of products with C or C^T so far.
         mixed: Whether a product with C or C^T has found a path from ``grad_y g`` to x; True before there was one.
+        exact: True: products are those of autograd.
+        error: NaN: products are exact to rounding.
 
     Raises:
         ClosureError: ``loss`` depends on no tensor of ``lower``, or its graph is gone already.
@@ -124,6 +127,9 @@ class LowerCurvature:
     >>> g.gradient, g.hvp([torch.ones(2)]), g.cross_vjp([torch.ones(2)]), g.cross_jvp([torch.ones(1)])
     ((tensor([ 4., 12.]),), (tensor([4., 4.]),), (tensor([8.]),), (tensor([2., 6.]),))
     """
+
+    exact = True
+    error = math.nan
 
     def __init__(self, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor], *, moves: bool = False) -> None:
         self._loss: Tensor | None = loss

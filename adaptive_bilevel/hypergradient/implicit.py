@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from adaptive_bilevel.errors import warn
+from adaptive_bilevel.errors import SolverError, warn
 
-from ..evaluation.guard import closing
+from ..evaluation.counts import Counts
+from ..evaluation.guard import Guard, closing
 from ..evaluation.processes import Group
 from ..evaluation.reductions import agreed
+from ..evaluation.tensors import gradients_of
 from ..evaluation.vectors import Vector, add
-from .curvature import LowerCurvature, connected_partials, unconnected
+from ..policies.validation import choice
+from .curvature import PartialGradients, connected_partials, unconnected
+from .difference_products import LowerLoss
 from .lanczos import Lanczos
 from .last_solution import recall, remember
+from .products import PRODUCTS, Curvature, Sampled, curvature_of, say_unresolved
 from .second_derivatives import verify
 from .shared_basis import solve
 from .solution import LinearSolver, Solution, report
@@ -36,8 +42,9 @@ class ImplicitInfo(NamedTuple):
         direct: ``f_x``, the part that does not go through y.
         lower_gradient: ``grad_y g``, small if the lower problem is solved.
         gradients: Number of gradients taken (of f and of g together).
-        hvps: Number of products with H.
-        jvps: Number of products with C.
+        hvps: Number of products with H; 0 where products are differences, of two gradients each.
+        jvps: Number of products with C; likewise.
+        error: The relative error of a product by differences, as measured; NaN where products are those of autograd.
     """
 
     solution: Solution
@@ -48,6 +55,7 @@ class ImplicitInfo(NamedTuple):
     gradients: int
     hvps: int
     jvps: int
+    error: float = math.nan
 
 
 @overload
@@ -60,6 +68,7 @@ def implicit(
     *,
     initial: Tree | None = ...,
     process_group: Group = ...,
+    products: str = ...,
 ) -> tuple[Tensor, ...]: ...
 @overload
 def implicit(
@@ -71,6 +80,7 @@ def implicit(
     *,
     initial: Tree | None = ...,
     process_group: Group = ...,
+    products: str = ...,
 ) -> Tree: ...
 def implicit(
     upper_closure: Closure,
@@ -81,6 +91,7 @@ def implicit(
     *,
     initial: Tree | None = None,
     process_group: Group = None,
+    products: str = "auto",
 ) -> Tree:
     """Return the hypergradient ``h = grad_x f - C v``, with ``v = P grad_y f`` and P the solver's inverse of H.
 
@@ -106,6 +117,9 @@ def implicit(
         initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the
             last solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint,
             save ``info.solution.tensors`` of `implicit_with_info` and pass them here.
+        products: How products with H and C are taken: "autograd", "difference" (of two gradients each, for losses
+            without second derivatives: fused attention, compiled functions, reentrant checkpoints), or "auto": by
+            differences where autograd has none, which is said once. See `adaptive_bilevel.hypergradient.products`.
         process_group: The processes whose losses add up: f and g are the means of theirs, and the result is the same on
             each. None: all of `torch.distributed`, where that was begun. "alone": this one.
 
@@ -116,14 +130,18 @@ def implicit(
         ClosureError: A closure is not callable, returned no attached real scalar, or its loss depends on none of the
             tensors. As after any exception, buffers and random state are what they were before the call.
         TensorError: A level is empty or frozen, holds a sparse, complex or integer tensor, or a tensor occurs twice.
-        SolverError: The lower loss holds an operation without second derivatives (fused attention, say).
+        SolverError: The lower loss holds an operation without second derivatives (fused attention, say), and products
+            are "autograd", or tensors are no leaves or in half precision, where no differences can be taken.
+        OptionError: ``products`` or ``process_group`` is none of the above.
+        ProcessError: The closure of another process raised, or the processes have different parameters.
 
     Warns:
         AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative or vanishing curvature:
             H is indefinite or singular here. The default, `Lanczos`, holds there. Or the lower loss has no curvature in
             y along ``grad_y f``, so that h is its direct part; or a product with H is not finite. Or the lower gradient
             has no path to x (mostly it was computed from a copy of x), so that the hypergradient is f_x alone. Or the
-            second derivatives of a custom ``autograd.Function`` are wrong.
+            second derivatives of a custom ``autograd.Function`` are wrong. Or products are differences from now on, or
+            such differences are wrong by more than 10 %.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -132,7 +150,7 @@ def implicit(
     >>> implicit(f, g, [x], [y])
     (tensor([0.9000]),)
     """
-    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial, process_group)[0]
+    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial, process_group, products)[0]
 
 
 def implicit_with_info(
@@ -144,6 +162,7 @@ def implicit_with_info(
     *,
     initial: Tree | None = None,
     process_group: Group = None,
+    products: str = "auto",
 ) -> tuple[Tree, ImplicitInfo]:
     """Return what `implicit` returns, and an `ImplicitInfo` on how it came about.
 
@@ -155,7 +174,7 @@ def implicit_with_info(
     >>> info.solution.status.name, info.solution.tensors, info.hvps
     ('converged', (tensor([2.]),), 1)
     """
-    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial, process_group)
+    return _differentiate(upper_closure, lower_closure, upper, lower, solver, initial, process_group, products)
 
 
 @closing
@@ -167,6 +186,7 @@ def _differentiate(
     solver: LinearSolver,
     initial: Tree | None,
     process_group: Group,
+    products: str,
 ) -> tuple[Tree, ImplicitInfo]:
     x, structure = flatten(upper, "upper")
     y, _ = flatten(lower, "lower")
@@ -176,30 +196,37 @@ def _differentiate(
         start = recall(y)
     check_callable(upper_closure, "upper_closure")
     check_callable(lower_closure, "lower_closure")
+    choice("implicit", "products", products, PRODUCTS)
     with guarded((*x, *y), process_group) as guard:
-        upper_loss = evaluate(guard, upper_closure, "upper_closure")
-        (direct, rhs), reaches = connected_partials(upper_loss, x, y)
-        gradients, graph, agreed_upper = 0, upper_loss, agreed(upper_loss)
+        (direct, rhs), reaches, upper_loss = _upper_part(guard, upper_closure, x, y, products)
+        counts = Counts(gradients=1)
+        lower_part = LowerLoss(guard, [(lower_closure, None)])
 
-        def sample() -> tuple[Tensor, LowerCurvature]:
-            nonlocal gradients, graph
-            loss = evaluate(guard, lower_closure, "lower_closure")
-            gradients, graph = gradients + 1, loss
-            curvature = LowerCurvature(loss, x, y)
-            curvature.forget_loss()
-            return agreed(loss), curvature
+        def sample() -> Sampled:
+            return curvature_of(products, lower_part, x, y, evaluated=guard.mark)
+
+        def sampled(v: Vector) -> Vector:
+            curvature = sample().curvature
+            product = curvature.hvp(v)
+            _count(counts, curvature)
+            if not curvature.exact:
+                guard.recall()
+            return product
 
         if solver.resamples:
-            solution = solver.solve(lambda v: sample()[1].hvp(v), rhs, start)
-            lower_loss, curvature = sample()
+            solution = solver.solve(sampled, rhs, start)
+            lower_loss, curvature, graph = sample()
         else:
             random = guard.random_state()
-            lower_loss, curvature = sample()
+            lower_loss, curvature, graph = sample()
             solution = solve(solver, curvature.hvp, rhs, y, lower_loss, start, random)
         h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
-        guard.mark()
-        if not solver.resamples:
-            verify(guard, lower_closure, graph, x, y)
+        _count(counts, curvature)
+        if curvature.exact:
+            guard.mark()  # the solver may have drawn random numbers; replays have, too
+            if not solver.resamples and graph is not None:
+                verify(guard, lower_closure, graph, x, y)
+    say_unresolved(y, curvature.error)
     if not curvature.mixed:
         warn(f"implicit: {unconnected(reaches)}.")
     if solver.warm_start:
@@ -207,12 +234,35 @@ def _differentiate(
     report(solver, solution, h)
     info = ImplicitInfo(
         solution=solution,
-        upper_loss=agreed_upper,
+        upper_loss=upper_loss,
         lower_loss=lower_loss,
         direct=direct,
         lower_gradient=curvature.gradient,
-        gradients=1 + gradients,
-        hvps=solution.iterations,
-        jvps=curvature.jvps,
+        gradients=counts.gradients,
+        hvps=counts.hvps,
+        jvps=counts.jvps,
+        error=curvature.error,
     )
     return same_structure(structure, h), info
+
+
+def _upper_part(
+    guard: Guard, closure: Closure, x: Sequence[Tensor], y: Sequence[Tensor], products: str
+) -> tuple[PartialGradients, bool, Tensor]:
+    """Return f_x and f_y, whether f depends on x, and f, the mean over processes."""
+    before = guard.random_state()
+    loss = evaluate(guard, closure, "upper_closure")
+    try:
+        return *connected_partials(loss, x, y), agreed(loss)
+    except SolverError:
+        if products == "autograd":
+            raise
+    _, found = guard.gradient(closure, [*x, *y], before)  # what autograd.grad has not, backward may have
+    both = tuple(gradients_of([*x, *y], [*x, *y], found))
+    return PartialGradients(both[: len(x)], both[len(x) :]), any(g is not None for g in found[: len(x)]), agreed(loss)
+
+
+def _count(counts: Counts, curvature: Curvature) -> None:
+    counts.gradients += curvature.gradients
+    counts.hvps += curvature.hvps
+    counts.jvps += curvature.jvps

@@ -29,8 +29,8 @@ __all__ = ["custom_functions", "explained", "verify"]
 _OUT = (
     "Ways out: evaluate the lower loss with operations that can be differentiated twice "
     "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around attention, torch.backends.cudnn.flags(enabled=False) "
-    "around recurrent layers, checkpoint(..., use_reentrant=False), no torch.compile), or use estimators without "
-    "products (adaptive_bilevel.hypergradient.DARTS, ValueFunction)"
+    "around recurrent layers, checkpoint(..., use_reentrant=False), no torch.compile), take products by differences "
+    "(products='difference'), or use estimators without products (adaptive_bilevel.hypergradient.DARTS, ValueFunction)"
 )
 _SIGNS = (
     "is not implemented",
@@ -38,6 +38,7 @@ _SIGNS = (
     "twice a function",
     "use_reentrant=True",
     "not compatible with .grad()",
+    "requires create_graph=False",
 )
 """What torch says where there are no second derivatives."""
 

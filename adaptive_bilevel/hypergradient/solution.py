@@ -126,6 +126,7 @@ class HessianReport(NamedTuple):
         smallest: The smallest Ritz value; NaN where there is none, as with other solvers than `Lanczos`.
         largest: The largest Ritz value, likewise.
         negative: The share of ||f_y||^2 along negative curvature, in [0, 1], likewise.
+        error: The relative error of a product by differences, as measured; NaN where products are those of autograd.
     """
 
     status: SolverStatus
@@ -133,6 +134,7 @@ class HessianReport(NamedTuple):
     smallest: float = math.nan
     largest: float = math.nan
     negative: float = math.nan
+    error: float = math.nan
 
 
 class LinearSolver(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def steps_below(make: Callable[..., Any], **sizes: Any) -> Run:
         problem = Problem(shares, wrapped, **sizes)
         optimizer = make(problem.y)
         for k in range(10):
-            optimizer.step(lambda k=k: problem.lower(k))
+            optimizer.step(partial(problem.lower, k))
         return problem.tensors
 
     return run
@@ -83,12 +84,10 @@ def steps_above(make: Callable[..., Any], below: Callable[..., Any], solver: Any
         outer = make(problem.x, inner, solver)
         for k in range(10):
             for j in range(2):
-                inner.step(lambda s=2 * k + j: problem.lower(s))
-            h = implicit(
-                lambda k=k: problem.upper(k), lambda k=k: problem.lower(2 * k + 1), problem.x, problem.y, solver
-            )
+                inner.step(partial(problem.lower, 2 * k + j))
+            h = implicit(partial(problem.upper, k), partial(problem.lower, 2 * k + 1), problem.x, problem.y, solver)
             assign(problem.x, h)
-            outer.step(lambda k=k: problem.upper(k))
+            outer.step(partial(problem.upper, k))
         return problem.tensors
 
     return run
@@ -101,13 +100,12 @@ def searched(**options: Any) -> Callable[..., Any]:
 def checked(shares: list[int], wrapped: str) -> list[Tensor]:
     """The reference of `check`, on a lower problem that is a quadratic."""
     x, y = torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)
-    center = torch.tensor(shares, dtype=x.dtype).mean()
 
     def lower() -> Tensor:
-        return ((1.0 + center) * y.square() + y.prod() - (x + center).square() * y).sum()
+        return torch.stack([((1.0 + a) * y.square() + y.prod() - (x + a).square() * y).sum() for a in shares]).mean()
 
     def upper() -> Tensor:
-        return (y - 1.0 - center).square().sum() + 0.1 * x.square().sum()
+        return torch.stack([(y - 1.0 - a).square().sum() + a * x.square().sum() for a in shares]).mean()
 
     report = check(upper, lower, [x], [y], gradient=[torch.ones(2)])
     return [torch.tensor([one.measured for one in report.directions]), *implicit(upper, lower, [x], [y])]
@@ -149,11 +147,9 @@ def fail_at(call: int, error: Exception) -> Callable[[int], str]:
         try:
             for k in range(3):
                 before = problem.tensors
-                inner.step(lambda k=k: problem.lower(k))
+                inner.step(partial(problem.lower, k))
                 before = problem.tensors
-                assign(
-                    problem.x, implicit(lambda: problem.upper(0), lambda k=k: problem.lower(k), problem.x, problem.y)
-                )
+                assign(problem.x, implicit(lambda: problem.upper(0), partial(problem.lower, k), problem.x, problem.y))
                 outer.step(lambda: problem.upper(0))
         finally:
             assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors, strict=True))
@@ -210,7 +206,7 @@ def trial_that_fails(rank: int) -> str:
 
     optimizer = SLS([x], lr=4.0)
     optimizer.step(closure)
-    return f"{x.tolist()} {optimizer.record.trials}"
+    return f"{x.tolist()} {optimizer.record}"
 
 
 FAILURES: dict[str, Callable[[int], str]] = {

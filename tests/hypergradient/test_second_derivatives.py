@@ -85,9 +85,9 @@ def test_torch_s_error_becomes_one_with_ways_out(name: str, where: str) -> None:
     point = x.detach().clone(), y.detach().clone(), torch.get_rng_state()
     x.grad = torch.ones_like(x)
     runs = {
-        "implicit": lambda: implicit(upper, lower, [x], [y]),
+        "implicit": lambda: implicit(upper, lower, [x], [y], products="autograd"),
         "check": lambda: check(upper, lower, [x], [y]),
-        "BiSLS": lambda: BiSLS([x], lower=inner).step(upper),
+        "BiSLS": lambda: BiSLS([x], lower=inner, products="autograd").step(upper),
     }
     with pytest.raises(SolverError, match=r"differentiated twice.*SDPBackend.MATH.*use_reentrant=False.*DARTS"):
         runs[where]()

@@ -1,0 +1,248 @@
+"""Products with the second derivatives of the lower loss by differences of its gradients, where they cannot be had.
+
+    H v   = (grad_y g(x, y + e v) - grad_y g(x, y - e v)) / (2 e) + O(e^2)
+    C v   = (grad_x g(x, y + e v) - grad_x g(x, y - e v)) / (2 e) + O(e^2)
+    C^T d = (grad_y g(x + e d, y) - grad_y g(x - e d, y)) / (2 e) + O(e^2)
+
+The gradients are those of plain ``backward()``, on the same sample each time; no graph is kept. A product takes two.
+
+Rounding asks for a long e, the third derivative for a short one. The gradient G at the point itself, which is known,
+tells how long: the even part r = ||G(e) + G(-e) - 2 G|| / ||G(e) - G(-e)|| is the part by which second derivatives
+change on the way. The error of the difference is some r^2, and that of rounding some eps / r, eps being the rounding
+unit; so r is to be eps^(1/3). A length that leaves a larger r is shortened, for two gradients more; the next product
+begins with the length found, also that of the next object on the same tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import ClosureError, SolverError
+from ..evaluation.guard import Guard, RandomState
+from ..evaluation.tensors import gradients_of
+from ..evaluation.vectors import Vector, add, dot, rounding, scale, zeros_like
+from .trees import Closure, evaluate
+
+__all__ = ["DifferenceCurvature", "LowerLoss"]
+
+_SLACK = 2.5
+"""So many times that passes. (Half of both leaves three times the error of a hypergradient in float32: rounding.)"""
+_MOST_TRIES = 5
+
+_MOST_USES = 20
+
+
+class _Known(NamedTuple):
+    """What is known of differences along moves of some tensors.
+
+    Attributes:
+        length: Of e v: what the next one begins with.
+        error: As last measured.
+        measured: The length that it was measured at.
+        uses: Number of differences since.
+    """
+
+    length: float
+    error: float = math.nan
+    measured: float = 0.0
+    uses: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the error is to be measured: not yet, for another length, or long ago."""
+        return self.uses >= _MOST_USES or not 0.5 * self.measured <= self.length <= 2.0 * self.measured
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the first tensor of those that were moved."""
+
+
+class LowerLoss(NamedTuple):
+    """A lower loss on one sample: the sum of closures under a guard.
+
+    Attributes:
+        guard: Evaluates them.
+        closures: Each with the random state that it is evaluated under; None: as it is, then and later.
+        name: What errors call the loss.
+    """
+
+    guard: Guard
+    closures: Sequence[tuple[Closure, RandomState | None]]
+    name: str = "lower_closure"
+
+    def attached(self) -> Tensor:
+        """Return the loss with its graph, that of this process."""
+        losses = [evaluate(self.guard, closure, self.name, random) for closure, random in self.closures]
+        with torch.enable_grad():
+            return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def gradients(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Vector, list[bool]]:
+        """Return the loss, its gradients (means over processes), and by which inputs there is one."""
+        total, known, loss = zeros_like(inputs), [False] * len(inputs), torch.zeros(())
+        for i, (closure, random) in enumerate(self.closures):
+            value, found = self.guard.gradient(closure, inputs, random)
+            filled = tuple(gradients_of(inputs, inputs, found))
+            total, loss = (filled, value) if i == 0 else (add(total, filled), loss + value)
+            known = [a or g is not None for a, g in zip(known, found, strict=True)]
+        return loss, total, known
+
+    def replayed(self) -> LowerLoss:
+        """Return the loss on the sample that the next evaluation will see."""
+        now = self.guard.random_state()
+        return self._replace(closures=[(closure, random or now) for closure, random in self.closures])
+
+
+@final
+class DifferenceCurvature:
+    """What `LowerCurvature` is, by differences. Tensors are moved and put back bitwise.
+
+    Args:
+        loss: g on its sample, under random states that are known.
+        upper: The tensors of x.
+        lower: The tensors of y.
+        found: What its ``gradients`` returned for all tensors at the point, where that is known.
+
+    Attributes:
+        loss: g(x, y), detached.
+        gradient: ``grad_y g``.
+        gradients: Number of gradients so far: 1, and 2 for each difference.
+        exact: False.
+        hvps: 0: products count as gradients.
+        jvps: Likewise.
+        mixed: As in `LowerCurvature`.
+        error: The relative error of products: of what one over half of the length differs from one over the whole.
+            Measured for the first product along y and along x, and now and then after that; the larger one; NaN before.
+
+    Raises:
+        SolverError: A tensor is no leaf, or has less digits than float32.
+        ClosureError: The loss depends on no tensor of ``lower``.
+    """
+
+    exact = False
+    hvps = 0
+    jvps = 0
+
+    def __init__(
+        self,
+        loss: LowerLoss,
+        upper: Sequence[Tensor],
+        lower: Sequence[Tensor],
+        found: tuple[Tensor, Vector, list[bool]] | None = None,
+    ) -> None:
+        self._loss, self._upper, self._lower = loss, tuple(upper), tuple(lower)
+        self._moving = [p for p in (*upper, *lower) if p.requires_grad]
+        for p in self._moving:
+            _refuse(p)
+        self.loss, self._here, known = loss.gradients((*upper, *lower)) if found is None else found
+        if not any(known[len(self._upper) :]):
+            raise ClosureError(
+                f"{loss.name} returned a loss that depends on no tensor of lower: compute it from the very tensors "
+                "that are passed, not from copies of them."
+            )
+        self.gradient: Vector = self._here[len(self._upper) :]
+        self.gradients = 1
+        self.mixed = any(known[: len(self._upper)])
+        self.error = math.nan
+        self._target = rounding(self._moving) ** (1.0 / 3.0)
+
+    def hvp(self, vector: Sequence[Tensor]) -> Vector:
+        """Return H v: two gradients."""
+        return self._product((*zeros_like(self._upper), *vector), self._lower, self.gradient)
+
+    def cross_vjp(self, vector: Sequence[Tensor]) -> Vector:
+        """Return C v: two gradients."""
+        here = self._here[: len(self._upper)]
+        return self._product((*zeros_like(self._upper), *vector), self._upper, here)
+
+    def cross_jvp(self, direction: Sequence[Tensor]) -> Vector:
+        """Return C^T d: two gradients."""
+        return self._product((*direction, *zeros_like(self._lower)), self._lower, self.gradient)
+
+    def pull_back(self, vector: Sequence[Tensor]) -> tuple[Vector, Vector]:
+        """Return (C v, H v): two gradients."""
+        both = self._product((*zeros_like(self._upper), *vector), (*self._upper, *self._lower), self._here)
+        return both[: len(self._upper)], both[len(self._upper) :]
+
+    def push_forward(self, direction: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
+        """Return C^T d + H v: two gradients."""
+        return self._product((*direction, *vector), self._lower, self.gradient)
+
+    def forget_loss(self) -> None:
+        """Do nothing: no graph is kept."""
+
+    def _product(self, move: Sequence[Tensor], inputs: Sequence[Tensor], here: Sequence[Tensor]) -> Vector:
+        """Return the derivative of the gradient by ``inputs`` along a move of all tensors."""
+        moves = [(p, m.detach()) for p, m in zip((*self._upper, *self._lower), move, strict=True) if p.requires_grad]
+        size = math.sqrt(dot([m for _, m in moves], [m for _, m in moves])) if moves else 0.0
+        if size == 0.0:
+            return zeros_like(inputs)
+        if not math.isfinite(size):
+            return tuple(torch.full_like(t, math.nan, requires_grad=False) for t in inputs)
+        moves = [(p, m) for p, m in moves if bool(m.any())]
+        key = moves[0][0]
+        origin = [p.detach() for p, _ in moves]
+        longest = self._target * (1.0 + math.sqrt(dot(origin, origin)))
+        before: _Known = _known.get(key, _Known(longest))
+        length = min(before.length, longest)
+        best, part = self._difference(moves, inputs, here, length / size)
+        for _ in range(_MOST_TRIES):
+            if part <= _SLACK * self._target or not math.isfinite(part):
+                break
+            shorter = length * min(max(self._target / part, 1e-3), 0.5)
+            found, left = self._difference(moves, inputs, here, shorter / size)
+            if not left < 0.7 * part:
+                break  # rounding, or kinks: no length is better
+            best, part, length = found, left, shorter
+        now = before._replace(length=length, uses=before.uses + 1)
+        if now.is_due:
+            half, _ = self._difference(moves, inputs, here, 0.5 * length / size)
+            apart, whole = add(best, half, -1.0), dot(best, best)
+            now = _Known(length, math.sqrt(dot(apart, apart) / whole) if whole > 0.0 else 0.0, length)
+        self.error = now.error if math.isnan(self.error) else max(self.error, now.error)
+        _known[key] = now._replace(length=length * (2.0 if part < 0.1 * self._target else 1.0))
+        return best
+
+    def _difference(
+        self, moves: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], here: Sequence[Tensor], factor: float
+    ) -> tuple[Vector, float]:
+        """Return the central difference over +- factor times the move, and its even part r."""
+        origin = [p.detach().clone() for p, _ in moves]
+
+        def at(sign: float) -> Vector:
+            for (p, m), start in zip(moves, origin, strict=True):
+                p.data.copy_(start + sign * factor * m)  # no new version of the tensor: the user's graphs may hold it
+            self.gradients += 1
+            return self._loss.gradients(inputs)[1]
+
+        now = self._loss.guard.random_state()
+        try:
+            ahead, back = at(1.0), at(-1.0)
+        finally:
+            for (p, _), start in zip(moves, origin, strict=True):
+                p.data.copy_(start)
+            now.restore()
+        odd = add(ahead, back, -1.0)
+        even = add(add(ahead, back), here, -2.0)
+        change = dot(odd, odd)
+        part = math.sqrt(dot(even, even) / change) if change > 0.0 else 0.0
+        return scale(odd, 0.5 / factor), part
+
+
+def _refuse(tensor: Tensor) -> None:
+    if not tensor.is_leaf:
+        raise SolverError(
+            "products by differences move tensors in place, and one of shape "
+            f"{tuple(tensor.shape)} is no leaf: pass leaves, or products='autograd'"
+        )
+    if torch.finfo(tensor.dtype).eps > torch.finfo(torch.float32).eps:
+        raise SolverError(
+            f"products by differences: a tensor of shape {tuple(tensor.shape)} is {tensor.dtype}, which has too few "
+            "digits for a difference. Keep parameters in float32 (with torch.autocast in the closure), or use a loss "
+            "with second derivatives"
+        )
