@@ -26,8 +26,8 @@ from ..policies.margin import shortened
 from .between_steps import PROJECT
 from .context import MomentumContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
-from .last_step import departed, onward
 from .functional import UpperLoss
+from .last_step import departed, onward
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .search import Answer, Found, Limits, nothing_to_search, search
 from .starting import StartingOptimizer
