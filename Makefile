@@ -1,9 +1,11 @@
 # From a fresh clone, with Python 3.10-3.13, pip and make: `make demo`, `make test`.
 #   PYTHON=python3.12   the interpreter that .venv is built from
 #   ARGS="..."          passed on to the demo or to pytest
+#   JOBS=1              the number of processes that run tests; left out, one for each core
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= auto
 
 PY := $(VENV)/bin/python
 # The environment is rebuilt when the Python, the requirements or their pins change, not when a file is touched.
@@ -51,7 +53,7 @@ types: $(INSTALLED) ## mypy: strict on the package, looser on tests
 	$(PY) -m mypy
 
 pytest: $(INSTALLED) ## doctests and tests only; ARGS="-k bisls"
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-jax: $(INSTALLED) ## only the tests on JAX scalars (make test runs them too)
 	$(PY) -m pytest -k jax $(ARGS)

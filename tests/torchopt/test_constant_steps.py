@@ -62,7 +62,9 @@ def regression(count: int, dtype: torch.dtype = torch.float64) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("upper", "direction"), [("SGD", "sgd"), ("Adam", "adam"), ("Adam", torchopt.adam(lr=1.0))], ids=str
+    ("upper", "direction"),
+    [("SGD", "sgd"), ("Adam", "adam"), ("Adam", torchopt.adam(lr=1.0))],
+    ids=["SGD", "Adam", "TorchOpt's Adam"],
 )
 def test_constant_policies_are_torchopt_to_the_bit(upper: str, direction: Any, dtype: torch.dtype) -> None:
     lr = {"SGD": 0.3, "Adam": 0.03}[upper]
@@ -88,7 +90,9 @@ def test_constant_policies_are_torchopt_to_the_bit(upper: str, direction: Any, d
     assert ends[0][0].abs().max() > 0.1, "it went somewhere"
 
 
-@pytest.mark.parametrize("direction", ["adam", torchopt.adam(lr=1.0, betas=(0.95, 0.9), eps=1e-4)], ids=str)
+@pytest.mark.parametrize(
+    "direction", ["adam", torchopt.adam(lr=1.0, betas=(0.95, 0.9), eps=1e-4)], ids=["ours", "TorchOpt's"]
+)
 def test_a_constant_step_is_taken_whether_the_direction_descends_or_not(direction: Any) -> None:
     """Adam's does not, after it has passed a minimum: TorchOpt steps on."""
     problem = ridge_hpo()

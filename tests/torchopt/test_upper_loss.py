@@ -86,7 +86,9 @@ def test_a_hook_that_changes_grad_before_the_step_changes_no_partial_gradient() 
 
 @pytest.mark.parametrize("make", [pair, stock], ids=["our loop", "its own loop"])
 @pytest.mark.parametrize(
-    "part", [lambda x: x.exp().sum(), lambda x: x.sum(), lambda x: (x[0] + 0.0).detach() + x[1]], ids=str
+    "part",
+    [lambda x: x.exp().sum(), lambda x: x.sum(), lambda x: (x[0] + 0.0).detach() + x[1]],
+    ids=["saves", "saves nothing", "detached in part"],
 )
 def test_any_part_from_before_a_search_is_refused(make: Any, part: Any) -> None:
     """Also one that saves nothing, of which a second backward would not complain; then the solution still holds."""
