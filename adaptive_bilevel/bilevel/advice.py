@@ -56,7 +56,7 @@ _SOLVES = {
         "inverse itself",
     ),
     SolverStatus.singular: (
-        "a singular Hessian",
+        "a singular Hessian, or directions flatter than it resolves,",
         "Lanczos holds there, by a bounded solution; regularize the lower loss for the inverse itself",
     ),
     SolverStatus.flat: ("no curvature at all", "the lower loss is linear in y and has no minimizer: look at it"),

@@ -11,15 +11,18 @@ natural length. y*(x) is known, so that F is.
 * Diverged: F is not finite or above 10 x its start, after any iteration.
 * Failed searches at the upper level are explained where no step could have shown a decrease: what is promised there is
   lost in rounding, F is at the best value known, or f has a kink closer than the step.
-* A stall: one of ten fixed steps (by decades) gains 10 % of F where ours gains less than 1 %, with the same lower rule,
-  T and hypergradient. They are run only where gradient descent with the exact hypergradient gains as much. Its cause is
-  what the outcomes of its steps are.
+* Behind: one of ten fixed steps (by decades) gains 10 % of F where ours gains less than 1 %, with the same lower rule,
+  T and hypergradient. They are run only where gradient descent with the exact hypergradient gains as much.
+* A stall: such a run gains less than 1 % of f at the present y, too. Where f falls and F does not, the loop does not
+  stand still: its lower level is far from solved (conditions of 1e4 and above, by first-order steps). With noise, where
+  the f of single samples tell nothing, F decides alone. The cause is what the outcomes of the run's steps are.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import functools
 import json
 import math
@@ -143,6 +146,7 @@ class Run:
         steps: T.
         start: F_0.
         best: The least F.
+        gain: By which part f at the present y has fallen at least once since the first iteration; 0 with noise.
         reference: The least F of ten fixed steps.
         diverged: Whether F was not finite, or above 10 F_0.
         outcomes: Of the upper steps, by name.
@@ -158,6 +162,7 @@ class Run:
     steps: int
     start: float = math.nan
     best: float = math.nan
+    gain: float = 0.0
     reference: float = math.nan
     diverged: bool = False
     outcomes: dict[str, int] = field(default_factory=dict)
@@ -166,9 +171,14 @@ class Run:
     error: str = ""
 
     @property
-    def stalled(self) -> bool:
-        """Whether a fixed step gains 10 % where this gains less than 1 %."""
+    def behind(self) -> bool:
+        """Whether a fixed step gains 10 % of F where this gains less than 1 %."""
         return self.reference < 0.9 * self.start and not self.best < 0.99 * self.start
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it is behind, and gains less than 1 % of f at the present y, too."""
+        return self.behind and self.gain < 0.01
 
 
 def fixed_steps(problem: Problem, start: Tensor) -> float:
@@ -261,10 +271,14 @@ def run(seed: int) -> Run:
     options: dict[str, Any] = {} if lr is None else {"lr": lr[0] if direction == "sgd" else problem.scales["x"]}
     outer = BiSLS([levels.x], **options, lower=levels.inner, direction=direction)
     counts: collections.Counter[str] = collections.Counter()
+    first: float | None = None
     try:
         for _ in range(ITERATIONS):
             upper = levels.iterate()
-            outer.step(upper)
+            value = float(outer.step(upper))
+            first = value if first is None else first
+            if not problem.noise:
+                ran.gain = max(ran.gain, (first - value) / abs(first))
             record: Any = outer.record
             outcome = Outcome(int(record.outcome))
             counts[outcome.name] += 1
@@ -276,7 +290,7 @@ def run(seed: int) -> Run:
     except Exception as error:  # what a user would see
         ran.error = f"{type(error).__name__}: {error}"
     ran.outcomes, ran.lower_outcomes = dict(counts), dict(levels.counts)
-    if ran.stalled:
+    if ran.behind:
         ran.reference = same_level(ran)
     return ran
 
@@ -320,7 +334,8 @@ def cause(ran: Run) -> str:
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the counts, and each run that is one of them."""
-    stalls = [r for r in runs if r.stalled and not r.diverged]
+    behind = [r for r in runs if r.behind and not r.diverged]
+    stalls = [r for r in behind if r.stalled]
     listed = collections.Counter(map(cause, stalls))
     failed = sum(r.outcomes.get("search_failed", 0) for r in runs)
     return {
@@ -331,9 +346,15 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "upper_searches_failed": failed,
         "upper_searches_failed_unexplained": [(r.seed, r.family, r.unexplained) for r in runs if r.unexplained],
         "improvable": sum(r.reference < 0.9 * r.start for r in runs),
+        "behind": [(r.seed, cause(r), r.start, r.best, r.reference, r.gain) for r in behind],
         "stalls": [(r.seed, cause(r), r.start, r.best, r.reference) for r in stalls],
         "stalls_by_cause": dict(listed.most_common()),
     }
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
 
 
 def main() -> None:
@@ -341,11 +362,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first problem")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    found = summary([run(seed) for seed in range(options.first, options.first + options.problems)])
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, initializer=_quiet) as pool:
+        found = summary(list(pool.map(run, range(options.first, options.first + options.problems), chunksize=10)))
     text = json.dumps(found, indent=1)
     if options.output is not None:
         options.output.write_text(text + "\n")
