@@ -111,7 +111,7 @@ def test_rebuilt_from_its_defaults(case: str) -> None:
     names = set(inspect.signature(type(outer).__init__).parameters)
     if isinstance(outer, BiSLS):
         names = names - {"options"} | set(SearchOptions.__annotations__)
-    assert set(outer.defaults) == names - {"self", "params", "lower", "solver", "project", "search"}
+    assert set(outer.defaults) == names - {"self", "params", "lower", "hypergradient", "solver", "project", "search"}
     assert trace(again, inner2, rebuilt, 3) == trace(point, inner, outer, 3)
 
 
