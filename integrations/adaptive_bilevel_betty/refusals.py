@@ -39,7 +39,7 @@ def refuse(engine: BettyEngine, problems: Sequence[Problem], ours: Sequence[Prob
     below = {id(q): q for p in ours for q in lookahead(p)}
     involved = [p for p in problems if p in ours or id(p) in below]
     _refuse_roll_back(engine)
-    _refuse_strategy(engine, ours)
+    _refuse_strategy(engine)
     for problem in involved:
         _refuse_kind(problem)
         _refuse_no_loss(problem)
@@ -111,26 +111,20 @@ def _refuse_roll_back(engine: BettyEngine) -> None:
 def _refuse_own_hypergradients(engine: BettyEngine, problems: Sequence[Problem]) -> None:
     strategy = distribution(engine)
     for problem in problems:
-        if problem.config.type == TYPE and strategy in ("distributed", *IN_PARTS):
+        if problem.config.type == TYPE and strategy in IN_PARTS:
             raise OptionError(
                 f"{_named(problem)} has Config(type={TYPE!r}) under EngineConfig(strategy={strategy!r}): its "
-                "result would be that of each process's own batch. Take type='darts', or one process"
+                "result would be that of each process's own part. Take type='darts', or strategy='distributed'"
             )
 
 
-def _refuse_strategy(engine: BettyEngine, ours: Sequence[Problem]) -> None:
+def _refuse_strategy(engine: BettyEngine) -> None:
     strategy = distribution(engine)
     if strategy in IN_PARTS:
         raise OptionError(
             f"EngineConfig(strategy={strategy!r}): parameters, or the optimizer, are in parts on several processes or "
             "wrapped, and a step size needs them whole. Use strategy='distributed' (or 'default')"
         )
-    for problem in ours:
-        if strategy == "distributed" and isinstance(problem.optimizer, SearchingOptimizer):
-            raise OptionError(
-                f"{_named(problem)} under EngineConfig(strategy='distributed'): each process would predict the lower "
-                "level's answer from its own batch, and lower parameters would drift apart. Take BiSPS, or one process"
-            )
 
 
 def _refuse_scaler(problem: Problem) -> None:

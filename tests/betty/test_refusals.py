@@ -144,14 +144,13 @@ REFUSED: list[tuple[str, Callable[[], Any], type[AdaptiveBilevelError], type[Exc
         (name, strategy(name), OptionError, ValueError, name, "distributed")
         for name in ("zero", "fsdp", "accelerate")
     ),
-    ("distributed BiSLS", strategy("distributed"), OptionError, ValueError, "own batch", "BiSPS"),
-    *(
-        (name, strategy(*where, type="adaptive_cg"), OptionError, ValueError, "own batch", "darts")
-        for name, where in {
-            "distributed adaptive_cg": ("distributed", BiSPS, SLS),
-            "stock distributed adaptive_cg": ("distributed", sgd(0.1), sgd(0.1)),
-            "stock zero adaptive_cg": ("zero", sgd(0.1), sgd(0.1)),
-        }.items()
+    (
+        "stock zero adaptive_cg",
+        strategy("zero", sgd(0.1), sgd(0.1), type="adaptive_cg"),
+        OptionError,
+        ValueError,
+        "own part",
+        "darts",
     ),
 ]  # fmt: skip
 
