@@ -97,9 +97,10 @@ def count() -> int:
             raise ProcessError("process_group: the group is gone, since torch.distributed was ended or not begun")
         return 1
     try:
-        return max(distributed.get_world_size(group), 1)
+        distributed.get_rank(group)  # the size of a group that has gone is still known
     except ValueError as error:
-        raise ProcessError(f"process_group: the group is gone ({error})") from error
+        raise ProcessError(f"process_group: the group is gone, ended by destroy_process_group: {group!r}") from error
+    return max(distributed.get_world_size(group), 1)
 
 
 def home() -> torch.device:

@@ -11,6 +11,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import ClosureError, TensorError
 from adaptive_bilevel.evaluation.guard import Guard, RandomState, Workspace
 from adaptive_bilevel.evaluation.processes import Group, checked
+from adaptive_bilevel.evaluation.tensors import SHARDED, is_sharded
 
 __all__ = [
     "Closure",
@@ -75,8 +76,8 @@ def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
     """Refuse tensors that no hypergradient can be taken for.
 
     Raises:
-        TensorError: A level is empty or entirely frozen, holds a sparse, complex or integer tensor, or a tensor occurs
-            twice (in one level or in both).
+        TensorError: A level is empty or entirely frozen, holds a sparse, complex, integer or sharded tensor, or a
+            tensor occurs twice (in one level or in both).
     """
     seen: dict[int, str] = {}
     for name, tensors in (("upper", upper), ("lower", lower)):
@@ -84,6 +85,8 @@ def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
             raise TensorError(f"{name}=[] holds no tensor: pass the tensors that are the {name} variable.")
         for index, tensor in enumerate(tensors):
             where = f"{name}[{index}]"
+            if is_sharded(tensor):
+                raise TensorError(f"{where} is a DTensor. {SHARDED}.")
             if tensor.layout is not torch.strided:
                 raise TensorError(f"{where} has layout {tensor.layout}: only dense ones can be differentiated twice.")
             if not tensor.is_floating_point():

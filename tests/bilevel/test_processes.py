@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.errors import OptionError, ProcessError
@@ -76,7 +78,9 @@ def steps_below(make: Callable[..., Any], **sizes: Any) -> Run:
     return run
 
 
-def steps_above(make: Callable[..., Any], below: Callable[..., Any], solver: Any = None, **sizes: Any) -> Run:
+def steps_above(
+    make: Callable[..., Any], below: Callable[..., Any], solver: Any = None, products: str = "auto", **sizes: Any
+) -> Run:
     solver = Lanczos(4) if solver is None else solver
 
     def run(shares: list[int], wrapped: str) -> list[Tensor]:
@@ -86,7 +90,8 @@ def steps_above(make: Callable[..., Any], below: Callable[..., Any], solver: Any
         for k in range(10):
             for j in range(2):
                 inner.step(partial(problem.lower, 2 * k + j))
-            h = implicit(partial(problem.upper, k), partial(problem.lower, 2 * k + 1), problem.x, problem.y, solver)
+            upper, lower = partial(problem.upper, k), partial(problem.lower, 2 * k + 1)
+            h = implicit(upper, lower, problem.x, problem.y, solver, products=products)
             assign(problem.x, h)
             outer.step(partial(problem.upper, k))
         return problem.tensors
@@ -127,8 +132,10 @@ RUNS: dict[str, Run] = {
     "uneven": steps_above(searched(), SLS, sizes=(8, 3)),
     "NaN below": steps_above(searched(), SLS, poison=8),
     "NaN above": steps_above(searched(), SLS, poison=5),
+    "differences": steps_above(searched(products="difference"), SLS, products="difference"),
     "check": checked,
 }
+CLOSE = {"differences": 1e-4}
 WRAPPED = {name: ("plain", "lower", "both") if name in ("SLS", "BiSLS", "uneven") else ("plain",) for name in RUNS}
 
 
@@ -192,7 +199,7 @@ def in_a_group(rank: int) -> str:
     try:
         optimizer.step(lambda: x.square().sum())
     except ProcessError as error:
-        return f"{x.tolist()} {error}"
+        return f"{x.tolist()} {str(error).partition(':')[2].partition(',')[0]}"
     return ""
 
 
@@ -210,6 +217,23 @@ def trial_that_fails(rank: int) -> str:
     return f"{x.tolist()} {optimizer.record}"
 
 
+def _said(run: Callable[[], Any], rank: int) -> str:
+    return str(run())
+
+
+def in_parts(rank: int) -> str:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    part = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    whole = torch.ones(4, requires_grad=True)
+    attempts: list[Callable[[], Any]] = [
+        lambda: SLS([part]),
+        lambda: BiSLS([part], lower=SLS([whole])),
+        lambda: BiSLS([whole], lower=torch.optim.SGD([part], lr=0.1)),
+        lambda: implicit(lambda: whole.sum(), lambda: whole.sum(), [whole], [part]),
+    ]
+    return str(sum("DTensor" in outcome_of(partial(_said, run), rank) for run in attempts))
+
+
 FAILURES: dict[str, Callable[[int], str]] = {
     **{f"call {n}": fail_at(n, RuntimeError("boom")) for n in (1, 2, 4, 5, 6, 8)},
     "shape": other_form,
@@ -217,6 +241,7 @@ FAILURES: dict[str, Callable[[int], str]] = {
     "alone": on_its_own,
     "group": in_a_group,
     "trial": trial_that_fails,
+    "sharded": in_parts,
 }
 
 
@@ -258,7 +283,7 @@ def test_processes_are_one(name: str, processes: list[Any]) -> None:
     for way in WRAPPED[name]:
         assert one[name, way] == two[name, way], way
         for found, tensor in zip(one[name, way], expected, strict=True):
-            torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=1e-8)
+            torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=CLOSE.get(name, 1e-8))
 
 
 @pytest.mark.parametrize("name", [name for name in FAILURES if name.startswith("call")])
@@ -288,6 +313,10 @@ def test_groups(processes: list[Any]) -> None:
     assert "the group is gone" in one["group"]
     with pytest.raises(OptionError, match="process_group='world' must be"):
         SLS([torch.zeros(1, requires_grad=True)]).process_group = "world"
+
+
+def test_parameters_in_parts_are_refused(processes: list[Any]) -> None:
+    assert [failures["sharded"] for _, failures in processes] == ["4", "4"]
 
 
 def test_a_trial_that_one_process_cannot_compute(processes: list[Any]) -> None:
