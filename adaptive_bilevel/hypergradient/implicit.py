@@ -21,7 +21,7 @@ from .curvature import PartialGradients, connected_partials, unconnected
 from .difference_products import LowerLoss
 from .lanczos import Lanczos
 from .last_solution import recall, remember
-from .products import PRODUCTS, Curvature, Sampled, curvature_of, say_unresolved
+from .products import PRODUCTS, Curvature, Sampled, curvature_of, remember_without, say_unresolved
 from .second_derivatives import verify
 from .shared_basis import solve
 from .solution import LinearSolver, Solution, report
@@ -140,8 +140,8 @@ def implicit(
             H is indefinite or singular here. The default, `Lanczos`, holds there. Or the lower loss has no curvature in
             y along ``grad_y f``, so that h is its direct part; or a product with H is not finite. Or the lower gradient
             has no path to x (mostly it was computed from a copy of x), so that the hypergradient is f_x alone. Or the
-            second derivatives of a custom ``autograd.Function`` are wrong. Or products are differences from now on, or
-            such differences are wrong by more than 10 %.
+            second derivatives of a custom ``autograd.Function`` are wrong, where products are "autograd". Or products
+            are differences from now on, or such differences are wrong by more than 10 %.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -224,8 +224,16 @@ def _differentiate(
         _count(counts, curvature)
         if curvature.exact:
             guard.mark()  # the solver may have drawn random numbers; replays have, too
-            if not solver.resamples and graph is not None:
-                verify(guard, lower_closure, graph, x, y)
+            wrong = None if solver.resamples or graph is None else verify(guard, lower_closure, graph, x, y)
+            if wrong is not None and products == "auto":
+                remember_without(y, wrong)
+                again = LowerLoss(guard, [(lower_closure, random)])
+                lower_loss, curvature, _ = curvature_of("difference", again, x, y)
+                solution = solve(solver, curvature.hvp, rhs, y, lower_loss, start, random)
+                h = add(direct, curvature.cross_vjp(solution.tensors), -1.0)
+                _count(counts, curvature)
+            elif wrong is not None:
+                warn(str(wrong))
     say_unresolved(y, curvature.error)
     if not curvature.mixed:
         warn(f"implicit: {unconnected(reaches)}.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from adaptive_bilevel.errors import SolverError, warn
+from adaptive_bilevel.errors import SolverError
 
 from ..evaluation.guard import Guard
 from ..evaluation.processes import mean
@@ -75,8 +75,10 @@ def custom_functions(loss: Tensor) -> list[str]:
     return sorted(found)
 
 
-def verify(guard: Guard, closure: Any, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
-    """Compare products with differences where a loss holds custom functions, and warn where they differ.
+def verify(
+    guard: Guard, closure: Any, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]
+) -> SolverError | None:
+    """Compare products with differences where a loss holds custom functions, and return the error where they differ.
 
     It is done once for the lower tensors, at four evaluations of the closure; without such functions, there is none.
 
@@ -88,21 +90,22 @@ def verify(guard: Guard, closure: Any, loss: Tensor, upper: Sequence[Tensor], lo
         lower: The tensors of y.
     """
     if lower[0] in _looked_at:
-        return
+        return None
     _looked_at[lower[0]] = True
     names = custom_functions(loss)
     moving = [p for p in lower if p.requires_grad]
     if not names or not all(p.is_leaf for p in moving):
-        return
+        return None
     inputs = [*(p for p in upper if p.requires_grad), *moving]
     difference = _difference(guard, closure, inputs, moving)
-    if difference > _TOLERANCE:
-        warn(
-            f"the second derivatives of the lower loss differ from differences of its gradients by {difference:.0%}: "
-            f"the backward of {', '.join(names)} cannot be differentiated itself (it detaches, uses NumPy, or is "
-            "once_differentiable, say), so the hypergradient misses a part. Write that backward with operations of "
-            f"torch on ctx.saved_tensors. {_OUT}"
-        )
+    if not difference > _TOLERANCE:
+        return None
+    return SolverError(
+        f"the second derivatives of the lower loss differ from differences of its gradients by {difference:.0%}: "
+        f"the backward of {', '.join(names)} cannot be differentiated itself (it detaches, uses NumPy, or is "
+        "once_differentiable, say), so the hypergradient misses a part. Write that backward with operations of "
+        f"torch on ctx.saved_tensors. {_OUT}"
+    )
 
 
 def _difference(guard: Guard, closure: Any, inputs: Sequence[Tensor], lower: Sequence[Tensor]) -> float:

@@ -107,10 +107,30 @@ def test_the_way_out_of_attention_is_one() -> None:
 def test_half_a_hypergradient_is_said_once(function: Any) -> None:
     x, y, lower, upper = problem(function.apply)
     before = torch.get_rng_state()
-    said = heard(lambda: implicit(upper, lower, [x], [y]))
+    said = heard(lambda: implicit(upper, lower, [x], [y], products="autograd"))
     assert sum(f"backward of {function.__name__}" in text for text in said) == 1
-    assert not any("backward of" in text for text in heard(lambda: implicit(upper, lower, [x], [y])))
+    assert not any(
+        "backward of" in text for text in heard(lambda: implicit(upper, lower, [x], [y], products="autograd"))
+    )
     assert torch.equal(torch.get_rng_state(), before) and x.grad is None and y.grad is None
+
+
+@pytest.mark.parametrize("function", [Detached, Once, NumPy], ids=lambda f: f.__name__)
+def test_half_a_hypergradient_is_made_whole(function: Any) -> None:
+    """By differences, from then on: also in the step above."""
+    (x, y, lower, upper), (z, w, right, above) = problem(function.apply), problem(torch.sin)
+    inner, torch_s = SLS([y]), SLS([w])
+    outer, known = BiSLS([x], lower=inner), BiSLS([z], lower=torch_s)
+    inner.step(lower), torch_s.step(right)
+    found: list[Any] = []
+    said = heard(lambda: found.extend(implicit_with_info(upper, lower, [x], [y])))
+    assert sum(f"backward of {function.__name__}" in t and "from now on" in t for t in said) == 1
+    (h,), info = found
+    torch.testing.assert_close(h, implicit(above, right, [z], [w])[0], rtol=1e-5, atol=1e-6)
+    assert info.error < 1e-4
+    x.grad = z.grad = h
+    outer.step(upper), known.step(above)
+    torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)
 
 
 def test_a_right_function_is_not_accused_and_leaves_no_trace() -> None:
