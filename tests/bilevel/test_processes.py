@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -99,6 +100,26 @@ def steps_above(
     return run
 
 
+def accumulated(shares: list[int], wrapped: str) -> list[Tensor]:
+    """Two backwards in a closure, the first under ``no_sync``."""
+    problem = Problem(shares, wrapped)
+    optimizer = SLS(problem.y)
+
+    def closure(k: int) -> Tensor:
+        with problem.down.no_sync() if wrapped == "lower" else nullcontext():
+            first = problem.lower(2 * k) / 2
+            if first.requires_grad:
+                first.backward()
+        second = problem.lower(2 * k + 1) / 2
+        if second.requires_grad:
+            second.backward()
+        return (first + second).detach()
+
+    for k in range(5):
+        optimizer.step(partial(closure, k))
+    return problem.tensors
+
+
 def searched(**options: Any) -> Callable[..., Any]:
     return lambda x, inner, solver: BiSLS(x, lower=inner, solver=solver, **options)
 
@@ -133,10 +154,13 @@ RUNS: dict[str, Run] = {
     "NaN below": steps_above(searched(), SLS, poison=8),
     "NaN above": steps_above(searched(), SLS, poison=5),
     "differences": steps_above(searched(products="difference"), SLS, products="difference"),
+    "no_sync": accumulated,
     "check": checked,
 }
 CLOSE = {"differences": 1e-4}
-WRAPPED = {name: ("plain", "lower", "both") if name in ("SLS", "BiSLS", "uneven") else ("plain",) for name in RUNS}
+WRAPPED = {
+    name: ("plain", "lower", "both") if name in ("SLS", "BiSLS", "uneven", "no_sync") else ("plain",) for name in RUNS
+}
 
 
 # ------------------------------------------------------------------------------------------ what cannot go on
