@@ -16,7 +16,7 @@ prediction(lower, model, taken)               # what the next lower loop is offe
 | Direction | along what? | ``direction`` | `Plain`, `AdamMetric` |
 | Response | how does y answer? | ``response`` | `Tangent`; `OneMoreStep` in `OneStepBiSLS` |
 | ModelCheck | how far does the model hold? | ``curvature`` | `CurvatureCheck`, `NoCheck` |
-| Pace | is a search due? | ``pace`` | `EveryStep` |
+| Pace | is a search due? | ``pace`` | `AsLengthsAgree`, `EveryStep` |
 | Momentum | what is stepped along? | ``momentum`` | `Predictive`, `Full`, `Certified` |
 | Prediction | does y move along? | ``carry`` | `Offered`, `Always`, `Never` |
 | Diagnosis | what limits this run? | attribute ``diagnosis`` | `SlopeDiagnosis` |
@@ -61,7 +61,7 @@ from ..optim.state import RoleState
 from .advice import diagnose
 from .bisls import BiSLS, UpperSearch
 from .bisps import BiSPS, UpperPolyak
-from .context import Change, Mix, MomentumContext, Point, PredictionContext, Taken
+from .context import Change, Mix, MomentumContext, PaceContext, Point, PredictionContext, Taken
 from .functional import FunctionalLower
 from .lower import Lower, LowerLevel, LowerProblem
 from .monitoring import monitor
@@ -89,6 +89,7 @@ __all__ = [
     "OneStepBiSLS",
     "OneStepSearch",
     "Pace",
+    "PaceContext",
     "Point",
     "Prediction",
     "PredictionContext",

@@ -40,6 +40,10 @@ _OUTCOMES = {
     Outcome.non_finite: (
         "loss or gradient was not finite in {of}, and nothing moved. Look at the data and the loss at the present point"
     ),
+    Outcome.undone: (
+        "steps whose length was kept were undone in {of}, since the loss did not fall: search in every step, "
+        'pace="every"'
+    ),
     Outcome.below_lower_bound: (
         "the loss was at or below lower_bound in {of}. Give lower_bound= a number that it never falls below"
     ),
@@ -144,6 +148,7 @@ def _bounds(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
         return ["lr is 0, so nothing moves: look at the scheduler"]
     if not hasattr(optimizer.policy, "bound"):
         return []
+    past = [step for step in past if int(step.record.outcome) != Outcome.kept]  # only a search says so
     count = sum(int(s.record.outcome) == Outcome.at_bound for s in past)
     if count <= _MOST * len(past):
         return []

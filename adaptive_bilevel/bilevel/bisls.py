@@ -22,7 +22,7 @@ from .lower import Lower
 from .model_check import check_of
 from .momentum import momentum_of
 from .options import RoleOptions, SearchOptions
-from .pace import EveryStep
+from .pace import pace_of
 from .prediction import prediction_of
 from .response import Tangent
 from .roles import ModelCheck, Momentum, Pace, Prediction, Response
@@ -57,7 +57,7 @@ class UpperSearch(SearchingOptimizer):
         self.roles = Roles(
             response=Tangent(self.solver, chosen.products) if isinstance(chosen.response, str) else chosen.response,
             check=check_of(chosen.curvature),
-            pace=EveryStep() if isinstance(chosen.pace, str) else chosen.pace,
+            pace=pace_of(chosen.pace, certified=chosen.momentum is False),
             momentum=momentum_of(self._mixing()),
             prediction=prediction_of(chosen.carry),
             diagnosis=self.diagnosis,
@@ -125,7 +125,10 @@ class BiSLS(UpperSearch):
             `adaptive_bilevel.bilevel.model_check`.
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of it is projected first, the
             search stays in it, and parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
-        pace: Whether a search is due: "every" step, or a `Pace`.
+        pace: Whether a search is due. "auto": as rarely as the lengths that searches find agree; a step in between has
+            the last length or a shorter one, takes one value of f, and is undone if f then says so (with
+            momentum=False, every step is searched). "every": in every step. Or a `Pace`. See
+            `adaptive_bilevel.bilevel.pace`.
         search: A policy, `policies.GuardedSLS`, `policies.SLS` (without that guard) or `policies.SLSB`, in the place of
             the options c to max_trials.
         **options: Of the search, `policies.GuardedSLS`: c (Armijo constant, in (0, 1); left out: .1; .5 for "sgd" with
@@ -171,7 +174,7 @@ class BiSLS(UpperSearch):
         carry: str | bool | Prediction = "auto",
         curvature: float | ModelCheck = 0.5,
         project: Projection | None = None,
-        pace: str | Pace = "every",
+        pace: str | Pace = "auto",
         search: SLS | SLSB | None = None,
         **options: Unpack[SearchOptions],
     ) -> None:

@@ -21,7 +21,17 @@ from ..policies import Record
 from .lower import Lower, LowerProblem
 from .scale import Scale
 
-__all__ = ["Change", "Mix", "MomentumContext", "Place", "Point", "PredictionContext", "Redirect", "Taken"]
+__all__ = [
+    "Change",
+    "Mix",
+    "MomentumContext",
+    "PaceContext",
+    "Place",
+    "Point",
+    "PredictionContext",
+    "Redirect",
+    "Taken",
+]
 
 Redirect = Callable[[list[Tensor]], SearchPath]
 """Returns the path of another hypergradient (one tensor for each of ``gradient.tensors``) than the user's."""
@@ -47,11 +57,12 @@ class Point:
         rounding: Relative rounding unit of f.
         lr: The reference lr of the groups; 0: no step is wanted.
         beta: Decay of means, ``betas[0]``.
-        f_x: Partial gradients of f by ``gradient.tensors``; empty after `release`.
-        f_y: Partial gradients of f by ``lower``; empty after `release`.
+        f_x: Partial gradients of f by ``gradient.tensors``; empty before they are taken, and after `release`.
+        f_y: Partial gradients of f by ``lower``; likewise.
         scale: What earlier searches have shown of the right step length.
         counts: Oracle calls of the optimizer.
         closure_checks: What its searches have shown of the closure.
+        differentiated: Whether the partial gradients were taken; a step without a search needs f alone.
     """
 
     guard: Guard
@@ -71,6 +82,7 @@ class Point:
     scale: Scale
     counts: Evaluations
     closure_checks: ClosureChecks
+    differentiated: bool = True
 
     def release(self) -> None:
         """Drop the partial gradients, which only the response needs."""
@@ -103,6 +115,32 @@ class Change(NamedTuple):
     rounding: float
     before: float = 0.0
     along: float = 0.0
+
+
+class PaceContext(NamedTuple):
+    """What a pace is given.
+
+    Attributes:
+        path: The path of the step, before it is cut by a convex set.
+        scale: What earlier searches have shown of the right step length.
+        policy: The search policy: its `c`, and `shrink`, the factor that it knows a length to.
+        lr: The reference lr of the groups.
+        closures: Of both levels, as far as they are known.
+        before: Returns x where the step begins, for the tensors of the path.
+        due: What `Pace.due` has said; this and what follows is known once f is evaluated.
+        value: f(x, y).
+        rounding: Relative rounding unit of f.
+    """
+
+    path: SearchPath
+    scale: Scale
+    policy: Any
+    lr: float
+    closures: Any
+    before: Callable[[], list[Tensor]]
+    due: bool = True
+    value: float = math.nan
+    rounding: float = 0.0
 
 
 class MomentumContext(NamedTuple):
@@ -141,16 +179,20 @@ class PredictionContext(NamedTuple):
     """What a prediction is given.
 
     Attributes:
-        offsets: w, how y answers to one unit of a step along the searched direction.
+        offsets: w, how y answers to one unit of a step along the searched direction; None: there was no search.
+        promised: <h, d> of that direction.
         mix: What is stepped along.
         beta: Decay of means, ``betas[0]``.
         lower: The lower level.
+        keeps: Whether there may be steps without a search, so that the tangent is wanted again.
     """
 
-    offsets: Sequence[Tensor]
+    offsets: Sequence[Tensor] | None
+    promised: float
     mix: Mix
     beta: float
     lower: Lower
+    keeps: bool = True
 
 
 class Taken(NamedTuple):

@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import final
 
+from ..evaluation.reductions import on_host
+from ..evaluation.vectors import inner
 from ..hypergradient.solution import SolverStatus
+from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
 from .context import Taken
 from .roles import Diagnosis
 
-__all__ = ["Diagnoses", "SlopeDiagnosis", "SolveDiagnosis", "StallDiagnosis"]
+__all__ = ["Diagnoses", "SlopeDiagnosis", "SolveDiagnosis", "StallDiagnosis", "motion"]
 
 _NOT_DEFINITE = (
     "The lower Hessian is not positive definite on these samples: leave solver= out, here and in implicit(), for "
@@ -167,3 +170,16 @@ class StallDiagnosis:
             return 0
         fell = count and f < since - self._FALL * abs(since)
         return 1 if fell else count + 1
+
+
+def motion(path: SearchPath, step: float) -> tuple[float, float]:
+    """Return how far a step along a path moves x, relative to its size, and what h promises of 1 % of that size.
+
+    An x of zeros has the size of numbers of 1 %.
+    """
+    x = [p.detach() for p in path.gradient.tensors]
+    square, length = on_host(inner(x, x), inner(path.along, path.along))
+    if not (length > 0.0 and math.isfinite(length) and math.isfinite(square)):
+        return math.nan, math.nan
+    size = max(math.sqrt(square), 0.01 * math.sqrt(sum(p.numel() for p in x)))
+    return step * math.sqrt(length) / size, 0.01 * size * path.promised / math.sqrt(length)

@@ -129,6 +129,12 @@ class LowerLevel:
         return found
 
     @property
+    def closures(self) -> list[Closure | None]:
+        """The closures of the last steps, as far as the optimizers remember them."""
+        samples = [o.sample if isinstance(o, AdaptiveOptimizer) else None for o in self.optimizers]
+        return [None if sample is None else sample.closure for sample in samples]
+
+    @property
     def follows(self) -> bool:
         """Whether an optimizer can go back to y; a stock optimizer cannot."""
         return any(map(_goes_back, self.optimizers))

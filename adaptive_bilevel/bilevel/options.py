@@ -46,7 +46,7 @@ class RoleOptions:
     carry: str | bool | Prediction = "auto"
     curvature: float | ModelCheck = 0.5
     response: str | Response = "tangent"
-    pace: str | Pace = "every"
+    pace: str | Pace = "auto"
     products: str = "auto"
 
     def __post_init__(self) -> None:
@@ -60,7 +60,12 @@ class RoleOptions:
         if not is_role(self.response):
             validation.choice(self.owner, "response", self.response, ("tangent",))
         if not is_role(self.pace):
-            validation.choice(self.owner, "pace", self.pace, ("every",))
+            validation.choice(self.owner, "pace", self.pace, ("auto", "every"))
+        elif self.momentum is False:
+            raise OptionError(
+                f"{self.owner}(momentum=False, pace={self.pace!r}): momentum=False has a search certify every "
+                "step; leave one of the two out"
+            )
         validation.choice(self.owner, "products", self.products, PRODUCTS)
         validation.make_plain(self)
 

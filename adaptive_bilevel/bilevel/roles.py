@@ -19,7 +19,7 @@ from torch import Tensor
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
 from ..policies import Record
-from .context import Change, Mix, MomentumContext, Place, Point, PredictionContext, Redirect, Taken
+from .context import Change, Mix, MomentumContext, PaceContext, Place, Point, PredictionContext, Redirect, Taken
 
 __all__ = [
     "Diagnosis",
@@ -115,17 +115,31 @@ class ModelCheck(Protocol):
 
 
 class Pace(Protocol):
-    """Is a search due?"""
+    """Is a search due?
+
+    Attributes:
+        keeps: Whether it keeps lengths while f still tells them apart.
+    """
+
+    keeps: bool
 
     def init(self) -> RoleState:
         """Return the state before the first step."""
         ...
 
-    def propose(self, point: Point, path: SearchPath, state: RoleState) -> float | None:
+    def due(self, context: PaceContext, state: RoleState) -> bool:
+        """Return whether a search is due whatever f is; the step then takes f with its gradients at once."""
+        ...
+
+    def propose(self, context: PaceContext, state: RoleState) -> float | None:
         """Return the step to take without a search, or None if a search is due."""
         ...
 
-    def commit(self, point: Point, record: Record, state: RoleState) -> RoleState:
+    def regrets(self, context: PaceContext, state: RoleState) -> Sequence[Tensor] | None:
+        """Return x before the last step, if that was kept and f shows that it must be undone; else None."""
+        ...
+
+    def commit(self, context: PaceContext, record: Record, state: RoleState) -> RoleState:
         """Return what is new in the state after the step."""
         ...
 

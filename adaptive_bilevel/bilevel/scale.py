@@ -6,10 +6,18 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from ..policies import Record, SearchState
+from ..policies import Outcome, Record, SearchState
 from ..policies.armijo import parabola_minimizer
 
-__all__ = ["Scale"]
+__all__ = ["Scale", "visible"]
+
+_MOST_GROWTH = math.log(1e6)
+"""Logarithm of the most that kept steps let a search start longer by."""
+
+
+def visible(promised: float, value: float, rounding: float) -> bool:
+    """Return whether a decrease is more than the rounding of f."""
+    return promised > rounding * abs(value)
 
 
 class Scale(NamedTuple):
@@ -20,11 +28,13 @@ class Scale(NamedTuple):
         rejected: Whether a trial was ever rejected, so that it is known what is too long.
         shortest: The shortest trial that the last search with a rejection has rejected; inf if that search failed; 0 if
             that is outgrown, see `policy`.
+        kept: Number of steps since the last search whose length was kept.
     """
 
     state: SearchState
     rejected: bool
     shortest: float = math.inf
+    kept: int = 0
 
     @property
     def previous(self) -> float:
@@ -46,11 +56,16 @@ class Scale(NamedTuple):
         they do where steps have outgrown what was rejected by the same factor, and f has fallen nearly as its slope
         says (its parabola has the minimizer at 1 / shrink^2 times the step or beyond): what was too long where it was
         tried (the lower level was far from solved, say) is not any more.
+
+        After steps whose length was kept, a search starts as much longer as searches in their place would have.
         """
         if not self.resumed:
             policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
         if not self.rejected or self.shortest == 0.0:
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
+        if self.kept:
+            growth = math.exp(min((1 + self.kept) * math.log(policy.grow), _MOST_GROWTH))
+            policy = dataclasses.replace(policy, grow=max(policy.grow, growth))
         return policy
 
     def stalled(self, promised: float, value: float, rounding: float) -> bool:
@@ -65,18 +80,21 @@ class Scale(NamedTuple):
         """
         return self.rejected and 0.0 < float(self.previous) * promised < rounding * abs(value)
 
-    def after(self, record: Record, policy: Any, value: float) -> dict[str, Any]:
-        """Return what a search has shown of trials that are too long, to be saved: `rejected` and `shortest`.
+    def after(self, record: Record, policy: Any, value: float, rounding: float) -> dict[str, Any]:
+        """Return what is new after a step: `rejected` and `shortest`, which a search has shown, and `kept`.
 
         Args:
             record: Its record.
             policy: Its policy.
             value: f before the step.
+            rounding: Relative rounding unit of f.
         """
         step, shrink = record.step_size, policy.shrink
+        if record.outcome == Outcome.kept:
+            return {"kept": self.kept + 1} if visible(step * record.slope, value, rounding) else {}
         if record.trials > 1:
-            return {"rejected": True, "shortest": step / shrink if record.moved else math.inf}
+            return {"kept": 0, "rejected": True, "shortest": step / shrink if record.moved else math.inf}
         if not (record.moved and step * shrink > self.shortest):
-            return {}
+            return {"kept": 0}
         minimizer = parabola_minimizer(value, record.slope, step, record.value)
-        return {"shortest": 0.0 if minimizer == 0.0 or minimizer * shrink**2 >= step else math.inf}
+        return {"kept": 0, "shortest": 0.0 if minimizer == 0.0 or minimizer * shrink**2 >= step else math.inf}

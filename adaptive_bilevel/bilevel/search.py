@@ -59,10 +59,20 @@ class Limits(NamedTuple):
             return path.within(point.params, section, longest)
         return path
 
-    def keep(self, path: SearchPath, step: float) -> Record:
-        """Return the record of a step along the path that is not searched."""
-        step = min(step, path.longest, self.most)
-        return Record(step, step, path.longest, Outcome.accepted, slope=path.promised)
+    def keep(self, path: SearchPath, value: float, step: float) -> Found:
+        """Return a step along the path that is not searched.
+
+        Args:
+            path: The path.
+            value: f(x, y).
+            step: Its length, as long as no bound is shorter.
+        """
+        given = {"bound": self.bound, "scale": self.scale, "most": self.most, "onward": self.onward}
+        cap = min(path.longest, self.policy.cap(self.state, **given))
+        step = min(step, cap)
+        record = Record(step, step, cap, Outcome.kept, slope=path.promised)
+        after = self.policy.kept(self.state, value, path.promised, step) if record.moved else self.state
+        return Found(record, path, after)
 
 
 class Answer(NamedTuple):

@@ -14,21 +14,20 @@ from ..errors import warn
 from ..evaluation.closures import Closure, require_closure
 from ..evaluation.guard import Guard
 from ..evaluation.means import averaged
-from ..evaluation.reductions import on_host
-from ..evaluation.vectors import inner
 from ..hypergradient.solution import HessianReport
 from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
-from ..policies import GuardedSLS, Outcome, validation
+from ..policies import GuardedSLS, Outcome, Record, validation
 from ..policies.margin import shortened
 from .between_steps import PROJECT
-from .context import MomentumContext, Point, PredictionContext, Taken
-from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
+from .context import MomentumContext, PaceContext, Point, PredictionContext, Taken
+from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis, motion
 from .functional import UpperLoss
 from .last_step import departed, onward
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
+from .scale import visible
 from .search import Answer, Found, Limits, nothing_to_search, search
 from .starting import StartingOptimizer
 
@@ -60,7 +59,7 @@ class SearchingOptimizer(StartingOptimizer):
     Attributes:
         roles: The roles of the step, as the options name them.
         diagnosis: The Diagnosis role; another one may be set.
-        hessian: What the last step's solve has shown of the lower Hessian; None: there was no solve.
+        hessian: What the last step that was not kept has shown of the lower Hessian; None: there was no solve.
     """
 
     mixes_momentum = True
@@ -154,20 +153,28 @@ class SearchingOptimizer(StartingOptimizer):
             hypergradient = self._begin(guard, objective, params, hypergradient)
             hypergradient = averaged(hypergradient, params)
             section, gradient = self._enter(guard, objective, params, hypergradient)
-            point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower)
             states = read_states(self.state, self._first_states, gradient.tensors)
             path = self._path(gradient, states)
-            check = self.roles.check.propose(point, states["check"])
-            found = self._find(point, path, section, check, states)
-            guard.put_back()
-            if found.record.outcome == Outcome.non_finite:
-                guard.undo()
-            elif found.record.outcome != Outcome.zero_gradient:
-                messages = self._take(point, found, check, states)
+            paced = self._paced(guard, path, objective, lower_closure)
+            due = self.roles.pace.due(paced, states["pace"])
+            point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower, due)
+            paced = paced._replace(due=due, value=point.value, rounding=point.rounding)
+            before = self.roles.pace.regrets(paced, states["pace"])
+            if before is not None:
+                found = self._undone(point, paced, before, states)
+            else:
+                check = self.roles.check.propose(point, states["check"])
+                found = self._find(point, paced, section, check, states)
+                guard.put_back()
+                if found.record.outcome == Outcome.non_finite:
+                    guard.undo()
+                elif found.record.outcome != Outcome.zero_gradient:
+                    messages = self._take(point, paced, found, check, states)
         remedy = None if section is not None else getattr(self.host, "constraint", PROJECT)
         messages += self._between.end(params, followed, remedy)
-        self.hessian = None if found.answer is None else found.answer.hessian
-        self._conclude(self._scheduled(found.record), found.state, point.loss, self.hessian)
+        hessian = None if found.answer is None else found.answer.hessian
+        self.hessian = self.hessian if found.record.outcome == Outcome.kept else hessian
+        self._conclude(self._scheduled(found.record), found.state, point.loss, hessian)
         for message in messages:
             warn(f"{type(self).__name__}: {message}")
         return point.loss
@@ -186,17 +193,19 @@ class SearchingOptimizer(StartingOptimizer):
     def _find(
         self,
         point: Point,
-        path: SearchPath,
+        paced: PaceContext,
         section: Section | None,
         check: StepCheck,
         states: Mapping[str, RoleState],
     ) -> Found:
         """Return what the step does: nothing, a step without a search, or a searched one."""
-        roles, before = self.roles, point.scale.state
+        roles, before, path = self.roles, point.scale.state, paced.path
         record = nothing_to_search(point, path)
         if record is not None:
             return Found(record, path, before)
         limits = self._limits(point, path)
+        if isinstance(limits.policy, GuardedSLS):
+            limits = limits._replace(onward=onward(point.gradient, states["last_step"]))
 
         def within(path: SearchPath) -> SearchPath:
             return path if section is None else limits.within(point, path, section)
@@ -204,17 +213,15 @@ class SearchingOptimizer(StartingOptimizer):
         def redirect(hypergradient: list[Tensor]) -> SearchPath:
             return within(self._path(point.gradient._replace(values=point.processed(hypergradient)), states))
 
-        step = roles.pace.propose(point, path, states["pace"])
-        path = within(path)
+        step, path = roles.pace.propose(paced, states["pace"]), within(path)
         if step is not None:
-            return Found(limits.keep(path, step), path, limits.state)
+            return limits.keep(path, point.value, step)
+        self._differentiate(point)
         record = nothing_to_search(point, path) if path.cut else None
         if record is not None:
             return Found(record, path, limits.state)
         model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
-        guarded = isinstance(limits.policy, GuardedSLS)
-        limits = limits._replace(onward=onward(point.gradient, states["last_step"]) if guarded else None)
         record, after = search(point, model, check, limits)
         if getattr(model, "blind", False):
             record = record._replace(outcome=Outcome.no_descent)
@@ -222,12 +229,26 @@ class SearchingOptimizer(StartingOptimizer):
         kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
         return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian))
 
+    def _undone(
+        self, point: Point, paced: PaceContext, before: Sequence[Tensor], states: Mapping[str, RoleState]
+    ) -> Found:
+        """Put x to where it was before a step that was kept, and everything else to before this one."""
+        record = Record(0.0, 0.0, math.inf, Outcome.undone, slope=paced.path.promised)
+        point.guard.put_back()
+        point.guard.withdraw()
+        torch._foreach_copy_(tensors := paced.path.gradient.tensors, list(before))
+        write_states(self.state, {"pace": self.roles.pace.commit(paced, record, states["pace"])}, tensors)
+        self._save_rule_state(point.scale.state, kept=0)
+        return Found(record, paced.path, point.scale.state)
+
     # ------------------------------------------------------------------------------------------ what is left behind
 
-    def _take(self, point: Point, found: Found, check: StepCheck, states: dict[str, RoleState]) -> list[str]:
+    def _take(
+        self, point: Point, paced: PaceContext, found: Found, check: StepCheck, states: dict[str, RoleState]
+    ) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
-        change, gain = _motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
+        change, gain = motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
         moved, step = record.moved, self._scheduled(record).step_size
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
@@ -241,7 +262,7 @@ class SearchingOptimizer(StartingOptimizer):
         direction, messages = self._direction(), list[str]()
         news |= {
             "check": roles.check.commit(point, check, states["check"]),
-            "pace": roles.pace.commit(point, record, states["pace"]),
+            "pace": roles.pace.commit(paced, record, states["pace"]),
             "direction": direction.commit(path.gradient, path.descent, states["direction"]),
             "momentum": roles.momentum.commit(context, mix, states["momentum"]),
         }
@@ -252,17 +273,17 @@ class SearchingOptimizer(StartingOptimizer):
             messages = roles.diagnosis.propose(taken, states["diagnosis"])
             news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
             news["response"] = answer.state
-            if answer.offsets is not None:
-                news["prediction"] = self._predict(
-                    PredictionContext(answer.offsets, mix, point.beta, self.lower), step, states["prediction"]
-                )
+        offsets = None if answer is None else answer.offsets
+        if offsets is not None or (answer is None and visible(step * path.promised, point.value, point.rounding)):
+            follows = PredictionContext(offsets, path.promised, mix, point.beta, self.lower, roles.pace.keeps)
+            news["prediction"] = self._predict(follows, step, states["prediction"])
         path.release()
         states.clear()
         del mix, context  # what is written takes the place of what these hold
         write_states(self.state, news, path.gradient.tensors)
         if moved or record.trials > 1:
             after = shortened(found.state, step / record.step_size) if moved else point.scale.state
-            self._save_rule_state(after, **point.scale.after(record, self.policy, point.value))
+            self._save_rule_state(after, **point.scale.after(record, self.policy, point.value, point.rounding))
         return messages
 
     def _predict(self, context: PredictionContext, step: float, state: RoleState) -> RoleState:
@@ -273,16 +294,3 @@ class SearchingOptimizer(StartingOptimizer):
         if response is not None and step > 0.0:
             role.deliver(context, response, step)
         return news
-
-
-def _motion(path: SearchPath, step: float) -> tuple[float, float]:
-    """Return how far a step along a path moves x, relative to its size, and what h promises of 1 % of that size.
-
-    An x of zeros has the size of numbers of 1 %.
-    """
-    x = [p.detach() for p in path.gradient.tensors]
-    square, length = on_host(inner(x, x), inner(path.along, path.along))
-    if not (length > 0.0 and math.isfinite(length) and math.isfinite(square)):
-        return math.nan, math.nan
-    size = max(math.sqrt(square), 0.01 * math.sqrt(sum(p.numel() for p in x)))
-    return step * math.sqrt(length) / size, 0.01 * size * path.promised / math.sqrt(length)

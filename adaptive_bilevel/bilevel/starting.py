@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..evaluation.closures import Closure
-from ..evaluation.guard import Guard
+from ..evaluation.guard import Guard, RandomState
 from ..evaluation.means import averaged
 from ..evaluation.objective import Objective
 from ..evaluation.reductions import agree
 from ..evaluation.tensors import gradients_of
 from ..optim.direction import Gradient
 from ..optim.projection import Section
+from ..optim.search_path import SearchPath
 from ..policies.scalars import resolution
-from .context import Point
+from .context import PaceContext, Point
+from .lower import LowerLevel
 from .scale import Scale
 from .source import DirectLoss
 from .upper import UpperOptimizer
@@ -73,19 +76,23 @@ class StartingOptimizer(UpperOptimizer):
         hypergradient: Sequence[Tensor | None],
         gradient: Gradient,
         lower: list[Tensor],
+        differentiated: bool,
     ) -> Point:
-        """Return f, f_x and f_y at (x, y)."""
+        """Return f at (x, y), with f_x and f_y if they are wanted already, or known."""
         tensors = [*params, *lower]
         known = objective.evaluated(tensors) if isinstance(objective, Objective) else None
-        if known is None:
-            self.evaluations.upper.gradients += 1
-            loss, found = guard.gradient(objective, tensors)
-        else:
+        if known is not None:
             loss, found = known.loss, averaged(known.gradients, tensors)
+            partials = self._partials(gradient, lower, tensors, found)
+        elif differentiated:
+            loss, partials = self._differentiated(guard, objective, gradient, lower, tensors)
+        else:
+            self.evaluations.upper.values += 1
+            value = guard.value(objective)
+            wide = torch.promote_types(params[0].dtype, torch.float32)
+            loss = value if isinstance(value, Tensor) else torch.tensor(value, dtype=wide)
+            partials = None
         guard.mark()
-        if lower and all(g is None for g in found[len(params) :]):
-            self._closure_checks.say("apart", _APART)
-        partials = gradients_of([*gradient.tensors, *lower], tensors, found)
         parts = zip(params, hypergradient, self._each_factor(), strict=True)
         return Point(
             guard=guard,
@@ -100,9 +107,58 @@ class StartingOptimizer(UpperOptimizer):
             rounding=resolution(loss),
             lr=self._reference_lr(),
             beta=float(self.param_groups[0]["betas"][0]),
-            f_x=partials[: len(gradient.tensors)],
-            f_y=partials[len(gradient.tensors) :],
-            scale=Scale(self._rule_state(), self._saved("rejected", False), self._saved("shortest", math.inf)),
+            f_x=[] if partials is None else partials[: len(gradient.tensors)],
+            f_y=[] if partials is None else partials[len(gradient.tensors) :],
+            scale=self._scale(),
             counts=self.evaluations,
             closure_checks=self._closure_checks,
+            differentiated=partials is not None,
         )
+
+    def _paced(self, guard: Guard, path: SearchPath, objective: Closure, lower_closure: Any) -> PaceContext:
+        """Return what the pace is given before f is evaluated."""
+        below = self.lower.closures if lower_closure is None and isinstance(self.lower, LowerLevel) else lower_closure
+
+        def before() -> list[Tensor]:
+            copies = dict(zip(map(id, self._parameters()), guard.copy(), strict=False))  # y follows
+            return [copies[id(p)] for p in path.gradient.tensors]
+
+        return PaceContext(path, self._scale(), self.policy, self._reference_lr(), (objective, below), before)
+
+    def _scale(self) -> Scale:
+        """Return what earlier searches have shown of the right step length."""
+        saved = self._saved
+        return Scale(self._rule_state(), saved("rejected", False), saved("shortest", math.inf), saved("kept", 0))
+
+    def _differentiate(self, point: Point) -> None:
+        """Take f_x and f_y, if only f was evaluated so far."""
+        if point.differentiated:
+            return
+        tensors, width = [*point.params, *point.lower], len(point.gradient.tensors)
+        point.loss, partials = self._differentiated(
+            point.guard, point.objective, point.gradient, point.lower, tensors, point.guard.entry
+        )
+        point.guard.mark()
+        point.value, point.differentiated = float(agree(point.loss)[0]), True
+        point.f_x, point.f_y = partials[:width], partials[width:]
+
+    def _differentiated(
+        self,
+        guard: Guard,
+        objective: Closure,
+        gradient: Gradient,
+        lower: list[Tensor],
+        tensors: list[Tensor],
+        random: RandomState | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return f, and f_x and f_y in a row."""
+        self.evaluations.upper.gradients += 1
+        loss, found = guard.gradient(objective, tensors, random)
+        return loss, self._partials(gradient, lower, tensors, found)
+
+    def _partials(
+        self, gradient: Gradient, lower: list[Tensor], tensors: list[Tensor], found: list[Tensor | None]
+    ) -> list[Tensor]:
+        if lower and all(g is None for g in found[len(tensors) - len(lower) :]):
+            self._closure_checks.say("apart", _APART)
+        return gradients_of([*gradient.tensors, *lower], tensors, found)

@@ -175,6 +175,10 @@ class Guard:
         if origin:
             with torch.no_grad():
                 torch._foreach_copy_(self._tensors, origin)
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Put buffers and random state back to before the block, and leave none behind."""
         self.rewind()
         self._marked = None
 

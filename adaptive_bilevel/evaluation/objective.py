@@ -39,6 +39,11 @@ class Objective(abc.ABC):
     project: Any = None
     rescaled: bool = False
 
+    @property
+    def source(self) -> Any:
+        """The user's closure, or the batches that the loss is of: a new kind or size of them is a new sample."""
+        return None
+
     @abc.abstractmethod
     def __call__(self) -> Any:
         """Return the loss at the parameters as they are; attached to its graph where gradients are enabled."""

@@ -1,15 +1,9 @@
 """A line search where samples agree, and a step of the bound's length where they do not.
 
-A search ends at a loss that it has seen, f_j(x_{j+1}). If all samples were one function, the next sample would begin
-there: f_{j+1}(x_{j+1}) = f_j(x_{j+1}). So the part of the decreases A_j = f_j(x_j) - f_j(x_{j+1}) that the next sample
-does not confirm,
-
-    sum_j min{|f_{j+1}(x_{j+1}) - f_j(x_{j+1})|, A_j}  /  sum_j A_j,
-
-is 0 on full batches, up to rounding. As long as it is at most 1/2 the samples agree, and the rule is `SLS`. An upper
-variable that moves, or a lower one that starts anew, changes the loss once per lower loop, and counts there as one
-step at most, mostly the shortest. That hides samples that are kept for a whole lower loop, so the losses also have to
-fall by what the test of eq. (8) of Fan et al. (2023) requires of the steps,
+Samples agree as long as the next ones confirm half of the decreases (`adaptive_bilevel.policies.agreement`); then the
+rule is `SLS`. An upper variable that moves, or a lower one that starts anew, changes the loss once per lower loop, and
+counts there as one step at most, mostly the shortest. That hides samples that are kept for a whole lower loop, so the
+losses also have to fall by what the test of eq. (8) of Fan et al. (2023) requires of the steps,
 
     M = sum_j (f_j(x_j) - f_{j+1}(x_{j+1}) - c gamma_j n_j + slack)  >=  0,
 
@@ -33,6 +27,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .agreement import agreeing, unconfirmed
 from .context import Context
 from .margin import compared, promised
 from .record import Record
@@ -42,9 +37,6 @@ from .sls import SLSB
 from .state import SearchState
 
 __all__ = ["AutoSLS"]
-
-_UNCONFIRMED = 0.5
-"""Samples disagree where a larger part of the decreases is not confirmed: the majority."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +60,7 @@ class AutoSLS(SLSB):
 
     def agrees(self, state: SearchState) -> bool:
         """Return whether the samples so far agree."""
-        return state.differing <= _UNCONFIRMED * state.decreases and state.margin >= 0.0
+        return agreeing(state.differing, state.decreases) and state.margin >= 0.0
 
     def observed(self, state: SearchState, value: float) -> SearchState:
         """Return the state after a step that did not end at the point of the last trial, but where the loss is this."""
@@ -108,11 +100,9 @@ class AutoSLS(SLSB):
         if state.last_gain == 0.0 or not math.isfinite(loss) or not self.agrees(state):
             return state
         most = state.last_decrease
-        differing = abs(loss - state.expected) - rounding * max(abs(loss), abs(state.expected))
+        differing = unconfirmed(loss, state.expected, most, rounding)
         after = compared(state, loss, c=self.c, slack=self.slack, rounding=rounding, most=state.largest_gain)
-        return after._replace(
-            differing=state.differing + min(max(differing, 0.0), most), decreases=state.decreases + most
-        )
+        return after._replace(differing=state.differing + differing, decreases=state.decreases + most)
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         limits = super()._limits(state, initial, context)

@@ -65,6 +65,13 @@ class GuardedSLS(SLS):
         estimated = take(estimate(after, loss, slope, step), loss, slope, step)
         return record, promised(estimated._replace(found=after.found), loss, step * slope)
 
+    def kept(self, state: SearchState, loss: float, slope: float, step: float) -> SearchState:
+        """Return the state after a step that moved without a search: what it promised is compared with the last one."""
+        estimated = take(estimate(state, loss, slope, step), loss, slope, step)._replace(found=state.found)
+        gain = step * slope
+        together = estimated._replace(last_gain=state.last_gain + gain, gains=state.gains + gain)
+        return super().kept(together, loss, slope, step)
+
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         initial, largest = super()._limits(state, initial, context)
         blamed = state.margin < 0.0 and (context.onward is None or state.onward < 0.5 * self.c * state.gains)

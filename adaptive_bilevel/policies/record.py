@@ -26,6 +26,8 @@ class Outcome(IntEnum):
     non_finite = 6
     below_lower_bound = 7
     at_lower_bound = 8
+    kept = 9
+    undone = 10
 
     @property
     def sentence(self) -> str:
@@ -43,6 +45,8 @@ _SENTENCES = {
     Outcome.non_finite: "the loss, the slope or the proposed step is not finite: nothing moved",
     Outcome.below_lower_bound: "the loss is below lower_bound, which therefore is no lower bound here",
     Outcome.at_lower_bound: "the loss is at lower_bound, so there is nothing to gain: nothing moved",
+    Outcome.kept: "no search was due: the length of an earlier search was kept",
+    Outcome.undone: "the loss has shown that the step before, which was kept, was a bad one: it was undone",
 }
 
 

@@ -102,6 +102,18 @@ class Search(Policy[SearchState]):
         found = state.found or (cap if math.isfinite(cap) else unbounded_length(loss, slope, most_ratio))
         return reset(state.previous, bound or scale * found, option=self.reset, grow=self.grow, cap=cap)
 
+    def kept(self, state: SearchState, loss: float, slope: float, step: float) -> SearchState:
+        """Return the state after a step that moved without a search, of a length that an earlier one has found."""
+        return state._replace(count=state.count + 1)
+
+    def cap(
+        self, state: SearchState, *, bound: float | None, scale: float, most: float, onward: float | None = None
+    ) -> float:
+        """Return what no step is above, whatever the sample: `most`, and a bound in force."""
+        context = Context(math.nan, math.nan, bound=bound, scale=scale, cap=most, onward=onward)
+        given = self._given(context)
+        return self._limits(state, scale * state.found if given is None else given, context)[1]
+
     def propose(self, state: SearchState, context: Context) -> tuple[Record, SearchState]:
         """Return the record of one search, and the state after it.
 

@@ -24,7 +24,7 @@ from tasks.base import Evaluation
 
 DIVERGED = 10.0  # times the loss at the start
 HOPELESS = 1e4  # times the loss at the start: not followed any further
-MOVED = ("accepted", "at_bound", "at_floor")
+MOVED = ("accepted", "at_bound", "at_floor", "kept")
 
 
 @dataclass

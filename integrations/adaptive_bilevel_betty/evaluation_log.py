@@ -196,6 +196,11 @@ class UpperObjective(Objective):
         self._log, self.project = log, project
         self.rescaled = log.problem.gradient_clipping > 0.0
 
+    @property
+    def source(self) -> list[object]:
+        """The batches of the step."""
+        return [evaluation.batch for evaluation in self._log.evaluations]
+
     def __call__(self) -> Tensor:
         """Return the loss on the batches of the step, with the same randomness."""
         return self._log.replay()

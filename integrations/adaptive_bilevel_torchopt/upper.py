@@ -147,8 +147,11 @@ class UpperStep:
             if not self._checked:
                 self._look(found, problems)
             loss = self._stepped(params, found, problems, lower_bound)
-            if searching and self.record is not None and self.record.outcome == Outcome.non_finite:
+            outcome = self.record.outcome if searching and self.record is not None else None
+            if outcome == Outcome.non_finite:
                 guard.undo()
+            elif outcome == Outcome.undone:
+                guard.withdraw()  # the optimizer has put the parameters to before its last step
         for level in self._levels:
             level.done()
         return loss

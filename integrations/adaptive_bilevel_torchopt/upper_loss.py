@@ -33,6 +33,11 @@ class UpperLoss(Objective):
     def __init__(self, closure: Closure, loss: Tensor, gradients: dict[int, Tensor | None]) -> None:
         self._closure, self._loss, self._gradients = closure, loss, gradients
 
+    @property
+    def source(self) -> object:
+        """The closure."""
+        return self._closure
+
     def __call__(self) -> object:
         """Return the loss at the parameters as they are."""
         return self._closure()

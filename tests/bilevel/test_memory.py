@@ -75,14 +75,14 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
 @pytest.mark.parametrize(
     ("direction", "options", "upper", "lower", "both"),
     [
-        # C^T d and the adjoint, while CG runs.
-        ("sgd", {"momentum": False}, 0, 2, 2),
-        # Also the means of hypergradients and tangents, and the last hypergradient.
-        ("sgd", {}, 2, 3, 5),
-        ("sgd", {"carry": False}, 2, 2, 4),  # no mean of the tangents
+        # C^T d and the adjoint, while CG runs; x where the last searched step began, for the search's guard.
+        ("sgd", {"momentum": False}, 1, 2, 3),
+        # Also the means of hypergradients and tangents, the last hypergradient, and the tangent that kept steps follow.
+        ("sgd", {}, 3, 4, 7),
+        ("sgd", {"carry": False}, 3, 2, 5),  # no tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
-        ("adam", {"momentum": False}, 0, 2, 3),
-        ("adam", {}, 2, 3, 6),
+        ("adam", {"momentum": False}, 1, 2, 4),
+        ("adam", {}, 3, 4, 8),
     ],
 )
 def test_the_peak_beyond_that_of_constant_steps(
@@ -103,6 +103,7 @@ def test_nothing_grows_over_200_iterations() -> None:
     finally:
         gc.enable()
     assert later <= peak + 0.01
-    # Of x: the gradient, the one before and their mean, and Adam's second moment. Of y: what the lower search goes back
-    # to, the mean of the tangents, and the point that the next lower step may prefer to the prediction.
-    assert held <= 7 + SMALL_THINGS
+    # Of x: the gradient, the one before and their mean, Adam's second moment, and where the last searched and the last
+    # kept step began. Of y: what the lower search goes back to, the mean of the tangents and the last one, and the point
+    # that the next lower step may prefer to the prediction.
+    assert held <= 10 + SMALL_THINGS

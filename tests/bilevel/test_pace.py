@@ -18,8 +18,9 @@ from adaptive_bilevel.policies import SearchState
 EPS = torch.finfo(torch.float64).eps
 
 
-def at(previous: float, rejected: bool, value: float = 1.0) -> Any:
-    return SimpleNamespace(scale=Scale(SearchState(previous=previous), rejected), value=value, rounding=EPS)
+def at(previous: float, rejected: bool, promised: float, value: float = 1.0) -> Any:
+    scale = Scale(SearchState(previous=previous), rejected)
+    return SimpleNamespace(path=SimpleNamespace(promised=promised), scale=scale, value=value, rounding=EPS)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +35,8 @@ def at(previous: float, rejected: bool, value: float = 1.0) -> Any:
 def test_a_step_is_kept_where_its_promise_is_rounding(
     previous: float, rejected: bool, promised: float, kept: float | None
 ) -> None:
-    path: Any = SimpleNamespace(promised=promised)
-    assert EveryStep().propose(at(previous, rejected), path, RoleState()) == kept
-    assert Always().propose(at(previous, rejected), path, RoleState()) is None
+    assert EveryStep().propose(at(previous, rejected, promised), RoleState()) == kept
+    assert Always().propose(at(previous, rejected, promised), RoleState()) is None
 
 
 def test_a_kept_step_takes_no_trial_and_no_product() -> None:

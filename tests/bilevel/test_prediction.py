@@ -22,6 +22,9 @@ class Level:
     def __init__(self, follows: bool = True) -> None:
         self.follows, self.calls = follows, list[tuple[str, float]]()
 
+    def tensors(self) -> list[Tensor]:
+        return [torch.zeros(2)]
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         self.calls.append(("carry", step))
 
@@ -29,9 +32,9 @@ class Level:
         self.calls.append(("follow", step))
 
 
-def context(tangent: Tensor, mix: Mix, level: Any = None) -> PredictionContext:
+def context(tangent: Tensor | None, mix: Mix, level: Any = None, promised: float = 1.0) -> PredictionContext:
     lower: Any = level or Level()
-    return PredictionContext([tangent], mix, BETA, lower)
+    return PredictionContext(None if tangent is None else [tangent], promised, mix, BETA, lower)
 
 
 @pytest.mark.parametrize("role", [Always(), Offered()], ids=["always", "offered"])
@@ -50,11 +53,27 @@ def test_along_the_mean_of_hypergradients_it_is_the_mean_of_tangents(role: Any) 
 
 
 @pytest.mark.parametrize("role", [Always(), Offered()], ids=["always", "offered"])
-def test_without_a_mean_it_is_the_tangent_and_nothing_is_kept(role: Any) -> None:
+def test_without_a_mean_it_is_the_tangent(role: Any) -> None:
     tangent = torch.ones(2)
-    given = context(tangent, Mix())
+    given = context(tangent, Mix(), promised=4.0)
     assert role.propose(given, role.init())[0] is tangent
-    assert role.commit(given, [tangent], role.init()) == RoleState()
+    assert role.commit(given, [tangent], role.init()).shared == {"last": [tangent], "promised": 4.0}
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_without_a_tangent_it_is_the_last_one(weight: float) -> None:
+    """In units of the lengths of both directions; the mean of the tangents stays as it is."""
+    role, mix = Always(), Mix(weight=weight, averages=True)
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([-3.0, 1.0])
+    state = role.init()
+    for tangent in (first, second):
+        state = advanced(state, role.commit(context(tangent, mix, promised=4.0), None, state))
+    kept = context(None, mix, promised=1.0)
+    (response,) = role.propose(kept, state) or []
+    mean = (BETA * (BETA * (1 - BETA) * first + (1 - BETA) * second) + (1 - BETA) * 0.5 * second) / (1 - BETA**3)
+    torch.testing.assert_close(response, (1 - weight) * 0.5 * second + weight * mean)
+    assert role.commit(kept, [response], state) == RoleState()
+    assert role.propose(kept, role.init()) is None  # there was none yet
 
 
 def test_a_level_of_other_shapes_begins_anew() -> None:

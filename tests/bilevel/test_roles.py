@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaptive_bilevel import BiSLS
-from adaptive_bilevel.bilevel import Mix, MomentumContext, Point, ResponseModel, RoleState, Unanswered
+from adaptive_bilevel.bilevel import Mix, MomentumContext, PaceContext, Point, ResponseModel, RoleState, Unanswered
 from adaptive_bilevel.bilevel.diagnosis import SlopeDiagnosis
 from adaptive_bilevel.bilevel.model_check import CurvatureCheck
 from adaptive_bilevel.bilevel.momentum import Predictive
@@ -105,13 +105,21 @@ def test_a_response_that_leaves_y_where_it_is() -> None:
 class EverySecond:
     """A search in every second step; the steps between are as long as the last one."""
 
+    keeps = True
+
     def init(self) -> RoleState:
         return RoleState({"count": 0})
 
-    def propose(self, point: Point, path: Any, state: RoleState) -> float | None:
-        return point.scale.previous if state.shared["count"] % 2 else None
+    def due(self, context: PaceContext, state: RoleState) -> bool:
+        return state.shared["count"] % 2 == 0
 
-    def commit(self, point: Point, record: Any, state: RoleState) -> RoleState:
+    def propose(self, context: PaceContext, state: RoleState) -> float | None:
+        return None if context.due else context.scale.previous
+
+    def regrets(self, context: PaceContext, state: RoleState) -> None:
+        return None
+
+    def commit(self, context: PaceContext, record: Any, state: RoleState) -> RoleState:
         return RoleState({"count": state.shared["count"] + 1})
 
 
@@ -119,10 +127,10 @@ def test_a_pace_that_searches_every_second_step() -> None:
     point = random_qb(3).instance()
     inner = lower_search(point.y)
     outer = BiSLS([point.x], lower=inner, pace=EverySecond())
-    steps, trials = [], []
+    steps, trials = list[float](), list[int]()
     for _ in range(8):
         record = iterate(inner, outer, point, T=2)
-        assert record.outcome == Outcome.accepted
+        assert record.outcome == (Outcome.kept if len(steps) % 2 else Outcome.accepted)
         steps.append(record.step_size)
         trials.append(record.trials)
     assert trials[1::2] == [0] * 4 and min(trials[::2]) >= 1
@@ -163,6 +171,7 @@ ROLES: dict[str, tuple[str, Any]] = {
     "diagnosis": ("diagnosis", SlopeDiagnosis),
 }
 METHODS = [(role, method) for role in ROLES for method in ("propose", "commit")]
+METHODS += [("pace", "due"), ("pace", "regrets")]
 
 
 @pytest.mark.parametrize(("role", "method"), [*METHODS, ("prediction", "deliver"), ("carried", "deliver")])
@@ -174,6 +183,7 @@ def test_a_role_that_raises_leaves_no_trace(role: str, method: str) -> None:
         point = random_qb(2).instance()
         inner, raising = lower_search(point.y), Raising(make(), method, at)
         options: dict[str, Any] = {} if option == "diagnosis" else {option: raising}
+        options.setdefault("pace", "every")  # each role is asked in each step
         outer = BiSLS([point.x], lower=inner, **options)
         if option == "diagnosis":
             outer.diagnosis = raising

@@ -35,12 +35,22 @@ def test_what_a_search_has_shown(
     step: float, value: float, trials: int, shortest: float, after: dict[str, Any]
 ) -> None:
     scale = Scale(SearchState(previous=1.0), True, shortest)
-    assert scale.after(searched(step, value, trials), Rule(), 10.0) == after
+    assert scale.after(searched(step, value, trials), Rule(), 10.0, 1e-16) == {"kept": 0, **after}
 
 
 @pytest.mark.parametrize(("shortest", "grow"), [(1.0, 1.2), (math.inf, 1.2), (0.0, 2.0)])
 def test_searches_double_again_where_nothing_is_known_to_be_too_long(shortest: float, grow: float) -> None:
     assert Scale(SearchState(previous=1.0), True, shortest).policy(Rule()).grow == grow
+
+
+@pytest.mark.parametrize(("kept", "grow"), [(0, 1.2), (3, 1.2**4), (10**9, 1e6)])
+def test_kept_steps_let_a_search_start_as_much_longer(kept: int, grow: float) -> None:
+    """As searches in their place would have; a million times at most."""
+    scale = Scale(SearchState(previous=1.0), True, 1.0, kept)
+    assert scale.policy(Rule()).grow == pytest.approx(grow)
+    step = searched(0.5, 0.0, 0)._replace(outcome=Outcome.kept)
+    assert scale.after(step, Rule(), 10.0, 1e-16) == {"kept": kept + 1}
+    assert scale.after(step, Rule(), 10.0, 1.0) == {}  # below the rounding of f, nothing could have grown
 
 
 @pytest.mark.parametrize("decades", [4, 6])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient
 from .line_search import SLS, backtrack, is_start
+from .pace import Pace
 from .polyak import Bound, polyak_step
 
 __all__ = ["BiSLS", "BiSPS", "hypergradient"]
@@ -226,6 +227,13 @@ class Guard:
         self.gains += a * slope
         self.last = f, a * slope, x
 
+    def keep(self, f: float, slope: float, a: float) -> None:
+        """Take note of a step without a search, which the next search compares as a part of the last one."""
+        assert self.last is not None and (self.M >= 0 or self.onward >= 0.05 * self.gains)
+        self.bound, self.k = self.bound.see(f, slope, a).take(f, slope, a), self.k + 1
+        self.gains += a * slope
+        self.last = self.last[0], self.last[1] + a * slope, self.last[2]
+
 
 class BiSLS:
     """x <- x - a e, with the first a of start, start / 2, ... that passes a test of decrease, and that of `Tangent`.
@@ -239,6 +247,8 @@ class BiSLS:
     y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` keeps a share of that.
     No a is above that of `Guard`. Once a trial was rejected, a last step that promises less than the rounding of f is
     taken again without a trial.
+    So are steps that `Pace` keeps, and y moves along with the last w, times sqrt(<h, d> / <h, d> of then). After k of
+    them, a search starts at 1.2^(k+1) times the last searched step.
     """
 
     tangent: type[Tangent] = Tangent
@@ -249,6 +259,7 @@ class BiSLS:
         self.support, self.tangents = Support(x), Mean(torch.zeros_like(lower.x))
         self.previous, self.step_size, self.rejected, self.shortest = 0.0, 0.0, False, math.inf
         self.guard = Guard()
+        self.pace, self.kept, self.last = Pace(), 0, (torch.zeros_like(lower.x), 0.0)
 
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
         """Return the moments with h in them, d and e."""
@@ -261,10 +272,25 @@ class BiSLS:
         x, y = self.x, self.lower.x
         value, f_x, f_y = partials(f, x, y)
         second, momentum, d, e = self.directions(h)
-        share, promised = self.support.share(h), float(h @ d)
+        promised = float(h @ d)
         assert value > 0 and promised > 0
-        a, w = self.previous, None
-        if not (self.rejected and 0 < a * promised < EPS * value):
+        if self.pace.was_bad(value):
+            self.x, self.kept = self.pace.undo(), 0
+            return
+        share, searched = self.support.share(h), h
+        self.pace.see(value)
+        a, w = self.pace.length(value, promised, h, self.rejected), None
+        if self.rejected and 0 < self.previous * promised < EPS * value:
+            a = self.previous
+        self.pace.add(value, promised)
+        if a is not None:
+            self.pace.keep(a, promised, x)
+            self.guard.keep(value, promised, a)
+            if a * promised > EPS * value:
+                self.kept += 1
+                w = self.last[0] * math.sqrt(promised / self.last[1])
+                mean = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
+        else:
             tangent = self.tangent(f_y, Lower(g, x, y), share, self.previous > 0)
             slope = tangent.along(d, f_x)
             for refined in (1, 2):
@@ -272,16 +298,19 @@ class BiSLS:
                     h = tangent.hypergradient(f_x, refined)
                     second, momentum, d, e = self.directions(h)
                     slope = tangent.along(d, f_x, refined)
-            a, w = self.search(f, value, slope, tangent, h) if slope > 0 else 0.0, tangent.w
-            self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
+            a, phi = self.search(f, value, slope, tangent, h) if slope > 0 else (0.0, math.nan)
+            w = tangent.w
+            mean = self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
+            self.last = w, float(h @ d)
+            self.pace.search(a, promised, phi, searched)
         self.second, self.momentum = second, momentum
         if a > 0:
             self.x, self.step_size = x.add(e, alpha=-a), a
             if w is not None:
-                self.lower.other, self.lower.x = y, y + torch.lerp(w, self.tangents.corrected, momentum.theta) * a
+                self.lower.other, self.lower.x = y, y + torch.lerp(w, mean.corrected, momentum.theta) * a
 
-    def search(self, f: Function, value: float, slope: float, tangent: Tangent, h: Tensor) -> float:
-        """Return the step, 0 if none passes."""
+    def search(self, f: Function, value: float, slope: float, tangent: Tangent, h: Tensor) -> tuple[float, float]:
+        """Return the step, 0 if none passes, and phi there."""
         x, y, d, w = self.x, self.lower.x, tangent.d, tangent.w
         c = 0.5 if self.previous == 0 else 0.1
 
@@ -291,6 +320,8 @@ class BiSLS:
         ceiling = value / slope / c
         longest = min(ceiling, self.guard.longest(value, h, x))
         first, grow = self.lr or ceiling, 1.2 if self.rejected and self.shortest > 0 else 2.0
+        if self.kept > 0:
+            grow = math.exp((1 + self.kept) * math.log(grow))
         start = min(first if self.previous == 0 else grow * self.previous, longest)
         a, trials = backtrack(phi, value, slope, start, c, tangent.believed)
         if a > 0 and is_start(self.previous, trials, c * a * slope, value):
@@ -302,4 +333,5 @@ class BiSLS:
             self.shortest = 2.0 * a if a > 0 else math.inf
         elif a > 2.0 * self.shortest:
             self.shortest = 0.0 if value - phi(a) >= 0.875 * a * slope else math.inf
-        return a
+        self.kept = 0
+        return a, phi(a)
