@@ -104,6 +104,6 @@ def test_nothing_grows_over_200_iterations() -> None:
         gc.enable()
     assert later <= peak + 0.01
     # Of x: the gradient, the one before and their mean, Adam's second moment, and where the last searched and the last
-    # kept step began. Of y: what the lower search goes back to, the mean of the tangents and the last one, and the point
+    # kept step began. Of y: what the lower search goes back to, the mean of the tangents, the last one, and the point
     # that the next lower step may prefer to the prediction.
     assert held <= 10 + SMALL_THINGS
