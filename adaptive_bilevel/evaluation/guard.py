@@ -171,8 +171,7 @@ class Guard:
 
     def undo(self) -> None:
         """Put everything back to before the block."""
-        origin = self._origin or self._copies
-        if origin:
+        if origin := self._origin or self._copies:
             with torch.no_grad():
                 torch._foreach_copy_(self._tensors, origin)
         self.withdraw()

@@ -22,7 +22,7 @@ from tests.policies.helpers import (
 
 def test_every_outcome_has_its_own_sentence() -> None:
     sentences = [outcome.sentence for outcome in Outcome]
-    assert len(set(sentences)) == len(Outcome) == 9
+    assert len(set(sentences)) == len(Outcome) == 11
     assert [outcome.name for outcome in Outcome] == [
         "accepted",
         "at_bound",
@@ -33,6 +33,8 @@ def test_every_outcome_has_its_own_sentence() -> None:
         "non_finite",
         "below_lower_bound",
         "at_lower_bound",
+        "kept",
+        "undone",
     ]
     for outcome in (Outcome.search_failed, Outcome.no_descent, Outcome.zero_gradient, Outcome.non_finite):
         assert "nothing moved" in outcome.sentence
