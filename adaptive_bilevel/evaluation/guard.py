@@ -161,10 +161,7 @@ class Guard:
                 self._buffers.to_after()
 
     def rewind(self) -> None:
-        """Put buffers and random state back to before the block; those that `mark` named are left behind all the same.
-
-        For the evaluations of another guard inside this block, which are to see what the marked one saw.
-        """
+        """Put buffers and random state back, to be left as `mark` named: for another guard's evaluations in this block."""
         with torch.no_grad():
             self._buffers.to_before()
         self.entry.restore()
