@@ -161,7 +161,7 @@ class Guard:
                 self._buffers.to_after()
 
     def rewind(self) -> None:
-        """Put buffers and random state back, to be left as `mark` named: for another guard's evaluations in this block."""
+        """Put buffers and random state back, to be left as `mark` named: for evaluations of another guard meanwhile."""
         with torch.no_grad():
             self._buffers.to_before()
         self.entry.restore()
