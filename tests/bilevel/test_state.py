@@ -83,7 +83,7 @@ def test_save_load_continue(case: str, lower: str) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_alike(case: str, how: str) -> None:
     # The closures of the copies have other code, so a search would be due in those only.
-    pace = {"pace": "every"} if CASES[case][0] is BiSLS else {}
+    pace: dict[str, Any] = {"pace": "every"} if CASES[case][0] is BiSLS else {}
     point, inner, outer = made(case, "SLS", **pace)
     trace(point, inner, outer, 3)
     whole = (point.x, point.y, inner, outer)
