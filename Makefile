@@ -18,7 +18,7 @@ PIP := pip install --quiet --disable-pip-version-check --constraint constraints.
 INSTALLED := $(VENV)/.installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test lint format types pytest test-jax test-policies test-betty-matrix test-hosts clean
+.PHONY: help env demo bench test lint format types pytest docs pages test-jax test-policies test-betty-matrix test-hosts clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,7 +39,7 @@ demo: $(INSTALLED) ## learn a representation of handwritten digits, with no step
 bench: $(INSTALLED) ## tasks x methods x seeds; ARGS="--quick", ARGS="--task hyper-cleaning --data DIR"
 	OMP_NUM_THREADS=1 $(PY) examples/benchmarks/suite.py $(ARGS)
 
-test: lint types pytest ## all gates: lint, types, doctests, tests
+test: lint types docs pytest ## all gates: lint, types, the site, doctests, tests
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -54,6 +54,18 @@ types: $(INSTALLED) ## mypy: strict on the package, looser on tests
 
 pytest: $(INSTALLED) ## doctests and tests only; ARGS="-k bisls"
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+DOCS := $(VENV)/.docs-$(KEY)
+
+$(DOCS): $(INSTALLED)
+	$(PY) -m $(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS) ## the site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
+pages: $(INSTALLED) ## run the programs of the site's example pages, and write what they print into the pages
+	OMP_NUM_THREADS=1 $(PY) docs/_site/pages.py docs/reading.md docs/examples/[a-z]*_*.md docs/examples/architecture.md
 
 test-jax: $(INSTALLED) ## only the tests on JAX scalars (make test runs them too)
 	$(PY) -m pytest -k jax $(ARGS)
@@ -88,5 +100,5 @@ test-hosts: $(INSTALLED) ## Accelerate, Lightning and higher themselves: install
 	$(PY) -m pytest tests/hosts $(ARGS)
 
 clean: ## remove what these commands made
-	rm -rf $(VENV) .venv-policies-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-policies-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,9 +16,9 @@ from matplotlib import pyplot
 
 from benchmark import Benchmark
 from runs import Method, provenance
+from tables import RESOLVED, text
 
 Row = dict[str, Any]
-RESOLVED = "last_resolved_loss"
 COPIED = ("accuracy", "test_loss", "last_resolved_accuracy", "last_resolved_test_loss")
 
 
@@ -211,23 +211,6 @@ def label(method: Method) -> str:
         shown = method.options
     words = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()]
     return " ".join([method.name, *words])
-
-
-def text(rows: Sequence[Row]) -> str:
-    """The table for a terminal or a page of Markdown."""
-    resolved, accuracy = any(RESOLVED in row for row in rows), any("accuracy" in row for row in rows)
-    head = ["method", "loss", "[min, max]"] + ["F(x)"] * resolved + ["accuracy"] * accuracy
-    lines = [[*head, "diverged", "trials", "failed", "first", "products", "cost", "seconds"]]
-    for row in rows:
-        line = [row["label"], f"{row['median']:.4g}", f"[{row['min']:.4g}, {row['max']:.4g}]"]
-        line += [f"{median(row.get(RESOLVED, [math.nan])):.4g}"] * resolved
-        line += [f"{median(row.get('accuracy', [math.nan])):.3f}"] * accuracy
-        line += [f"{row['diverged']}/{len(row['seeds'])}", f"{row['trials_per_iteration']:.2f}", f"{row['failed']:.2f}"]
-        line += [" ".join(dict.fromkeys(row["first"])), f"{row.get('products_per_iteration', math.nan):.1f}"]
-        lines.append([*line, f"{row['cost_per_iteration']:.1f}", f"{row['seconds']:.2f}"])
-    lines.insert(1, ["-" * len(word) for word in lines[0]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("| " + " | ".join(f"{w:<{n}}" for w, n in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
 def publish(table: Table, name: str, results: Path, source: dict[str, str]) -> None:

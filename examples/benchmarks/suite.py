@@ -23,6 +23,7 @@ import torch
 
 import data
 import report
+import tables
 from benchmark import BENCHMARKS, QUICK, Benchmark
 from grid import best
 from runs import Job, Method, assignments, run
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             methods = [Method.parse(text) for text in options.method]
             jobs = [Job(benchmark.task, benchmark.settings, m, seed) for m in methods for seed in benchmark.seeds]
             table = report.Table(benchmark, *run(jobs, output, folder))
-            print(report.text(table.rows(methods)), flush=True)
+            print(tables.text(table.rows(methods)), flush=True)
             continue
         table = execute(benchmark, output, folder)
         results = options.results or options.output
