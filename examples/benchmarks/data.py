@@ -7,12 +7,18 @@ gzipped. Sparse classification sets are read from ``NAME.npz`` in CSR form (keys
 
 Without a folder, images are scikit-learn's digits and the other sets are generated: enough to run every benchmark, and
 another problem, so results say which it was.
+
+    python examples/benchmarks/data.py --download DIR [--only mnist a9a ...]
+
+fetches MNIST, Fashion-MNIST, a9a and w8a from openml.org into DIR, by scikit-learn. The other sets are not there.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +30,14 @@ from torch import Tensor
 VARIABLE = "ADAPTIVE_BILEVEL_DATA"
 STANDARD = {"mnist": (0.1307, 0.3081), "fashion_mnist": (0.2860, 0.3530)}  # mean, standard deviation of the pixels
 ROWS = 25_000  # of the training images: more are not used
+PARTS = ("train", "test")
 Part = tuple[Tensor, Tensor]
+DOWNLOADS = {  # name on openml.org (version 1), rows for training (the others are for tests), MB to download
+    "mnist": ("mnist_784", 60_000, 15),
+    "fashion_mnist": ("Fashion-MNIST", 60_000, 30),
+    "a9a": ("a9a", 32_561, 1),
+    "w8a": ("w8a", 49_749, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -188,3 +201,52 @@ def _idx(where: Path, name: str, header: int) -> np.ndarray:
 
 def _labels(y: np.ndarray) -> Tensor:
     return torch.from_numpy(y.astype(np.int64))
+
+
+# Downloads.
+
+
+def download(where: Path, names: Sequence[str] = ()) -> None:
+    """Fetch data sets from openml.org into a folder, in the form that is read above; what is there is kept.
+
+    Args:
+        where: the folder, which is made.
+        names: some of `DOWNLOADS`; all of them if empty.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.datasets import fetch_openml
+
+    where.mkdir(parents=True, exist_ok=True)
+    for name in names or DOWNLOADS:
+        title, rows, size = DOWNLOADS[name]
+        files = [where / f"{name}_{part}.npz" for part in PARTS] if name in STANDARD else [where / f"{name}.npz"]
+        if all(file.exists() for file in files):
+            print(f"{name}: already in {where}")
+            continue
+        print(f"{name}: {title} of openml.org, about {size} MB ...", flush=True)
+        bunch = fetch_openml(title, version=1, as_frame=False, parser="liac-arff")
+        parts = slice(0, rows), slice(rows, None)
+        if name in STANDARD:
+            x, y = np.asarray(bunch.data, np.uint8).reshape(-1, 28, 28), np.asarray(bunch.target, np.int64)
+            for file, part in zip(files, parts, strict=True):
+                np.savez_compressed(file, images=x[part], labels=y[part])
+        else:
+            x, y = csr_matrix(bunch.data, dtype=np.float32), np.asarray(bunch.target, np.float64).astype(np.int8)
+            table = {}
+            for prefix, part in zip(PARTS, parts, strict=True):
+                table |= {f"{prefix}_{key}": getattr(x[part], key) for key in ("indptr", "indices", "data", "shape")}
+                table[f"{prefix}_y"] = y[part]
+            np.savez_compressed(files[0], **table)
+        print(f"  wrote {', '.join(file.name for file in files)}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--download", type=Path, metavar="DIR", required=True, help="the folder to fetch into")
+    parser.add_argument("--only", nargs="+", choices=DOWNLOADS, metavar="NAME", default=(), help=", ".join(DOWNLOADS))
+    options = parser.parse_args(arguments)
+    download(options.download, options.only)
+
+
+if __name__ == "__main__":
+    main()
