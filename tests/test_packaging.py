@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -66,6 +67,16 @@ def test_wheel_has_the_listed_packages_and_nothing_else(installed: Path) -> None
     for folder in SHIPPED:
         assert modules(installed / folder.name) == modules(ROOT / folder)
         assert (installed / folder.name / "py.typed").is_file()
+
+
+def test_sdist_has_what_a_checkout_has(tmp_path: Path) -> None:
+    """Enough to run the tests and build the site, and nothing that the commands have made."""
+    run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path), cwd=ROOT)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        top = {Path(name).parts[1] for name in archive.getnames() if len(Path(name).parts) > 1}
+    assert {"adaptive_bilevel", "integrations", "tests", "docs", "examples", "mkdocs.yml", "Makefile"} <= top
+    assert not top & {".venv", "site", "benchmark-runs", "demo.png", "dist", "build"}
 
 
 def test_wheel_imports_outside_the_checkout(installed: Path) -> None:
