@@ -1,10 +1,14 @@
 """Automatic step sizes for bilevel optimization.
 
-Optimizers (they need PyTorch, which is imported when one is first named): `SPSMax`, `DecSPS`, `SPSB` (Polyak steps),
-`SLS`, `SLSB`, `AutoSLS` (line searches), `BiSPS`, `BiSLS` (upper levels; `Box`, `Ball` and `Simplex` constrain them).
-The rules themselves are in `adaptive_bilevel.policies`, hypergradient estimators in `adaptive_bilevel.hypergradient`,
-and the literature's algorithms, to compare with, in `adaptive_bilevel.methods`. `diagnose` says what limits a run,
-`monitor` gives a step as a dict of scalars, and `plot` draws a run.
+* Lower level, and single-level problems: `AutoSLS`, `SLS`, `SLSB` (line searches), `SPSB`, `SPSMax`, `DecSPS` (Polyak
+  steps).
+* Upper level: `BiSLS`, `BiSPS`, `OneStepBiSLS`. `Box`, `Ball` and `Simplex` are constraints.
+* `diagnose` returns what limits a run, `monitor` a step as a dict of scalars, and `plot` draws a run.
+* `hypergradient`: hypergradients, linear solvers, and a check of any hypergradient.
+* `policies`: the rules over scalars, without PyTorch.
+* `methods`: the algorithms of the literature.
+
+PyTorch is imported when an optimizer is first named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The policies as `torch.optim.Optimizer`: one conduct, two directions, Polyak steps and line searches."""
+"""The rules as instances of `torch.optim.Optimizer`: line searches and Polyak steps, and convex sets."""
 
 from .auto_sls import AutoSLS
 from .line_search import SLS, SLSB

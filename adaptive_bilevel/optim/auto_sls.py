@@ -14,36 +14,41 @@ __all__ = ["AutoSLS"]
 
 
 class AutoSLS(LineSearch):
-    """Stochastic line search where samples agree, averaged steps of a found length where they do not: the default.
+    """Line search while samples agree, and averaged steps of an estimated length afterwards: the default lower rule.
 
-    As long as the loss of the next sample begins where that of the last one ended, up to half of the decreases so far,
-    each step is that of `SLS`. From then on (minibatches) the step is lr decay(k) without a search, along the mean of
-    the gradients (for Adam A^{-1} m, as ever), and the parameters hold a mean of the iterates, see
-    `adaptive_bilevel.optim.averaging`: gradients are taken at a point ahead of it, which is the optimizer's own, also
-    between steps. The loss that a step returns is the one there. See `adaptive_bilevel.policies.AutoSLS` for the rule.
-    It costs an evaluation more than `SLS` at its first step, with direction="adam" at each step as long as samples
-    agree; later two evaluations a step, one of them with gradients.
+    The rule has two phases:
+
+    * **Samples agree**: the next samples confirm at least half of the decreases of the searches. Each step is that of
+      `SLS`.
+    * **Samples disagree** (minibatches): the step is lr decay(k), without a search, along the mean of the gradients m
+      (for Adam along A^{-1} m). The parameters hold a mean of the iterates. Gradients are evaluated at another point,
+      which the optimizer stores between steps; ``step`` returns the loss at that point. See
+      `adaptive_bilevel.optim.averaging`.
+
+    `adaptive_bilevel.policies.AutoSLS` has the formulas. The first phase costs one evaluation more than `SLS` at the
+    first step, and with direction="adam" at each step. The second phase costs two evaluations a step, one of them with
+    gradients.
 
     Args:
         params: Parameters or groups.
-        lr: The first trial, and gamma_b,0 > 0 of the bound lr decay(k). Left out, both are found: the longest first
-            step that does not raise the sample's loss, and under "inverse_sqrt" and "inverse_cbrt" the bound is
-            estimated anew at each step after that (`adaptive_bilevel.policies.distance`).
+        lr: The first trial, and gamma_b,0 > 0 in the bound lr decay(k). If None, both are estimated. The first step is
+            then the longest one that does not raise the sample's loss. With decay="inverse_sqrt" and "inverse_cbrt",
+            the bound is estimated again at each later step (`adaptive_bilevel.policies.distance`).
         decay: "constant", "inverse_sqrt", "inverse_cbrt", "inverse" or a callable k -> factor.
         c: Armijo constant, in (0, 1).
-        shrink: w, factor between two trials, in (0, 1).
-        grow: eta >= 1 of reset="grow".
-        reset: "initial", "keep" or "grow".
-        slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of the loss; None if there is none.
-        max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
-        direction: "sgd" or "adam".
-        betas: Adam's decay constants. The mean of plain gradients has the first one's default.
+        shrink: w, the factor from a rejected trial to the next one, in (0, 1).
+        grow: eta >= 1, the factor of reset="grow".
+        reset: How a search begins: "initial" (lr), "keep" (the last step) or "grow" (eta times the last step).
+        slack: delta >= 0, the increase of the loss that a trial may have.
+        lower_bound: A lower bound of the loss, or None if there is none.
+        max_trials: Number of trials after which a search fails. If None, it fails at 1e-12 of its first trial.
+        direction: "sgd", "adam", or a `Direction`.
+        betas: Adam's decay constants. With direction="sgd", the mean of the gradients uses the default of the first.
         eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+        max_skips: `NonFiniteError` is raised after so many non-finite losses or gradients in a row.
 
     Raises:
-        OptionError: An option is out of range (also a ValueError).
+        OptionError: An option is out of range. It is also a ValueError.
 
     >>> import torch
     >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))

@@ -31,7 +31,7 @@ __all__ = ["SLS", "SLSB", "LineSearch"]
 
 
 class LineSearch(AveragedSearch):
-    """The step that the searches share. Abstract: `SLS`, `SLSB`, and a host's optimizers derive from it."""
+    """The ``step`` of all line searches. Abstract base class of `SLS`, `SLSB` and the optimizers of hosts."""
 
     def _check_lr(self, lr: float | None) -> None:
         super()._check_lr(lr)
@@ -40,18 +40,18 @@ class LineSearch(AveragedSearch):
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, step_closure: Closure | None = None, lower_bound: float | None = None
     ) -> Tensor:
-        """Search a step on the closure's sample, take it, and return the loss before it.
+        """Search a step on the closure's sample, take it, and return the loss before the step.
 
         Args:
-            closure: Returns the loss of one sample; it is evaluated once with gradients, and once per trial.
-            step_closure: The 2-sample form: the step is searched on this closure's loss and gradient, and taken along
-                the gradient of `closure`.
-            lower_bound: Overrides the option for this sample.
+            closure: Returns the loss of one sample. It is evaluated once with gradients, and once for each trial.
+            step_closure: A second sample. The step is searched on the loss and gradient of this closure, and taken
+                along the gradient of `closure`.
+            lower_bound: Overrides the option `lower_bound` for this sample.
 
         Raises:
-            ClosureError: No closure, or it does not return an attached scalar.
+            ClosureError: There is no closure, or it does not return a scalar that requires a gradient.
             TensorError: A gradient is sparse.
-            NonFiniteError: max_skips steps in a row were not finite.
+            NonFiniteError: The loss or a gradient was not finite in max_skips steps in a row.
         """
         if self._is_prepared_only(closure):
             return torch.zeros(())
@@ -63,7 +63,7 @@ class LineSearch(AveragedSearch):
     def advance(
         self, closure: Closure | None, *, step_closure: Closure | None = None, lower_bound: float | None = None
     ) -> Tensor:
-        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
+        """Do what `step` does, without torch's hooks. For hosts whose own step has hooks."""
         owner = type(self).__name__
         closure = require_closure(owner, closure)
         lower_bound = self._sample_bound(lower_bound)
@@ -172,28 +172,29 @@ class LineSearch(AveragedSearch):
 class SLS(LineSearch):
     """Stochastic line search: the largest tried step with sufficient decrease on the sample, eq. (8).
 
-    Takes the first of start, start w, start w^2, ... with f_i(x - step d) <= f_i(x) - c step <grad f_i, d> + slack.
-    See `adaptive_bilevel.policies.SLS` for the rule.
+    The step is the first of start, start w, start w^2, ... with f_i(x - step d) <= f_i(x) - c step <grad f_i, d> +
+    slack. `adaptive_bilevel.policies.SLS` has the rule.
 
     Args:
         params: Parameters or groups.
-        lr: The first trial of the first search, > 0. Left out: (f - lower_bound)/(c slope) at the first step, the
-            longest step that could pass. Later searches grow beyond it unless `max_step` says otherwise.
+        lr: The first trial of the first search, > 0. If None, it is (f - lower_bound)/(c slope) at the first step: no
+            longer step can pass. Later searches may grow beyond it, up to `max_step`.
         c: Armijo constant, in (0, 1).
-        shrink: w, factor between two trials, in (0, 1).
-        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
-        reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
-        slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of the loss; None if there is none.
-        max_step: No trial is above it.
-        max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
-        direction: "sgd", or "adam" (search along A^{-1} g, step along A^{-1} m).
+        shrink: w, the factor from a rejected trial to the next one, in (0, 1).
+        grow: eta >= 1, the factor of reset="grow".
+        reset: How a search begins: "initial" (lr), "keep" (the last step) or "grow" (eta times the last step). These
+            are options 1, 2 and 3 of Algorithm 3.
+        slack: delta >= 0, the increase of the loss that a trial may have.
+        lower_bound: A lower bound of the loss, or None if there is none.
+        max_step: The largest trial, or None for no limit.
+        max_trials: Number of trials after which a search fails. If None, it fails at 1e-12 of its first trial.
+        direction: "sgd", "adam" (the search is along A^{-1} g, the step along A^{-1} m), or a `Direction`.
         betas: Adam's decay constants.
         eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+        max_skips: `NonFiniteError` is raised after so many non-finite losses or gradients in a row.
 
     Raises:
-        OptionError: An option is out of range (also a ValueError).
+        OptionError: An option is out of range. It is also a ValueError.
 
     >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
     >>> optimizer = SLS([x])
@@ -238,28 +239,33 @@ class SLS(LineSearch):
 class SLSB(LineSearch):
     """Stochastic line search under a decaying bound: step_k <= lr decay(k), eq. (8) with gamma_b,k.
 
-    Options as in `SLS`, with:
-
     Args:
         params: Parameters or groups.
-        lr: gamma_b,0 > 0, the bound. Left out, it is found: under "inverse_sqrt" from the longest first step that does
-            not raise the sample's loss, and estimated anew at each step after that
-            (`adaptive_bilevel.policies.distance`), under other schedules once, at the first.
-        decay: "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
-        c: Armijo constant, in (0, 1).
-        shrink: w, factor between two trials, in (0, 1).
-        grow: eta >= 1 of reset="grow".
-        reset: "initial", "keep" or "grow".
-        slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of the loss; None if there is none.
-        max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
-        direction: "sgd" or "adam".
-        betas: Adam's decay constants.
-        eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+        lr: gamma_b,0 > 0, the bound. If None, it is estimated at the first step, from the longest step that does not
+            raise the sample's loss. With decay="inverse_sqrt", it is estimated again at each later step
+            (`adaptive_bilevel.policies.distance`).
+        decay: Schedule of the bound: "constant", "inverse_sqrt", "inverse", or a callable k -> factor.
+        c: As in `SLS`.
+        shrink: As in `SLS`.
+        grow: As in `SLS`.
+        reset: As in `SLS`; "initial" begins at the bound.
+        slack: As in `SLS`.
+        lower_bound: As in `SLS`.
+        max_trials: As in `SLS`.
+        direction: As in `SLS`.
+        betas: As in `SLS`.
+        eps: As in `SLS`.
+        max_skips: As in `SLS`.
 
     Raises:
-        OptionError: An option is out of range (also a ValueError).
+        OptionError: An option is out of range. It is also a ValueError.
+
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
+    >>> optimizer = SLSB([x])
+    >>> for _ in range(60):
+    ...     loss = optimizer.step(lambda: (x**2 * torch.tensor([1.0, 10.0])).sum())
+    >>> bool(loss < 1e-6)
+    True
     """
 
     def __init__(

@@ -26,7 +26,7 @@ __all__ = ["SPSB", "DecSPS", "DecreasingPolyak", "Polyak", "SPSMax"]
 
 
 class Polyak(PolyakOptimizer):
-    """The ``step`` that the single-level rules share. Abstract: the rules, and a host's optimizers derive from it."""
+    """The ``step`` of all Polyak rules. Abstract base class of the rules and of the optimizers of hosts."""
 
     def step(  # type: ignore[override]
         self,
@@ -36,20 +36,21 @@ class Polyak(PolyakOptimizer):
         step_closure: Closure | None = None,
         lower_bound: float | None = None,
     ) -> Tensor | float:
-        """Take one step and return the loss before it.
+        """Take one step and return the loss before the step.
 
         Args:
-            closure: Returns the loss of one sample; evaluated once, with gradients. Where lr was left out, the first
-                step also tries how long it may be: each trial is one more evaluation, without gradients.
-            loss: In the place of a closure: the loss whose gradient is in ``.grad`` already.
-            step_closure: The 2-sample form: loss and gradient of this closure give the step size, the gradient of
-                `closure` the direction.
-            lower_bound: Overrides the option for this sample.
+            closure: Returns the loss of one sample. It is evaluated once, with gradients. If lr is None, the first step
+                also searches its bound; each trial is one more evaluation, without gradients.
+            loss: The loss whose gradient is already in ``.grad``, in place of a closure.
+            step_closure: A second sample. The loss and gradient of this closure give the step size; the gradient of
+                `closure` gives the direction.
+            lower_bound: Overrides the option `lower_bound` for this sample.
 
         Raises:
-            ClosureError: Neither closure nor loss, or the closure does not return an attached scalar.
+            ClosureError: There is neither a closure nor a loss, or the closure does not return a scalar that requires a
+                gradient.
             TensorError: A gradient is sparse.
-            NonFiniteError: max_skips steps in a row were not finite.
+            NonFiniteError: The loss or a gradient was not finite in max_skips steps in a row.
         """
         if loss is None and self._is_prepared_only(closure):
             return 0.0
@@ -66,7 +67,7 @@ class Polyak(PolyakOptimizer):
         step_closure: Closure | None = None,
         lower_bound: float | None = None,
     ) -> Tensor | float:
-        """Do what `step` does, without torch's hooks around it: for hosts, whose own step is hooked already."""
+        """Do what `step` does, without torch's hooks. For hosts whose own step has hooks."""
         owner = type(self).__name__
         lower_bound = self._sample_bound(lower_bound)
         params = self._parameters()
@@ -124,21 +125,21 @@ class SPSMax(Polyak):
 
     Args:
         params: Parameters or groups.
-        lr: gamma_b > 0, the bound. Left out, it is found: at the first step, the longest one that does not raise the
-            sample's loss; under "inverse_sqrt" estimated anew at each step after that
+        lr: gamma_b > 0, the bound. If None, it is estimated: at the first step, it is the longest step that does not
+            raise the sample's loss. With decay="inverse_sqrt", it is estimated again at each later step
             (`adaptive_bilevel.policies.distance`).
-        c: c > 0; 1 in the experiments, 1/2 in the theorems.
-        lower_bound: l, any lower bound of the loss, e.g. 0 for cross-entropy; None: to be given at each step.
-        decay: Schedule of the bound, "constant", "inverse_sqrt", "inverse" or a callable k -> factor.
-        floor: No step is shorter (unless the bound is), eqs. (9) and (10).
+        c: c > 0; 1 in the paper's experiments, 1/2 in its theorems.
+        lower_bound: l, a lower bound of the loss, for example 0 for cross-entropy. If None, give it to each ``step``.
+        decay: Schedule of the bound: "constant", "inverse_sqrt", "inverse", or a callable k -> factor.
+        floor: The smallest step, as far as the bound allows it, eqs. (9) and (10).
         floor_decay: Schedule of the floor.
-        direction: "sgd", or "adam" (slope in Adam's metric).
+        direction: "sgd", "adam" (the slope is then that of Adam's metric), or a `Direction`.
         betas: Adam's decay constants.
         eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+        max_skips: `NonFiniteError` is raised after so many non-finite losses or gradients in a row.
 
     Raises:
-        OptionError: An option is out of range (also a ValueError).
+        OptionError: An option is out of range. It is also a ValueError.
 
     >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
     >>> optimizer = SPSMax([x], lr=1.0)
@@ -171,7 +172,15 @@ class SPSMax(Polyak):
 class SPSB(Polyak):
     """SPSB: step_k = min{(f_i - lower_bound) / (c ||grad f_i||^2), lr decay(k)}, eq. (7).
 
-    Options as in `SPSMax`; the bound decays as 1/sqrt(k+1) ("inverse" for strongly convex problems).
+    The options are those of `SPSMax`. The bound decays as 1/sqrt(k+1) by default; decay="inverse" is for strongly
+    convex problems.
+
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
+    >>> optimizer = SPSB([x], lr=1.0)
+    >>> for _ in range(10):
+    ...     loss = optimizer.step(lambda: 0.5 * (x**2).sum())
+    >>> bool(loss < 1e-3)
+    True
     """
 
     def __init__(
@@ -195,7 +204,7 @@ class SPSB(Polyak):
 
 
 class DecreasingPolyak(Polyak):
-    """The ``step`` of `DecSPS`, whose bound is the last step. Abstract, as `Polyak`."""
+    """The ``step`` of `DecSPS`, whose bound is the last step. Abstract base class."""
 
     _absent = (*AdaptiveOptimizer._absent, "decay")
 
@@ -211,20 +220,20 @@ class DecreasingPolyak(Polyak):
 class DecSPS(DecreasingPolyak):
     """DecSPS: step_k = (1/c_k) min{(f_i - lower_bound) / ||grad f_i||^2, c_{k-1} step_{k-1}}, eq. (6).
 
-    c_k = c sqrt(k+1), so the step never grows.
+    With c_k = c sqrt(k+1), the step never grows.
 
     Args:
         params: Parameters or groups.
-        lr: gamma_b,0 > 0, the first bound. Left out, it is found at the first step.
+        lr: gamma_b,0 > 0, the first bound. If None, it is estimated at the first step.
         c: c > 0.
-        lower_bound: l, any lower bound of the loss; None: to be given at each step.
-        direction: "sgd" or "adam".
+        lower_bound: l, a lower bound of the loss. If None, give it to each ``step``.
+        direction: "sgd", "adam", or a `Direction`.
         betas: Adam's decay constants.
         eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+        max_skips: `NonFiniteError` is raised after so many non-finite losses or gradients in a row.
 
     Raises:
-        OptionError: An option is out of range (also a ValueError).
+        OptionError: An option is out of range. It is also a ValueError.
     """
 
     def __init__(

@@ -24,11 +24,11 @@ Projection = Callable[[Sequence[Tensor]], Any]
 
 @dataclass(frozen=True)
 class Box:
-    """low <= x <= high, elementwise.
+    """The box low <= x <= high, elementwise.
 
     Args:
-        low: Lower end, -inf for none.
-        high: Upper end, inf for none; above `low`.
+        low: Lower end; -inf for none.
+        high: Upper end, above `low`; inf for none.
 
     Raises:
         OptionError: The box is empty.
@@ -55,10 +55,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Ball:
-    """||x|| <= radius, the Euclidean norm over all tensors together.
+    """The ball ||x|| <= radius. The norm is Euclidean, over all tensors together.
 
     Args:
-        radius: > 0.
+        radius: Radius, > 0.
 
     Raises:
         OptionError: radius is not a positive number.
@@ -81,14 +81,14 @@ class Ball:
 
 @dataclass(frozen=True)
 class Simplex:
-    """x >= 0 with sum `total` along the last dimension, the Euclidean projection.
+    """The simplex: x >= 0, with sum `total` along the last dimension. The projection is Euclidean.
 
     Args:
-        total: The sum, > 0.
+        total: Sum, > 0.
 
     Raises:
         OptionError: total is not positive.
-        TensorError: When it is called: a tensor has no dimension.
+        TensorError: A tensor that is projected has no dimension.
 
     >>> x = torch.tensor([0.5, 0.8, -1.0])
     >>> Simplex()([x]); x
@@ -102,7 +102,7 @@ class Simplex:
         validation.positive("Simplex", "total", self.total, below_infinity=True)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Project in place: x <- max(x - t, 0) with the t that gives the sum (by sorting)."""
+        """Project in place: x <- max(x - t, 0), where t gives the sum."""
         if any(x.dim() == 0 for x in tensors):
             raise TensorError(
                 f"Simplex(total={self.total:g}): a tensor to be projected has shape (), and the sum is taken along the "
