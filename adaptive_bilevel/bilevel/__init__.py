@@ -1,31 +1,30 @@
-"""The upper level of a bilevel problem: `BiSLS`, `BiSPS` and the paper's own search, `OneStepBiSLS`.
+"""The upper level of a bilevel problem: `BiSLS`, `BiSPS`, and the search of the papers, `OneStepBiSLS`.
 
-An upper search is a composition of roles. Each answers one question of the step, in this order:
+An upper search is a composition of roles, called in this order:
 
 ```python
 point = evaluate(upper)                       # f, f_x, f_y, and h from .grad
 path  = direction(point.h)                    # x - a d, cut by the convex set if there is one
 model = response(path, point)                 # y + a w, slope s
-found = search(policy, path, model, check)    # or none is due: the pace decides
+found = search(policy, path, model, check)    # unless the pace gives a step
 taken = momentum(path, found)
-prediction(lower, model, taken)               # what the next lower loop is offered
+prediction(lower, model, taken)               # where the next lower loop begins
 ```
 
 | role | question | option | implementations |
 |---|---|---|---|
-| Direction | along what? | ``direction`` | `Plain`, `AdamMetric` |
-| Response | how does y answer? | ``response`` | `Tangent`; `OneMoreStep` in `OneStepBiSLS` |
+| Direction | along which direction? | ``direction`` | `Plain`, `AdamMetric` |
+| Response | how does y respond? | ``response`` | `Tangent`; `OneMoreStep` in `OneStepBiSLS` |
 | ModelCheck | how far does the model hold? | ``curvature`` | `CurvatureCheck`, `NoCheck` |
-| Pace | is a search due? | ``pace`` | `AsLengthsAgree`, `EveryStep` |
-| Momentum | what is stepped along? | ``momentum`` | `Predictive`, `Full`, `Certified` |
-| Prediction | does y move along? | ``carry`` | `Offered`, `Always`, `Never` |
+| Pace | search in this step? | ``pace`` | `AsLengthsAgree`, `EveryStep` |
+| Momentum | which direction does the step take? | ``momentum`` | `Predictive`, `Full`, `Certified` |
+| Prediction | does y move with x? | ``carry`` | `Offered`, `Always`, `Never` |
 | Diagnosis | what limits this run? | attribute ``diagnosis`` | `SlopeDiagnosis` |
 
-**A role of your own** is a class with ``init()``, which returns the state before the first step, ``propose(context,
-state)``, which returns the answer, and ``commit(context, answer, state)``, which returns what is new in the state after
-the step. Pass an object of it where the option takes a name. The protocols, and what each is given, are in `roles`; the
-state is a `RoleState` of plain numbers and tensors, which ``state_dict`` saves. A heavy ball with a fixed weight in the
-place of the mean of hypergradients:
+**Your own role** is a class with three methods. ``init()`` returns the state before the first step, ``propose(context,
+state)`` the answer, and ``commit(context, answer, state)`` the changes of the state after the step. Pass an instance to
+the option. `roles` has the protocols. The state is a `RoleState` of plain numbers and tensors, which ``state_dict``
+saves. This example is a heavy ball with a fixed weight, in place of the mean of hypergradients:
 
 >>> import torch
 >>> from adaptive_bilevel import BiSLS
@@ -51,9 +50,10 @@ place of the mean of hypergradients:
 >>> bool(abs(x) < 1e-3)
 True
 
-Hosts that hold the lower variables elsewhere than in torch optimizers pass a `Lower` as ``lower=``; hosts that evaluate
-the upper loss themselves pass an `adaptive_bilevel.evaluation.Objective` as the closure. Hosts that need optimizers of
-their own class derive from `UpperSearch`, `OneStepSearch` and `UpperPolyak`, which have the steps but no constructor.
+For hosts: pass a `Lower` as ``lower=`` if the lower variables are not in torch optimizers. Pass an
+`adaptive_bilevel.evaluation.Objective` as the closure if the host evaluates the upper loss. `UpperSearch`,
+`OneStepSearch` and `UpperPolyak` are base classes for optimizers of the host's own class; they have the steps, but no
+constructor.
 """
 
 from ..optim.direction import Descent, Direction, Gradient

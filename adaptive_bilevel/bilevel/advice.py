@@ -1,4 +1,4 @@
-"""`diagnose`: what limits a run, in sentences, from what an optimizer remembers of its last steps."""
+"""`diagnose`: sentences on what limits a run, from an optimizer's record of its last steps."""
 
 from __future__ import annotations
 
@@ -82,20 +82,21 @@ _SOLVES = {
 
 
 def diagnose(optimizer: Any) -> list[str]:
-    """Return sentences on what limits a run, each with a remedy, from the last 50 steps; an empty list if nothing does.
+    """Return sentences on what limits a run, each with a remedy. The list is empty if nothing limits it.
 
-    Counted are failed searches and other steps that moved nothing, steps at their bound, many trials, solves that met
-    negative curvature or a singular Hessian, slopes that disagree with the hypergradient, losses that rise from step
-    to step, closures that change at the same point, steps below rounding, and, of an upper optimizer, the same of its
-    lower optimizers and whether they are far from their solution. On an accelerator, this waits for the device; no
-    loss is evaluated. What is remembered is not in ``state_dict``.
+    The sentences are from the last 50 steps. They report failed searches and other steps that moved nothing, steps at
+    their bound, many trials, solves at negative curvature or at a singular Hessian, slopes that disagree with the
+    hypergradient, losses that rise from step to step, closures that change at the same point, and steps below rounding.
+    For an upper optimizer, they also report on its lower optimizers, and whether these are far from their solution.
+
+    No loss is evaluated. On an accelerator, the call waits for the device. The history is not in ``state_dict``.
 
     Args:
         optimizer: An optimizer of this package, or an object whose ``optimizer`` is one (an `UpperStep` of TorchOpt, a
             problem of Betty, what a trainer has wrapped around one).
 
     Raises:
-        OptionError: It is something else.
+        OptionError: `optimizer` is neither.
 
     >>> import torch
     >>> from adaptive_bilevel import SLS, diagnose

@@ -37,7 +37,7 @@ __all__ = ["BiSLS", "UpperSearch"]
 
 
 class UpperSearch(SearchingOptimizer):
-    """An upper search with roles that its options name. Abstract: `BiSLS`, and a host's optimizers derive from it."""
+    """An upper search whose options name its roles. Abstract base class of `BiSLS` and the optimizers of hosts."""
 
     options: RoleOptions
 
@@ -47,7 +47,7 @@ class UpperSearch(SearchingOptimizer):
         """P of the tangent."""
 
     def _follow(self, level: Lower) -> None:
-        """Take a lower level, whose hypergradients leave their inverse for the next step from now on."""
+        """Set the lower level. Its hypergradients share their products with the next upper step."""
         super()._follow(level)
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())
@@ -93,52 +93,52 @@ class UpperSearch(SearchingOptimizer):
 class BiSLS(UpperSearch):
     """BiSLS: a line search at the upper level, for code that already computes hypergradients.
 
-    `.grad` of the upper parameters holds the hypergradient h when ``step(upper_closure)`` is called. The step searches
-    the largest tried a with phi(a) <= f(x, y) - c a s (+ slack), along d = h or Adam's A^{-1} h, where phi(a) =
-    f(x - a d, y + a w) follows the lower solution along its tangent: w = P C^T d, s = <f_x, d> - <f_y, w>.
+    ``.grad`` of the upper parameters holds the hypergradient h when ``step(upper_closure)`` is called. The search
+    accepts a step a if phi(a) <= f(x, y) - c a s + slack. Here d is h, or A^{-1} h in Adam's metric A, and
+    phi(a) = f(x - a d, y + a w) follows the lower solution along its tangent: w = P C^T d, s = <f_x, d> - <f_y, w>.
+    C is grad^2_xy g, and P approximates the inverse of grad^2_yy g.
 
     Args:
         params: Upper parameters or groups.
-        lr: The first trial of the first search, > 0. Left out: (f - lower_bound)/(c s), the longest step that could
-            pass; it caps every later search too.
+        lr: The first trial of the first search, > 0. If None, it is (f - lower_bound)/(c s), which no step that passes
+            exceeds. It then also caps later searches.
         lower: The optimizer of the lower level (any torch optimizer), a list of them (several children, a meta-batch of
-            tasks), a `Lower`, or None if f does not depend on a lower variable, or each step is given one.
-        hypergradient: Where h comes from: None (``.grad``), `adaptive_bilevel.hypergradient.implicit` or another
-            function of its first four arguments, `Implicit(solver)`, or "direct": the gradient of the upper loss
-            itself, whose closure runs the inner loop. See `adaptive_bilevel.bilevel.source`.
-        direction: "sgd", "adam" (BiSLS-Adam: search along A^{-1} h, step along A^{-1} m), or a `Direction`.
-        momentum: Whether the step is along the mean of the hypergradients (searched is always along the last one).
-            "auto": as far as that mean predicts the next one. False: every step is one that the search has certified,
-            so that F cannot rise where y and the hypergradient are exact. Or a `Momentum`. A direction of the user's
-            has a momentum of its own. See `adaptive_bilevel.bilevel.momentum`.
-        response: How y answers: "tangent", or a `Response`. See `adaptive_bilevel.bilevel.response`.
-        solver: P of the tangent; give the one that the hypergradient uses. For `Identity` and a random draw, which do
-            not know how far they are from the inverse, P is `CG` instead where d descends along its tangent.
-        carry: Whether y moves along to y + a w. "auto": it does, and the next lower step keeps the share of that which
-            is best along it on the mean of the samples so far (`adaptive_bilevel.optim.warm_start`; lower optimizers of
-            this package; for others False). Or a `Prediction`.
-        curvature: A step is also rejected if the lower gradient changed (smoothly) by more than
-            curvature * (a ||C^T d|| + ||grad_y g||), which it does where the tangent does not hold; with `Lanczos`
-            and `CG`, unless f corrected for that change passes the test of decrease too. Where a sample supports a
-            part of x only, it counts for less (`adaptive_bilevel.bilevel.sample_support`). inf: no such test. Or a
-            `ModelCheck`. See
+            tasks), a `Lower`, or None. None is for an f that does not depend on a lower variable, and for a lower level
+            that each ``step`` is given.
+        hypergradient: Source of h: None (``.grad``), `adaptive_bilevel.hypergradient.implicit` or another function of its
+            first four arguments, `Implicit(solver)`, or "direct" (the gradient of the upper loss, whose closure runs the
+            inner loop). See `adaptive_bilevel.bilevel.source`.
+        direction: "sgd", "adam" (the search is along A^{-1} h, the step along A^{-1} m), or a `Direction`.
+        momentum: How much of the mean of the hypergradients the step contains. The search is always along the last
+            hypergradient. "auto": as much as predicts the next hypergradient. True: the mean. False: nothing, so that
+            the search certifies every step, and F cannot rise if y and the hypergradient are exact. Or a `Momentum`.
+            A `Direction` has its own momentum. See `adaptive_bilevel.bilevel.momentum`.
+        response: How y answers to a move of x: "tangent", or a `Response`. See `adaptive_bilevel.bilevel.response`.
+        solver: P of the tangent. Give the solver of the hypergradient. `Identity` and a random draw do not estimate
+            their error; `CG` replaces them if d descends along its tangent.
+        carry: Whether y moves to y + a w. "auto": it does, and the next lower step keeps the share of the move that is
+            best on the mean of the samples so far (`adaptive_bilevel.optim.warm_start`). Only lower optimizers of this
+            package support this; with others, y stays. True, False, or a `Prediction`.
+        curvature: Tolerance of the check of the tangent. A step is rejected if the smooth part of the change of the
+            lower gradient exceeds curvature * (a ||C^T d|| + ||grad_y g||). With `Lanczos` and `CG`, it passes if f,
+            corrected for that change, still decreases enough. The tolerance grows if a sample supports a part of x only
+            (`adaptive_bilevel.bilevel.sample_support`). inf: no check. Or a `ModelCheck`. See
             `adaptive_bilevel.bilevel.model_check`.
-        project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of it is projected first, the
-            search stays in it, and parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
-        pace: Whether a search is due. "auto": as rarely as the lengths that searches find agree; a step in between has
-            the last length or a shorter one, takes one value of f, and is undone if f then says so (with
-            momentum=False, every step is searched). "every": in every step. Or a `Pace`. See
-            `adaptive_bilevel.bilevel.pace`.
-        search: A policy, `policies.GuardedSLS`, `policies.SLS` (without that guard) or `policies.SLSB`, in the place of
-            the options c to max_trials.
-        **options: Of the search, `policies.GuardedSLS`: c (Armijo constant, in (0, 1); left out: .1; .5 for "sgd" with
-            momentum=False), shrink, grow (until a trial has been rejected, 1/shrink), reset, slack, lower_bound,
-            max_step, max_trials; products: how those with the lower Hessian are taken, "autograd", "difference" (of two
-            gradients each, for losses without second derivatives) or "auto" (by differences where autograd has none,
-            which is said once); and betas, eps (Adam's constants; betas[0] also is the decay of all means), max_skips.
+        project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of the set is projected
+            first. Parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
+        pace: When to search. "auto": as rarely as the lengths that searches find agree. A step in between has the last
+            length or a shorter one, evaluates f once, and is undone if f then disagrees (with momentum=False, every
+            step is searched). "every": in each step. Or a `Pace`. See `adaptive_bilevel.bilevel.pace`.
+        search: The policy of the search, in place of the options c to max_trials: `policies.GuardedSLS` (the default),
+            `policies.SLS` (without the guard) or `policies.SLSB`.
+        **options: Options of `policies.GuardedSLS`: c (in (0, 1); .1 by default, .5 for "sgd" with momentum=False),
+            shrink, grow (1/shrink until a trial has been rejected), reset, slack, lower_bound, max_step, max_trials.
+            Also products, how products with the lower Hessian are computed: "autograd", "difference" (of two gradients
+            each, for losses without second derivatives) or "auto" (by differences if autograd has none, with one
+            warning). Also betas and eps (Adam's constants; betas[0] is the decay of all means) and max_skips.
 
     Raises:
-        OptionError: An option is out of range, or does not apply (also a ValueError).
+        OptionError: An option is out of range, or does not apply. It is also a ValueError.
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
 
     >>> import torch
@@ -247,5 +247,5 @@ def _checked_solver(solver: LinearSolver | None, response: str | Response) -> Li
 
 
 def _mixing(direction: str | Direction, momentum: Any) -> Any:
-    """Return the momentum in force; a direction of the user's brings its own."""
+    """Return the momentum in force; a user's `Direction` has its own."""
     return False if momentum == "auto" and not isinstance(direction, str) else momentum

@@ -42,13 +42,13 @@ class _Floor:
 
 
 class UpperPolyak(UpperOptimizer, PolyakOptimizer):
-    """The step of `BiSPS`. Abstract: `BiSPS`, and a host's optimizers derive from it."""
+    """The step of `BiSPS`. Abstract base class of `BiSPS` and the optimizers of hosts."""
 
     _absent = (*PolyakOptimizer._absent, "floor", "floor_decay")
     floor: _Floor
 
     def bind(self, lower: Any) -> None:
-        """Set the lower level, whose Polyak rules count the iterations of this one from now on."""
+        """Set the lower level. The clock of its Polyak rules is then the number of upper iterations."""
         super().bind(lower)
         for optimizer in self._clocked():
             optimizer.set_clock(max(optimizer.clock, 0))
@@ -71,24 +71,23 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         lower: Any = None,
         hypergradient: Any = None,
     ) -> Tensor | float:
-        """Take one upper step along the hypergradient, and return the upper loss before it.
+        """Take one upper step along the hypergradient, and return the upper loss before the step.
 
         Args:
-            upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient; evaluated once, without
-                gradients.
-            lower_closure: Returns the lower loss, for the first step where lr was left out (its gradients are evaluated
-                three times, or more). Left out: the last closure that the lower optimizer stepped on. Later steps do
-                not use it: the rule needs no response.
-            closure: Another name of `upper_closure`, that of torch's optimizers.
-            loss: In the place of a closure: that loss.
-            lower_bound: Overrides the option for this sample.
+            upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient. It is evaluated once,
+                without gradients.
+            lower_closure: Returns the lower loss. Only the first step uses it, if lr is None; it evaluates the gradient
+                at least three times. By default, the last closure of the lower optimizer.
+            closure: Another name of `upper_closure`, as in `torch.optim`.
+            loss: The upper loss, in place of a closure.
+            lower_bound: Overrides the option `lower_bound` for this sample.
             lower: As in `BiSLS`: (tensors, loss) of functional code.
             hypergradient: As in `BiSLS`: tensors, or an estimator for this step.
 
         Raises:
             HypergradientError: No upper parameter has a .grad, or the hypergradient does not fit.
-            ClosureError: Neither closure nor loss.
-            NonFiniteError: max_skips steps in a row were not finite.
+            ClosureError: There is neither a closure nor a loss.
+            NonFiniteError: The loss or a gradient was not finite in max_skips steps in a row.
         """
         upper_closure = self._one_closure(upper_closure, closure)
         if loss is None and self._is_prepared_only(upper_closure):
@@ -159,30 +158,47 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
 class BiSPS(UpperPolyak):
     """BiSPS: alpha_k = min{max{alpha_l,k, (f - lower_bound) / (c ||h||^2)}, alpha_b,k}, x <- x - alpha_k h, eq. (12).
 
-    `.grad` of the upper parameters holds the hypergradient h when `step` is called.
+    ``.grad`` of the upper parameters holds the hypergradient h when ``step`` is called.
 
     Args:
         params: Upper parameters or groups.
-        lr: alpha_b,0 > 0, the bound. Left out, it is found: at the first step it is Polyak's, or so much shorter that
-            the lower gradient, which changes with x, changes by at most 4 times what it does at half of the step (a
-            parameter that is a logarithm is not thrown far off); under "inverse_sqrt" it is estimated anew at each
-            step after that (`adaptive_bilevel.policies.distance`).
-        lr_min: alpha_l,0 >= 0, the floor; it decays like the bound.
+        lr: alpha_b,0 > 0, the bound. If None, it is estimated. At the first step, it is Polyak's step, shortened until
+            the change of the lower gradient is at most 4 times that at half of the step; this keeps logarithms in
+            range. With decay="inverse_sqrt", it is estimated again at each later step
+            (`adaptive_bilevel.policies.distance`).
+        lr_min: alpha_l,0 >= 0, the floor. It decays as the bound does.
         hypergradient: As in `BiSLS`.
-        lower: The lower optimizer, or a list; if it is a Polyak rule of this package, its bound beta_b,k decays with
-            the upper iterations and is constant within one.
+        lower: The lower optimizer, or a list. If it is a Polyak rule of this package, its bound beta_b,k decays with
+            the upper iterations, and is constant within one.
         c: c > 0.
-        lower_bound: A lower bound of f over both variables, e.g. 0. (A bound for the present y makes every step 0.)
-            None: to be given at each step, and lr here; for losses without a bound, use `BiSLS`.
-        decay: Schedule of bound and floor.
-        direction: "sgd" or "adam".
+        lower_bound: A lower bound of f over both variables, for example 0. The minimum over x at the present y is not
+            one: every step would be 0. If None, give it to each ``step``, and lr here. For losses without a lower
+            bound, use `BiSLS`.
+        decay: Schedule of bound and floor: "constant", "inverse_sqrt", "inverse", or a callable k -> factor.
+        direction: "sgd", "adam", or a `Direction`.
         betas: Adam's decay constants.
         eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+        max_skips: `NonFiniteError` is raised after so many non-finite losses or gradients in a row.
 
     Raises:
-        OptionError: An option is out of range (also a ValueError).
+        OptionError: An option is out of range. It is also a ValueError.
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
+
+    >>> import torch
+    >>> from adaptive_bilevel import SLS
+    >>> from adaptive_bilevel.hypergradient import assign, implicit
+    >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    >>> f = lambda: ((y - 1) ** 2 / 2 + x**2 / 20).sum()
+    >>> g = lambda: ((y - x / 2) ** 2).sum()
+    >>> inner = SLS([y])
+    >>> outer = BiSPS([x], lower=inner)
+    >>> for _ in range(50):
+    ...     for _ in range(5):
+    ...         _ = inner.step(g)
+    ...     assign([x], implicit(f, g, [x], [y]))
+    ...     _ = outer.step(f)
+    >>> bool(abs(x - 10 / 7) < 0.1)
+    True
     """
 
     def __init__(

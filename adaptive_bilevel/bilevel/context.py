@@ -1,4 +1,4 @@
-"""What the roles of an upper step are given, and what they return."""
+"""Inputs and outputs of the roles of an upper step."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ __all__ = [
 ]
 
 Redirect = Callable[[list[Tensor]], SearchPath]
-"""Returns the path of another hypergradient (one tensor for each of ``gradient.tensors``) than the user's."""
+"""Returns the path of another hypergradient, with one tensor for each of ``gradient.tensors``."""
 
 Place = Callable[[float], None]
-"""Puts x and y to the candidate of a step size."""
+"""Moves x and y to the candidate of a step size."""
 
 
 @dataclass
 class Point:
-    """Where an upper step begins, and what it has evaluated there.
+    """The point where an upper step begins, and the losses and gradients there.
 
     Attributes:
         guard: The step's guard, which evaluates closures and puts tensors back.
@@ -55,14 +55,14 @@ class Point:
         loss: f(x, y), detached.
         value: The same as a number, agreed on by all processes.
         rounding: Relative rounding unit of f.
-        lr: The reference lr of the groups; 0: no step is wanted.
+        lr: The reference lr of the groups; 0 if no step is to be taken.
         beta: Decay of means, ``betas[0]``.
-        f_x: Partial gradients of f by ``gradient.tensors``; empty before they are taken, and after `release`.
-        f_y: Partial gradients of f by ``lower``; likewise.
-        scale: What earlier searches have shown of the right step length.
+        f_x: Partial gradients of f by ``gradient.tensors``; empty before their evaluation, and after `release`.
+        f_y: Partial gradients of f by ``lower``, likewise.
+        scale: The step lengths of earlier searches.
         counts: Oracle calls of the optimizer.
-        closure_checks: What its searches have shown of the closure.
-        differentiated: Whether the partial gradients were taken; a step without a search needs f alone.
+        closure_checks: Findings of earlier searches about the closure.
+        differentiated: Whether the partial gradients were evaluated. A step without a search needs f alone.
     """
 
     guard: Guard
@@ -85,11 +85,11 @@ class Point:
     differentiated: bool = True
 
     def release(self) -> None:
-        """Drop the partial gradients, which only the response needs."""
+        """Drop the partial gradients. Only the response needs them."""
         self.f_x, self.f_y = [], []
 
     def processed(self, hypergradient: list[Tensor]) -> list[Tensor]:
-        """Return a hypergradient of the response's as whoever steps would have changed the user's."""
+        """Return a hypergradient of the response, changed as the host changes the user's."""
         if not isinstance(self.objective, Objective):
             return hypergradient
         tensors = self.gradient.tensors
@@ -102,11 +102,11 @@ class Change(NamedTuple):
 
     Attributes:
         size: The norm of the change.
-        push: ||C^T d||: without any answer of y, the change would be step * push to first order.
-        residual: ||C^T d - H w|| / ||C^T d||: with the answer w, it still is that part of it.
-        rounding: What of `size` may be rounding.
-        before: The norm of the lower gradient at (x, y), which is 0 where the lower problem is solved.
-        along: The part of the change along C^T d: what of the effect of x the linear model overstates.
+        push: ||C^T d||. To first order, the change is step * push if y does not move.
+        residual: ||C^T d - H w|| / ||C^T d||, the part of that change that remains if y moves by w.
+        rounding: Bound of the rounding error in `size`.
+        before: The norm of the lower gradient at (x, y); 0 if the lower problem is solved.
+        along: The part of the change along C^T d, by which the linear model overstates the effect of x.
     """
 
     size: float
@@ -144,11 +144,11 @@ class PaceContext(NamedTuple):
 
 
 class MomentumContext(NamedTuple):
-    """What a momentum is given.
+    """Input of a momentum.
 
     Attributes:
-        gradient: The hypergradient that the search was along, with its tensors.
-        descent: Its direction: ``descent.precondition`` is the metric.
+        gradient: The hypergradient of the search, with its tensors.
+        descent: Its direction. ``descent.precondition`` is the metric.
         beta: Decay of means, ``betas[0]``.
     """
 
@@ -158,14 +158,14 @@ class MomentumContext(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """The direction that is stepped along, where it is not the searched one.
+    """Direction of the step, if it is not that of the search.
 
     Attributes:
-        along: Computes it (in the metric, without the factors of groups); None: the searched direction.
-        weight: How much of it is along the mean of hypergradients, in [0, 1].
+        along: Computes the direction, in the metric and without the factors of groups. None for the searched direction.
+        weight: Share of the mean of hypergradients in it, in [0, 1].
         averages: Whether a mean of hypergradients is kept.
-        restarted: Whether that mean was started anew.
-        memory: What ``commit`` needs.
+        restarted: Whether that mean was restarted.
+        memory: Data for ``commit``.
     """
 
     along: Callable[[], list[Tensor]] | None = None
@@ -176,12 +176,12 @@ class Mix(NamedTuple):
 
 
 class PredictionContext(NamedTuple):
-    """What a prediction is given.
+    """Input of a prediction.
 
     Attributes:
-        offsets: w, how y answers to one unit of a step along the searched direction; None: there was no search.
+        offsets: w, the response of y to one unit of a step along the searched direction; None without a search.
         promised: <h, d> of that direction.
-        mix: What is stepped along.
+        mix: Direction of the step.
         beta: Decay of means, ``betas[0]``.
         lower: The lower level.
         keeps: Whether there may be steps without a search, so that the tangent is wanted again.
@@ -196,16 +196,16 @@ class PredictionContext(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """How a step ended.
+    """Result of a step.
 
     Attributes:
         record: Its record.
-        comparable: Whether ``record.slope_ratio`` says something of the user's hypergradient.
+        comparable: Whether ``record.slope_ratio`` measures the user's hypergradient.
         solver: The response's solver, for messages.
-        hessian: What its solve has shown of the lower Hessian; None: not known.
-        loss: f before it.
-        change: By how much x has moved, relative to its size; without what a scheduler has taken.
-        gain: What the hypergradient promises of a move by 1 % of that size.
+        hessian: A report on the lower Hessian, or None if there is none.
+        loss: f before the step.
+        change: Length of the move of x relative to the size of x, before the factor of a scheduler.
+        gain: Decrease of f that the hypergradient predicts for a move by 1 % of that size.
     """
 
     record: Record

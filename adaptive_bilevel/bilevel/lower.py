@@ -1,4 +1,4 @@
-"""The lower level as an upper step sees it: its problems, and where a predicted response goes."""
+"""The lower level of an upper step: its problems, and how a predicted response is applied."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["Lower", "LowerLevel", "LowerProblem", "as_lower", "refuse_shared"]
 
 
 class LowerProblem(NamedTuple):
-    """One lower problem: a variable, and the loss that it minimizes.
+    """One lower problem: a variable and the loss that it minimizes.
 
     Attributes:
         tensors: The variable y_j.
         closure: Returns its loss g_j.
-        random: Random state before the evaluation of that loss that is repeated; None: as it is.
-        step_size: The last step that y_j took on it.
-        answers: Which variables y_j answers to, in a level of several problems: indices of problems before it in the
-            list, and -1 for x. None: the losses of all problems add up to one, of all variables and x.
+        random: Random state at which the loss is evaluated again; None for the present state.
+        step_size: The last step size of y_j.
+        answers: The variables that y_j depends on, in a level of several problems: indices of earlier problems in the
+            list, and -1 for x. If None, the sum of all losses is one lower loss.
     """
 
     tensors: Sequence[Tensor]
@@ -38,9 +38,9 @@ class LowerProblem(NamedTuple):
 
 
 class Lower(Protocol):
-    """A lower level, the extension point for hosts that hold its variables elsewhere than in torch optimizers.
+    """A lower level. Hosts implement it if its variables are not in torch optimizers.
 
-    An upper optimizer takes such an object wherever it takes a lower optimizer.
+    An upper optimizer takes such an object as ``lower=``.
 
     Attributes:
         follows: Whether `follow` reaches an optimizer that can go back to y.
@@ -56,10 +56,10 @@ class Lower(Protocol):
         ...
 
     def problems(self, closures: Any, guard: Guard) -> list[LowerProblem]:
-        """Return the lower problems at the sample that the upper step follows.
+        """Return the lower problems on the sample of the upper step.
 
         Args:
-            closures: What the upper step was given as ``lower_closure``.
+            closures: The argument ``lower_closure`` of the upper step.
             guard: The step's guard.
         """
         ...
@@ -69,12 +69,12 @@ class Lower(Protocol):
         ...
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
-        """Move the lower variable by step * response, and let the next lower step choose between there and y."""
+        """Move the lower variable by step * response, and offer the point before to the next lower step."""
         ...
 
 
 class LowerLevel:
-    """One or several torch optimizers, whose losses add up to one lower loss.
+    """A lower level of one or several torch optimizers. The lower loss is the sum of their losses.
 
     Args:
         optimizers: The lower optimizers, or what trainers have wrapped around them.
@@ -106,7 +106,7 @@ class LowerLevel:
         return list(found.values())
 
     def problems(self, closures: Any, guard: Guard) -> list[LowerProblem]:
-        """Return a problem for each optimizer, on its last sample or that of the closure that was passed."""
+        """Return a problem for each optimizer, on its last sample or on that of the given closure."""
         given = [None] * len(self.optimizers)
         if closures is not None:
             given = list(closures) if isinstance(closures, (list, tuple)) else [closures]
@@ -147,7 +147,7 @@ class LowerLevel:
                 optimizer.displaced()
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
-        """Move what belongs to optimizers that can go back, and offer them the point before."""
+        """Move the variables of optimizers that can go back, and offer them the point before."""
         offsets = torch._foreach_mul(list(response), step)
         by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
         for optimizer in self.optimizers:

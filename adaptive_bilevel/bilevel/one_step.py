@@ -81,11 +81,11 @@ class SteppedModel:
 class OneMoreStep:
     """The response of `OneStepBiSLS`.
 
-    The slope of the searched function is not that of the hypergradient, so every step may fail, and an accepted one may
-    raise F; kept for comparison.
+    The slope of the searched function is not that of the hypergradient. Every trial can fail, and an accepted step can
+    raise F. It is for comparison only.
 
     Args:
-        steps: Lower steps per trial.
+        steps: Number of lower steps in each trial.
     """
 
     def __init__(self, steps: int) -> None:
@@ -119,7 +119,7 @@ class OneMoreStep:
 
 
 class OneStepSearch(SearchingOptimizer):
-    """The step of `OneStepBiSLS`. Abstract: `OneStepBiSLS`, and a host's optimizers derive from it."""
+    """The step of `OneStepBiSLS`. Abstract base class of it and of the optimizers of hosts."""
 
     options: OneStepOptions
 
@@ -155,35 +155,37 @@ class OneStepSearch(SearchingOptimizer):
 class OneStepBiSLS(OneStepSearch):
     """The upper search of Fan et al. (2023), Algorithm 2: one more lower step per trial, eq. (14).
 
-    The step searches the largest tried a with f(x - a d, y(a)) <= f(x, y) - c a <h, d> (+ slack), where y(a) is y after
-    one more lower step at x - a d, with the last step size of the lower optimizer. Use `BiSLS`, unless the paper's own
-    rule is wanted for comparison: its searched function does not have the slope of the hypergradient.
+    The search accepts a step a if f(x - a d, y(a)) <= f(x, y) - c a <h, d> + slack. Here y(a) is y after one more lower
+    step at x - a d, with the last step size of the lower optimizer. The searched function does not have the slope of
+    the hypergradient; this rule is for comparisons with the paper. Otherwise, use `BiSLS`.
 
     Args:
         params: Upper parameters or groups.
-        lr: The bound alpha_b,0 > 0: no trial is above it. Left out: (f - lower_bound)/(c <h, d>) at the first step.
-        lower: The optimizer of the lower level (any torch optimizer), or a list of them. At a step, functional code
-            gives (tensors, loss, step_size), the last with the step size of its inner loop.
+        lr: The bound alpha_b,0 > 0 of all trials. If None, it is (f - lower_bound)/(c <h, d>) at the first step.
+        lower: The optimizer of the lower level (any torch optimizer), or a list of them. Functional code gives (tensors,
+            loss, step_size) to each ``step``, with the step size of its inner loop.
         hypergradient: As in `BiSLS`.
-        direction: "sgd", "adam" (search along A^{-1} h, step along A^{-1} m), or a `Direction`.
-        momentum: Whether the step is along the mean of the hypergradients. Left out, as in the paper: for "adam".
+        direction: "sgd", "adam" (the search is along A^{-1} h, the step along A^{-1} m), or a `Direction`.
+        momentum: Whether the step is along the mean of the hypergradients. By default, for "adam" only, as in the
+            paper.
         baseline: "paper" compares with f(x, y), "matched" with f(x, y(0)).
-        response_steps: Lower steps per trial.
+        response_steps: Number of lower steps in each trial.
         project: Convex set for x, as in `BiSLS`.
-        decay: Schedule of the bound.
+        decay: Schedule of the bound: "constant", "inverse_sqrt", "inverse", or a callable k -> factor.
         c: Armijo constant, in (0, 1).
-        shrink: w, factor between two trials, in (0, 1).
-        grow: eta >= 1, how much longer than the last step the next search starts (reset="grow").
-        reset: "initial", "keep" or "grow" (options 1, 2, 3 of Algorithm 3).
-        slack: delta >= 0, an allowed increase.
-        lower_bound: Any lower bound of f; None if there is none.
-        max_trials: Trials before a search has failed; None: until 1e-12 of the first trial.
+        shrink: w, the factor from a rejected trial to the next one, in (0, 1).
+        grow: eta >= 1, the factor of reset="grow".
+        reset: How a search begins: "initial" (lr), "keep" (the last step) or "grow" (eta times the last step). These
+            are options 1, 2 and 3 of Algorithm 3.
+        slack: delta >= 0, the increase of f that a trial may have.
+        lower_bound: A lower bound of f, or None if there is none.
+        max_trials: Number of trials after which a search fails. If None, it fails at 1e-12 of its first trial.
         betas: Adam's decay constants.
         eps: Adam's eps, outside the root.
-        max_skips: So many non-finite losses or gradients in a row raise `NonFiniteError`.
+        max_skips: `NonFiniteError` is raised after so many non-finite losses or gradients in a row.
 
     Raises:
-        OptionError: An option is out of range, or does not apply (also a ValueError).
+        OptionError: An option is out of range, or does not apply. It is also a ValueError.
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
     """
 

@@ -1,9 +1,9 @@
-"""The Response role: how does the lower variable answer to a move of the upper one?
+"""The Response role: the response of the lower variable to a move of the upper one.
 
 An upper search needs phi(a) = f(x - a d, y(a)). Models of y(a):
 
-* `Tangent`: y + a w with w = P C^T d, along the tangent of y*(x - a d). The slope of phi at 0 is exactly -s,
-  s = <f_x, d> - <f_y, w>, whatever the quality of P, so small steps always pass, and a trial costs one value of f.
+* `Tangent`: y + a w with w = P C^T d, along the tangent of y*(x - a d). The slope of phi at 0 is exactly -s with
+  s = <f_x, d> - <f_y, w>, for any P. Small steps therefore pass. A trial costs one value of f.
 * `OneMoreStep` (`adaptive_bilevel.bilevel.one_step`): one more lower step at x - a d, the paper's search.
 """
 
@@ -37,7 +37,7 @@ def slope_ratio(slope: float, path: SearchPath) -> float:
 
 @final
 class Unanswered:
-    """y stays: phi(a) = f(x - a d, y).
+    """No response: y stays, and phi(a) = f(x - a d, y).
 
     Args:
         path: The path.
@@ -68,18 +68,17 @@ class Unanswered:
 
 @final
 class Tangent:
-    """y(a) = y + a w, w = P C^T d.
+    """Response along the tangent: y(a) = y + a w with w = P C^T d.
 
-    Where d does not descend along the tangent, the hypergradient and P disagree: the solve is continued, and the path
-    is that of the hypergradient with the same P. Where neither loss depends on what moves along d at all, the sample is
-    another than the hypergradient's: nothing else is moved in its place, and that is said. Without a lower level y
-    stays, for an f that depends on x directly.
+    If d does not descend along the tangent, the hypergradient and P disagree. The solve then continues, and the path
+    follows the hypergradient with the same P. If neither loss depends on the entries that move along d, the sample is
+    not that of the hypergradient; the step gives a warning. Without a lower level, y stays, and f must depend on x
+    directly.
 
     Args:
-        solver: P. `Identity` and a random draw do not know how far they are from the inverse: they serve a
-            hypergradient, where the direction counts, but say nothing of how far y goes, so `CG` takes their place as
-            long as d descends along that.
-        products: How products are taken, as for `adaptive_bilevel.hypergradient.implicit`.
+        solver: P. `Identity` and a random draw approximate the direction of a solution, but not its length. `CG`
+            replaces them if d descends along its tangent.
+        products: How products are computed, as for `adaptive_bilevel.hypergradient.implicit`.
     """
 
     def __init__(self, solver: LinearSolver, products: str = "auto") -> None:
@@ -113,7 +112,7 @@ class Tangent:
 
 
 def _direct(point: Point, path: SearchPath) -> Unanswered:
-    """Return a y that stays, where f depends on x directly."""
+    """Return a response in which y stays; f must depend on x directly."""
     if all(not bool(g.any()) for g in point.f_x):
         raise LowerLevelError(
             "BiSLS(lower=None): the upper loss does not depend on the upper parameters directly, so the search "

@@ -1,12 +1,11 @@
-"""The roles of an upper step: a protocol for each, and what it is given.
+"""The roles of an upper step, a protocol for each.
 
-A role answers one question of the step. ``init()`` gives its state before the first step, ``propose(context, state)``
-its answer, and ``commit(context, answer, state)`` what is new in the state after the step. The state is a `RoleState`
-of plain numbers and tensors, an entry of its own in the optimizer's state. A role sees the context, never the
-optimizer. ``commit`` is not called for a step that must leave no trace, and all states are written at once, after the
-last role has committed.
+``init()`` returns the state before the first step, ``propose(context, state)`` the role's answer, and
+``commit(context, answer, state)`` the changes of the state after the step. The state is a `RoleState` of plain numbers
+and tensors, with an entry of its own in the optimizer's state. A role receives the context, not the optimizer. A step
+that leaves no trace does not call ``commit``. All states are written together, after the last role has committed.
 
-The Direction role (along what) is that of the lower optimizers, too: `adaptive_bilevel.optim.direction`.
+The Direction role is shared with the lower optimizers: `adaptive_bilevel.optim.direction`.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ __all__ = [
 
 
 class ResponseModel(Protocol):
-    """The searched function's lower part: how y answers along one path.
+    """Model of y along one search path.
 
     Attributes:
-        path: The path that it is for.
+        path: The path.
         slope: s, where -s is the slope at 0 of phi(a) = f(x - a d, y(a)).
         slope_ratio: s / <h, d> for the user's hypergradient h and its direction.
-        comparable: Whether a ratio far from 1 says that h is wrong.
-        offsets: w, how y answers to one unit of the step; None: not known.
+        comparable: Whether a ratio far from 1 means that h is wrong.
+        offsets: w, the response of y to one unit of the step, or None if it is not known.
     """
 
     path: SearchPath
@@ -51,31 +50,31 @@ class ResponseModel(Protocol):
     offsets: Sequence[Tensor] | None
 
     def close(self) -> None:
-        """Drop what trials do not need: parameters are about to move."""
+        """Drop what trials do not need. Called before parameters move."""
         ...
 
     def answer(self, step: float) -> None:
-        """Put the lower variable to y(step), the upper one being at x - step d."""
+        """Move the lower variable to y(step). The upper one is at x - step d."""
         ...
 
     def changes(self) -> list[Change]:
-        """Return how the lower gradients at the candidate in place differ from those at (x, y); [] if not known."""
+        """Return the changes of the lower gradients from (x, y) to the candidate; [] if they are not known."""
         ...
 
     def correction(self) -> float | None:
-        """Return what the last changes mean for f, to first order; None if not known."""
+        """Return the effect of the last changes on f, to first order, or None if it is not known."""
         ...
 
 
 class Response(Protocol):
-    """How does y answer to a move of x?"""
+    """Role: the response of y to a move of x."""
 
     def init(self) -> RoleState:
         """Return the state before the first step."""
         ...
 
     def propose(self, point: Point, path: SearchPath, redirect: Redirect, state: RoleState) -> ResponseModel:
-        """Return the model of y along the path, or along a path that `redirect` gives in its place."""
+        """Return the model of y along the path, or along a path that `redirect` returns."""
         ...
 
     def commit(self, point: Point, model: ResponseModel, state: RoleState) -> RoleState:
@@ -84,22 +83,22 @@ class Response(Protocol):
 
 
 class StepCheck(Protocol):
-    """The check of one search; called for candidates that passed the test of sufficient decrease."""
+    """The check of one search. It is called for candidates that pass the test of sufficient decrease."""
 
     def __call__(self, step: float, surplus: float, model: ResponseModel, place: Place) -> bool:
         """Return whether the model of y holds at this step.
 
         Args:
-            step: The step of the candidate, which is in place; another one may be afterwards.
-            surplus: How far its value is below what the search asks for.
+            step: Step of the candidate. The parameters are at the candidate, and may be elsewhere afterwards.
+            surplus: Distance of its value below the threshold of the search.
             model: The response.
-            place: Puts another candidate there.
+            place: Moves the parameters to another candidate.
         """
         ...
 
 
 class ModelCheck(Protocol):
-    """How far does the model of y hold?"""
+    """Role: the range in which the model of y holds."""
 
     def init(self) -> RoleState:
         """Return the state before the first step."""
@@ -115,7 +114,7 @@ class ModelCheck(Protocol):
 
 
 class Pace(Protocol):
-    """Is a search due?
+    """Role: whether to search in this step.
 
     Attributes:
         keeps: Whether it keeps lengths while f still tells them apart.
@@ -128,11 +127,11 @@ class Pace(Protocol):
         ...
 
     def due(self, context: PaceContext, state: RoleState) -> bool:
-        """Return whether a search is due whatever f is; the step then takes f with its gradients at once."""
+        """Return whether to search for any f. The step then evaluates f with its gradients at once."""
         ...
 
     def propose(self, context: PaceContext, state: RoleState) -> float | None:
-        """Return the step to take without a search, or None if a search is due."""
+        """Return the step to take without a search, or None to search."""
         ...
 
     def regrets(self, context: PaceContext, state: RoleState) -> Sequence[Tensor] | None:
@@ -145,14 +144,14 @@ class Pace(Protocol):
 
 
 class Momentum(Protocol):
-    """What is stepped along?"""
+    """Role: the direction of the step."""
 
     def init(self) -> RoleState:
         """Return the state before the first step."""
         ...
 
     def propose(self, context: MomentumContext, state: RoleState) -> Mix:
-        """Return what is stepped along."""
+        """Return the direction of the step."""
         ...
 
     def commit(self, context: MomentumContext, mix: Mix, state: RoleState) -> RoleState:
@@ -161,18 +160,18 @@ class Momentum(Protocol):
 
 
 class Prediction(Protocol):
-    """Does y move along?"""
+    """Role: whether y moves with x."""
 
     def init(self) -> RoleState:
         """Return the state before the first step."""
         ...
 
     def propose(self, context: PredictionContext, state: RoleState) -> list[Tensor] | None:
-        """Return how y answers to one unit of the step that is taken; None: y stays."""
+        """Return the response of y to one unit of the step, or None if y stays."""
         ...
 
     def deliver(self, context: PredictionContext, response: Sequence[Tensor], step: float) -> None:
-        """Move y by step * response, as this prediction does."""
+        """Move y by step * response."""
         ...
 
     def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
@@ -181,14 +180,14 @@ class Prediction(Protocol):
 
 
 class Diagnosis(Protocol):
-    """What limits this run?"""
+    """Role: what limits the run."""
 
     def init(self) -> RoleState:
         """Return the state before the first step."""
         ...
 
     def propose(self, taken: Taken, state: RoleState) -> list[str]:
-        """Return what should be said, as warnings."""
+        """Return the texts of warnings."""
         ...
 
     def commit(self, taken: Taken, messages: Sequence[str], state: RoleState) -> RoleState:

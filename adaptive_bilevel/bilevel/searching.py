@@ -1,4 +1,4 @@
-"""The upper step as a composition of roles: `BiSLS` and `OneStepBiSLS` fill them."""
+"""The upper step as a composition of roles, for `BiSLS` and `OneStepBiSLS`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _BLIND = (
 
 
 class Roles(NamedTuple):
-    """Who answers the questions of an upper step; the direction is an option of all optimizers."""
+    """The roles of an upper step. The direction is an option of all optimizers, and not listed here."""
 
     response: Response
     check: ModelCheck
@@ -58,8 +58,8 @@ class SearchingOptimizer(StartingOptimizer):
 
     Attributes:
         roles: The roles of the step, as the options name them.
-        diagnosis: The Diagnosis role; another one may be set.
-        hessian: What the last step that was not kept has shown of the lower Hessian; None: there was no solve.
+        diagnosis: The Diagnosis role, which can be set.
+        hessian: A report on the lower Hessian from the last step that was searched, or None if there was no solve.
     """
 
     mixes_momentum = True
@@ -113,24 +113,24 @@ class SearchingOptimizer(StartingOptimizer):
         lower: Any = None,
         hypergradient: Any = None,
     ) -> Tensor:
-        """Search and take one upper step along the hypergradient, and return the upper loss before it.
+        """Search and take one upper step along the hypergradient, and return the upper loss before the step.
 
         Args:
-            upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient. Evaluated once with
-                gradients for x and y, and once per trial.
-            lower_closure: Returns the lower loss g(x, y), or a list for several lower optimizers. Left out: the last
-                closure that the lower optimizer stepped on (for stock optimizers, required).
-            closure: Another name of `upper_closure`, that of torch's optimizers.
-            lower: Of functional code, (tensors, loss): the lower variable as the inner loop returned it, and the lower
-                loss, which takes it, as `upper_closure` then does. `answer` has it after the step. See
-                `adaptive_bilevel.bilevel.functional`.
+            upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient. It is evaluated once with
+                gradients for x and y, and once for each trial.
+            lower_closure: Returns the lower loss g(x, y); a list for several lower optimizers. By default, the last
+                closure of the lower optimizer. Optimizers of `torch.optim` do not store theirs and need it here.
+            closure: Another name of `upper_closure`, as in `torch.optim`.
+            lower: For functional code, (tensors, loss): the lower variable that the inner loop returned, and the lower
+                loss as a function of it. `upper_closure` then takes the lower variable too. After the step, `answer`
+                holds it. See `adaptive_bilevel.bilevel.functional`.
             hypergradient: Tensors, or an estimator for this step. See `adaptive_bilevel.bilevel.source`.
 
         Raises:
             HypergradientError: No upper parameter has a .grad, or the hypergradient does not fit.
             LowerLevelError: The lower level is needed and missing, or there is no lower closure.
-            ClosureError: A closure is missing or does not return an attached scalar.
-            NonFiniteError: max_skips steps in a row were not finite.
+            ClosureError: A closure is missing, or does not return a scalar that requires a gradient.
+            NonFiniteError: The loss or a gradient was not finite in max_skips steps in a row.
         """
         upper_closure = self._one_closure(upper_closure, closure)
         if self._is_prepared_only(upper_closure):

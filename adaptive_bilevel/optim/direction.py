@@ -1,8 +1,8 @@
-"""The Direction role: what a step size multiplies. One direction is searched along, and one is stepped along.
+"""The Direction role: the direction that a step size multiplies, for the search and for the step.
 
-Plain gradients search and step along g. Adam searches along A^{-1} g, which the sufficient-decrease test certifies,
-and steps along A^{-1} m (Fan et al., 2023, Algorithm 2), A = sqrt(v / (1 - beta2^n)) + eps, both moments
-bias-corrected. How much of m an upper step takes is the Momentum role's question: `adaptive_bilevel.bilevel.momentum`.
+Plain gradients search and step along g. Adam searches along A^{-1} g, for which the test of sufficient decrease holds,
+and steps along A^{-1} m (Fan et al., 2023, Algorithm 2), with A = sqrt(v / (1 - beta2^n)) + eps. Both moments are
+bias-corrected. The share of m in an upper step is that of the Momentum role: `adaptive_bilevel.bilevel.momentum`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, fa
 
 
 class Gradient(NamedTuple):
-    """The parameters that have a gradient, with what belongs to each of them.
+    """The parameters that have a gradient, with their gradients and factors.
 
     Attributes:
         tensors: The parameters.
         values: Their gradients g, or hypergradients h.
-        factors: The part of a step that each takes, lr_i / lr_0 of its group.
+        factors: Factor of the step for each parameter, lr_i / lr_0 of its group.
     """
 
     tensors: list[Tensor]
@@ -69,13 +69,13 @@ class Gradient(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """A pair of directions.
+    """The directions of the search and of the step.
 
     Attributes:
-        precondition: g -> A^{-1} g, the direction to search along, for any gradients g.
-        step: The direction to step along; None: the searched one.
-        memory: What the direction's ``commit`` needs.
-        move: Moves parameters by -step * factor * direction, in the roundings of whoever made the direction.
+        precondition: Maps gradients g to A^{-1} g, the direction of the search.
+        step: Direction of the step; None for that of the search.
+        memory: Data for the direction's ``commit``.
+        move: Moves parameters by -step * factor * direction, with the rounding of the direction's owner.
     """
 
     precondition: Callable[[Sequence[Tensor]], list[Tensor]]
@@ -105,11 +105,10 @@ class Direction(Protocol):
         """Return what is new in the state after the step.
 
         Args:
-            gradient: As it was proposed for.
-            descent: What was proposed.
-            state: As it was proposed from.
-            moved: Where only the device knows whether the step moved anything, that as a tensor; false: nothing is
-                new.
+            gradient: The argument of ``propose``.
+            descent: The result of ``propose``.
+            state: The argument of ``propose``.
+            moved: Whether the step moved anything, as a tensor if only the device knows. If false, nothing changes.
         """
         ...
 
