@@ -105,9 +105,9 @@ class BiSLS(UpperSearch):
         lower: The optimizer of the lower level (any torch optimizer), a list of them (several children, a meta-batch of
             tasks), a `Lower`, or None. None is for an f that does not depend on a lower variable, and for a lower level
             that each ``step`` is given.
-        hypergradient: Source of h: None (``.grad``), `adaptive_bilevel.hypergradient.implicit` or another function of its
-            first four arguments, `Implicit(solver)`, or "direct" (the gradient of the upper loss, whose closure runs the
-            inner loop). See `adaptive_bilevel.bilevel.source`.
+        hypergradient: Source of h: None (``.grad``), `adaptive_bilevel.hypergradient.implicit` or another function of
+            its first four arguments, `Implicit(solver)`, or "direct" (the gradient of the upper loss, whose closure
+            runs the inner loop). See `adaptive_bilevel.bilevel.source`.
         direction: "sgd", "adam" (the search is along A^{-1} h, the step along A^{-1} m), or a `Direction`.
         momentum: How much of the mean of the hypergradients the step contains. The search is always along the last
             hypergradient. "auto": as much as predicts the next hypergradient. True: the mean. False: nothing, so that

@@ -162,8 +162,8 @@ class OneStepBiSLS(OneStepSearch):
     Args:
         params: Upper parameters or groups.
         lr: The bound alpha_b,0 > 0 of all trials. If None, it is (f - lower_bound)/(c <h, d>) at the first step.
-        lower: The optimizer of the lower level (any torch optimizer), or a list of them. Functional code gives (tensors,
-            loss, step_size) to each ``step``, with the step size of its inner loop.
+        lower: The optimizer of the lower level (any torch optimizer), or a list of them. Functional code gives
+            (tensors, loss, step_size) to each ``step``, with the step size of its inner loop.
         hypergradient: As in `BiSLS`.
         direction: "sgd", "adam" (the search is along A^{-1} h, the step along A^{-1} m), or a `Direction`.
         momentum: Whether the step is along the mean of the hypergradients. By default, for "adam" only, as in the

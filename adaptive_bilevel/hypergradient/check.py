@@ -1,7 +1,7 @@
-"""Is this hypergradient right? Finite differences through a re-solved lower problem, and a sentence on what is wrong.
+"""A check of hypergradients by finite differences through a re-solved lower problem.
 
-Wrong hypergradients are the commonest bug of bilevel code, and a silent one: a flipped sign of the implicit term, a
-lost factor or a detached tensor still trains, to the wrong place. This module measures; `verdict` names the fault.
+A wrong hypergradient is a common and silent bug: with a wrong sign of the implicit term, a missing factor or a detached
+tensor, training goes on, to another point. This module measures; `verdict` names the mistake.
 """
 
 from __future__ import annotations
@@ -48,36 +48,35 @@ def check(
     seed: int = 0,
     process_group: Group = None,
 ) -> CheckReport:
-    """Compare a hypergradient with finite differences of ``F(x) = f(x, y*(x))``, and say what is wrong with it.
+    """Compare a hypergradient with finite differences of ``F(x) = f(x, y*(x))``, and name the mistake if they differ.
 
-    For each direction d the lower problem is solved anew, by Newton's method from the present y, at x +- e d and
-    x +- 2 e d, and ``(F(x + e d) - F(x - e d)) / (2 e)`` is compared with <gradient, d>. With at most 6 numbers in x
-    the directions are the coordinates; otherwise the gradient to check, the reference (`implicit` at the re-solved
-    point), its direct part, and some random ones, made orthonormal. The cost is that of a few dozen lower solves: this
-    is a tool for a test or for the first iteration, not for training.
+    For each direction d, Newton's method solves the lower problem from the present y at x +- e d and x +- 2 e d. The
+    difference ``(F(x + e d) - F(x - e d)) / (2 e)`` is compared with <gradient, d>. If x has at most 6 entries, the
+    directions are the coordinates. Otherwise they are the gradient, the reference (`implicit` at the re-solved point),
+    its direct part, and random directions, made orthonormal. The cost is that of a few dozen lower solves, so the check
+    is for a test or for the first iteration.
 
-    Afterwards everything is bitwise as before, exceptions included: parameters, ``.grad``, buffers and torch's random
-    state.
+    Parameters, ``.grad``, buffers and torch's random state are restored bitwise, also after exceptions.
 
     Args:
-        upper_closure: Returns f(x, y); called many times.
-        lower_closure: Returns g(x, y), strongly convex in y; called many times. Both must return the same value for the
-            same parameters: fix the batch, and put dropout into eval mode.
+        upper_closure: Returns f(x, y). It is called many times.
+        lower_closure: Returns g(x, y), strongly convex in y. It is called many times. Both closures must return the
+            same value for the same parameters: fix the batch, and set dropout to eval mode.
         upper: The tensors of x: leaves, as for `implicit`.
         lower: The tensors of y, where the hypergradient was computed.
         gradient: The hypergradient to check, arranged like ``upper``; their ``.grad`` by default.
         directions: Number of random directions, at least 1.
         tolerance: Relative error up to which the gradient passes, in (0, 1). A hypergradient by `CG` with its default
-            tolerance .1 is off by a few per cent.
-        step: The length e, above 0. By default ``eps^(1/3) max(1, ||x||)``, eps being the rounding unit of the dtype.
-        max_iterations: Most Newton steps per lower solve, at least 1.
-        seed: Seed of the random directions, which do not use torch's global generator.
+            tolerance .1 has an error of a few per cent.
+        step: The length e, above 0. By default ``eps^(1/3) max(1, ||x||)``, with the rounding unit eps of the dtype.
+        max_iterations: Maximal number of Newton steps in each lower solve, at least 1.
+        seed: Seed of the random directions. They do not use torch's global generator.
         process_group: As for `implicit`.
 
     Raises:
         HypergradientError: There is no gradient to check, or its shapes are not those of ``upper``.
         ClosureError: As for `implicit`.
-        TensorError: As for `implicit`; or a tensor is no leaf, which cannot be moved.
+        TensorError: As for `implicit`; or a tensor is not a leaf.
         OptionError: An option is outside its range.
 
     >>> import torch

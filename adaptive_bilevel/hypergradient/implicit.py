@@ -1,4 +1,4 @@
-"""The implicit hypergradient, for code that brings none of its own."""
+"""The implicit hypergradient, for code that has none."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ DEFAULT_SOLVER = Lanczos()
 
 
 class ImplicitInfo(NamedTuple):
-    """How a hypergradient came about.
+    """Details of a hypergradient.
 
     Attributes:
-        solution: The linear solve: ``solution.tensors`` is v, ``solution.status.sentence`` says how it ended.
+        solution: The linear solve. ``solution.tensors`` is v, ``solution.status.sentence`` is how it ended.
         upper_loss: f(x, y), detached.
         lower_loss: g(x, y), detached (of the last sample, if several were drawn).
-        direct: ``f_x``, the part that does not go through y.
+        direct: ``f_x``, the part of h that does not pass through y.
         lower_gradient: ``grad_y g``, small if the lower problem is solved.
-        gradients: Number of gradients taken (of f and of g together).
-        hvps: Number of products with H; 0 where products are differences, of two gradients each.
-        jvps: Number of products with C; likewise.
-        error: The relative error of a product by differences, as measured; NaN where products are those of autograd.
+        gradients: Number of gradients of f and g.
+        hvps: Number of products with H by autograd. A product by differences counts as two gradients instead.
+        jvps: Number of products with C by autograd, likewise.
+        error: Measured relative error of a product by differences; NaN for products by autograd.
     """
 
     solution: Solution
@@ -95,53 +95,53 @@ def implicit(
 ) -> Tree:
     """Return the hypergradient ``h = grad_x f - C v``, with ``v = P grad_y f`` and P the solver's inverse of H.
 
-    Here f(x, y) is what ``upper_closure`` returns, g(x, y) what ``lower_closure`` returns, H = grad^2_yy g and
-    C = grad^2_xy g. At y = y*(x) with P = H^{-1} this is the gradient of F(x) = f(x, y*(x)). The right sign is minus;
-    eq. (2) of Fan et al. (2023), arXiv 2305.18666, prints plus.
+    ``upper_closure`` returns f(x, y), and ``lower_closure`` returns g(x, y). H is grad^2_yy g, and C is grad^2_xy g. At
+    y = y*(x) with P = H^{-1}, h is the gradient of F(x) = f(x, y*(x)). The sign of C v is minus; eq. (2) of Fan et al.
+    (2023), arXiv 2305.18666, has a misprint.
 
-    Each closure is called exactly once, so that dropout draws one mask per loss and BatchNorm counts one batch; with
-    ``Neumann(random=True)`` the lower one is called once more per product, and may draw a new batch each time. (And the
-    first time for some lower tensors, where the lower loss holds a custom ``autograd.Function``, four times more, which
-    leave no trace: its second derivatives are compared with differences.) No
-    ``.grad`` is touched, and no random number is drawn beyond what the closures and a random solver draw. Nothing is
-    raised on losses or gradients that are not finite: the result then is not finite either, for the optimizer to see.
+    Each closure is called once, so that dropout draws one mask for each loss and BatchNorm counts one batch. With
+    ``Neumann(random=True)``, each product calls the lower closure once more, which may draw a new batch. If the lower
+    loss contains a custom ``autograd.Function``, the first call for its lower tensors evaluates the lower loss four
+    more times, to compare second derivatives with differences; these evaluations leave no trace.
+
+    No ``.grad`` changes. Only the closures and a random solver draw random numbers. If a loss or a gradient is not
+    finite, the result is not finite either, and nothing is raised.
 
     Args:
-        upper_closure: Returns the upper loss. A backward inside has no effect, as in the optimizers.
-        lower_closure: Returns the lower loss (the sum of them, if there are several), likewise.
+        upper_closure: Returns the upper loss. It need not call backward; a backward inside has no effect.
+        lower_closure: Returns the lower loss, or the sum of several. As for the upper closure, backward has no effect.
         upper: The tensors of x: a list, ``model.parameters()``, a mapping, or any nesting of these. They must be the
-            very objects that the closures use. Frozen ones, and those a loss does not use, contribute zeros.
+            objects that the closures use, not copies. Frozen and unused tensors have a hypergradient of zero.
         lower: The tensors of y, likewise.
-        solver: `Lanczos`, `CG`, `Neumann`, `Identity`, or any `LinearSolver`. The products of `Lanczos` also serve
-            the response of a `BiSLS` above these lower tensors, which sees the lower loss with the same random numbers.
-        initial: Where the solver starts, arranged like ``lower``. By default zero; with ``CG(warm_start=True)`` the
-            last solution that was found for these lower tensors in this process. To resume bitwise from a checkpoint,
-            save ``info.solution.tensors`` of `implicit_with_info` and pass them here.
-        products: How products with H and C are taken: "autograd", "difference" (of two gradients each, for losses
-            without second derivatives: fused attention, compiled functions, reentrant checkpoints), or "auto": by
-            differences where autograd has none, which is said once. See `adaptive_bilevel.hypergradient.products`.
-        process_group: The processes whose losses add up: f and g are the means of theirs, and the result is the same on
-            each. None: all of `torch.distributed`, where that was begun. "alone": this one.
+        solver: `Lanczos`, `CG`, `Neumann`, `Identity`, or any `LinearSolver`. `BiSLS` uses the products of `Lanczos`
+            again for its response, with the same random numbers in the lower loss.
+        initial: Start of the solver, arranged like ``lower``. By default zero, and for ``CG(warm_start=True)`` the last
+            solution for these lower tensors in this process. To resume bitwise from a checkpoint, save
+            ``info.solution.tensors`` of `implicit_with_info` and pass them here.
+        products: How products with H and C are computed: "autograd", "difference" (of two gradients each, for losses
+            without second derivatives: fused attention, compiled functions, reentrant checkpoints), or "auto" (by
+            differences if autograd has none, with one warning). See `adaptive_bilevel.hypergradient.products`.
+        process_group: Processes over which f and g are means; the result is the same on each. None: all processes of
+            `torch.distributed`, if it is initialized. "alone": this process.
 
     Returns:
         The hypergradient, detached: a tuple for a list or an iterator of tensors, else arranged like ``upper``.
 
     Raises:
-        ClosureError: A closure is not callable, returned no attached real scalar, or its loss depends on none of the
-            tensors. As after any exception, buffers and random state are what they were before the call.
+        ClosureError: A closure is not callable, does not return a real scalar that requires a gradient, or returns a
+            loss that depends on none of the tensors. Buffers and random state are restored, as after any exception.
         TensorError: A level is empty or frozen, holds a sparse, complex or integer tensor, or a tensor occurs twice.
-        SolverError: The lower loss holds an operation without second derivatives (fused attention, say), and products
-            are "autograd", or tensors are no leaves or in half precision, where no differences can be taken.
-        OptionError: ``products`` or ``process_group`` is none of the above.
+        SolverError: The lower loss contains an operation without second derivatives (for example fused attention), and
+            products are "autograd", or differences are not possible: tensors are not leaves, or in half precision.
+        OptionError: ``products`` or ``process_group`` has another value.
         ProcessError: The closure of another process raised, or the processes have different parameters.
 
     Warns:
-        AdaptiveBilevelWarning: A Neumann series was stopped because it grows, or CG at negative or vanishing curvature:
-            H is indefinite or singular here. The default, `Lanczos`, holds there. Or the lower loss has no curvature in
-            y along ``grad_y f``, so that h is its direct part; or a product with H is not finite. Or the lower gradient
-            has no path to x (mostly it was computed from a copy of x), so that the hypergradient is f_x alone. Or the
-            second derivatives of a custom ``autograd.Function`` are wrong, where products are "autograd". Or products
-            are differences from now on, or such differences are wrong by more than 10 %.
+        AdaptiveBilevelWarning: In these cases. A Neumann series grows, or CG stops at negative or vanishing curvature:
+            H is indefinite or singular there, and `Lanczos` should be used. The lower loss has no curvature in y along
+            ``grad_y f``, so that h is f_x. A product with H is not finite. The lower gradient does not depend on x,
+            often because it was computed from a copy of x. The second derivatives of a custom ``autograd.Function`` are
+            wrong, and products are "autograd". Products are computed by differences, or these have an error above 10 %.
 
     >>> import torch
     >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)  # y*(x) = x / 2
@@ -164,7 +164,7 @@ def implicit_with_info(
     process_group: Group = None,
     products: str = "auto",
 ) -> tuple[Tree, ImplicitInfo]:
-    """Return what `implicit` returns, and an `ImplicitInfo` on how it came about.
+    """Return the hypergradient of `implicit`, and an `ImplicitInfo` with its details.
 
     Arguments and errors are those of `implicit`.
 

@@ -1,4 +1,4 @@
-"""What a linear solver is, and what it returns."""
+"""Linear solvers, and their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MatVec: TypeAlias = Callable[[Vector], Sequence[Tensor]]
 
 
 class SolverStatus(IntEnum):
-    """Why a solve ended; `sentence` says it in words.
+    """The reason why a solve ended. `sentence` has it in words.
 
     >>> SolverStatus.negative_curvature.sentence
     'met a direction of negative curvature: the lower Hessian is indefinite here, the best iterate so far is kept'
@@ -101,13 +101,13 @@ _SENTENCES = {
 
 
 class Solution(NamedTuple):
-    """What a solve of ``H v = b`` returned.
+    """The result of a solve of ``H v = b``.
 
     Attributes:
         tensors: v, in the shapes and dtypes of b, detached.
-        iterations: Number of Hessian-vector products that were taken.
-        residual: ``||b - H v|| / ||b||`` as the solver knows it; NaN where it is not computed (`Identity`, and
-            `Neumann` with ``random=True``).
+        iterations: Number of Hessian-vector products.
+        residual: ``||b - H v|| / ||b||``; NaN if the solver does not compute it (`Identity`, and `Neumann` with
+            ``random=True``).
         status: A `SolverStatus`.
     """
 
@@ -118,15 +118,15 @@ class Solution(NamedTuple):
 
 
 class HessianReport(NamedTuple):
-    """What a solve has shown of the lower Hessian H on its sample.
+    """A report of a solve on the lower Hessian H of its sample.
 
     Attributes:
-        status: A `SolverStatus`: `indefinite` and `singular` are known to `Lanczos`, `negative_curvature` to `CG`.
-        residual: ||b - H v|| / ||b|| of the solve, NaN where it is not known.
-        smallest: The smallest Ritz value; NaN where there is none, as with other solvers than `Lanczos`.
+        status: A `SolverStatus`. `Lanczos` reports `indefinite` and `singular`, `CG` reports `negative_curvature`.
+        residual: ||b - H v|| / ||b|| of the solve; NaN if it is not known.
+        smallest: The smallest Ritz value; NaN for solvers other than `Lanczos`.
         largest: The largest Ritz value, likewise.
         negative: The share of ||f_y||^2 along negative curvature, in [0, 1], likewise.
-        error: The relative error of a product by differences, as measured; NaN where products are those of autograd.
+        error: Measured relative error of a product by differences; NaN for products by autograd.
     """
 
     status: SolverStatus
@@ -138,16 +138,16 @@ class HessianReport(NamedTuple):
 
 
 class LinearSolver(Protocol):
-    """Anything that solves ``H v = b`` from products with H."""
+    """A solver of ``H v = b`` that uses products with H only."""
 
     @property
     def warm_start(self) -> bool:
-        """Whether the previous solution should be passed as ``initial``; whoever calls in a loop keeps it."""
+        """Whether the caller should pass the previous solution as ``initial``."""
         ...
 
     @property
     def resamples(self) -> bool:
-        """Whether every product should be taken with an independent sample of the lower loss."""
+        """Whether each product needs an independent sample of the lower loss."""
         ...
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:

@@ -1,4 +1,4 @@
-"""From what `check` measured to a verdict: which of the usual mistakes explains the gradient."""
+"""The verdict of `check`: which common mistake explains the gradient."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["CheckReport", "DirectionCheck", "Measurements", "Verdict", "diagnose
 
 
 class Verdict(IntEnum):
-    """What `check` found.
+    """The finding of `check`.
 
     Attributes:
         right: The gradient agrees with the finite differences.
-        sign: It is minus the gradient.
-        implicit_sign: It is f_x + C v instead of f_x - C v.
-        direct_only: It is f_x: the path through y is cut.
-        scale: Its direction is right, its length is not.
-        implicit_scale: The implicit term alone is off by a factor.
-        direction: It points elsewhere.
+        sign: The gradient has the wrong sign.
+        implicit_sign: The gradient is f_x + C v, in place of f_x - C v.
+        direct_only: The gradient is f_x: the path through y is cut.
+        scale: The direction is right, and the length is wrong.
+        implicit_scale: The implicit term has a wrong factor.
+        direction: The direction is wrong.
         lower_unsolved: The formula is right, but y is not near y*(x).
-        noisy: The closures are not deterministic, nothing can be said.
-        inconclusive: The finite differences do not agree with each other, nothing can be said.
+        noisy: The closures are not deterministic, so that there is no finding.
+        inconclusive: The finite differences do not agree with each other, so that there is no finding.
         non_finite: The gradient or a loss is not finite.
-        unconnected: Neither loss connects x with y, so there is nothing to compare.
+        unconnected: Neither loss connects x with y.
     """
 
     right = 0
@@ -49,10 +49,10 @@ class DirectionCheck(NamedTuple):
     """One direction of a check.
 
     Attributes:
-        name: What the direction is.
+        name: Name of the direction.
         claimed: <gradient, d>.
-        measured: The central difference of F along d.
-        uncertainty: Its distance from the one with twice the step.
+        measured: Central difference of F along d.
+        uncertainty: Distance of that difference from the one with twice the step.
     """
 
     name: str
@@ -63,15 +63,15 @@ class DirectionCheck(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The outcome of `check`.
+    """The result of `check`.
 
     Attributes:
         ok: Whether the gradient passed.
-        verdict: What was found.
-        sentence: The finding in words, with the numbers.
+        verdict: The finding.
+        sentence: The finding as a sentence, with numbers.
         cosine: Cosine of the angle between gradient and finite differences, over the measured directions.
         scale: Length of the gradient / length of the finite differences.
-        sign: 1 or -1, the sign of ``cosine``; 0 if nothing was measured.
+        sign: The sign of ``cosine``, 1 or -1; 0 if nothing was measured.
         relative_error: ``||gradient - finite differences|| / ||finite differences||``.
         directions: One entry per direction.
         lower_gradient: ``||grad_y g||`` at the present y.
