@@ -1,8 +1,8 @@
-"""Every error and warning of the package.
+"""All errors and warnings of the package.
 
-Each error is an `AdaptiveBilevelError` and also the builtin error that a reader would expect, so that
-``except ValueError`` keeps working. Messages name the argument, its value and the remedy. Whatever raised,
-parameters, buffers, random state and policy state are exactly as they were before the call.
+Each error is an `AdaptiveBilevelError` and also a builtin error, so that ``except ValueError`` works. Messages name the
+argument, its value and the remedy. After an error, parameters, buffers, random state and policy state are exactly as
+before the call.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class OptionError(AdaptiveBilevelError, ValueError):
 
 
 class ClosureError(AdaptiveBilevelError, TypeError):
-    """A closure is missing, or what it returned is no attached scalar loss."""
+    """A closure is missing, or does not return a scalar loss that requires a gradient."""
 
 
 class TensorError(AdaptiveBilevelError, TypeError):
-    """A tensor is of a kind that cannot be stepped (sparse, complex, shared between the levels)."""
+    """A tensor is of an unsupported kind (sparse, complex, shared between the levels)."""
 
 
 class HypergradientError(AdaptiveBilevelError, RuntimeError):
@@ -56,7 +56,7 @@ class SolverError(AdaptiveBilevelError, RuntimeError):
 
 
 class NonFiniteError(AdaptiveBilevelError, RuntimeError):
-    """Too many steps in a row met a loss or a gradient that is not finite."""
+    """The loss or a gradient was not finite in too many steps in a row."""
 
 
 class DependencyError(AdaptiveBilevelError, ImportError):
@@ -68,21 +68,21 @@ class ProcessError(AdaptiveBilevelError, RuntimeError):
 
 
 class AdaptiveBilevelWarning(UserWarning):
-    """Something that training survives, but that its owner should know."""
+    """Training goes on, but the user should know the cause."""
 
 
 _PASSED_OVER = {"adaptive_bilevel", "torch"}
 
 
 def pass_over(*packages: str) -> None:
-    """Have no warning point into these packages: an integration names its own and its host's."""
+    """Let no warning point into these packages. An integration names its own package and its host's."""
     _PASSED_OVER.update(packages)
 
 
 def warn(message: str) -> None:
-    """Warn, and point to the line of the user's that led here: the innermost one outside of the packages passed over.
+    """Warn, and point to the user's line: the innermost one outside of the packages of `pass_over`.
 
-    However deep the caller is, and whatever a scheduler, a hook or a host has wrapped around it.
+    It is found at any depth of calls, also inside schedulers, hooks and hosts.
     """
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:

@@ -80,7 +80,7 @@ def dual_correction(v: Sequence[Tensor], moved: Sequence[Tensor], gradient: Sequ
 class CG:
     """Conjugate gradients, the solver of AID-BiO and one of those in Fan et al. (2023), arXiv 2305.18666.
 
-    Iterates until ``||b - H v|| <= tolerance ||b||``. The error in the norm of H is at most
+    The method iterates until ``||b - H v|| <= tolerance ||b||``. The error in the norm of H is at most
     ``2 ((sqrt(k) - 1) / (sqrt(k) + 1))^Q`` times the first one after Q iterations, k being the condition number of H.
     The returned iterate is the one after the last update.
 
@@ -92,20 +92,19 @@ class CG:
       than b. H is singular, or nearly.
     * ``flat``: ``H p = 0`` and L = 0. The lower loss is linear in y.
 
-    Then the iterate with the smallest residual is returned. It is the first one or a later one; zero is returned where
-    the first direction has no positive curvature: the hypergradient is its direct part alone then, and the response is
-    none. (Later iterates are nearer in the norm of H, but up to 300 times as long as those of ``|H|``'s inverse.)
-    `Lanczos` takes such directions into account instead of ending there.
+    The iterate with the smallest residual is then returned. It is zero if the first direction has no positive
+    curvature: the hypergradient is then f_x, and there is no response. (Later iterates are nearer in the norm of H, but
+    up to 300 times as long as those of the inverse of ``|H|``.) `Lanczos` uses such directions and does not stop there.
 
     Memory: 4 vectors of the size of y, and one more while an earlier iterate has the smallest residual.
 
-    Solving further from a solution is ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with that
-    solution's ``tensors`` as ``initial``.
+    To solve further, use ``dataclasses.replace(solver, tolerance=solver.tolerance / 10)`` with the ``tensors`` of the
+    solution as ``initial``.
 
     Args:
-        max_iterations: Most iterations, at least 1. Each takes one product; a start from ``initial`` takes one more.
-        tolerance: Relative residual to reach, in [0, 1). Below the rounding unit of the dtype it counts as that.
-        warm_start: Ask the caller to pass the previous solution as ``initial``. `implicit` does.
+        max_iterations: Maximal number of iterations, at least 1. Each costs one product; ``initial`` costs one more.
+        tolerance: Relative residual to reach, in [0, 1), and at least the rounding unit of the dtype.
+        warm_start: Whether the caller should pass the previous solution as ``initial``. `implicit` does so.
 
     Raises:
         OptionError: An option is outside its range.
@@ -130,7 +129,7 @@ class CG:
 
     @property
     def resamples(self) -> bool:
-        """CG needs the same matrix in every product."""
+        """False: CG needs the same matrix in each product."""
         return False
 
     def solve(
@@ -141,13 +140,13 @@ class CG:
         *,
         adjoint: Adjoint | None = None,
     ) -> Solution:
-        """Return v with ``||rhs - H v|| <= tolerance ||rhs||``, or the best that could be had.
+        """Return v with ``||rhs - H v|| <= tolerance ||rhs||``, or the iterate with the smallest residual.
 
         Args:
             matvec: The product with H, symmetric and positive definite.
             rhs: The right side b. If it is not finite, it is returned unchanged with the status ``non_finite``.
-            initial: Where to start, zero by default. It is dropped when it is worse than zero in the norm of H.
-            adjoint: What the products also serve, for a second right side.
+            initial: The first iterate, zero by default. Zero replaces it if it is better in the norm of H.
+            adjoint: A second right side, which uses the same products.
         """
         product = _in_float32(matvec, rhs)
         b = widen(rhs)

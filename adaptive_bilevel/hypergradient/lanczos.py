@@ -1,4 +1,4 @@
-"""One inverse for hypergradient and response that holds where the lower Hessian H is indefinite or singular.
+"""One inverse for hypergradient and response, also for an indefinite or singular lower Hessian H.
 
 k steps of Lanczos' method on (H, f_y) give V, whose columns are an orthonormal basis of the Krylov space, and
 T = V^T H V, whose eigenvalues t are the Ritz values. The inverse is
@@ -10,9 +10,9 @@ T = V^T H V, whose eigenvalues t are the Ritz values. The inverse is
     c      = phi(sqrt(|<u, H u>| ||H u||))           u being the unit vector along the part of another right side that
                                                      is outside of V
 
-phi(t) is what gradient flow of duration tau makes of an eigenvector. The hypergradient's ``v = P f_y`` takes k
+phi(t) is the effect of gradient flow of duration tau on an eigenvector. The hypergradient's ``v = P f_y`` takes k
 products; the response's ``w = P C^T d`` takes one more, H u. Because v is in the span of V, the slope of the searched
-function, ``<f_x, d> - <f_y, w>``, is that of the hypergradient whatever c is.
+function, ``<f_x, d> - <f_y, w>``, is that of the hypergradient for any c.
 
 Why not c = 1 / <u, H u>: positive and negative curvature of a network cancel in it, w is far too long, and the first
 searches are cut to steps of 1e-5, from which later ones do not recover. 1 / ||H u|| is too short where H is definite.
@@ -41,20 +41,21 @@ __all__ = ["Extension", "Lanczos", "SpectralInverse"]
 @final
 @dataclass(frozen=True)
 class Lanczos:
-    """An inverse from what k products show of the spectrum of H: symmetric and positive definite for every H.
+    """An inverse from the spectrum of H that k products resolve. It is symmetric and positive definite for every H.
 
-    Where H is positive definite and k iterations of `CG` resolve it, the solution is about theirs. Where H is
-    indefinite (a network) or singular (a sample with fewer rows than y has columns), it is bounded. Without curvature
-    along the right side (a lower loss that is linear in y) it is zero. Formulas: the module's docstring.
+    If H is positive definite and k iterations of `CG` resolve it, the solution is close to that of `CG`. If H is
+    indefinite (a network) or singular (a sample with fewer rows than y has entries), the solution is bounded. If there
+    is no curvature along the right side (a lower loss that is linear in y), it is zero. The docstring of the module has
+    the formulas.
 
-    `solve` is that of any linear solver. `basis` returns the inverse; further right sides take one product each.
+    `solve` is that of any linear solver. `basis` returns the inverse; each further right side costs one product.
 
-    Cost: k products, or fewer where the Krylov space is exhausted. Memory: k + 1 vectors of the size of y.
+    The cost is k products, or fewer if the Krylov space is exhausted. The memory is k + 1 vectors of the size of y.
 
     Args:
-        k: Most products, at least 1; at most the size of y of them are taken.
-        dtype: What the k vectors are stored in; ``torch.bfloat16`` takes half of the memory of float32. None: the dtype
-            of y, in at least float32.
+        k: Maximal number of products, at least 1.
+        dtype: Dtype of the k vectors. ``torch.bfloat16`` halves the memory of float32. If None, the dtype of y, and at
+            least float32.
 
     Raises:
         OptionError: An option is outside its range.
@@ -77,12 +78,12 @@ class Lanczos:
 
     @property
     def warm_start(self) -> bool:
-        """P is that of one point: a solution for another one is of no use."""
+        """False: P belongs to one point, so that earlier solutions do not help."""
         return False
 
     @property
     def resamples(self) -> bool:
-        """Lanczos' method needs the same matrix in every product."""
+        """False: the method needs the same matrix in each product."""
         return False
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:

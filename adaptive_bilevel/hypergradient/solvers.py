@@ -65,17 +65,17 @@ class Neumann:
 
     Random: ``N scale prod_{j=1}^{n} (I - scale H_j) b`` with N = steps and n uniform on 0..N-1; eq. (13) of Fan et al.
     (2023), arXiv 2305.18666, with the factor ``scale`` inside the product and the range of n corrected. Its expectation
-    is the sum with ``steps = N - 1`` if each H_j is the Hessian on an independent sample, which is why `implicit` calls
-    the lower closure anew for each product. Its variance grows with N, so the sum is the default.
+    is the sum with ``steps = N - 1`` if each H_j is the Hessian on an independent sample. `implicit` therefore calls
+    the lower closure for each product. The variance grows with N, so that the sum is the default.
 
     Args:
         steps: Number of products of the sum (0 or more), or N (1 or more).
-        scale: The letter 1 / L_g, above 0. Stable below 2 / (largest eigenvalue of H); the step size of a lower loop of
-            gradient descent that converges is a good choice. "auto": 1 / (|t| + r), where t is the largest Ritz value
-            of 3 steps of Lanczos' method on b and r the residual of that basis: 3 products more, and memory of 4
-            vectors meanwhile. A `BiSLS` takes the scale from f_y for the response too, so that P is one.
-        random: Draw one term instead of summing.
-        generator: Source of n; torch's global one by default, which moves like under any random call.
+        scale: 1 / L_g, above 0. The series converges below 2 / (largest eigenvalue of H); the step size of a lower loop
+            of gradient descent that converges is a good choice. "auto": 1 / (|t| + r), with the largest Ritz value t of
+            3 steps of Lanczos' method on b, and the residual r of that basis. This costs 3 more products, and memory
+            for 4 vectors. `BiSLS` uses the scale of f_y for the response too, so that P is the same.
+        random: Whether to draw one term in place of the sum.
+        generator: Random generator of n; by default, torch's global one.
 
     Raises:
         OptionError: An option is outside its range.
@@ -103,26 +103,25 @@ class Neumann:
 
     @property
     def warm_start(self) -> bool:
-        """A series has no use for the previous solution."""
+        """False: the series does not use the previous solution."""
         return False
 
     @property
     def resamples(self) -> bool:
-        """The random product is unbiased only with independent samples."""
+        """True for ``random``: the product is unbiased for independent samples only."""
         return self.random
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:
         """Return the series applied to ``rhs``.
 
-        Without any curvature along b (``H b = 0``) there is no solution, and zero is returned with the status ``flat``.
-        A term that is longer than the one before it ends the series with the status ``diverging``: it and what follows
-        are left out. The residual reported is the length of the last term taken, ``||(I - scale H)^steps b|| / ||b||``,
-        which bounds the true one.
+        If there is no curvature along b (``H b = 0``), the result is zero with the status ``flat``. If a term is longer
+        than the one before it, the series ends before it with the status ``diverging``. The reported residual is the
+        length of the last term, ``||(I - scale H)^steps b|| / ||b||``, an upper bound of the residual.
 
         Args:
             matvec: The product with H, or with an independent sample of it at every call.
             rhs: The right side b. If it is not finite, it is returned unchanged with the status ``non_finite``.
-            initial: Where to start, zero by default; without effect under ``random``.
+            initial: The first approximation, zero by default. It has no effect with ``random``.
         """
         b = widen(rhs)
         size = dot(b, b)
@@ -192,13 +191,13 @@ class Neumann:
 @final
 @dataclass(frozen=True)
 class Identity:
-    """``scale * b``: the inverse Hessian replaced by a multiple of the identity, without any product.
+    """A multiple of the identity in place of the inverse Hessian: ``scale * b``, without products.
 
     With ``scale`` the lower step size, the hypergradient is that of one unrolled lower step (T1-T2, DARTS); with
     ``scale=1`` it is the "Identity" of Fan et al. (2023), arXiv 2305.18666.
 
     Args:
-        scale: A number above 0.
+        scale: Factor, above 0.
 
     Raises:
         OptionError: ``scale`` is not a finite number above 0.
@@ -217,12 +216,12 @@ class Identity:
 
     @property
     def warm_start(self) -> bool:
-        """There is nothing to start."""
+        """False: there are no iterations."""
         return False
 
     @property
     def resamples(self) -> bool:
-        """There are no products."""
+        """False: there are no products."""
         return False
 
     def solve(self, matvec: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None) -> Solution:

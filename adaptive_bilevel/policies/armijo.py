@@ -24,15 +24,15 @@ def armijo_threshold(
 ) -> float:
     """Return f + slack + rounding |f| - c step slope: the largest value at that step which is a sufficient decrease.
 
-    Eq. (8): a finite value passes if it is not above. A value that is not finite is no decrease.
+    Eq. (8). A value passes if it is finite and not above the threshold.
 
     Args:
         loss: f, the loss at step 0.
         slope: <g, d>.
         step: gamma.
         c: Armijo constant, in (0, 1).
-        slack: delta >= 0, an allowed increase.
-        rounding: Relative rounding unit of the loss: so much of f is allowed beside the slack.
+        slack: delta >= 0, the increase of the loss that a trial may have.
+        rounding: Relative rounding unit of the loss, as a further allowance.
 
     >>> armijo_threshold(2.0, 4.0, 0.5, c=0.25)
     1.5
@@ -57,8 +57,8 @@ def armijo_ceiling(
 ) -> Scalar:
     """Return (loss - lower_bound) / (c slope): no longer step can satisfy sufficient decrease with constant c.
 
-    From ``lower_bound <= f(x - a d) <= f(x) - c a slope``. It is the largest step worth considering at this point, so
-    it serves as cap of every search, and as first trial or bound where the user gave no number.
+    This follows from ``lower_bound <= f(x - a d) <= f(x) - c a slope``. The result caps every search, and is the first
+    trial or bound if the user gives none.
     """
     return polyak_ratio(loss, slope, lower_bound, c, most)
 

@@ -1,4 +1,4 @@
-"""A line search where samples agree, and a step of the bound's length where they do not.
+"""A line search while samples agree, and a step of the bound's length afterwards.
 
 Samples agree as long as the next ones confirm half of the decreases (`adaptive_bilevel.policies.agreement`); then the
 rule is `SLS`. An upper variable that moves, or a lower one that starts anew, changes the loss once per lower loop, and
@@ -41,11 +41,11 @@ __all__ = ["AutoSLS"]
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSLS(SLSB):
-    """Stochastic line search as long as samples agree; from then on the bound is the step, and nothing is searched.
+    """Line search while samples agree. Afterwards, the step is the bound, without a search.
 
-    Options as in `SLSB`. `bound` is the first trial, too, and where samples disagree, no step is longer than the
-    longest that a search has accepted; None: found, see `Envelope`, and estimated from the first step on, whether it is
-    in force or not. `decay` is made for averaged iterates.
+    The options are those of `SLSB`. `bound` is also the first trial. After samples have disagreed, no step exceeds the
+    longest step that a search has accepted. If `bound` is None, it is estimated from the first step on, see `Envelope`.
+    The default of `decay` is for averaged iterates.
 
     >>> policy, f = AutoSLS(), lambda x: x * x
     >>> record, state = policy.step(policy.init(), loss=f(1.0), slope=4.0, trial=lambda a: f(1.0 - 2.0 * a))
@@ -63,7 +63,7 @@ class AutoSLS(SLSB):
         return agreeing(state.differing, state.decreases) and state.margin >= 0.0
 
     def observed(self, state: SearchState, value: float) -> SearchState:
-        """Return the state after a step that did not end at the point of the last trial, but where the loss is this."""
+        """Return the state after a step that ended elsewhere than the last trial, at this loss."""
         if not (state.last_decrease > 0.0 and math.isfinite(value)):
             return state._replace(last_decrease=0.0)
         return state._replace(expected=value)

@@ -1,4 +1,4 @@
-"""What a policy sees of one step, as one typed record, and the protocol that all policies implement."""
+"""The input of a policy at one step, and the protocol of all policies."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Accumulated(Protocol):
 
 
 class Context(NamedTuple):
-    """The sample of one step, and the limits of that step. Each rule reads the parts that its formula has.
+    """The sample of one step, and the limits of the step. Each rule reads the attributes of its formula.
 
     Attributes:
         loss: f_i(x_k), the sampled loss.
-        slope: <g, d>; the squared norm for plain gradients.
-        trial: step -> f_i(x_k - step d), on the same sample. A search needs it, and rejects values that are not finite;
-            a Polyak rule only uses it to find a first bound.
+        slope: <g, d>, which is the squared norm for plain gradients.
+        trial: step -> f_i(x_k - step d), on the same sample. A search needs it, and rejects values that are not finite.
+            A Polyak rule only uses it to find a first bound.
         lower_bound: Overrides the option for this sample.
         shared: States (after this iteration's step) of the variables that this one is coupled to.
         bound: Overrides the option `bound` (or `start`) for this step.
-        scale: Factor of a bound or first trial that the rule found by itself.
-        cap: Overrides the option `max_step` of a search for this step: no trial is above it. Of a rule
-            under a bound, no first bound that it finds at this step is above it.
-        rounding: Relative rounding unit of the loss, for a search; None: that of the loss's dtype.
-        certify: A further test of a search, called with a step right after its trial passed; False rejects it.
-        raw: The raw step of an `Envelope`; None: Polyak's ratio. NaN counts as non-finite.
-        most_ratio: A ratio |f| / <g, d> above it gives no scale, since the slope is one of rounding errors.
-        onward: <g_k, x_{k-1} - x_k>, by how much f_k still falls, to first order, along the last step. `GuardedSLS`
-            reads it; None: not known.
+        scale: Factor of an estimated bound or first trial.
+        cap: Largest trial of this step; it overrides the option `max_step` of a search. For a rule under a bound, the
+            largest first bound that is estimated at this step.
+        rounding: Relative rounding unit of the loss, for a search. If None, that of the dtype of the loss.
+        certify: A further test of a search. It is called with a step whose trial has passed; False rejects the step.
+        raw: The raw step of an `Envelope`. If None, Polyak's ratio. NaN counts as non-finite.
+        most_ratio: Largest ratio |f| / <g, d> that gives a scale. Above it, the slope is a rounding error.
+        onward: <g_k, x_{k-1} - x_k>, the decrease of f_k along the last step, to first order. None if it is not known.
+            `GuardedSLS` reads it.
     """
 
     loss: Scalar
@@ -76,7 +76,7 @@ S = TypeVar("S")
 class Policy(Protocol[S]):
     """A step-size rule: frozen options, a separate state, and two pure functions between them.
 
-    A rule of one's own derives from this class and writes `init` and `propose`; `step` comes with it.
+    To write a rule, derive from this class and define `init` and `propose`.
     """
 
     def init(self) -> S:

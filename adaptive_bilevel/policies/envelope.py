@@ -23,9 +23,9 @@ class Constant(Bounded, Policy[BoundState]):
     """A fixed or decaying step: gamma_k = bound * decay(k).
 
     Args:
-        bound: gamma_b,0 > 0; required.
+        bound: gamma_b,0 > 0. It is required.
         decay: "constant", "inverse_sqrt", "inverse", or a callable k -> factor.
-        lower_bound: Unused; kept so that all policies take the same options.
+        lower_bound: Not used. All policies have this option.
 
     >>> policy = Constant(bound=0.5, decay="inverse")
     >>> record, state = policy.step(policy.init(), loss=1.0, slope=4.0)
@@ -58,13 +58,13 @@ class Envelope(Bounded, Policy[BoundState]):
     """Any raw step between a floor and a bound: min{max{min(low_k, high_k), raw_k}, high_k}, eqs. (9) and (10).
 
     Args:
-        bound: high_0 = gamma_b,0 > 0. None: found from the problem, at first from `armijo_ceiling` down to where
-            `trial` shows no increase; under the schedule "inverse_sqrt" estimated anew at each step after that
+        bound: high_0 = gamma_b,0 > 0. If None, it is estimated: at first, trials from `armijo_ceiling` downwards find
+            the largest step without an increase. With decay="inverse_sqrt", it is estimated again at each later step
             (`adaptive_bilevel.policies.distance`).
         decay: Schedule of the bound.
         c: Constant of the default raw step (loss - lower_bound) / (c slope), a number or a callable k -> number.
-        lower_bound: l, any lower bound of the loss. None: to be given at each step.
-        floor: low_0 = omega of (9) or alpha_l,0 of (10); 0 = no floor. A floor above the bound is the bound.
+        lower_bound: l, a lower bound of the loss. If None, give it to each step.
+        floor: low_0, which is omega in (9) and alpha_l,0 in (10); 0 for no floor. The bound limits the floor.
         floor_decay: Schedule of the floor.
 
     >>> policy = Envelope(bound=0.5, decay="inverse_sqrt", floor=0.3)
@@ -91,11 +91,11 @@ class Envelope(Bounded, Policy[BoundState]):
     def propose(self, state: BoundState, context: Context) -> tuple[Record, BoundState]:
         """Return the record of one step, and the state after it.
 
-        A `trial` is only used where a bound is to be found and there is none yet; without it the first bound is
-        Polyak's ratio ("inverse_sqrt") or `armijo_ceiling`.
+        `trial` is only used to find a first bound. Without it, the first bound is Polyak's ratio ("inverse_sqrt") or
+        `armijo_ceiling`.
 
         Raises:
-            OptionError: The rule needs a lower bound, and there is none.
+            OptionError: There is no lower bound, and the rule needs one.
         """
         loss, slope, raw = context.loss, context.slope, context.raw
         low = -float("inf")

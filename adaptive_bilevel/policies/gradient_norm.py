@@ -27,12 +27,12 @@ class GradientNorm(Policy[GradientNormState]):
     """gamma_k = 1 / a_k with a_k^2 = a_{k-1}^2 + ||g_k||^2, coupled as in S-TFBO (arXiv 2410.05140).
 
     Args:
-        initial: a_{-1} > 0 (a zero start with a zero gradient would be 0/0).
+        initial: a_{-1} > 0. It must not be 0, for the sake of a first gradient of 0.
         coupling: "none": 1/a (S-TFBO's y, all of D-TFBO); "max": 1/max{a, shared} (S-TFBO's v, which shares y's
             state); "product": 1/(a max{shared}) (S-TFBO's x, which shares y's and v's).
 
-    The accumulators of all variables are updated first and used then, so `shared` takes the states after this
-    iteration's step of the variables it couples to. D-TFBO's cold start is a new `init`.
+    All accumulators are updated before any is used: `shared` takes the states of the coupled variables after their step
+    of this iteration. For the cold start of D-TFBO, call `init` again.
 
     >>> policy = GradientNorm(initial=1.0)
     >>> policy.step(policy.init(), loss=0.0, slope=16.0)[0].step_size ** -2
@@ -52,7 +52,7 @@ class GradientNorm(Policy[GradientNormState]):
         return GradientNormState(0, self.initial**2)
 
     def propose(self, state: GradientNormState, context: Context) -> tuple[Record, GradientNormState]:
-        """Return the record of one step, and the state after it; the loss is only looked at for being finite."""
+        """Return the record of one step, and the state after it. The loss must only be finite."""
         loss, slope = context.loss, context.slope
         # Neither may the sum overflow: it would be inf for ever.
         valid = isfinite(loss) & isfinite(state.squares + slope)

@@ -1,4 +1,4 @@
-"""SLS under a bound that is in force while the losses fall by less than the steps promised."""
+"""SLS under a bound that holds while the losses fall by less than the steps promise."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ __all__ = ["GuardedSLS"]
 
 @dataclass(frozen=True, kw_only=True)
 class GuardedSLS(SLS):
-    """Stochastic line search with a guard against samples that can each be fitted alone: for the upper level.
+    """Line search with a guard against samples that can each be fitted alone: the default rule of the upper level.
 
-    A search certifies a step on its own sample. Where a sample can be fitted alone, as a few episodes of few-shot
-    learning can, searches accept steps that raise the loss of all others. It shows in the losses: they fall by less
-    than half of what the steps promised, so that the margin M of the run (`adaptive_bilevel.policies.margin`, with
-    c / 2) is negative. On full batches of a single level it never is; a lower level that moves may make it so.
-    Steps are not at fault then, unless the next sample's gradients say the same of them,
+    A search certifies a step on its own sample. If that sample can be fitted alone, as a few episodes of few-shot
+    learning can, the search accepts steps that raise the loss of all other samples. The losses then fall by less than
+    half of what the steps promise: the margin M of the run (`adaptive_bilevel.policies.margin`, with c / 2) is
+    negative. On full batches of a single level, M is never negative. A lower level that moves can also make it
+    negative. The guard therefore has a second condition, on the gradients of the next samples:
 
         A = sum of the <g_{j+1}, x_j - x_{j+1}> < (c / 2) sum of the gamma_j n_j.
 
-    As long as M < 0 and that holds (M < 0 alone, where ``onward`` is not given),
+    While M < 0 and this condition hold (M < 0 alone if ``onward`` is None),
 
-        gamma_k <= sqrt(max{D^2, S} / (G (k + 1))),    S = sum of gamma_j^2 n_j,
+        gamma_k <= sqrt(max{D^2, S} / (G (k + 1))),    S = sum of gamma_j^2 n_j.
 
-    D the distance to the solution and G the mean of the n_j as `SLSB` estimates them
-    (`adaptive_bilevel.policies.distance`; at first D is gamma_0 sqrt(n_0)). D alone lags where the best steps become
-    longer, as they do where x saturates; S keeps the bound at the root mean square of the steps so far. It takes no
-    evaluation, and no number. Options as in `SLS`.
+    D is the distance to the solution, and G the mean of the n_j, as `SLSB` estimates them
+    (`adaptive_bilevel.policies.distance`; at first, D is gamma_0 sqrt(n_0)). D alone is too small if the best steps
+    become longer, for example where x saturates; S keeps the bound at the root mean square of the steps so far. The
+    guard needs no evaluation and no option. The options are those of `SLS`.
 
-    Measured (``examples/benchmarks/NOTES.md``): few-shot networks that start at x diverged in 2 of 3 runs with `SLS`.
+    In ``examples/benchmarks/NOTES.md``, the start of few-shot networks diverged in 2 of 3 runs with `SLS`.
 
     >>> policy, f = GuardedSLS(start=1.0), lambda x: x * x
     >>> record, state = policy.step(policy.init(), loss=4.0, slope=16.0, trial=lambda a: f(2.0 - 4.0 * a))

@@ -21,8 +21,8 @@ __all__ = ["SPSB", "DecSPS", "SPSMax"]
 class SPSMax(Envelope):
     """SPS_max: gamma_k = min{(f_i - l_i) / (c ||grad f_i||^2), gamma_b}, eq. (5).
 
-    Converges to a neighbourhood of the solution only, unless the model interpolates; `SPSB` has no such floor.
-    Options as in `Envelope`, of which it is the case of a constant bound.
+    It converges to the solution if the model interpolates, and otherwise to a neighbourhood of it. The options are
+    those of `Envelope`, with a constant bound.
 
     >>> policy = SPSMax(bound=1.0)
     >>> policy.step(policy.init(), loss=6.0, slope=20.0)[0].step_size
@@ -34,8 +34,8 @@ class SPSMax(Envelope):
 class SPSB(Envelope):
     """SPSB: gamma_k = min{(f_i - l_i) / (c ||grad f_i||^2), gamma_b,k}, gamma_b,k non-increasing, eq. (7).
 
-    Options as in `Envelope`; the bound decays as 1/sqrt(k+1) by default (Theorem 1; "inverse" for strongly
-    convex problems, Theorem 2).
+    The options are those of `Envelope`. The bound decays as 1/sqrt(k+1) by default (Theorem 1); decay="inverse" is for
+    strongly convex problems (Theorem 2).
 
     >>> policy = SPSB(bound=0.4)
     >>> policy.step(policy.init(), loss=6.0, slope=20.0)[0].step_size
@@ -50,10 +50,11 @@ class DecSPS(Bounded, Policy[DecSPSState]):
     """DecSPS: gamma_k = (1/c_k) min{(f_i - l_i) / ||grad f_i||^2, c_{k-1} gamma_{k-1}}, eq. (6), non-increasing.
 
     Args:
-        bound: gamma_b,0 > 0, with c_{-1} gamma_{-1} = c_0 gamma_b,0. None: found at the first step.
-        c: c > 0 of c_k = c sqrt(k+1).
-        lower_bound: l, any lower bound of the loss.
-        decay: Only "constant": the rule decays by itself.
+        bound: gamma_b,0 > 0, with c_{-1} gamma_{-1} = c_0 gamma_b,0. If None, it is
+            estimated at the first step.
+        c: c > 0 in c_k = c sqrt(k+1).
+        lower_bound: l, a lower bound of the loss.
+        decay: "constant" only; the rule decays without a schedule.
 
     >>> policy = DecSPS(bound=1.0)
     >>> policy.step(policy.init(), loss=6.0, slope=20.0)[0].step_size
@@ -74,7 +75,7 @@ class DecSPS(Bounded, Policy[DecSPSState]):
     def propose(self, state: DecSPSState, context: Context) -> tuple[Record, DecSPSState]:
         """Return the record of one step, and the state after it.
 
-        Once there was a step, the bound only shows where it is overridden by a smaller one, as by a schedule.
+        After the first step, the bound has an effect only if a smaller one overrides it, as a schedule does.
 
         Raises:
             OptionError: There is no lower bound.

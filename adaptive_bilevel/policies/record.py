@@ -1,4 +1,4 @@
-"""What a policy reports: an outcome, and a record of the numbers that led to it."""
+"""The output of a policy: an outcome, and a record of its numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Outcome", "Record", "closed_form"]
 
 
 class Outcome(IntEnum):
-    """Why a step is what it is; `sentence` says it in words.
+    """The reason for a step size. `sentence` has it in words.
 
     >>> Outcome.search_failed.sentence
     'no trial step gave sufficient decrease: nothing moved, the last good step is kept'
@@ -31,7 +31,7 @@ class Outcome(IntEnum):
 
     @property
     def sentence(self) -> str:
-        """The sentence a user reads."""
+        """The outcome as a sentence."""
         return _SENTENCES[self]
 
 
@@ -51,18 +51,18 @@ _SENTENCES = {
 
 
 class Record(NamedTuple):
-    """What one step did, and why.
+    """The record of one step.
 
     Attributes:
-        step_size: The step to take; 0 when nothing moves.
-        proposed: The raw value before the bounds, or a search's last candidate.
-        bound: The cap in force; inf when there was none.
-        outcome: An `Outcome` (as an integer, so that it can be traced).
-        trials: Number of trial evaluations.
-        value: The objective at the last trial; NaN when there was none.
-        slope: The slope that was used, <g, d>.
-        slope_ratio: For a bilevel step, slope of the searched function / <hypergradient, direction>. Persistently far
-            from 1, the hypergradient and the solver of the response disagree. NaN elsewhere.
+        step_size: The step; 0 if nothing moves.
+        proposed: The raw value before the bounds, or the last candidate of a search.
+        bound: The cap of the step; inf if there is none.
+        outcome: An `Outcome`, as an integer that can be traced.
+        trials: Number of trials.
+        value: The objective at the last trial; NaN if there was none.
+        slope: The slope <g, d>.
+        slope_ratio: For a step of `BiSLS`, the slope of the searched function over <hypergradient, direction>. If it
+            stays far from 1, the hypergradient and the solver of the response disagree. NaN for other steps.
     """
 
     step_size: Scalar
@@ -76,7 +76,7 @@ class Record(NamedTuple):
 
     @property
     def moved(self) -> bool:
-        """Whether anything moves (waits for an accelerator)."""
+        """Whether the step moves anything. On an accelerator, this waits for the device."""
         return float(self.step_size) > 0.0
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""Where the next search starts (Algorithm 3 of Fan et al., 2023)."""
+"""The first trial of the next search (Algorithm 3 of Fan et al., 2023)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def reset(previous: float, initial: float, *, option: str, grow: float, cap: flo
     """Return the first trial of the next search.
 
     Args:
-        previous: The last accepted step; 0 before there was one. Failed and zero-gradient steps are not fed.
+        previous: The last accepted step; 0 before the first one. Steps that moved nothing do not count.
         initial: The initial bound.
         option: "initial" (option 1: the initial bound), "keep" (option 2: the last step), "grow" (option 3: `grow`
-            times the last step). Before there was a step, all start at `initial`.
+            times the last step). The first search starts at `initial`.
         grow: The factor eta >= 1 of option 3.
-        cap: No start is above it, nor above the largest float: 1100 accepted steps with eta = 2 would be infinite.
+        cap: Upper limit of the result, which is also at most the largest float.
 
     >>> [reset(0.5, 8.0, option=option, grow=2.0, cap=10.0) for option in RESETS]
     [8.0, 0.5, 1.0]

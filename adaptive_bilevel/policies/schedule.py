@@ -25,7 +25,7 @@ ESTIMATED = ("inverse_sqrt", "inverse_cbrt")
 
 
 def decay_factor(decay: Decay, k: Scalar) -> Scalar:
-    """Return the factor of step k (the first step has k = 0 and, for named schedules, factor 1).
+    """Return the factor of step k. The first step has k = 0; named schedules then have the factor 1.
 
     >>> [decay_factor("inverse", k) for k in range(3)]
     [1.0, 0.5, 0.3333333333333333]

@@ -21,21 +21,21 @@ __all__ = ["SLS", "SLSB"]
 class SLS(Search):
     """Stochastic line search: the first step of start, start w, start w^2, ... with sufficient decrease, eq. (8).
 
-    Accepts gamma as soon as f_i(x - gamma d) <= f_i(x) - c gamma <g, d> + slack, up to one rounding unit of the loss's
-    dtype (`armijo_threshold`). No step above (f_i - l)/(c <g, d>) can pass, so none is tried.
+    A step gamma passes if f_i(x - gamma d) <= f_i(x) - c gamma <g, d> + slack, up to one rounding unit of the loss's
+    dtype (`armijo_threshold`). No step above (f_i - l)/(c <g, d>) can pass, and none is tried.
 
     Args:
-        start: The first trial of the first search, > 0. None: found at the first step: `armijo_ceiling`, or, where the
-            loss is not above `lower_bound`, by trials up and down from `unbounded_length`. Later searches may grow
+        start: The first trial of the first search, > 0. If None, it is `armijo_ceiling` at the first step. If the loss
+            is not above `lower_bound`, trials up and down from `unbounded_length` find it. Later searches may grow
             beyond it.
         c: Armijo constant, in (0, 1).
-        shrink: w, the factor between two trials, in (0, 1).
-        grow: eta >= 1 of reset="grow".
-        reset: Start of the later searches: "initial", "keep" or "grow" (options 1, 2, 3), see `reset`.
-        slack: delta >= 0, an allowed increase.
-        lower_bound: l, any lower bound of the loss; None if there is none.
-        max_step: No trial is above it; None = no cap.
-        max_trials: Trials before a search has failed; None: until the step is 1e-12 of the first trial.
+        shrink: w, the factor from a rejected trial to the next one, in (0, 1).
+        grow: eta >= 1, the factor of reset="grow".
+        reset: Start of later searches: "initial", "keep" or "grow" (options 1, 2, 3), see `reset`.
+        slack: delta >= 0, the increase of the loss that a trial may have.
+        lower_bound: l, a lower bound of the loss, or None if there is none.
+        max_step: The largest trial, or None for no limit.
+        max_trials: Number of trials after which a search fails. If None, it fails at 1e-12 of its first trial.
 
     >>> policy = SLS(start=1.0)
     >>> record, state = policy.step(policy.init(), loss=1.0, slope=4.0, trial=lambda a: (1.0 - 2.0 * a) ** 2)
@@ -63,8 +63,8 @@ class SLS(Search):
 class SLSB(Search):
     """Stochastic line search under a non-increasing bound: start = min{reset(previous), gamma_b,k}, step <= gamma_b,k.
 
-    Options as in `SLS`, with `bound` (gamma_b,0 > 0; None: found, see `Envelope`) and its `decay` in the place of
-    `start` and `max_step`.
+    The options are those of `SLS`, with `bound` and its schedule `decay` in place of `start` and `max_step`. The bound
+    gamma_b,0 > 0 is estimated if it is None, see `Envelope`.
 
     >>> policy = SLSB(bound=1.0)
     >>> policy.step(policy.init(), loss=1.0, slope=4.0, trial=lambda a: (1.0 - 2.0 * a) ** 2)[0].step_size

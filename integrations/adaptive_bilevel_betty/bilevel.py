@@ -1,4 +1,4 @@
-"""BiSPS, BiSLS and OneStepBiSLS as optimizers of problems that look ahead into others."""
+"""BiSPS, BiSLS and OneStepBiSLS as optimizers of upper problems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BiSLS", "BiSPS", "OneStepBiSLS"]
 
 @final
 class BiSPS(UpperPolyak):
-    """`adaptive_bilevel.BiSPS` as a problem's optimizer: the same options but `lower`, which `bind` sets."""
+    """`adaptive_bilevel.BiSPS` as a problem's optimizer. The options are the same, without `lower`: `bind` sets it."""
 
     unbound = UNBOUND
 
@@ -32,11 +32,11 @@ class BiSPS(UpperPolyak):
 
 @final
 class BiSLS(UpperSearch):
-    """`adaptive_bilevel.BiSLS` as a problem's optimizer: its options, but `lower`, `project`, `search` and `solver`.
+    """`adaptive_bilevel.BiSLS` as a problem's optimizer, without the options `lower`, `project` and `search`.
 
-    The lower level is what the problem's paths say, and is set by `bind`. A ``param_callback`` of the problem takes the
-    place of `project`. The solver is Lanczos, CG, Neumann or Identity, or the same written as a string, since Betty
-    builds optimizers anew from plain values.
+    `bind` sets the lower level from the problem's paths. A ``param_callback`` of the problem replaces `project`. The
+    solver is Lanczos, CG, Neumann or Identity, or the same as a string, because Betty rebuilds optimizers from plain
+    values.
 
     Attributes:
         inverse: The record of the solver.
@@ -65,7 +65,7 @@ class BiSLS(UpperSearch):
 
 @final
 class OneStepBiSLS(OneStepSearch):
-    """`adaptive_bilevel.OneStepBiSLS` as a problem's optimizer: the same options but `lower` and `project`."""
+    """`adaptive_bilevel.OneStepBiSLS` as a problem's optimizer, without the options `lower` and `project`."""
 
     unbound = UNBOUND
 

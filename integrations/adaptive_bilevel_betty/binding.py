@@ -1,4 +1,4 @@
-"""`bind`: from the engine's graph, every optimizer learns its problem and the problems below."""
+"""`bind` gives each optimizer its problem and the problems below, from the graph of the engine."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _OURS = (SPSMax, DecSPS, SPSB, SLS, SLSB, AutoSLS, BiSPS, BiSLS, OneStepBiSLS)
 def bind(engine: E, *, solver: LinearSolver | None = None) -> E:
     """Bind the optimizers of an engine's problems to their problems, and return the engine.
 
-    To be called after ``Engine(...)``, which builds optimizers anew, and again after ``problem.set_optimizer`` or
-    ``engine.set_dependency``. Problems with stock optimizers may be among the others.
+    Call it after ``Engine(...)``, which rebuilds optimizers, and again after ``problem.set_optimizer`` or
+    ``engine.set_dependency``. Some problems may have stock optimizers.
 
-    What changes, on these instances only: ``problem.get_loss`` remembers what it evaluates, and ``problem.in_trial`` is
-    True while a loss is evaluated again, so that a training_step can leave its metrics alone then. And Betty learns the
-    hypergradient type "adaptive_cg".
+    These instances change: ``problem.get_loss`` records its evaluations, and ``problem.in_trial`` is True while a loss
+    is evaluated again, so that a training_step can skip its metrics. `bind` also registers the hypergradient type
+    "adaptive_cg".
 
     Args:
         engine: A `betty.engine.Engine` whose problems are `ImplicitProblem`s.
-        solver: The solver of ``Config(type="adaptive_cg")``. Left out: that of the `BiSLS` that looks ahead into the
-            problem, or Lanczos().
+        solver: The solver of ``Config(type="adaptive_cg")``. By default, that of the `BiSLS` above the problem, or
+            Lanczos().
 
     Raises:
-        OptionError: A problem, or the engine, is configured in a way that no step size can be found for (see
-            `refusals`). As after any error, nothing is bound.
-        TensorError: A problem has nothing to step, or shares parameters with one that it looks ahead into.
+        OptionError: The configuration of a problem or of the engine is not supported (see `refusals`). Nothing is bound
+            then.
+        TensorError: A problem has no trainable parameters, or shares parameters with a problem below it.
         ClosureError: A problem has no training_step.
     """
     problems: list[Problem] = list(getattr(engine, "problems", ()))
@@ -102,7 +102,7 @@ def _solver_of(problem: Problem, ours: list[Problem], given: LinearSolver | None
 
 
 class AdaptiveEngine(Engine):  # type: ignore[misc]
-    """Betty's engine, binding by itself: ``AdaptiveEngine(...)`` is ``bind(Engine(...))``."""
+    """Betty's engine with `bind`: ``AdaptiveEngine(...)`` is ``bind(Engine(...))``."""
 
     def initialize(self) -> None:
         """Initialize as Betty does, then bind."""

@@ -1,6 +1,6 @@
 """A hypergradient type for Betty, ``Config(type="adaptive_cg")``, with the linear solvers of the core.
 
-Betty's own ``cg`` uses the old residual in the direction's update, in both releases, so that its error does not vanish.
+Betty's ``cg`` uses the old residual in the update of the direction, in both releases. Its error does not vanish.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ TYPE = "adaptive_cg"
 def adaptive_cg(
     vector: Sequence[Tensor], curr: Problem, prev: Problem, sync: bool = False
 ) -> tuple[Tensor, ...] | None:
-    """Return -C P `vector`: how a function of `curr`'s solution changes with `prev`'s parameters.
+    """Return -C P `vector`, the hypergradient of a function of `curr`'s solution for `prev`'s parameters.
 
-    C and P are those of the loss of `curr` on the batches of its last step (all of a step with gradient accumulation),
-    with the same dropout masks, so that the response of `BiSLS` and the hypergradient have the same inverse. If `curr`
-    looks ahead into problems itself, it is the loss with those problems answering (see `total_derivative`).
+    C and P belong to the loss of `curr` on the batches of its last step (all of them, with gradient accumulation), with
+    the same dropout masks. The response of `BiSLS` and the hypergradient then have the same inverse. If there are
+    problems below `curr`, its loss includes their response (see `total_derivative`).
 
     Args:
         vector: Gradient by the parameters of `curr`, or by its ``meta_trainable_parameters`` if it is the lowest.
         curr: The lower problem.
-        prev: The problem that its solution answers to.
-        sync: Betty 0.2: add the result to .grad of `prev` and return None.
+        prev: The upper problem.
+        sync: For Betty 0.2: add the result to .grad of `prev` and return None.
 
     Raises:
         LowerLevelError: `curr` is not bound.

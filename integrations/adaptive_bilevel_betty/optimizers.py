@@ -1,4 +1,4 @@
-"""The rules for problems that look ahead into none, as classes that Betty can build anew from ``defaults``."""
+"""The rules of lower problems, as classes that Betty can rebuild from ``defaults``."""
 
 from __future__ import annotations
 

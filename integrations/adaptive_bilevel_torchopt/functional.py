@@ -1,4 +1,4 @@
-"""The lower loop inside a function that ``custom_root`` decorates: one solver, as many tasks as it is called for."""
+"""The lower loop inside a function that ``custom_root`` decorates, with one task for each call."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class FunctionalLowerStep(SolvedLevel):
     """Automatic lower steps for solvers that are functions decorated by ``torchopt.diff.implicit.custom_root``.
 
     Args:
-        objective: ``objective(params, *args) -> loss``; the optimality function is its gradient in `params`. SLS and
-            SPS steps compare losses, so the optimality function is not enough.
+        objective: ``objective(params, *args) -> loss``. The optimality function is its gradient in `params`. The rules
+            compare losses, so that the optimality function is not enough.
         rule: As in `LowerStep`.
         lr: As in `LowerStep`.
-        linear_solve: What custom_root was given as ``solve``; None is its default, ``solve_normal_cg()``.
+        linear_solve: The argument ``solve`` of custom_root. None is its default, ``solve_normal_cg()``.
         direction: As in `LowerStep`.
         options: Options of the rule.
 
-    A meta-batch of tasks is as many calls of the solver before one upper step; the k-th of them goes on with the step
-    size of the k-th task before. For an evaluation take another object, or `rewind` after it.
+    For a meta-batch of tasks, call the solver once for each task before the upper step. The k-th call continues with
+    the step size of the k-th task before. For an evaluation, use another object, or call `rewind` afterwards.
 
     ::
 
@@ -89,11 +89,10 @@ class FunctionalLowerStep(SolvedLevel):
 
         Args:
             params: A tensor or a sequence of them.
-            args: What the objective takes beside them.
+            args: The other arguments of the objective.
 
         Raises:
-            TensorError: `params` are no tensors, or of a kind that cannot be stepped on or TorchOpt differentiates
-                wrongly.
+            TensorError: `params` are not tensors, or of an unsupported kind, or TorchOpt differentiates them wrongly.
         """
         single = isinstance(params, Tensor)
         listed = list(params) if isinstance(params, Iterable) and not single else [params]
@@ -139,7 +138,7 @@ class FunctionalLowerStep(SolvedLevel):
         self._clocked = True
 
     def rewind(self) -> None:
-        """Forget the loops since the last upper step (but not what they taught of step sizes)."""
+        """Forget the loops since the last upper step, except for their step sizes."""
         self._tasks = []
 
     def solved(self, solution: Params | None) -> list[SolvedProblem]:
@@ -201,7 +200,7 @@ class FunctionalLowerStep(SolvedLevel):
         return {"tasks": [task.state_dict() for task in self._pool]}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Load it; for tasks that were not met yet, it is kept until then."""
+        """Load a state. The state of a task without a loop is kept until its first loop."""
         while len(self._pool) < len(state["tasks"]):
             self._pool.append(self._task())
         for task, saved in zip(self._pool, state["tasks"], strict=False):

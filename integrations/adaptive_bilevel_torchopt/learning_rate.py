@@ -1,4 +1,4 @@
-"""Polyak steps as the learning rate of TorchOpt's own optimizers, which have no channel for a loss."""
+"""Polyak steps as the learning rate of TorchOpt's optimizers, whose updates do not receive the loss."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["PolyakLR"]
 
 
 class PolyakLR:
-    """A callable learning rate, which gets the loss and the gradients before each update.
+    """A callable learning rate. `tell` gives it the loss and the gradients before each update.
 
     TorchOpt calls a callable ``lr`` once per tensor; all calls of one update return the same step.
 
     Args:
         policy: `SPSMax`, `DecSPS`, `SPSB`, `Envelope` (or a search, with ``tell(trial=...)``) of
             ``adaptive_bilevel.policies``.
-        differentiable: Whether the step is differentiated through in an unrolled loop; a constant by default. Then
-            call `stop_gradient` where the loop's graph ends, beside ``torchopt.stop_gradient(optimizer)``.
+        differentiable: Whether an unrolled loop differentiates the step; by default, the step is a constant. If True,
+            call `stop_gradient` where the graph of the loop ends, next to ``torchopt.stop_gradient(optimizer)``.
 
     Attributes:
         record: The last step's record; None before.
@@ -65,14 +65,14 @@ class PolyakLR:
         *,
         trial: Callable[[float], float] | None = None,
     ) -> None:
-        """Find the step of the next update. It is looked at, for which an accelerator is waited for.
+        """Compute the step of the next update. On an accelerator, this waits for the device.
 
         Args:
             loss: The loss.
-            grads: Its gradients, a tree of tensors (None leaves are passed over).
-            directions: d, where the optimizer does not step along the gradients: the slope is <grads, d>. Those of
-                ``torchopt.adam`` and the like are minus what ``update`` returns at learning rate 1.
-            trial: For a search: step -> loss after that step.
+            grads: Its gradients, a tree of tensors; None leaves are ignored.
+            directions: d, if the optimizer does not step along the gradients. The slope is then <grads, d>. For
+                ``torchopt.adam`` and similar ones, d is minus the result of ``update`` at learning rate 1.
+            trial: For a search, step -> loss after that step.
 
         Raises:
             TensorError: Gradients and directions do not fit.
@@ -109,7 +109,7 @@ class PolyakLR:
         return self._step
 
     def stop_gradient(self) -> None:
-        """Cut the state from the graph, as ``torchopt.stop_gradient`` does for optimizers: between unrolled loops."""
+        """Detach the state from the graph between unrolled loops, as ``torchopt.stop_gradient`` does."""
         self.load_state_dict(self.state_dict())
 
     def state_dict(self) -> StateDict:

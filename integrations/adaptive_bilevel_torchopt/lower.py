@@ -1,4 +1,4 @@
-"""The lower loop inside a module's ``solve()``: its step sizes outlive the call, although the parameters are new."""
+"""The lower loop inside a module's ``solve()``. Its step sizes are kept between calls, for new parameters too."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class LowerStep(SolvedLevel):
     """Automatic lower steps for an ``ImplicitMetaGradientModule``.
 
     Args:
-        module: The module; in its ``__init__``: self.
+        module: The module; ``self`` in its ``__init__``.
         rule: `SLS`, `SLSB`, `AutoSLS`, `SPSB`, `SPSMax` or `DecSPS` of adaptive_bilevel, or a policy.
-        lr: The bound (Polyak rules, SLSB) or the first trial (SLS). Left out, it is found.
+        lr: The bound (Polyak rules, `SLSB`) or the first trial (`SLS`). If None, it is estimated.
         direction: "sgd", "adam" or a GradientTransformation of TorchOpt with learning rate 1.
         options: Options of the rule.
 
@@ -43,7 +43,7 @@ class LowerStep(SolvedLevel):
         optimizer: The optimizer of the core; None before the first `attach`.
 
     Raises:
-        OptionError: The module has no objective, or has lost its linear_solve; or an option is out of range.
+        OptionError: The module has no objective or no linear_solve, or an option is out of range.
 
     ::
 
@@ -78,10 +78,10 @@ class LowerStep(SolvedLevel):
         return self._task.optimizer
 
     def attach(self) -> Callable[..., Tensor]:
-        """Begin a lower loop: cut the module's parameters from any graph, and return the step on them.
+        """Begin a lower loop: detach the module's parameters, and return the step on them.
 
         Raises:
-            TensorError: A parameter is frozen or has no dimension, both of which TorchOpt differentiates wrongly.
+            TensorError: A parameter is frozen or has no dimension. TorchOpt differentiates both wrongly.
         """
         params = list(self.module.parameters())
         known = self._task.params()
@@ -94,14 +94,14 @@ class LowerStep(SolvedLevel):
         return self.step
 
     def step(self, closure: Closure, **options: object) -> Tensor:
-        """Take a lower step and return the loss before it.
+        """Take a lower step and return the loss before the step.
 
         Args:
             closure: Returns the objective on a sample.
-            options: What the rule's own step takes: step_closure, lower_bound.
+            options: Arguments of the rule's ``step``: step_closure, lower_bound.
 
         Raises:
-            ClosureError: The objective has a dimension, which TorchOpt's backward refuses.
+            ClosureError: The objective has a dimension. TorchOpt's backward does not support that.
         """
         task = self._task
         if task.optimizer is None:
@@ -109,16 +109,16 @@ class LowerStep(SolvedLevel):
         return task.step(scalar(closure), options)
 
     def mark(self) -> None:
-        """Take the present parameters as the solution, where solve() changes them after its last step."""
+        """Use the present parameters as the solution. For a solve() that changes them after its last step."""
         self._task.take_solution()
 
     def reset(self, params: Sequence[Tensor] | None = None) -> None:
-        """Put other values into the parameters, e.g. for the next task.
+        """Set the parameters to other values, for example for the next task.
 
-        Reuse one module this way; one that is made anew for each task leaks memory in TorchOpt (metaopt/torchopt#113).
+        A new module for each task leaks memory in TorchOpt (metaopt/torchopt#113); reuse one module instead.
 
         Args:
-            params: The values, in the order of ``parameters()``; None: those of ``meta_parameters()``, for lower
+            params: The values, in the order of ``parameters()``. By default those of ``meta_parameters()``, for lower
                 variables that start from the upper ones (iMAML).
 
         Raises:
@@ -137,7 +137,7 @@ class LowerStep(SolvedLevel):
                 p.copy_(v.detach())
 
     def cut(self) -> None:
-        """Cut the parameters from TorchOpt's graph, e.g. to deepcopy the module after solve()."""
+        """Detach the parameters from TorchOpt's graph, for example to deepcopy the module after solve()."""
         params = list(self.module.parameters())
         self._task.staleness.note(params)
         for p in params:
@@ -150,7 +150,7 @@ class LowerStep(SolvedLevel):
         return [SolvedProblem(params, self._task.staleness, self._task)]
 
     def backward(self) -> contextlib.AbstractContextManager[None]:
-        """Let TorchOpt's backward see the last lower step's random numbers, and leave BatchNorm's statistics alone."""
+        """Run TorchOpt's backward with the random numbers of the last lower step, without changes of buffers."""
         sample = None if self.optimizer is None else self.optimizer.sample
         return as_differentiated(self.module, None if sample is None else sample.random)
 
@@ -174,5 +174,5 @@ class LowerStep(SolvedLevel):
         return self._task.state_dict()
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Load it; before the first `attach`, it is kept until then."""
+        """Load a state. Before the first `attach`, it is kept until then."""
         self._task.load_state_dict(state)

@@ -42,20 +42,19 @@ LowerClosures: TypeAlias = "Closure | Sequence[Closure | None] | None"
 class UpperStep:
     """Automatic upper steps on TorchOpt's meta-parameters.
 
-    `step` takes the hypergradient that TorchOpt computes (a backward of the upper loss through ``solve()``), of which
-    the partial gradients of the upper loss are parts, cuts the lower parameters from TorchOpt's graph, and takes a step
+    `step` computes TorchOpt's hypergradient (a backward of the upper loss through ``solve()``), which includes the
+    partial gradients of the upper loss. It then detaches the lower parameters from TorchOpt's graph, and takes a step
     of `BiSLS`, `OneStepBiSLS` or `BiSPS`.
 
     Args:
         params: Meta-parameters, or groups of them.
-        rule: `BiSLS`, `OneStepBiSLS` or `BiSPS` of adaptive_bilevel, or a policy (``policies.Constant(bound=1e-3)``:
+        rule: `BiSLS`, `OneStepBiSLS` or `BiSPS` of adaptive_bilevel, or a policy (``policies.Constant(bound=1e-3)`` is
             TorchOpt's step).
-        lr: The first trial (BiSLS) or the bound (BiSPS). Left out, it is found.
-        lower: The module's `LowerStep`; a `FunctionalLowerStep`; the module itself if its ``solve()`` keeps a loop of
-            its own (the instance's ``solve`` then remembers its last call); or a list of them, one for each task of a
-            meta-batch.
+        lr: The first trial (`BiSLS`) or the bound (`BiSPS`). If None, it is estimated.
+        lower: The module's `LowerStep`; a `FunctionalLowerStep`; the module, if its ``solve()`` has its own loop (the
+            instance's ``solve`` then stores its last call); or a list of them, one for each task of a meta-batch.
         direction: "sgd", "adam", or a GradientTransformation of TorchOpt with learning rate 1 (see `Transformed`).
-        solver: P of the tangent response. Left out: of the kind that the module declares as its linear_solve.
+        solver: P of the tangent response. By default, the kind of the module's linear_solve.
         options: Options of the rule.
 
     Attributes:
@@ -63,8 +62,8 @@ class UpperStep:
 
     Raises:
         OptionError: An option is out of range.
-        TensorError: A meta-parameter is a lower parameter too, or lower tensors are of a kind that TorchOpt
-            differentiates wrongly.
+        TensorError: A meta-parameter is also a lower parameter, or TorchOpt differentiates a lower tensor of this kind
+            wrongly.
 
     ::
 
@@ -110,24 +109,27 @@ class UpperStep:
         solution: Any = None,
         lower_bound: float | None = None,
     ) -> Tensor | float:
-        """Take the hypergradient and one upper step, right after solve(), and return the upper loss before it.
+        """Compute the hypergradient, take one upper step, and return the upper loss before the step.
+
+        Call it right after solve().
 
         Args:
             closure: Returns the upper loss at the solution, without calling solve().
-            lower_closure: Returns the lower objective (or optimality) that the response follows; a list of them for
-                several lower problems. Left out: that of the last lower step; for a module that keeps its own loop,
-                what TorchOpt differentiates, on what its solve() was given.
-            solution: For functional solvers: what the solver returned; a list of that for a meta-batch.
-            lower_bound: Overrides BiSPS's option for this sample.
+            lower_closure: Returns the lower objective (or optimality) for the response; a list for several lower
+                problems. By default, that of the last lower step. For a module with its own loop, the function that
+                TorchOpt differentiates, at the arguments of solve().
+            solution: For functional solvers, the result of the solver; a list for a meta-batch.
+            lower_bound: Overrides the option `lower_bound` of `BiSPS` for this sample.
 
         Raises:
             HypergradientError: There was no solve(), or upper or lower tensors were changed since; the closure called
                 solve(); the upper loss depends on no meta-parameter; or the lower objective draws random numbers where
                 TorchOpt's backward cannot be made to draw them again.
             LowerLevelError: A lower closure, lower step or solution is missing.
-            ClosureError: A closure does not return an attached scalar, or one that was computed before.
+            ClosureError: A closure does not return a scalar that requires a gradient, or returns one that was computed
+                before.
             SolverError: The module's linear_solve returns wrong hypergradients (see `declared_solver`).
-            NonFiniteError: max_skips steps in a row were not finite.
+            NonFiniteError: The loss or a gradient was not finite in max_skips steps in a row.
         """
         if not callable(closure):
             raise ClosureError(
@@ -204,7 +206,7 @@ class UpperStep:
 
     @property
     def evaluations(self) -> Evaluations:
-        """Every oracle call so far, the hypergradient's forward and backward included (but not TorchOpt's solve)."""
+        """All oracle calls so far, including forward and backward of the hypergradient, without TorchOpt's solve."""
         return self.optimizer.evaluations
 
     @property
@@ -213,11 +215,11 @@ class UpperStep:
         return self.optimizer.param_groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do what optimizers do; no step needs it."""
+        """Set gradients to zero, as `torch.optim` does. No step needs it."""
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> StateDict:
-        """Return the state: numbers and tensors. That of the lower steps is in their own."""
+        """Return the state, numbers and tensors. The lower steps have their own."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: StateDict) -> None:
