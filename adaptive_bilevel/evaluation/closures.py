@@ -241,7 +241,7 @@ def _total(losses: list[Tensor]) -> Tensor:
 
 
 def _compare(returned: Tensor | float, differentiated: Tensor) -> None:
-    """Refuse a closure whose backward was not that of the value it returned."""
+    """Reject a closure whose backward was not that of the value it returned."""
     value, reference = float(returned), float(differentiated)
     if abs(value - reference) > 1e-2 * max(abs(value), abs(reference)):
         raise ClosureError(

@@ -1,4 +1,4 @@
-"""Oracle counts: every function value, gradient, HVP and JVP that the steps made."""
+"""Oracle counts: all values, gradients, HVPs and JVPs of the steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Counts", "Evaluations"]
 
 @dataclass
 class Counts:
-    """Calls of one level's oracles: values (forwards), gradients (each includes its value), HVPs and JVPs."""
+    """Oracle calls of one level: values (forward passes), gradients (each includes its value), HVPs and JVPs."""
 
     values: int = 0
     gradients: int = 0
@@ -24,7 +24,7 @@ class Counts:
 
 @dataclass
 class Evaluations:
-    """Counts of both levels since construction. A lower optimizer, or one without a level above, counts as lower."""
+    """Counts of both levels since construction. An optimizer without a level below counts as lower."""
 
     upper: Counts = field(default_factory=Counts)
     lower: Counts = field(default_factory=Counts)

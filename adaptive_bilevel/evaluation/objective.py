@@ -1,4 +1,4 @@
-"""A loss as a step sees it: a closure, or an object that adds what its owner has evaluated already."""
+"""Losses of hosts: a closure that also gives gradients which the host has evaluated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
         loss: The loss, detached.
-        gradients: One for each tensor that was asked for; None where there is none.
+        gradients: One gradient, or None, for each requested tensor.
     """
 
     loss: Tensor
@@ -26,13 +26,13 @@ class Evaluated(NamedTuple):
 
 
 class Objective(abc.ABC):
-    """A closure of a host's, the extension point for code that evaluates losses itself.
+    """The closure of a host that evaluates losses itself.
 
-    Pass it wherever a step takes a closure. Called, it returns the loss at the parameters as they are, on the same
-    sample each time. The other members have defaults, which are those of a plain closure.
+    Pass it in place of a closure. A call returns the loss at the present parameters, on the same sample each time. The
+    other members default to those of a plain closure.
 
     Attributes:
-        project: The convex set that the host keeps the parameters in (moves a list of tensors in place); None: none.
+        project: The convex set of the parameters (a callable that moves a list of tensors in place), or None.
         rescaled: Whether the host changes the length of gradients (clipping), so that they are not those of the loss.
     """
 
@@ -49,30 +49,30 @@ class Objective(abc.ABC):
         """Return the loss at the parameters as they are; attached to its graph where gradients are enabled."""
 
     def evaluated(self, tensors: Sequence[Tensor]) -> Evaluated | None:
-        """Return loss and gradients where the step begins, if the host has them; the step then does not take them.
+        """Return the loss and the gradients at the start of the step if the host has them, else None.
 
         Args:
-            tensors: What the gradients are wanted for.
+            tensors: Tensors of the gradients.
         """
         return None
 
     def processed(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return gradients as the host would step along them: clipped, or changed by a hook of its own.
+        """Return the gradients after the host's changes, for example clipping or a hook.
 
         Args:
             tensors: The parameters.
-            gradients: Their gradients at a point that the host did not evaluate.
+            gradients: Their gradients at another point.
         """
         return list(gradients)
 
 
 class Replay(NamedTuple):
-    """An evaluation that can be repeated: the last sample of an optimizer, for the level above.
+    """The last sample of an optimizer, which the level above can evaluate again.
 
     Attributes:
         closure: The closure.
-        random: Random state before it was evaluated.
-        step_size: The step that was taken on it.
+        random: Random state before its evaluation.
+        step_size: The step on this sample.
     """
 
     closure: Any

@@ -73,7 +73,7 @@ def _rebuild(structure: Tree, leaves: Iterator[Tensor]) -> Tree:
 
 
 def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
-    """Refuse tensors that no hypergradient can be taken for.
+    """Reject tensors that no hypergradient can be taken for.
 
     Raises:
         TensorError: A level is empty or entirely frozen, holds a sparse, complex, integer or sharded tensor, or a
@@ -120,6 +120,6 @@ def evaluate(guard: Guard, closure: Closure, name: str, random: RandomState | No
 
 
 def check_callable(closure: Closure, name: str) -> None:
-    """Refuse what is no function."""
+    """Reject what is no function."""
     if not callable(closure):
         raise ClosureError(f"{name}={closure!r} is not callable: pass a function of no arguments returning the loss.")

@@ -1,4 +1,4 @@
-"""Where batches come from: minibatches of in-memory data, pairs of DataLoaders, or any iterable of pairs."""
+"""Sources of batches: minibatches of tensors in memory, pairs of DataLoaders, or any iterable of pairs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Pair(NamedTuple):
     """One batch of each level.
 
     Attributes:
-        upper: For the upper loss.
-        lower: For the lower loss.
-        upper_id: Which block of a fixed partition the upper batch is; None if unknown. SAGA needs it.
-        lower_id: Likewise.
+        upper: Batch of the upper loss.
+        lower: Batch of the lower loss.
+        upper_id: Index of the upper batch in a fixed partition, or None if it is not known. SAGA needs it.
+        lower_id: Index of the lower batch, likewise.
     """
 
     upper: Batch = None
@@ -33,15 +33,15 @@ class Pair(NamedTuple):
 
 
 class Minibatches:
-    """Minibatches of tensors in memory, endlessly; its place in the stream is saved with a run.
+    """An endless stream of minibatches of tensors in memory. A run saves the position in the stream.
 
     Args:
         upper: The upper level's data: a tensor, or a nesting of tensors with one first dimension, e.g. (images,
             labels).
         lower: The lower level's data, likewise.
         size: Batch size, of both levels or (upper, lower).
-        blocks: False: indices drawn with replacement. True: the data are cut once, after a shuffle, into blocks, and
-            each batch is a random one of them: a finite sum, as SAGA and SARAH (`saba`, `srba`) suppose.
+        blocks: If False, indices are drawn with replacement. If True, the data are shuffled and cut into blocks once,
+            and each batch is a random block. SAGA and SARAH (`saba`, `srba`) need such a finite sum.
         seed: Seed of the draws.
 
     Attributes:
@@ -83,7 +83,7 @@ class Minibatches:
         return Pair(upper, lower, upper_id, lower_id)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the place in the stream."""
+        """Return the position in the stream."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -122,9 +122,9 @@ class _Level:
 
 
 class Loaders:
-    """Two DataLoaders (or other iterables that can be started again), each cycled through endlessly.
+    """Two DataLoaders, or other iterables that can be restarted. Each is repeated endlessly.
 
-    A loader's place cannot be saved: to resume, pass batches that go on where the saved run stopped.
+    The position of a loader cannot be saved. To resume, pass batches that continue where the saved run stopped.
 
     Args:
         upper: Yields the upper batches.

@@ -20,7 +20,7 @@ OF_STEP = ("baseline", "response_steps")
 
 
 def check(row: Row) -> None:
-    """Refuse what cannot work.
+    """Reject what cannot work.
 
     Raises:
         OptionError: With the reason and what to do instead.
@@ -87,7 +87,7 @@ def _check_values(row: Row) -> None:
 
 
 def _check_parts(row: Row) -> None:
-    """Refuse what is no estimator, direction, multiplier or field at all."""
+    """Reject what is no estimator, direction, multiplier or field at all."""
     if isinstance(row.estimator, type) or not hasattr(row.estimator, "needs_path"):
         raise OptionError(
             f"methods.run(estimator={row.estimator!r}): pass an estimator of adaptive_bilevel.hypergradient, such as "
@@ -119,7 +119,7 @@ def _check_parts(row: Row) -> None:
 
 
 def _check_search_options(row: Row) -> None:
-    """Refuse options of the upper search that do not apply to this one."""
+    """Reject options of the upper search that do not apply to this one."""
     searched = isinstance(row.upper_step, SEARCHES)
     if not searched:
         given = row.given("momentum", *OF_TANGENT, *OF_STEP) | ({"response": "step"} if row.response == "step" else {})

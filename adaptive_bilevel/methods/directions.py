@@ -6,10 +6,10 @@
 | `Momentum` | weight d_{k-1} + (1 - weight) g_k, the lecture's (20) | g_k |
 | `Adam` | A^{-1} m_k, bias-corrected | A^{-1} g_k |
 | `Storm` | g_k + weight (d_{k-1} - g_{k-1}), g_{k-1} on the sample of g_k: SUSTAIN, the lecture's (21), (22) | no |
-| `Spider` | the same with weight 1, begun anew by a large batch every `period` iterations: VRBO, SRBA | no |
+| `Spider` | the same with weight 1, restarted on a large batch every `period` iterations: VRBO, SRBA | no |
 | `Saga` | g_i - table_i + mean of the table: SABA | no |
 
-The last three are no gradients of the sampled loss: a search or a Polyak step along them is refused.
+The last three are not gradients of the sampled loss. A search or a Polyak step along them raises an error.
 """
 
 from __future__ import annotations
@@ -181,10 +181,10 @@ class Storm:
 class Spider:
     """d_k = d_{k-1} + g(p_k; s_k) - g(p_{k-1}; s_k); at k = 0, period, 2 period, ... the gradient on all data.
 
-    Where the batches do not know all data, it is begun anew with the sampled gradient.
+    If the batches do not give all data, it restarts with the sampled gradient.
 
     Args:
-        period: Iterations between two of these, at least 1.
+        period: Number of iterations between restarts, at least 1.
     """
 
     period: int = 10
@@ -221,8 +221,7 @@ class SagaTable(TypedDict):
 class Saga:
     """d = g_i - table_i + mean(table), for the upper and the lower sample apart; the table then holds g_i.
 
-    A sample that is met for the first time enters the table and has no correction yet. Memory: one gradient for each
-    summand of either level.
+    A new sample enters the table without a correction. The memory is one gradient for each summand of either level.
     """
 
     certifies: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""What each variable descends on: the sampled gradient of y, v, z and x at a point, and the function it belongs to."""
+"""Fields: the sampled gradients of y, v, z and x at a point, with their functions."""
 
 from __future__ import annotations
 

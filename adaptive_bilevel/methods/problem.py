@@ -1,4 +1,4 @@
-"""The problem that methods run on: two losses of (x, y, batch), x and y being tensors, trees of tensors or modules."""
+"""The problem of a run: two losses of (x, y, batch). x and y are tensors, trees of tensors, or modules."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LevelLoss: TypeAlias = Callable[[Tree, Tree, Batch], Tensor]
 class BilevelProblem:
     """min_x f(x, y*(x)) with y*(x) = argmin_y g(x, y).
 
-    Both losses take (x, y, batch) and return one real number as a tensor. x and y come as they were given to
-    `methods.run`: a tensor, or any nesting of lists, tuples and mappings of tensors; a module comes as a function that
-    calls it with the present parameters (`BoundModule`). The losses must not change them in place.
+    Both losses take (x, y, batch) and return a tensor with one real number. x and y have the form that `methods.run`
+    received: a tensor, or a nesting of lists, tuples and mappings of tensors. A module becomes a function that
+    calls it with the present parameters (`BoundModule`). The losses must not change x and y in place.
 
     Args:
         upper_loss: f(x, y, batch).
@@ -64,10 +64,10 @@ class BilevelProblem:
 
 @dataclass(frozen=True)
 class BoundModule:
-    """A module with parameters of its own: called like the module, through `torch.func.functional_call`.
+    """A module with given parameters. It is called like the module, through `torch.func.functional_call`.
 
-    Buffers are copies, so no evaluation changes the module: BatchNorm in training mode normalises by the batch and
-    keeps the running statistics that it had.
+    Buffers are copies, so that no evaluation changes the module. BatchNorm in training mode normalises by the batch and
+    keeps its running statistics.
 
     Attributes:
         module: The module.

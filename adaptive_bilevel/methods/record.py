@@ -1,4 +1,4 @@
-"""What one iteration of a method did."""
+"""Records of the iterations of a method."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["IterationRecord", "Losses", "Steps", "copied", "spent"]
 
 
 class Losses(NamedTuple):
-    """The losses as the iteration saw them, on its samples, before its steps; NaN if it did not evaluate one.
+    """The losses on the samples of an iteration, before its steps. NaN for a loss that was not evaluated.
 
     Attributes:
-        upper: f where the hypergradient was estimated.
-        lower: g (or what else y descends on) where the last lower gradient was taken.
+        upper: f at the point of the hypergradient.
+        lower: The function of y's field (mostly g) at the point of the last lower gradient.
     """
 
     upper: float
@@ -25,11 +25,11 @@ class Losses(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The step sizes; 0 where nothing moved.
+    """The step sizes; 0 if nothing moved.
 
     Attributes:
-        upper: Of x.
-        lower: Of y, the last one.
+        upper: Step of x.
+        lower: Last step of y.
     """
 
     upper: float
@@ -38,20 +38,20 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """What one iteration did.
+    """The record of an iteration.
 
     Attributes:
         iteration: k, from 0.
         x: x after it, arranged as it was given (parameters of a module by name).
         y: y after it, likewise.
-        losses: The losses that it saw.
+        losses: The losses on its samples.
         steps: Its step sizes.
-        evaluations: The oracle calls that it made.
+        evaluations: Its oracle calls.
         total: All oracle calls since the start.
-        hypergradient: The estimate of grad F that x was stepped along, arranged like x.
-        auxiliary: v and z after it, where the method has them, arranged like y.
-        multiplier: lambda that x was stepped with; 0 where there is none.
-        directions: What each variable was last stepped along, arranged like it.
+        hypergradient: The estimate of grad F, arranged like x.
+        auxiliary: v and z after it, if the method has them, arranged like y.
+        multiplier: lambda of the step of x; 0 if there is none.
+        directions: Last direction of each variable, arranged like the variable.
         records: The records of all steps, by variable.
     """
 

@@ -1,4 +1,4 @@
-"""A row: one algorithm of the literature as a composition, and nothing else."""
+"""Rows: the algorithms of the literature as compositions."""
 
 from __future__ import annotations
 
@@ -36,40 +36,40 @@ class Row:
         name: Its name.
         summary: One line.
         source: Reference.
-        assumes: What its theory assumes.
-        order: Groups of variables, one after the other in each iteration; those of one group move at once, from the
-            same point (Jacobi). "y,x" is y first, then x at the new y; "yvx" is all at once.
-        estimator: Of the hypergradient.
-        upper_step: Step rule of x (and of y, where `joint`); a number is a constant step.
-        lower_step: Step rule of y (of z, where `joint`).
-        auxiliary_step: Step rule of v or z; None: that of y. Given a constant `lower_step` alone, a constant
-            `auxiliary_step` follows it.
-        upper_direction: Direction of x (and of y, where `joint`).
-        lower_direction: Direction of y (of z, where `joint`).
-        auxiliary_direction: Direction of v or z; None: that of y.
-        lower_steps: T, steps of y and z in an iteration.
-        auxiliary_steps: Steps of v in an iteration.
-        lower: What y descends on.
-        lower_copy: What z descends on.
-        tolerance: For the variables of `until`: stop at ||gradient||^2 <= tolerance; None: 1 / iterations.
-        until: Variables whose loop ends by that tolerance; their number of steps then only is a cap.
-        cold: Variables whose step rule begins anew in each iteration.
-        start: Where a variable starts in each iteration: {"z": "y"}, or {"y": "first"} (cold start).
-        couplings: Variables whose states a step rule shares, e.g. {"v": "y", "x": "yv"} for S-TFBO.
+        assumes: Assumptions of its theory.
+        order: Groups of variables, in their order within an iteration. The variables of a group move together, from the
+            same point (Jacobi). "y,x" is y first, then x at the new y; "yvx" is all together.
+        estimator: Estimator of the hypergradient.
+        upper_step: Step rule of x (and of y, if `joint`); a number is a constant step.
+        lower_step: Step rule of y (of z, if `joint`).
+        auxiliary_step: Step rule of v or z; None for that of y. If only `lower_step` is given, and is constant, a
+            constant `auxiliary_step` takes its value.
+        upper_direction: Direction of x (and of y, if `joint`).
+        lower_direction: Direction of y (of z, if `joint`).
+        auxiliary_direction: Direction of v or z; None for that of y.
+        lower_steps: T, number of steps of y and z in an iteration.
+        auxiliary_steps: Number of steps of v in an iteration.
+        lower: Field of y, whose gradient y descends along.
+        lower_copy: Field of z.
+        tolerance: The loops of `until` stop at ||gradient||^2 <= tolerance. None for 1 / iterations.
+        until: Variables whose loop stops at that tolerance. Their number of steps is then a cap.
+        cold: Variables whose step rule restarts in each iteration.
+        start: Start of a variable in each iteration: {"z": "y"}, or {"y": "first"} (cold start).
+        couplings: Variables whose states a step rule shares, for example {"v": "y", "x": "yv"} for S-TFBO.
         joint: x and y move along one direction, that of f + lambda q.
         multiplier: Rule of lambda.
-        correction: "tangent": y also answers to the move of x, y += P C^T (x - x+), as in STABLE; "bracketed": the
+        correction: "tangent": y also responds to the move of x, y += P C^T (x - x+), as in STABLE. "bracketed": the
             same times the lower step (the lecture's Algorithm 6).
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable that moves a list of tensors in place.
         lower_bound: (x, lower batch) -> a lower bound of g there, for Polyak steps of y.
-        clock: What schedules count: "iterations" k of the upper level, or "steps" of their own variable.
-        solver: P of the upper search's tangent; None: the estimator's, or CG.
-        response: How y answers in an upper search: "tangent" is that of `BiSLS`, "step" that of `OneStepBiSLS`. What
-            follows are their options, and None stands for their defaults.
-        response_steps: Lower steps per trial of response="step".
-        baseline: Of response="step": "paper" or "matched".
-        carry: Of response="tangent": whether y moves along, "auto", True or False.
-        curvature: Of response="tangent": trust in it.
+        clock: Argument of schedules: "iterations" k of the upper level, or "steps" of their own variable.
+        solver: P of the upper search's tangent. None for that of the estimator, or CG.
+        response: Response of y in an upper search: "tangent" is that of `BiSLS`, "step" that of `OneStepBiSLS`. The
+            next attributes are their options; None stands for their defaults.
+        response_steps: For response="step", the number of lower steps in each trial.
+        baseline: For response="step", "paper" or "matched".
+        carry: For response="tangent", whether y moves with x: "auto", True or False.
+        curvature: For response="tangent", the tolerance of its check.
         momentum: Whether the step is along the mean of the hypergradients.
     """
 
@@ -119,7 +119,7 @@ class Row:
         return self.order.replace(",", "")
 
     def given(self, *names: str) -> dict[str, Any]:
-        """Return those of the options that were given: that are not None."""
+        """Return the options that are not None."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def step_of(self, variable: str) -> StepRule:
@@ -149,7 +149,7 @@ class Row:
         return self.auxiliary_steps if group == "v" else self.lower_steps
 
     def field_of(self, variable: str) -> Field:
-        """Return what a variable descends on."""
+        """Return the field of a variable."""
         return {
             "x": Hypergradient(self.estimator),
             "y": self.lower,
@@ -159,12 +159,12 @@ class Row:
 
     @property
     def inverse(self) -> LinearSolver | None:
-        """P of the estimator; None: it has none."""
+        """P of the estimator, or None if it has none."""
         found: LinearSolver | None = getattr(self.estimator, "solver", None)
         return found
 
     def response_solver(self) -> LinearSolver | None:
-        """Return P of the tangent; None: the default, also where the estimator takes one random term of a series."""
+        """Return P of the tangent, or None for the default, also for an estimator with one random term of a series."""
         if self.solver is None and isinstance(self.estimator, Implicit) and not self.estimator.solver.resamples:
             return self.estimator.solver
         return self.solver
@@ -200,7 +200,7 @@ class Row:
 
 
 def brief(value: object) -> str:
-    """Return a dataclass with those fields only that are not at their defaults."""
+    """Return the text of a dataclass with the fields that are not at their defaults."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return str(value)
     shown = []

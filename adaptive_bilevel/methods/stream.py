@@ -24,27 +24,27 @@ __all__ = ["Run"]
 
 
 class Run(Iterator[IterationRecord]):
-    """A row on a problem: an iterator of records, one per iteration.
+    """A run of a row on a problem: an iterator with one record for each iteration.
 
-    Between two records, `state_dict()` is all that is needed to go on bitwise: ``run(..., resume=state)`` with the same
-    arguments. It holds tensors, numbers and strings only.
+    To resume bitwise, save `state_dict()` between two records, and call ``run(..., resume=state)`` with the same
+    arguments. The state contains tensors, numbers and strings only.
 
     Args:
         row: The row, its options replaced.
         problem: The problem.
         x: Initial x.
         y: Initial y.
-        iterations: K; a resumed run ends at the same K.
+        iterations: K. A resumed run ends at the same K.
         batches: See `Source`.
-        fresh_batches: Draw a new pair for the lower batch of each lower step (and of each product of an estimator that
-            resamples), in the place of one pair per iteration.
+        fresh_batches: Whether to draw a new pair for the lower batch of each lower step, and of each product of an
+            estimator that resamples, in place of one pair for each iteration.
         v: Initial v; zero by default.
         z: Initial z; y by default.
         seed: Seed of all random numbers inside losses and estimators.
         stop: record -> whether to end after it.
-        budget: End after the iteration whose `IterationRecord.total_cost` reaches it.
-        progress: True shows one line of progress on stderr; a callable gets each record.
-        max_skips: So many iterations in a row with a loss or gradient that is not finite raise `NonFiniteError`.
+        budget: The run ends after the iteration whose `IterationRecord.total_cost` reaches it.
+        progress: True shows a line of progress on stderr; a callable receives each record.
+        max_skips: `NonFiniteError` is raised after so many iterations in a row with a non-finite loss or gradient.
         resume: A `state_dict()`.
 
     Raises:
@@ -168,14 +168,14 @@ class Run(Iterator[IterationRecord]):
             )
 
     def state_dict(self) -> PlainData:
-        """Return all that the next iterations depend on: tensors, numbers and strings in dicts, lists and tuples."""
+        """Return the state of the run: tensors, numbers and strings in dicts, lists and tuples."""
         return {"row": self.row.name, "skips": self._skips, "ended": self._ended, **self._driver.state_dict()}
 
     def load_state_dict(self, state: PlainData) -> None:
-        """Go on where a run of the same arguments was saved.
+        """Load the state of a run with the same arguments.
 
         Raises:
-            OptionError: The state is that of another row, or of variables of other shapes.
+            OptionError: The state belongs to another row, or to variables of other shapes.
         """
         if state.get("row") != self.row.name:
             raise OptionError(f"methods.run({self.row.name!r}, resume=...): the state is that of {state.get('row')!r}")

@@ -35,7 +35,7 @@ _REMEDIES = {
 
 
 def refuse_options(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse a group whose options are not those of the optimizer, or are none.
+    """Reject a group whose options are not those of the optimizer, or are none.
 
     Args:
         owner: Name of the optimizer's class.
@@ -62,7 +62,7 @@ def refuse_options(owner: str, group: Mapping[str, Any], defaults: Mapping[str, 
 
 
 def refuse_lr(owner: str, lr: Any, check: Callable[[Any], None]) -> None:
-    """Refuse a rate that the constructor would refuse; 0 is a rate of groups: they stand still.
+    """Reject a rate that the constructor would refuse; 0 is a rate of groups: they stand still.
 
     Args:
         owner: Name of the optimizer's class.

@@ -83,7 +83,7 @@ class PolicyOptimizer(Hooked):
         validation.positive(type(self).__name__, "lr", lr, optional=True)
 
     def _refuse_unused(self) -> None:
-        """Refuse options that nothing reads. At construction only: schedulers write betas that nothing reads, too."""
+        """Reject options that nothing reads. At construction only: schedulers write betas that nothing reads, too."""
         refuse_unused_moments(type(self).__name__, self.conduct)
 
     def _options(self) -> dict[str, object]:

@@ -82,7 +82,7 @@ def is_plain(value: object) -> bool:
 
 
 def refuse_unused(owner: str, record: DataclassInstance, names: Iterable[str], reason: str) -> None:
-    """Refuse options that nothing reads, where they are not at their defaults.
+    """Reject options that nothing reads, where they are not at their defaults.
 
     Args:
         owner: Name of the optimizer's class.
@@ -101,7 +101,7 @@ def refuse_unused(owner: str, record: DataclassInstance, names: Iterable[str], r
 
 
 def refuse_unused_moments(owner: str, conduct: Conduct, names: Iterable[str] = ("betas", "eps")) -> None:
-    """Refuse Adam's constants under a direction that has no moments of this package.
+    """Reject Adam's constants under a direction that has no moments of this package.
 
     Raises:
         OptionError: One of them is not at its default.

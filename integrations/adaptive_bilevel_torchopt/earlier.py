@@ -26,7 +26,7 @@ def now() -> int:
 def refuse_earlier(
     loss: Tensor, since: int, params: Iterable[Tensor], solutions: Iterable[Tensor], again: Callable[[], Tensor]
 ) -> None:
-    """Refuse an upper loss of which a part was computed before the step: no trial would change that part.
+    """Reject an upper loss of which a part was computed before the step: no trial would change that part.
 
     Numbers of nodes count within a thread, so a node of another thread may look older than it is. What is older for
     certain is there again when the loss is computed again.
@@ -55,7 +55,7 @@ def refuse_earlier(
 
 
 def refuse_replaced(loss: Tensor, replaced: Sequence[Node]) -> None:
-    """Refuse an upper loss that reads a solution in whose place a later solve() has put another.
+    """Reject an upper loss that reads a solution in whose place a later solve() has put another.
 
     Args:
         loss: The upper loss with its graph.

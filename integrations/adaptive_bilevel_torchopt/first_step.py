@@ -42,7 +42,7 @@ def look(
     *,
     searching: bool,
 ) -> None:
-    """Refuse problems that TorchOpt differentiates wrongly, or that the response cannot be solved for.
+    """Reject problems that TorchOpt differentiates wrongly, or that the response cannot be solved for.
 
     Args:
         upper: The upper parameters.

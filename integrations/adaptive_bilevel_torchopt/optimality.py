@@ -41,7 +41,7 @@ def local_objective(closure: Callable[[], Any], params: Sequence[Tensor]) -> Cal
 
 
 def refuse_asymmetric(closure: Callable[[], Any], params: Sequence[Tensor]) -> None:
-    """Refuse an optimality function that is no gradient, by one random pair of directions.
+    """Reject an optimality function that is no gradient, by one random pair of directions.
 
     Raises:
         SolverError: <u, J v> and <v, J u> differ.

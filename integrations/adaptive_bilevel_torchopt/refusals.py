@@ -22,7 +22,7 @@ __all__ = [
 
 
 def check_module(owner: str, module: object, *, steps: bool) -> None:
-    """Refuse modules whose hypergradient TorchOpt computes wrongly without saying so.
+    """Reject modules whose hypergradient TorchOpt computes wrongly without saying so.
 
     Args:
         owner: Name for errors.
@@ -54,7 +54,7 @@ def check_module(owner: str, module: object, *, steps: bool) -> None:
 
 
 def check_lower(owner: str, params: Sequence[Tensor]) -> None:
-    """Refuse lower parameters that TorchOpt differentiates wrongly.
+    """Reject lower parameters that TorchOpt differentiates wrongly.
 
     Raises:
         TensorError: There is none, one is frozen, or one has no dimension.
@@ -75,7 +75,7 @@ def check_lower(owner: str, params: Sequence[Tensor]) -> None:
 
 
 def refuse_unregistered(xs: Sequence[Tensor], registered: Sequence[Tensor], losses: Callable[[], Tensor]) -> None:
-    """Refuse upper parameters that the lower loss depends on and TorchOpt does not know of.
+    """Reject upper parameters that the lower loss depends on and TorchOpt does not know of.
 
     Args:
         xs: The upper parameters.
@@ -108,7 +108,7 @@ def refuse_unregistered(xs: Sequence[Tensor], registered: Sequence[Tensor], loss
 
 
 def refuse_shared(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
-    """Refuse upper parameters that the module takes for lower ones.
+    """Reject upper parameters that the module takes for lower ones.
 
     Raises:
         TensorError: There is such a parameter.
@@ -145,7 +145,7 @@ def solution_of(module: Module, given: object) -> list[Tensor]:
 
 
 def attached(owner: str, params: Sequence[Tensor]) -> None:
-    """Refuse parameters that are not the outcome of a differentiable solve()."""
+    """Reject parameters that are not the outcome of a differentiable solve()."""
     if any(p.grad_fn is None for p in params):
         raise HypergradientError(
             f"{owner}: the lower parameters do not come from a solve() since the last upper step, so TorchOpt has no "

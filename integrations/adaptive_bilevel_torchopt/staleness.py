@@ -60,7 +60,7 @@ class StalenessCheck:
         self._taken = self._at_begin, _fingerprint(solution)
 
     def check(self, who: str, solution: Sequence[Tensor], remedy: str = "") -> bool:
-        """Refuse a solution that TorchOpt's backward would not be taken at.
+        """Reject a solution that TorchOpt's backward would not be taken at.
 
         Args:
             who: Name for errors.

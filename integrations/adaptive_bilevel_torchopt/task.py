@@ -83,7 +83,7 @@ class Task:
         self.staleness.take(self.params())
 
     def check(self, who: str, solution: Sequence[Tensor]) -> None:
-        """Refuse a solution that TorchOpt's backward would not be taken at.
+        """Reject a solution that TorchOpt's backward would not be taken at.
 
         Raises:
             LowerLevelError: There was no step.

@@ -190,7 +190,7 @@ def _require(name: str, **given: object) -> None:
 
 
 def check_policy(owner: str, policy: object, differentiable: bool) -> None:
-    """Refuse what is no policy, or is a search that is to be differentiated.
+    """Reject what is no policy, or is a search that is to be differentiated.
 
     Raises:
         OptionError: It is one of these.
