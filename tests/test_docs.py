@@ -141,28 +141,25 @@ PUBLIC = [
 ]
 
 
-def exported(module: str) -> dict[str, str]:
-    """Return the public names of a module, each with the module that its page names. No host is imported."""
-    path = ROOT / ("integrations" if module.startswith("adaptive_bilevel_") else ".") / module.replace(".", "/")
+def folder(module: str) -> Path:
+    return ROOT / ("integrations" if module.startswith("adaptive_bilevel_") else "") / module.replace(".", "/")
+
+
+def exported(module: str) -> list[str]:
+    """Return `__all__` of a module, from its source: no host is imported."""
+    path = folder(module)
     source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-    tree = ast.parse(source.read_text())
-    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    names = next(
-        (
-            ast.literal_eval(node.value)
-            for node in tree.body
-            if "__all__ =" in ast.unparse(node)[:9] and isinstance(node, ast.Assign)
-        ),
-        classes,
-    )
-    if module != "adaptive_bilevel":
-        return dict.fromkeys(names, module)
-    homes = {
-        name: f"adaptive_bilevel.{home}"
-        for home, of in vars(importlib.import_module(module))["_HOMES"].items()
-        for name in of
-    }
-    return {name: homes[name] for name in names if name in homes}
+    listed = re.search(r"^__all__ = (\[.*?\])$", source.read_text(), re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    names: list[str] = ast.literal_eval(listed[1])
+    return names
+
+
+def addresses(module: str, name: str) -> set[str]:
+    """Return where a page of the API may have a name; a name that a submodule has too is found in that."""
+    if module == "adaptive_bilevel":
+        return {f"{module}.{home}.{name}" for home in ("optim", "bilevel")}
+    return {f"{module}.{name}.{name}" if (folder(module) / f"{name}.py").is_file() else f"{module}.{name}"}
 
 
 @pytest.mark.parametrize("module", PUBLIC)
@@ -171,7 +168,8 @@ def test_every_public_name_is_on_a_page_of_the_api(module: str) -> None:
         name for page in PAGES if page.startswith("docs/api/") for name in re.findall(r"^::: (\S+)", PAGES[page], re.M)
     ]
     assert len(listed) == len(set(listed))
-    missing = {f"{home}.{name}" for name, home in exported(module).items()} - set(listed)
+    missing = [name for name in exported(module) if not addresses(module, name) & set(listed)]
+    missing = [name for name in missing if not (folder(module) / name / "__init__.py").is_file()]
     assert not missing
 
 

@@ -132,7 +132,23 @@ def verbatim(text: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Make Markdown of a docstring's plain text."""
+    """Make Markdown of a docstring's plain text; find functions that have the name of a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_packages: list[griffe.Function] = []
+
+    def on_function_instance(self, *, func: griffe.Function, **_: Any) -> None:
+        """Remember the functions of packages."""
+        if func.parent is not None and func.parent.is_init_module:
+            self._of_packages.append(func)
+
+    def on_package(self, **_: Any) -> None:
+        """Put a function that a submodule of the same name hides into that submodule."""
+        for func in self._of_packages:
+            module = func.parent.members.get(func.name) if func.parent is not None else None
+            if isinstance(module, griffe.Module) and func.name not in module.members:
+                module.set_member(func.name, func)
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Mark the doctests of an object's docstring as code."""
