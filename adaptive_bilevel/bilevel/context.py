@@ -118,16 +118,16 @@ class Change(NamedTuple):
 
 
 class PaceContext(NamedTuple):
-    """What a pace is given.
+    """Input of a pace.
 
     Attributes:
-        path: The path of the step, before it is cut by a convex set.
-        scale: What earlier searches have shown of the right step length.
-        policy: The search policy: its `c`, and `shrink`, the factor that it knows a length to.
+        path: The path of the step, before the projection.
+        scale: The step lengths of earlier searches.
+        policy: The search policy. A pace reads its `c` and `shrink`; a search finds lengths up to a factor `shrink`.
         lr: The reference lr of the groups.
-        closures: Of both levels, as far as they are known.
-        before: Returns x where the step begins, for the tensors of the path.
-        due: What `Pace.due` has said; this and what follows is known once f is evaluated.
+        closures: The known closures of both levels.
+        before: Returns x at the start of the step, for the tensors of the path.
+        due: The result of `Pace.due`. This and the next attributes are known after the evaluation of f.
         value: f(x, y).
         rounding: Relative rounding unit of f.
     """
