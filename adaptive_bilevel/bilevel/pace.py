@@ -2,8 +2,8 @@
 
 | ``pace=`` | class | a search is made |
 |---|---|---|
+| "every" | `EveryStep` | in every step, except where no trial could tell anything: the default |
 | "auto" | `AsLengthsAgree` | as rarely as the lengths that searches find agree (with momentum=False: in every step) |
-| "every" | `EveryStep` | in every step, except where no trial could tell anything |
 
 An upper search costs about as much as its hypergradient: a product, a linear solve, trials. A step whose length is kept
 from the last search costs one value of f.
