@@ -222,6 +222,8 @@ class SearchingOptimizer(StartingOptimizer):
             return Found(record, path, limits.state)
         model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
+        if model.path is not path and limits.onward is not None:  # along another hypergradient than the user's
+            limits = limits._replace(onward=onward(model.path.gradient, states["last_step"]))
         record, after = search(point, model, check, limits)
         if getattr(model, "blind", False):
             record = record._replace(outcome=Outcome.no_descent)

@@ -104,7 +104,7 @@ def test_nothing_grows_over_200_iterations() -> None:
     finally:
         gc.enable()
     assert later <= peak + 0.01
-    # Of x: the gradient, the one before and their mean, Adam's second moment, and where the last searched step began. Of
-    # y: what the lower search goes back to, the mean of the tangents, and the point that the next lower step may prefer
-    # to the prediction.
+    # Of x: the gradient, the one before and their mean, Adam's second moment, and where the last searched step began.
+    # Of y: what the lower search goes back to, the mean of the tangents, and the point that the next lower step may
+    # prefer to the prediction.
     assert held <= 8 + SMALL_THINGS
