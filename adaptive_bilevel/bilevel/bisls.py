@@ -127,7 +127,7 @@ class BiSLS(UpperSearch):
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of the set is projected
             first. Parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
         pace: When to search. "every": in each step. "auto": as rarely as the lengths that searches find agree. A step
-            in between has the last length or a shorter one, evaluates f once, and x is put back if f then disagrees
+            in between has the last length or a shorter one, evaluates f once, and is undone if f then disagrees
             (with momentum=False, every step is searched). Or a `Pace`. See `adaptive_bilevel.bilevel.pace`.
         search: The policy of the search, in place of the options c to max_trials: `policies.GuardedSLS` (the default),
             `policies.SLS` (without the guard) or `policies.SLSB`.

@@ -126,7 +126,7 @@ class PaceContext(NamedTuple):
         policy: The search policy. A pace reads its `c` and `shrink`; a search finds lengths up to a factor `shrink`.
         lr: The reference lr of the groups.
         closures: The known closures of both levels.
-        before: Returns x at the start of the step, for the tensors of the path.
+        before: Returns x at the start of the step, for the tensors of the path, and then y.
         due: The result of `Pace.due`. This and the next attributes are known after the evaluation of f.
         value: f(x, y).
         rounding: Relative rounding unit of f.

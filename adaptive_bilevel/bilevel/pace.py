@@ -32,10 +32,10 @@ _MOST = 8
 """A search is made in every so manieth step at least."""
 
 _RECENT = 2 * _MOST
-"""So many values of f, and of <h, d>, are recent."""
+"""So many values of f are recent."""
 
 _STEEPER = 4.0
-"""A slope that is above so many times all recent ones belongs to another place."""
+"""A slope that is so many times that of the last search belongs to another place."""
 
 _NOWHERE = -1.0
 """No ||x||^2."""
@@ -99,7 +99,7 @@ class AsLengthsAgree:
     So the step is never longer than the one that was certified, in the metric of the direction, a sqrt(<h, d>). It
     takes one value of f, no product and no trial. The next f tests a kept step: if it is not finite, or has fallen by
     less than c a <h, d>, and relative to a <h, d> by less than in any of the last 16 steps (the lower level moves f,
-    too), then x goes back to before that step, to the bit, and the next step is searched.
+    too), then x and y go back to before that step, to the bit, and the next step is searched.
 
     The gap doubles with each search that finds a length between shrink and 1/shrink times the one that would have been
     kept: searches know no length any better. A longer one leaves it as it is (the search starts as much longer as
@@ -110,14 +110,15 @@ class AsLengthsAgree:
     less.
 
     A search is due at once, too, if no trial was rejected yet; if f is not finite or above all of the last 16 values,
-    or <h, d> above four times the last 16; if lr, or the number of entries of h that are not zero, has changed by more
-    than 1/shrink since the last search; and if the closures of either level have other code or tensors of other sizes
-    (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
+    or <h, d> above four times that of the last search; if lr, or the number of entries of h that are not zero, has
+    changed by more than 1/shrink since then; and if the closures of either level have other code or tensors of other
+    sizes (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
 
     The state has, of the last search, "step" (a_s), "promised" (<h, d>_s), "lr", "entries" and "sample"; "gap", and
-    "since", the steps kept since; "losses", "slopes" and "falls" (relative to the promise), the last 16; "differing"
+    "since", the steps kept since; "losses" and "falls" (relative to the promise), the last 16; "differing"
     and "decreases", the sums of `agreement`, and "margin"; of the last step, "expected" and "decrease" for them,
-    "promise" (a <h, d>), and, if it was kept, "at" (||x||^2 after it), and per parameter "before", x before it.
+    "promise" (a <h, d>), and, if it was kept, "at" (||x||^2 after it), "below", y before it, and per
+    parameter "before", x before it.
     """
 
     keeps = True
@@ -125,7 +126,7 @@ class AsLengthsAgree:
     def init(self) -> RoleState:
         """Return the state before the first step: a search is due."""
         sums = {"differing": 0.0, "decreases": 0.0, "margin": 0.0, "decrease": 0.0, "promise": 0.0}
-        return RoleState({"gap": 1, "since": 0, "losses": [], "slopes": [], "falls": [], **sums})
+        return RoleState({"gap": 1, "since": 0, "losses": [], "falls": [], **sums})
 
     def due(self, context: PaceContext, state: RoleState) -> bool:
         """Return whether a search is due whatever f is."""
@@ -134,20 +135,20 @@ class AsLengthsAgree:
             return True
         if not _agree(saved):
             return True
-        if not 0.0 < promised <= _STEEPER * max(saved["slopes"]):
+        if not 0.0 < promised <= _STEEPER * saved["promised"]:
             return True
         entries, sample = _signs(context)
         pairs = (context.lr, saved["lr"]), (entries, saved["entries"])
         return sample != saved["sample"] or not all(_alike(*pair, context.policy.shrink) for pair in pairs)
 
     def regrets(self, context: PaceContext, state: RoleState) -> Sequence[Tensor] | None:
-        """Return x before the last step, if that was kept and is to be undone, and x is where it was put."""
+        """Return x and y before the last step, if that was kept and is to be undone, and x is where it was put."""
         saved, f = state.shared, context.value
         if saved.get("at", _NOWHERE) == _NOWHERE or not self._failed(f, context.policy.c, saved):
             return None
         if saved["at"] != _place(context) or not all("before" in own for own in state.each):
             return None
-        return [own["before"] for own in state.each]
+        return [*(own["before"] for own in state.each), *saved["below"]]
 
     @staticmethod
     def _failed(f: float, c: float, saved: Mapping[str, Any]) -> bool:
@@ -174,14 +175,15 @@ class AsLengthsAgree:
             return RoleState({**news, "promise": 0.0, "gap": 1, "since": 0})
         sums = _compared(context, saved)
         news |= sums
-        news |= {"losses": [*saved["losses"], f][-_RECENT:], "slopes": [*saved["slopes"], promised][-_RECENT:]}
+        news["losses"] = [*saved["losses"], f][-_RECENT:]
         fallen = [(saved["losses"][-1] - f) / saved["promise"]] if saved["promise"] > 0.0 else []
         news["falls"] = [*saved["falls"], *fallen][-_RECENT:]
         if not record.moved:
             return RoleState({**news, "gap": 1, "since": 0})
         if record.outcome == Outcome.kept:
             news |= {"since": saved["since"] + 1, "at": _place(context)}
-            return RoleState(news, [{"before": p} for p in context.before()])
+            before, count = context.before(), len(context.path.gradient.tensors)
+            return RoleState({**news, "below": before[count:]}, [{"before": p} for p in before[:count]])
         entries, sample = _signs(context)
         gap = self._gap(record.step_size, context, saved) if _agree(sums) else 1
         news |= {"gap": gap, "since": 0, "step": record.step_size, "promised": promised}

@@ -238,7 +238,8 @@ class SearchingOptimizer(StartingOptimizer):
         record = Record(0.0, 0.0, math.inf, Outcome.undone, slope=paced.path.promised)
         point.guard.put_back()
         point.guard.withdraw()
-        torch._foreach_copy_(tensors := paced.path.gradient.tensors, list(before))
+        tensors = paced.path.gradient.tensors
+        torch._foreach_copy_([*tensors, *point.lower], list(before))
         write_states(self.state, {"pace": self.roles.pace.commit(paced, record, states["pace"])}, tensors)
         self._save_rule_state(point.scale.state, kept=0)
         return Found(record, paced.path, point.scale.state)

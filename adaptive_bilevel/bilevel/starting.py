@@ -120,8 +120,9 @@ class StartingOptimizer(UpperOptimizer):
         below = self.lower.closures if lower_closure is None and isinstance(self.lower, LowerLevel) else lower_closure
 
         def before() -> list[Tensor]:
-            copies = dict(zip(map(id, self._parameters()), guard.copy(), strict=False))  # y follows
-            return [copies[id(p)] for p in path.gradient.tensors]
+            tensors = [*self._parameters(), *self.lower.tensors()]
+            copies = dict(zip(map(id, tensors), guard.copy(), strict=True))
+            return [copies[id(p)] for p in [*path.gradient.tensors, *self.lower.tensors()]]
 
         return PaceContext(path, self._scale(), self.policy, self._reference_lr(), (objective, below), before)
 

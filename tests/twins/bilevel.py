@@ -275,16 +275,16 @@ class BiSLS:
         promised = float(h @ d)
         assert value > 0 and promised > 0
         if self.pace.was_bad(value):
-            self.x, self.kept = self.pace.undo(), 0
+            (self.x, self.lower.x), self.kept = self.pace.undo(), 0
             return
         share, searched = self.support.share(h), h
         self.pace.see(value)
         a, w = self.pace.length(value, promised, h, self.rejected), None
         if self.rejected and 0 < self.previous * promised < EPS * value:
             a = self.previous
-        self.pace.add(value, promised)
+        self.pace.add(value)
         if a is not None:
-            self.pace.keep(a, promised, x)
+            self.pace.keep(a, promised, x, y)
             self.guard.keep(value, promised, a)
             if a * promised > EPS * value:
                 self.kept += 1

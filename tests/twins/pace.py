@@ -20,9 +20,10 @@ class Pace:
     each search that finds .5 to 2 times that, stays with a longer step, and is 1 after a shorter one. Every step is
     searched while no trial was rejected, or samples disagree: values of f leave more than half of the decreases of
     searches unconfirmed, or the sum M of f_k - f_{k+1} - .1 a_k s_k is negative. So is one at which f is above the last
-    16, s above 4 times the last 16, or h has more than 2 times or less than 1/2 of the nonzero entries of before.
+    16, s above 4 times s_s, or h has more than 2 times or less than 1/2 of the nonzero entries of before.
 
-    A kept step is undone if f falls by less than .1 a s, and as a part of a s by less than after each of the last 16.
+    A kept step is undone, x and y, if f falls by less than .1 a s, and as a part of a s by less than after each of the
+    last 16.
     """
 
     gap: int = 1
@@ -31,14 +32,13 @@ class Pace:
     s: float = 0.0
     entries: int = 0
     losses: list[float] = field(default_factory=list)
-    slopes: list[float] = field(default_factory=list)
     falls: list[float] = field(default_factory=list)
     unconfirmed: float = 0.0
     decreases: float = 0.0
     M: float = 0.0
     promise: float = 0.0
     phi: float | None = None
-    before: Tensor | None = None
+    before: tuple[Tensor, Tensor] | None = None
     agreed: bool = True
 
     @property
@@ -52,11 +52,11 @@ class Pace:
         fall = self.losses[-1] - f
         return fall < 0.1 * self.promise and (not self.falls or fall < min(self.falls) * self.promise)
 
-    def undo(self) -> Tensor:
-        x = self.before
-        assert x is not None
+    def undo(self) -> tuple[Tensor, Tensor]:
+        before = self.before
+        assert before is not None
         self.before, self.promise, self.phi, self.gap, self.since = None, 0.0, None, 1, 0
-        return x
+        return before
 
     def see(self, f: float) -> None:
         """Compare f with what the last step has promised."""
@@ -75,21 +75,21 @@ class Pace:
         entries = int(h.count_nonzero())
         if self.a == 0 or self.since + 1 >= self.gap or not (rejected and self.agreed and self.agree):
             return None
-        if f > max(self.losses) or s > 4 * max(self.slopes) or not self.entries / 2 <= entries <= 2 * self.entries:
+        if f > max(self.losses) or s > 4 * self.s or not self.entries / 2 <= entries <= 2 * self.entries:
             return None
         return self.kept(s)
 
     def kept(self, s: float) -> float:
         return self.a * min(1.0, math.sqrt(self.s / s))
 
-    def add(self, f: float, s: float) -> None:
+    def add(self, f: float) -> None:
         """Take note of a step."""
-        self.losses, self.slopes = [*self.losses, f][-16:], [*self.slopes, s][-16:]
+        self.losses = [*self.losses, f][-16:]
         self.before, self.promise, self.phi = None, 0.0, None
 
-    def keep(self, a: float, s: float, x: Tensor) -> None:
-        """Take note of a kept step from x."""
-        self.since, self.before, self.promise = self.since + 1, x, a * s
+    def keep(self, a: float, s: float, x: Tensor, y: Tensor) -> None:
+        """Take note of a kept step from (x, y)."""
+        self.since, self.before, self.promise = self.since + 1, (x, y), a * s
 
     def search(self, a: float, s: float, phi: float, h: Tensor) -> None:
         """Take note of a search that ended at a, where f is phi; 0 if it failed."""
