@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ClosureError, LowerLevelError, OptionError, TensorError
 from ..evaluation.closures import Closure
+from ..evaluation.graph import nodes
 from ..evaluation.guard import Guard
 from ..evaluation.tensors import refuse_unsupported
 from ..hypergradient.trees import Tree, flatten, rebuilt
@@ -60,20 +61,12 @@ class PathCheck:
         """
         if self._found or not (isinstance(loss, Tensor) and loss.requires_grad):
             return loss
-        wanted, seen = {id(p) for p in self._leaves}, set[Any]()
-        self._found = id(loss) in wanted
+        wanted = {id(p) for p in self._leaves}
+        self._found = id(loss) in wanted or any(
+            id(getattr(node, "variable", None)) in wanted or node.name() == _HIDES for node in nodes([loss.grad_fn])
+        )
         if self._found:
             return loss
-        nodes: list[Any] = [loss.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if id(getattr(node, "variable", None)) in wanted or node.name() == _HIDES:
-                self._found = True
-                return loss
-            nodes += [following for following, _ in node.next_functions]
         raise LowerLevelError(
             f"{self._name} has no path to the tensors of lower=: it has to be computed from its argument, and not "
             f"from the variable of the inner loop itself: {_LINES}"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ClosureError
 from .buffers import Buffers
+from .graph import nodes
 from .interception import Watched, installed
 
 __all__ = ["Closure", "Differentiated", "attached", "differentiated", "require_closure", "value", "value_of"]
@@ -192,17 +193,9 @@ def value(closure: Closure, buffers: Buffers, stand_ins: StandIns, *, with_grad:
 
 def _to_all_leaves(loss: Tensor, inputs: Sequence[Tensor], retain_graph: bool | None, create_graph: bool) -> None:
     """Differentiate by all that a graph has, since a part of it is hidden; only the inputs keep what they get."""
-    wanted, seen, found = {id(p) for p in inputs}, set(), list[Tensor]()
-    nodes: list[Any] = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in wanted:
-            found.append(leaf)
-        nodes += [following for following, _ in node.next_functions]
+    wanted = {id(p) for p in inputs}
+    leaves = [getattr(node, "variable", None) for node in nodes([loss.grad_fn])]
+    found = [leaf for leaf in leaves if leaf is not None and id(leaf) not in wanted]
     held = [(p, p.grad) for p in found]
     try:
         for p in found:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaptive_bilevel.errors import SolverError
 
+from ..evaluation.graph import nodes
 from ..evaluation.guard import Guard
 from ..evaluation.processes import mean
 from ..evaluation.reductions import on_host
@@ -63,16 +64,9 @@ def explained(error: RuntimeError, name: str) -> SolverError | None:
 
 def custom_functions(loss: Tensor) -> list[str]:
     """Return the names of the custom autograd functions in a graph, sorted."""
-    found, seen, nodes = set[str](), set[Any](), [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found.add(node.name().removesuffix("Backward"))
-        nodes += [following for following, _ in node.next_functions]
-    return sorted(found)
+    custom: Any = torch.autograd.function.BackwardCFunction
+    found = (node.name() for node in nodes([loss.grad_fn]) if isinstance(node, custom))
+    return sorted({name.removesuffix("Backward") for name in found})
 
 
 def verify(

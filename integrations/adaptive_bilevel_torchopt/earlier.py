@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError
+from adaptive_bilevel.evaluation.graph import nodes
 
 from ._host import Node
 from .hypergradient import computed_before
@@ -80,14 +81,4 @@ def _reached(start: Iterable[Node | None], ends: Callable[[Node], bool] | Collec
         start: Where to start.
         ends: Nodes that are reached and not gone beyond, as a set or by a test.
     """
-    at_end = ends if callable(ends) else ends.__contains__
-    met: set[Node] = set()
-    waiting = list(start)
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in met:
-            continue
-        met.add(node)
-        if not at_end(node):
-            waiting.extend(before for before, _ in node.next_functions)
-    return met
+    return set(nodes(start, ends if callable(ends) else ends.__contains__))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError, HypergradientError, SolverError
+from adaptive_bilevel.evaluation.graph import nodes
 from adaptive_bilevel.hypergradient import second_derivatives
 
 from ._host import Node
@@ -141,18 +142,10 @@ def _nodes_before(solutions: Sequence[Tensor], params: Sequence[Tensor]) -> list
     """Return the nodes between the solutions and the upper parameters, with the slots that lead to the latter."""
     indices = {id(p): index for index, p in enumerate(params)}
     found: list[tuple[Node, Slots]] = []
-    waiting: list[Node | None] = [p.grad_fn for p in solutions]
-    met: set[Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in met:
-            continue
-        met.add(node)
-        following = node.next_functions
-        leaves = [indices.get(id(getattr(n, "variable", None))) for n, _ in following]
+    for node in nodes(p.grad_fn for p in solutions):
+        leaves = [indices.get(id(getattr(n, "variable", None))) for n, _ in node.next_functions]
         if slots := [(slot, index) for slot, index in enumerate(leaves) if index is not None]:
             found.append((node, slots))
-        waiting.extend(n for n, _ in following)
     return found
 
 
