@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from betty.engine import Engine
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 from adaptive_bilevel.policies import Outcome
 from adaptive_bilevel_betty import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS, bind
 from tests.betty.problems import OLD, Level, Ridge, Variable, engine, only_new, sgd
-from tests.optim.test_distributed import free_port
-
-WORLD = 2
-LIMIT = timedelta(seconds=30)
+from tests.processes import results_of
 
 # ------------------------------------------------------------------------------------------ mixed precision
 
@@ -157,13 +153,7 @@ LEVELS = {
 }
 
 
-def work(rank: int, port: int, results: Any) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=LIMIT
-    )
+def work(rank: int) -> Any:
     found = {}
     for name, (below, above, kind) in LEVELS.items():
         torch.manual_seed(0)
@@ -190,19 +180,14 @@ def work(rank: int, port: int, results: Any) -> None:
         made.run()
         tensors = [p.tolist() for problem in (low, top) for p in problem.module.parameters()]
         found[name] = decisions, low.losses, tensors
-    results[rank] = found
-    distributed.destroy_process_group()
+    return found
 
 
 @only_new
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 def test_processes_agree() -> None:
     """In every decision, and in their parameters, to the rounding of "darts", which adds and subtracts."""
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(work, (free_port(), results), nprocs=WORLD)
-        one, two = (dict(results[rank]) for rank in range(WORLD))
+    one, two = results_of(work)
     assert set(one) == set(LEVELS)
     for name, (decisions, losses, tensors) in one.items():
         assert len(decisions) == 6 + 3

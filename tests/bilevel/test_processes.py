@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.errors import OptionError, ProcessError
 from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, Neumann, assign, check, implicit
-from tests.optim.test_distributed import LIMIT, WORLD, free_port
+from tests.processes import WORLD, results_of
 
 Run = Callable[[list[int], str], list[Tensor]]
 """From the shares of the data (one for each process) and how modules are wrapped, to the tensors of the end."""
@@ -276,25 +276,14 @@ def outcome_of(attempt: Callable[[int], str], rank: int) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def work(rank: int, port: int, results: Any) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=LIMIT
-    )
+def work(rank: int) -> Any:
     found = {(name, way): [t.tolist() for t in run([rank], way)] for name, run in RUNS.items() for way in WRAPPED[name]}
-    results[rank] = found, {name: outcome_of(attempt, rank) for name, attempt in FAILURES.items()}
-    distributed.destroy_process_group()
+    return found, {name: outcome_of(attempt, rank) for name, attempt in FAILURES.items()}
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[list[Any]]:
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(work, (free_port(), results), nprocs=WORLD)
-        yield [results[rank] for rank in range(WORLD)]
+def processes() -> list[Any]:
+    return results_of(work)
 
 
 @pytest.mark.parametrize("name", RUNS)

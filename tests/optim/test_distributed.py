@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import socket
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from adaptive_bilevel import SLS, SLSB, SPSB
 from tests.optim.helpers import INFOS, batches, closure_of, net, plain
+from tests.processes import results_of
 
-WORLD = 2
 CHOSEN = [info for info in INFOS if info.cls in (SPSB, SLS, SLSB)]
-LIMIT = timedelta(seconds=30)  # processes that disagree wait for each other
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def work(rank: int, port: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=LIMIT
-    )
+def work(rank: int) -> Any:
     found = {}
     for info in CHOSEN:
         for form in ("closure", "backward", "two samples", "offer", "poison"):
@@ -67,17 +53,12 @@ def work(rank: int, port: int, results: Any) -> None:
                 plain(dict(module.named_parameters())),
                 plain(optimizer.state_dict()["state"]),
             )
-    results[rank] = found
-    distributed.destroy_process_group()
+    return found
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 def test_processes_agree() -> None:
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(work, (free_port(), results), nprocs=WORLD)
-        one, two = (dict(results[rank]) for rank in range(WORLD))
+    one, two = results_of(work)
     assert len(one) == 5 * len(CHOSEN)
     for key, value in one.items():
         assert value == two[key], key
