@@ -18,7 +18,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..evaluation.reductions import on_host
-from ..evaluation.vectors import inner
+from ..evaluation.vectors import fingerprint
 from ..optim.state import RoleState
 from ..policies import Outcome, Record
 from ..policies.agreement import agreeing, unconfirmed
@@ -146,7 +146,7 @@ class AsLengthsAgree:
         saved, f = state.shared, context.value
         if saved.get("at", _NOWHERE) == _NOWHERE or not self._failed(f, context.policy.c, saved):
             return None
-        if saved["at"] != _place(context) or not all("before" in own for own in state.each):
+        if saved["at"] != fingerprint(context.path.gradient.tensors) or not all("before" in own for own in state.each):
             return None
         return [*(own["before"] for own in state.each), *saved["below"]]
 
@@ -181,7 +181,7 @@ class AsLengthsAgree:
         if not record.moved:
             return RoleState({**news, "gap": 1, "since": 0})
         if record.outcome == Outcome.kept:
-            news |= {"since": saved["since"] + 1, "at": _place(context)}
+            news |= {"since": saved["since"] + 1, "at": fingerprint(context.path.gradient.tensors)}
             before, count = context.before(), len(context.path.gradient.tensors)
             return RoleState({**news, "below": before[count:]}, [{"before": p} for p in before[:count]])
         entries, sample = _signs(context)
@@ -242,12 +242,6 @@ def _signs(context: PaceContext) -> tuple[float, float]:
     count = sum((h.count_nonzero() for h in gradient.values), start=0)
     entries, sample = on_host(count, signature(context.closures, gradient.tensors))
     return entries, sample
-
-
-def _place(context: PaceContext) -> float:
-    """Return ||x||^2, by which it shows whether somebody else has moved x."""
-    x = [p.detach() for p in context.path.gradient.tensors]
-    return on_host(inner(x, x))[0]
 
 
 def pace_of(option: Any, certified: bool) -> Pace:

@@ -91,7 +91,7 @@ class Curvature(Protocol):
 
 
 @final
-class _WhatWorks:
+class _AutogradFirst:
     """Products by autograd, and by differences after the first that autograd does not have."""
 
     def __init__(
@@ -207,7 +207,8 @@ def curvature_of(
         differences = DifferenceCurvature(again, upper, lower)
         remember_without(lower, error)
         return Sampled(agreed(differences.loss), differences, None)
-    return Sampled(agreed(value), exact if products == "autograd" else _WhatWorks(exact, again, upper, lower), value)
+    curvature = exact if products == "autograd" else _AutogradFirst(exact, again, upper, lower)
+    return Sampled(agreed(value), curvature, value)
 
 
 def known_without(lower: Sequence[Tensor]) -> bool:

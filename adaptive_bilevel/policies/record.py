@@ -46,7 +46,7 @@ _SENTENCES = {
     Outcome.below_lower_bound: "the loss is below lower_bound, which therefore is no lower bound here",
     Outcome.at_lower_bound: "the loss is at lower_bound, so there is nothing to gain: nothing moved",
     Outcome.kept: "no search was due: the length of an earlier search was kept",
-    Outcome.undone: "the loss has shown that the step before, which was kept, was a bad one: it was undone",
+    Outcome.undone: "the loss after the last step, whose length was kept, is too high: that step was undone",
 }
 
 
