@@ -27,6 +27,7 @@ from ..evaluation.closures import Closure
 from ..evaluation.counts import Evaluations
 from ..evaluation.guard import Guard, RandomState
 from ..evaluation.objective import Evaluated, Objective
+from ..evaluation.processes import Group
 from ..hypergradient import Implicit, implicit_with_info
 from .lower import LowerProblem
 
@@ -97,8 +98,9 @@ def estimated(
     upper: list[Tensor],
     lower: Any,
     counts: Evaluations,
+    group: Group,
 ) -> list[Tensor | None]:
-    """Return the hypergradient that an estimator or a callable gives.
+    """Return the hypergradient that an estimator or a callable gives. A callable has a process group of its own.
 
     Raises:
         LowerLevelError: There is no lower level, or it is one of several levels.
@@ -123,7 +125,7 @@ def estimated(
     with torch.enable_grad():
         if not isinstance(source, Implicit):
             return matched(owner, upper, source(closure, lower_closure, upper, lower))
-        h, info = implicit_with_info(closure, lower_closure, upper, lower, source.solver)
+        h, info = implicit_with_info(closure, lower_closure, upper, lower, source.solver, process_group=group)
     counts.upper.gradients += 1
     counts.lower.gradients += info.gradients - 1
     counts.lower.hvps += info.hvps

@@ -151,7 +151,9 @@ class UpperOptimizer(AdaptiveOptimizer):
         before, params = self.lower, self._parameters()
         level = None if lower is None else self._functional(lower, before, params)
         try:
-            with Guard(params, Workspace()):  # buffers and random state, where an estimator draws from it
+            with Guard(
+                params, Workspace(group=self.process_group)
+            ):  # buffers and random state, where an estimator draws from it
                 if level is not None:
                     if upper_closure is not None:
                         upper_closure = level.upper(type(self).__name__, upper_closure)
@@ -204,9 +206,9 @@ class UpperOptimizer(AdaptiveOptimizer):
                 y: Any = self.lower.variable()
             else:
                 y = self.lower.tensors()
-            with Guard(params, Workspace()) as guard:
+            with Guard(params, Workspace(group=self.process_group)) as guard:
                 problems = self.lower.problems(lower_closure, guard)
-            return closure, estimated(owner, source, closure, problems, params, y, self.evaluations)
+            return closure, estimated(owner, source, closure, problems, params, y, self.evaluations, self.process_group)
         if self.lower.tensors() or isinstance(closure, Objective):
             raise OptionError(
                 f"{owner}(hypergradient='direct'): the upper loss is a function of the upper parameters alone, so "

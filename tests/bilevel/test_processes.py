@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.errors import OptionError, ProcessError
-from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, Neumann, assign, check, implicit
+from adaptive_bilevel.hypergradient import CG, Identity, Implicit, Lanczos, Neumann, assign, check, implicit
 from tests.processes import WORLD, results_of
 
 Run = Callable[[list[int], str], list[Tensor]]
@@ -210,6 +210,10 @@ def on_its_own(rank: int) -> str:
         optimizer.step(lambda: (rank + 1.0) * x.square().sum())
     y = x.detach().clone().requires_grad_()
     own = implicit(lambda: x.sum() + y.sum(), lambda: (y**2 - x * y).sum(), [x], [y], process_group="alone")
+    outer = BiSLS([x], hypergradient=Implicit())
+    outer.process_group = "alone"
+    for _ in range(1 + rank):
+        outer.step(lambda y: (y + x - rank).square().sum(), lower=(y, lambda y: (y**2 - x * y).sum()))
     return f"{x.tolist()} {own}"
 
 
