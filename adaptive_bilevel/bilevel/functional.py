@@ -80,7 +80,7 @@ class FunctionalProblem:
     Args:
         tensors: The variable as the inner loop returned it.
         loss: ``loss(tensors)``.
-        step_size: The last step of the inner loop, which only the paper's search asks for; NaN: not known.
+        step_size: The last step of the inner loop, which only the paper's search reads; NaN: not known.
     """
 
     def __init__(self, tensors: Tree, loss: Loss, step_size: float = math.nan) -> None:
@@ -104,7 +104,7 @@ class FunctionalProblem:
         return self._path.of(self._loss(self.arranged()))
 
     def close(self) -> None:
-        """Let go of the loss and the tensors that were given, and have the leaves require gradients as those did."""
+        """Drop the loss and the given tensors. The leaves then require gradients where these did."""
         for leaf, given in zip(self.leaves, self.given, strict=True):
             leaf.requires_grad_(given.requires_grad)
         self._loss, self.given = None, ()
@@ -185,7 +185,7 @@ class FunctionalLower:
             )
 
     def close(self) -> None:
-        """Let go of the losses and what they hold; the variable is that of the loop again."""
+        """Drop the losses and the given tensors. The level cannot be evaluated afterwards."""
         self.open = False
         for problem in self._problems:
             problem.close()

@@ -106,8 +106,8 @@ class AsLengthsAgree:
     searches in all of these steps would have), a shorter one makes it 1, and so do a search that fails, a step that is
     undone, and samples that do not agree: the next values of f do not confirm half of the decreases that searches have
     seen (`adaptive_bilevel.policies.agreement`), or f falls by less than the tests of the steps require
-    (`adaptive_bilevel.policies.margin`). Each sample then asks for a length of its own, and one that is kept is worth
-    less.
+    (`adaptive_bilevel.policies.margin`). The right length then differs
+    from sample to sample.
 
     A search is due at once, too, if no trial was rejected yet; if f is not finite or above all of the last 16 values,
     or <h, d> above four times that of the last search; if lr, or the number of entries of h that are not zero, has
