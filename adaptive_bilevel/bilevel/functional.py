@@ -203,6 +203,9 @@ class FunctionalLower:
         random = guard.random_state()
         return [LowerProblem(p.leaves, p.closure, random, p.step_size) for p in self._problems]
 
+    def upper_moved(self) -> None:
+        """Do nothing: the lower steps are the user's."""
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the leaves by step * response."""
         with torch.no_grad():

@@ -64,6 +64,10 @@ class Lower(Protocol):
         """
         ...
 
+    def upper_moved(self) -> None:
+        """Take note that an upper step has moved x; y has not moved yet."""
+        ...
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable by step * response."""
         ...
@@ -138,6 +142,12 @@ class LowerLevel:
     def follows(self) -> bool:
         """Whether an optimizer can go back to y; a stock optimizer cannot."""
         return any(map(_goes_back, self.optimizers))
+
+    def upper_moved(self) -> None:
+        """Tell the optimizers of this package, see `AdaptiveOptimizer.upper_moved`."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AdaptiveOptimizer):
+                optimizer.upper_moved()
 
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable by step * response."""

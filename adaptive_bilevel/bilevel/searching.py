@@ -240,6 +240,7 @@ class SearchingOptimizer(StartingOptimizer):
         point.guard.withdraw()
         tensors = paced.path.gradient.tensors
         torch._foreach_copy_([*tensors, *point.lower], list(before))
+        self.lower.upper_moved()
         write_states(self.state, {"pace": self.roles.pace.commit(paced, record, states["pace"])}, tensors)
         self._save_rule_state(point.scale.state, kept=0)
         return Found(record, paced.path, point.scale.state)
@@ -277,6 +278,8 @@ class SearchingOptimizer(StartingOptimizer):
             news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
             news["response"] = answer.state
         offsets = None if answer is None else answer.offsets
+        if moved:
+            self.lower.upper_moved()
         if offsets is not None or (answer is None and visible(step * path.promised, point.value, point.rounding)):
             follows = PredictionContext(offsets, path.promised, mix, point.beta, self.lower, roles.pace.keeps)
             news["prediction"] = self._predict(follows, step, states["prediction"])

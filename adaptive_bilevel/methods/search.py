@@ -150,6 +150,9 @@ class _Level:
         """Return the problem of the driver's lower closure."""
         return [LowerProblem(self.leaves, closures, guard.random_state(), self.step_size)]
 
+    def upper_moved(self) -> None:
+        """Do nothing: the driver has no lower optimizer."""
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable along."""
         torch._foreach_add_(self.leaves, list(response), alpha=step)

@@ -33,7 +33,7 @@ class AveragedSearch(AdaptiveOptimizer):
         super()._prepare()
         self._average: Average | None = None
         self._resting: list[Tensor] | None = None
-        self._follows = True
+        self._stayed = math.nan
 
     def _disagree(self, state: State) -> bool:
         return isinstance(self.policy, AutoSLS) and not self.policy.agrees(state)
@@ -48,12 +48,12 @@ class AveragedSearch(AdaptiveOptimizer):
         """Return loss and gradients at the iterate, which is ahead of the parameters; see `AdaptiveOptimizer`."""
         self._average = self._resting = None
         before = self._warm_start.point(self.state, params)
-        self._follows = before is None
-        if not self._disagree(self._rule_state()):
-            return self._decide(guard, closure, params, before, None)[0]
-        average = Average.read(self.state, params, offered=before is not None)
+        disagree = self._disagree(self._rule_state())
+        average = Average.read(self.state, params, offered=before is not None) if disagree else None
         if average is None:
-            return self._decide(guard, closure, params, before, None)[0]
+            start = self._decide(guard, closure, params, before, None)
+            self._stayed = start.stayed
+            return start.found
         known = closure.evaluated(params) if isinstance(closure, Objective) else None
         self._own_counts.values += known is None
         rests = Attempts().value(lambda: guard.value(closure)) if known is None else known.loss
@@ -62,7 +62,7 @@ class AveragedSearch(AdaptiveOptimizer):
         torch._foreach_add_(params, average.ahead)
         guard.rebase()
         point = None if before is None else list(torch._foreach_add(before, average.ahead))
-        found, kept = self._decide(guard, closure, params, point, guard.entry)
+        found, kept, _ = self._decide(guard, closure, params, point, guard.entry)
         if before is not None and kept < 1.0:
             # What was compared is at the prediction.
             self._average, self._resting = average, list(torch._foreach_lerp(before, resting, kept))
@@ -71,12 +71,25 @@ class AveragedSearch(AdaptiveOptimizer):
         self._average, self._resting = average.compared(at_rest - ahead), resting
         return found
 
-    def _reached(self) -> State:
-        """Return the policy's state; the loss before an upper step is not compared with that after it."""
+    def _reached(self, value: float) -> State:
+        """Return the policy's state; what a prediction changes of the loss is not due to the sample."""
         state = self._rule_state()
-        if self._follows or not isinstance(self.policy, AutoSLS):
+        if math.isnan(self._stayed) or not isinstance(self.policy, AutoSLS):
             return state
-        return self.policy.observed(state, math.nan)
+        return self.policy.shifted(state, value - self._stayed)
+
+    def upper_moved(self) -> None:
+        """Find out what that changes of the last sample's loss, if the next sample could be taken to disagree."""
+        if self.sample is None or not isinstance(self.policy, AutoSLS):
+            return
+        state, sample = self._rule_state(), self.sample
+        if not self.policy.doubts(state):
+            self._save_rule_state(self.policy.displaced(state, None))
+            return
+        with torch.no_grad(), Guard(self._parameters(), self._workspace) as guard:
+            value = Attempts().value(lambda: guard.value(sample.closure, sample.random))
+        self._own_counts.values += 1
+        self._save_rule_state(self.policy.displaced(state, float(value) - state.expected))
 
     def _stay(self, params: list[Tensor]) -> None:
         """Put the parameters back to the mean: the step has moved nothing."""

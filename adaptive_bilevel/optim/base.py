@@ -24,7 +24,7 @@ from .conclusion import ConcludingOptimizer
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain, Proposed
 from .options import merged
 from .state import RoleState, read_states, write_states
-from .warm_start import WarmStart
+from .warm_start import Start, WarmStart
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -142,7 +142,7 @@ class AdaptiveOptimizer(ConcludingOptimizer):
 
         See `adaptive_bilevel.optim.warm_start`.
         """
-        return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None)[0]
+        return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None).found
 
     def _decide(
         self,
@@ -151,11 +151,11 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         params: list[Tensor],
         before: list[Tensor] | None,
         random: RandomState | None,
-    ) -> tuple[Differentiated, float]:
+    ) -> Start:
         """Do what `_evaluate` does, and return the share too; `random` replays a sample evaluated elsewhere."""
         known = _evaluated(closure, params) if random is None else None
         if before is None:
-            return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known), 1.0
+            return Start(self._gradient(guard, closure, params, random) if known is None else Differentiated(*known))
         predicted = [p.clone() for p in guard.copy()]
         moved = Attempts().value(lambda: guard.value(closure, random))
         self._own_counts.values += 1
@@ -164,17 +164,18 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         found = self._gradient(guard, closure, params, guard.entry)
         offset = torch._foreach_sub(predicted, before)
         own = gradients_of(params, params, found.gradients if found.own is None else found.own)
-        kept = self._warm_start.look(self.state, *on_host(inner(own, offset), found.loss, moved))
+        slope, stayed, ahead = on_host(inner(own, offset), found.loss, moved)
+        kept = self._warm_start.look(self.state, slope, stayed, ahead)
         if kept == 0.0:
-            return found, kept
+            return Start(found, kept, stayed)
         if kept == 1.0:
             torch._foreach_copy_(params, predicted)
         else:
             torch._foreach_add_(params, offset, alpha=kept)
         guard.rebase()
         if kept == 1.0 and known is not None:
-            return Differentiated(*known), kept
-        return self._gradient(guard, closure, params, guard.entry), kept
+            return Start(Differentiated(*known), kept, stayed)
+        return Start(self._gradient(guard, closure, params, guard.entry), kept, stayed)
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
         """Return what the length of a step is found along, without the factors of groups."""
@@ -222,6 +223,9 @@ class AdaptiveOptimizer(ConcludingOptimizer):
 
     def displaced(self) -> None:
         """Take note that a level above, or a host, has moved the parameters."""
+
+    def upper_moved(self) -> None:
+        """Take note that the level above has moved its own variable. It does so before an `offer`."""
 
     def _drop_offer(self) -> None:
         self._warm_start.drop(self.state, self._parameters())

@@ -105,7 +105,7 @@ class LineSearch(AveragedSearch):
             else:
                 guard.copy()
                 rounding = resolution(searched_loss)
-                before = self._reached()
+                before = self._reached(value)
                 trials = self._closure_checks.watch(trial, value, slope, rounding, gradient.tensors, directions)
                 most = most_ratio(value, slope, gradient.tensors, directions, gradient.factors)
                 sample = Context(

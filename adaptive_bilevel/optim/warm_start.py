@@ -22,14 +22,29 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
+from ..evaluation.closures import Differentiated
 from ..evaluation.vectors import fingerprint
 from .state import RoleState, read_states, write_states
 
-__all__ = ["Share", "WarmStart"]
+__all__ = ["Share", "Start", "WarmStart"]
 
 _ENTRY, _SHARE = "warm_start", "predicted_share"
 _MEMORY = 0.9
 """Decay of the two sums, that of the mean of hypergradients."""
+
+
+class Start(NamedTuple):
+    """Where a step begins, evaluated.
+
+    Attributes:
+        found: Loss and gradients there.
+        kept: gamma; 1 where nothing was predicted.
+        stayed: g(y), the loss at the point before the prediction; nan where nothing was predicted.
+    """
+
+    found: Differentiated
+    kept: float = 1.0
+    stayed: float = math.nan
 
 
 class Share(NamedTuple):

@@ -1,14 +1,18 @@
 """A line search while samples agree, and a step of the bound's length afterwards.
 
 Samples agree as long as the next ones confirm half of the decreases (`adaptive_bilevel.policies.agreement`); then the
-rule is `SLS`. An upper variable that moves, or a lower one that starts anew, changes the loss once per lower loop, and
-counts there as one step at most, mostly the shortest. That hides samples that are kept for a whole lower loop, so the
-losses also have to fall by what the test of eq. (8) of Fan et al. (2023) requires of the steps,
+rule is `SLS`. A sample may last for a whole lower loop. So the loss after the upper variable has moved is compared with
+the decrease of the whole loop, in sums of their own, and the losses also have to fall by what the test of eq. (8) of
+Fan et al. (2023) requires of the steps,
 
     M = sum_j (f_j(x_j) - f_{j+1}(x_{j+1}) - c gamma_j n_j + slack)  >=  0,
 
-each fall cut to [-r_j, r_j], r_j the largest gamma_i n_i so far. On full batches M is never negative. Loops that each
-start anew from the same point may still show as disagreement, most of all short ones.
+each fall cut to [-r_j, r_j], r_j the largest gamma_i n_i so far.
+
+The upper variable changes the loss, too. Where one of these tests could fail (`AutoSLS.doubts`), an upper optimizer of
+this package has the last sample evaluated again after its step, and that change counts in no test
+(`AutoSLS.displaced`). So full batches always agree. Under other upper optimizers such a change counts as one step at
+most, mostly the shortest; M may then become negative, most of all in short loops that start anew from the same point.
 
 Where samples disagree, a search says little: the longest step that lowers one sample is too long for all of them if
 the sample can be fitted alone (batches with wrong labels), and the lengths that pass follow the worst samples if
@@ -60,13 +64,38 @@ class AutoSLS(SLSB):
 
     def agrees(self, state: SearchState) -> bool:
         """Return whether the samples so far agree."""
-        return agreeing(state.differing, state.decreases) and state.margin >= 0.0
+        steps, loops = (state.differing, state.decreases), (state.loops_differing, state.loops_decreases)
+        return agreeing(*steps) and agreeing(*loops) and state.margin >= 0.0
 
     def observed(self, state: SearchState, value: float) -> SearchState:
         """Return the state after a step that ended elsewhere than the last trial, at this loss."""
         if not (state.last_decrease > 0.0 and math.isfinite(value)):
             return state._replace(last_decrease=0.0)
         return state._replace(expected=value)
+
+    def doubts(self, state: SearchState) -> bool:
+        """Return whether the next loss could end the agreement of samples, if the upper variable moves before it."""
+        most, margin = state.loop_decrease, state.margin - self.c * state.last_gain
+        loops = agreeing(state.loops_differing + most, state.loops_decreases + most)
+        return self.agrees(state) and not (loops and margin >= state.largest_gain)
+
+    def displaced(self, state: SearchState, change: float | None) -> SearchState:
+        """Return the state after the upper variable has moved.
+
+        Args:
+            state: The state.
+            change: By how much that has changed the last sample's loss at the present point; None: it was not looked.
+                If it is not finite, the next sample is compared with nothing.
+        """
+        if change is None:
+            return state._replace(loop_ends=1)
+        return self.shifted(state, change)._replace(loop_ends=1)
+
+    def shifted(self, state: SearchState, change: float) -> SearchState:
+        """Return the state after the loss has changed by so much for a reason that is neither a step nor the sample."""
+        if not math.isfinite(change):
+            return state._replace(last_decrease=0.0, last_gain=0.0, loop_decrease=0.0)
+        return state._replace(expected=state.expected + change, last_loss=state.last_loss + change)
 
     def propose(self, state: SearchState, context: Context) -> tuple[Record, SearchState]:
         """Return the record of one step, and the state after it.
@@ -84,7 +113,10 @@ class AutoSLS(SLSB):
             decrease = max(loss - float(record.value), 0.0)
             step = float(record.step_size)
             longest = max(state.longest, step)
-            after = after._replace(expected=float(record.value), last_decrease=decrease, longest=longest)
+            loop = seen.loop_decrease + decrease
+            after = after._replace(
+                expected=float(record.value), last_decrease=decrease, loop_decrease=loop, longest=longest
+            )
             return record, promised(after, loss, step * slope)
 
         def tangent(step: float) -> float:
@@ -99,10 +131,13 @@ class AutoSLS(SLSB):
         """Return the state with the last step compared with the loss of this sample."""
         if state.last_gain == 0.0 or not math.isfinite(loss) or not self.agrees(state):
             return state
-        most = state.last_decrease
-        differing = unconfirmed(loss, state.expected, most, rounding)
         after = compared(state, loss, c=self.c, slack=self.slack, rounding=rounding, most=state.largest_gain)
-        return after._replace(differing=state.differing + differing, decreases=state.decreases + most)
+        most = state.loop_decrease if state.loop_ends else state.last_decrease
+        differing = unconfirmed(loss, state.expected, most, rounding)
+        if not state.loop_ends:
+            return after._replace(differing=state.differing + differing, decreases=state.decreases + most)
+        after = after._replace(loop_decrease=0.0, loop_ends=0, loops_decreases=state.loops_decreases + most)
+        return after._replace(loops_differing=state.loops_differing + differing)
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         limits = super()._limits(state, initial, context)

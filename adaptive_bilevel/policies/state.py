@@ -69,6 +69,10 @@ class SearchState(NamedTuple):
         longest: The longest step that was accepted while samples agreed.
         differing: The part of the decreases that the next samples have not confirmed.
         decreases: The sum of the decreases that were compared.
+        loop_decrease: The sum of the decreases since the upper variable has moved last.
+        loop_ends: Whether it has moved since the last step, 0 or 1.
+        loops_differing: As `differing`, of whole loops.
+        loops_decreases: As `decreases`, of whole loops.
         last_loss: f_{k-1}, the loss before the last step.
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
         largest_gain: The largest gamma_j n_j so far.
@@ -93,6 +97,10 @@ class SearchState(NamedTuple):
     longest: float = 0.0
     differing: float = 0.0
     decreases: float = 0.0
+    loop_decrease: float = 0.0
+    loop_ends: int = 0
+    loops_differing: float = 0.0
+    loops_decreases: float = 0.0
     last_loss: float = 0.0
     last_gain: float = 0.0
     largest_gain: float = 0.0

@@ -8,7 +8,11 @@ samples: noisy) or a sum of absolute values (non-smooth). f, g, x and y are each
 T is in 1..20, and half of the runs have no number, the others first trials at both levels over ten decades around a
 natural length. y*(x) is known, so that F is.
 
-* Diverged: F is not finite or above 10 x its start, after any iteration.
+* Diverged: after any iteration, F is not finite, or both F and f at the present y are above 10 x their start (f without
+  noise, at its first y).
+* Away: F is above 10 x its start, but f is not. What every method sees is f and its gradient at the present y. Where
+  that is far from y*(x) (conditions of 1e4 and above, by T first-order steps), f falls and F rises. So each such run is
+  repeated with ten fixed steps, by decades: "fixed" is the highest F of the one that lowers f most.
 * Failed searches at the upper level are explained where no step could have shown a decrease: what is promised there is
   lost in rounding, F is at the best value known, or f has a kink closer than the step.
 * Behind: one of ten fixed steps (by decades) gains 10 % of F where ours gains less than 1 %, with the same lower rule,
@@ -60,7 +64,9 @@ class Run:
         best: The least F.
         gain: By which part f at the present y has fallen at least once since the first iteration; 0 with noise.
         reference: The least F of ten fixed steps.
-        diverged: Whether F was not finite, or above 10 F_0.
+        worst: The highest F.
+        fixed: With F above 10 F_0: the highest F of the fixed step that lowers f most.
+        diverged: Whether F was not finite, or F and f above 10 times their start.
         outcomes: Of the upper steps, by name.
         lower_outcomes: Of the lower steps.
         unexplained: Upper searches that failed although a decrease could have been seen.
@@ -76,11 +82,18 @@ class Run:
     best: float = math.nan
     gain: float = 0.0
     reference: float = math.nan
+    worst: float = -math.inf
+    fixed: float = math.nan
     diverged: bool = False
     outcomes: dict[str, int] = field(default_factory=dict)
     lower_outcomes: dict[str, int] = field(default_factory=dict)
     unexplained: int = 0
     error: str = ""
+
+    @property
+    def away(self) -> bool:
+        """Whether F was above 10 F_0."""
+        return not self.worst <= 10.0 * self.start
 
     @property
     def behind(self) -> bool:
@@ -163,6 +176,12 @@ class Levels:
         return upper
 
     @property
+    def seen(self) -> float:
+        """F at the present x and y, without noise and without its scale."""
+        with torch.no_grad():
+            return float(self.problem.upper(self.x, self.y)) / self.problem.scales["f"]
+
+    @property
     def total(self) -> float:
         """F at the present x, for the lower minimizer that the present y is near."""
         scales = self.problem.scales
@@ -184,9 +203,11 @@ def run(seed: int) -> Run:
     outer = BiSLS([levels.x], **options, lower=levels.inner, direction=direction)
     counts: collections.Counter[str] = collections.Counter()
     first: float | None = None
+    start_of_f = math.nan
     try:
         for _ in range(ITERATIONS):
             upper = levels.iterate()
+            start_of_f = levels.seen if first is None else start_of_f
             value = float(outer.step(upper))
             first = value if first is None else first
             if not problem.noise:
@@ -196,33 +217,41 @@ def run(seed: int) -> Run:
             counts[outcome.name] += 1
             total = levels.total
             ran.best = min(ran.best, total)
-            ran.diverged |= not total <= 10.0 * ran.start
+            ran.worst = max(ran.worst, total if math.isfinite(total) else math.inf)
+            ran.diverged |= not (total <= 10.0 * ran.start or levels.seen <= 10.0 * start_of_f)
             if outcome is Outcome.search_failed:
                 ran.unexplained += not explained(problem, ran, outer, float(upper()))
     except Exception as error:  # what a user would see
         ran.error = f"{type(error).__name__}: {error}"
     ran.outcomes, ran.lower_outcomes = dict(counts), dict(levels.counts)
     if ran.behind:
-        ran.reference = same_level(ran)
+        ran.reference = min(least for least, _, _ in same_level(ran))
+    if ran.away:
+        ran.fixed = min(same_level(ran), key=lambda found: found[2])[1]
     return ran
 
 
-def same_level(ran: Run) -> float:
-    """Return the least F of ten fixed steps by decades, with the run's own lower level and hypergradient."""
-    problem, least = make(ran.seed), ran.start
+def same_level(ran: Run) -> list[tuple[float, float, float]]:
+    """Return the least and the highest F, and the least f, of each of ten fixed steps, by decades.
+
+    They have the run's own lower level and hypergradient, and end where f is above 10 times its start.
+    """
+    problem, found = make(ran.seed), []
     for decade in DECADES:
         levels = Levels(problem, ran.seed, ran.steps, LOWER[ran.lower], ran.lr)
-        length = 0.0
+        length, totals, seen = 0.0, [ran.start], list[float]()
         for _ in range(ITERATIONS):
             upper, h = levels.iterate(), levels.x.grad
             assert h is not None
             length = length or decade * float(upper()) / float(h @ h)
             with torch.no_grad():
                 levels.x -= length * h
-            if not levels.total <= 10.0 * ran.start:
+            totals.append(levels.total)
+            seen.append(levels.seen)
+            if not (totals[-1] < math.inf and seen[-1] <= 10.0 * seen[0]):
                 break
-            least = min(least, levels.total)
-    return least
+        found.append((min(totals), max(totals), min(seen)))
+    return found
 
 
 def explained(problem: Problem, ran: Run, outer: Any, value: float) -> bool:
@@ -254,6 +283,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "problems": len(runs),
         "iterations": ITERATIONS,
         "diverged": [(r.seed, r.family) for r in runs if r.diverged],
+        "away": [(r.seed, r.family, r.start, r.worst, r.fixed) for r in runs if r.away and not r.diverged],
         "errors": [(r.seed, r.error) for r in runs if r.error],
         "upper_searches_failed": failed,
         "upper_searches_failed_unexplained": [(r.seed, r.family, r.unexplained) for r in runs if r.unexplained],

@@ -64,6 +64,12 @@ class LowerProblems:
         """Whether an optimizer below can go back; a stock optimizer cannot."""
         return any(_goes_back(below) is not None for below, _ in self._below)
 
+    def upper_moved(self) -> None:
+        """Tell the optimizers of this package, see `AdaptiveOptimizer.upper_moved`."""
+        for below, _ in self._below:
+            if isinstance(below.problem.optimizer, AdaptiveOptimizer):
+                below.problem.optimizer.upper_moved()
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable by step * response, and project it."""
         if self._rolled_back:

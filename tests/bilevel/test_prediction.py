@@ -25,6 +25,8 @@ class Level:
     def tensors(self) -> list[Tensor]:
         return [torch.zeros(2)]
 
+    def upper_moved(self) -> None: ...
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         self.calls.append(("carry", step))
 

@@ -62,6 +62,33 @@ def test_full_batches_of_a_lower_level_are_searched_as_by_sls(lower_steps: int) 
     assert torch.equal(torch.stack(trained(AutoSLS)[:-2]), torch.stack(trained(SLS)[:-2]))
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("lower_steps", [1, 5, 15])
+def test_what_the_upper_variable_changes_of_the_loss_is_not_taken_for_another_sample(
+    lower_steps: int, noise: float
+) -> None:
+    """The least lower loss rises with x, so that the lower losses of a run hardly fall. Samples last a whole loop."""
+    rng = torch.Generator().manual_seed(0)
+    curvatures = torch.logspace(0.0, -6.0, 6)
+    x, y = torch.nn.Parameter(torch.full((6,), 2.0)), torch.nn.Parameter(torch.zeros(6))
+    inner = AutoSLS([y], lower_bound=None)
+    outer = BiSLS([x], lower=inner)
+    for _ in range(40):
+        shift = noise * torch.randn(6, generator=rng)
+
+        def lower(shift: Tensor = shift) -> Tensor:
+            return 0.5 * (curvatures * y * y).sum() - (curvatures * y) @ (x + shift)
+
+        def upper() -> Tensor:
+            return 0.5 * y.square().sum() + 0.01 * x.square().sum()
+
+        for _ in range(lower_steps):
+            inner.step(lower)
+        assign([x], implicit(upper, lower, [x], [y]))
+        outer.step(upper)
+    assert agrees(inner) == (noise == 0.0)
+
+
 @pytest.mark.parametrize("direction", ["sgd", "adam"])
 def test_wrong_labels_are_averaged_out(direction: str) -> None:
     """In batches of 8, each of which can be fitted: SLS does, and is lost."""
