@@ -98,16 +98,15 @@ class AsLengthsAgree:
 
     So the step is never longer than the one that was certified, in the metric of the direction, a sqrt(<h, d>). It
     takes one value of f, no product and no trial. The next f tests a kept step: if it is not finite, or has fallen by
-    less than c a <h, d>, and relative to a <h, d> by less than in any of the last 16 steps (the lower level moves f,
-    too), then x and y go back to before that step, to the bit, and the next step is searched.
+    less than c a <h, d> (by more than rounding), and relative to a <h, d> by less than in any of the last 16 steps (the
+    lower level moves f, too), then x and y go back to before that step, to the bit, and the next step is searched.
 
     The gap doubles with each search that finds a length between shrink and 1/shrink times the one that would have been
     kept: searches know no length any better. A longer one leaves it as it is (the search starts as much longer as
     searches in all of these steps would have), a shorter one makes it 1, and so do a search that fails, a step that is
     undone, and samples that do not agree: the next values of f do not confirm half of the decreases that searches have
     seen (`adaptive_bilevel.policies.agreement`), or f falls by less than the tests of the steps require
-    (`adaptive_bilevel.policies.margin`). The right length then differs
-    from sample to sample.
+    (`adaptive_bilevel.policies.margin`). The right length then differs from sample to sample.
 
     A search is due at once, too, if no trial was rejected yet; if f is not finite or above all of the last 16 values,
     or <h, d> above four times that of the last search; if lr, or the number of entries of h that are not zero, has
@@ -117,8 +116,8 @@ class AsLengthsAgree:
     The state has, of the last search, "step" (a_s), "promised" (<h, d>_s), "lr", "entries" and "sample"; "gap", and
     "since", the steps kept since; "losses" and "falls" (relative to the promise), the last 16; "differing"
     and "decreases", the sums of `agreement`, and "margin"; of the last step, "expected" and "decrease" for them,
-    "promise" (a <h, d>), and, if it was kept, "at" (||x||^2 after it), "below", y before it, and per
-    parameter "before", x before it.
+    "promise" (a <h, d>), "undone", whether it was, and, if it was kept, "at" (||x||^2 after it), "below", y before it,
+    and per parameter "before", x before it.
     """
 
     keeps = True
@@ -126,12 +125,12 @@ class AsLengthsAgree:
     def init(self) -> RoleState:
         """Return the state before the first step: a search is due."""
         sums = {"differing": 0.0, "decreases": 0.0, "margin": 0.0, "decrease": 0.0, "promise": 0.0}
-        return RoleState({"gap": 1, "since": 0, "losses": [], "falls": [], **sums})
+        return RoleState({"gap": 1, "since": 0, "losses": [], "falls": [], "undone": False, **sums})
 
     def due(self, context: PaceContext, state: RoleState) -> bool:
         """Return whether a search is due whatever f is."""
         saved, promised = state.shared, context.path.promised
-        if "step" not in saved or saved["since"] + 1 >= saved["gap"] or not context.scale.rejected:
+        if "step" not in saved or saved["undone"] or saved["since"] + 1 >= saved["gap"] or not context.scale.rejected:
             return True
         if not _agree(saved):
             return True
@@ -144,23 +143,25 @@ class AsLengthsAgree:
     def regrets(self, context: PaceContext, state: RoleState) -> Sequence[Tensor] | None:
         """Return x and y before the last step, if that was kept and is to be undone, and x is where it was put."""
         saved, f = state.shared, context.value
-        if saved.get("at", _NOWHERE) == _NOWHERE or not self._failed(f, context.policy.c, saved):
+        if saved.get("at", _NOWHERE) == _NOWHERE or not self._failed(context, saved):
             return None
         if saved["at"] != fingerprint(context.path.gradient.tensors) or not all("before" in own for own in state.each):
             return None
         return [*(own["before"] for own in state.each), *saved["below"]]
 
     @staticmethod
-    def _failed(f: float, c: float, saved: Mapping[str, Any]) -> bool:
+    def _failed(context: PaceContext, saved: Mapping[str, Any]) -> bool:
         """Return whether f says that the last step should not have been taken."""
+        f, promise = context.value, saved["promise"]
         if not math.isfinite(f):
             return True
         fall: float = saved["losses"][-1] - f
-        return bool(fall < c * saved["promise"] and fall < min(saved["falls"], default=-math.inf) * saved["promise"])
+        visible = fall + context.rounding * abs(f) < context.policy.c * promise
+        return bool(visible and fall < min(saved["falls"], default=-math.inf) * promise)
 
     def propose(self, context: PaceContext, state: RoleState) -> float | None:
         """Return the length to keep, or None if a search is due."""
-        still = _stalled(context)
+        still = None if state.shared["undone"] else _stalled(context)
         if still is not None or context.due:
             return still
         if not (context.value <= max(state.shared["losses"]) and _agree(_compared(context, state.shared))):
@@ -172,7 +173,8 @@ class AsLengthsAgree:
         saved, f, promised = state.shared, context.value, context.path.promised
         news: dict[str, Any] = {"at": _NOWHERE, "decrease": 0.0, "promise": record.step_size * promised}
         if record.outcome == Outcome.undone:
-            return RoleState({**news, "promise": 0.0, "gap": 1, "since": 0})
+            return RoleState({**news, "promise": 0.0, "gap": 1, "since": 0, "undone": True})
+        news["undone"] = False
         sums = _compared(context, saved)
         news |= sums
         news["losses"] = [*saved["losses"], f][-_RECENT:]

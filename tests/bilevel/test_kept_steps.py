@@ -150,6 +150,18 @@ def test_a_kept_step_that_was_bad_is_undone(value: float) -> None:
     assert run.outer.record is not None and run.outer.record.trials > 0
 
 
+def test_after_a_step_that_was_undone_a_search_is_made_even_at_rounding() -> None:
+    """At a solution: steps promise rounding and are kept. One of them is undone, since f has risen."""
+    run = Run()
+    run.step(count=60)
+    for k in range(20):
+        run.step()
+        if run.outcomes[-1] == Outcome.kept and run.step(lambda: run.upper() + 1.0) == Outcome.undone:
+            break
+        assert k < 19
+    assert run.step() != Outcome.kept
+
+
 def test_a_searched_step_is_not_undone() -> None:
     run = Run()
     while not (run.outcomes and run.outcomes[-1] == Outcome.accepted):

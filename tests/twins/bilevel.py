@@ -280,7 +280,7 @@ class BiSLS:
         share, searched = self.support.share(h), h
         self.pace.see(value)
         a, w = self.pace.length(value, promised, h, self.rejected), None
-        if self.rejected and 0 < self.previous * promised < EPS * value:
+        if self.rejected and not self.pace.undone and 0 < self.previous * promised < EPS * value:
             a = self.previous
         self.pace.add(value)
         if a is not None:

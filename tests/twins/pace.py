@@ -40,6 +40,7 @@ class Pace:
     phi: float | None = None
     before: tuple[Tensor, Tensor] | None = None
     agreed: bool = True
+    undone: bool = False
 
     @property
     def agree(self) -> bool:
@@ -50,12 +51,13 @@ class Pace:
         if self.before is None:
             return False
         fall = self.losses[-1] - f
-        return fall < 0.1 * self.promise and (not self.falls or fall < min(self.falls) * self.promise)
+        return fall + EPS * abs(f) < 0.1 * self.promise and (not self.falls or fall < min(self.falls) * self.promise)
 
     def undo(self) -> tuple[Tensor, Tensor]:
         before = self.before
         assert before is not None
         self.before, self.promise, self.phi, self.gap, self.since = None, 0.0, None, 1, 0
+        self.undone = True
         return before
 
     def see(self, f: float) -> None:
@@ -73,7 +75,7 @@ class Pace:
     def length(self, f: float, s: float, h: Tensor, rejected: bool) -> float | None:
         """Return the length to keep, None for a search."""
         entries = int(h.count_nonzero())
-        if self.a == 0 or self.since + 1 >= self.gap or not (rejected and self.agreed and self.agree):
+        if self.a == 0 or self.undone or self.since + 1 >= self.gap or not (rejected and self.agreed and self.agree):
             return None
         if f > max(self.losses) or s > 4 * self.s or not self.entries / 2 <= entries <= 2 * self.entries:
             return None
@@ -84,6 +86,7 @@ class Pace:
 
     def add(self, f: float) -> None:
         """Take note of a step."""
+        self.undone = False
         self.losses = [*self.losses, f][-16:]
         self.before, self.promise, self.phi = None, 0.0, None
 
