@@ -142,7 +142,7 @@ class AsLengthsAgree:
 
     def regrets(self, context: PaceContext, state: RoleState) -> Sequence[Tensor] | None:
         """Return x and y before the last step, if that was kept and is to be undone, and x is where it was put."""
-        saved, f = state.shared, context.value
+        saved = state.shared
         if saved.get("at", _NOWHERE) == _NOWHERE or not self._failed(context, saved):
             return None
         if saved["at"] != fingerprint(context.path.gradient.tensors) or not all("before" in own for own in state.each):

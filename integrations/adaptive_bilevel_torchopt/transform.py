@@ -19,6 +19,7 @@ the gradient is not finite either, since tensors are not looked at.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -26,13 +27,14 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import policies
-from adaptive_bilevel.errors import ClosureError, OptionError
+from adaptive_bilevel.errors import ClosureError, OptionError, warn
 from adaptive_bilevel.evaluation.attempts import Attempts
+from adaptive_bilevel.optim.closure_checks import ClosureChecks
 from adaptive_bilevel.policies import Context, Policy, Record
 from adaptive_bilevel.policies.scalars import resolution
 
 from ._host import Memory, Tree, torchopt
-from .trees import scaled, slope_along
+from .trees import scaled, slope_along, tree_leaves
 
 __all__ = [
     "AnyPolicy",
@@ -107,6 +109,7 @@ def scale_by_policy(policy: AnyPolicy, *, differentiable: bool = False) -> Gradi
     check_policy("scale_by_policy", policy, differentiable)
     searches = isinstance(policy, _SEARCHES)
     name = type(policy).__name__
+    checks = ClosureChecks()
 
     def init_fn(params: Tree) -> ScaleByPolicyState:
         return ScaleByPolicyState(policy.init())
@@ -131,9 +134,14 @@ def scale_by_policy(policy: AnyPolicy, *, differentiable: bool = False) -> Gradi
             _require(name, params=params, value_fn=value_fn)
             assert value_fn is not None
             trial = _trial(updates, params, value_fn, attempts)
-            context = Context(float(loss), float(slope), trial, rounding=resolution(loss))
-            record, after = policy.propose(state.policy, context)
+            number, rounding = float(loss), resolution(loss)
+            tensors, along = ([t for t in tree_leaves(tree) if t is not None] for tree in (params, updates))
+            trials = checks.watch(trial, number, float(slope), rounding, tensors, along)
+            record, after = policy.propose(state.policy, Context(number, float(slope), trials, rounding=rounding))
             attempts.conclude(record.moved)
+            record, after = trials.conclude(record, after, state.policy, functools.partial(trial, 0.0))
+            for message in checks.take():
+                warn(f"scale_by_{name.lower()}: {message}")
         else:
             trial = None
             if value_fn is not None and params is not None and not differentiable and _is_first(state.policy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import adaptive_bilevel as ab
 from adaptive_bilevel import policies
-from adaptive_bilevel.errors import ClosureError, OptionError
+from adaptive_bilevel.errors import AdaptiveBilevelWarning, ClosureError, OptionError
 from adaptive_bilevel.policies import Outcome
 from adaptive_bilevel_torchopt import (
     FuncOptimizer,
@@ -262,3 +263,23 @@ def wrong(argument: Any) -> Any:
 def test_wrong_options_are_refused(make: Any, match: str) -> None:
     with pytest.raises(OptionError, match=match):
         make()
+
+
+@pytest.mark.parametrize(("kind", "said"), [("changes", "at the same point"), ("stays", "does not depend on")])
+@pytest.mark.parametrize("rule", ["sls", "slsb"])
+def test_a_loss_that_is_no_function_of_the_parameters_is_named(rule: str, kind: str, said: str) -> None:
+    draws = torch.rand(97, generator=torch.Generator().manual_seed(0)).mul(4.0).exp().tolist()
+    noise, optimizer, params = itertools.cycle(draws), ALIASES[rule][0](), start()
+    state = optimizer.init(params)
+    with pytest.warns(AdaptiveBilevelWarning, match=said):
+        for _ in range(60):
+            value = next(noise) * loss(params)
+
+            def at(tree: Any, value: Tensor = value) -> Tensor:
+                return value if kind == "stays" else next(noise) * loss(tree)
+
+            grad = dict(zip(params, torch.autograd.grad(value, list(params.values())), strict=True))
+            updates, state = optimizer.update(
+                grad, state, params=params, value=value, grad=grad, value_fn=at, inplace=False
+            )
+            params = {name: (p + updates[name]).detach().requires_grad_() for name, p in params.items()}
