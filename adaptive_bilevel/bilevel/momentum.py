@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.reductions import agree, on_host
-from ..evaluation.vectors import inner, inners
+from ..evaluation.vectors import cast_like, inner, inners, widen
 from ..optim.moments import Moment, mean
 from ..optim.state import RoleState
 from .context import Mix, MomentumContext
@@ -161,8 +161,8 @@ def _mixture(context: MomentumContext, average: Moment, theta: float) -> Callabl
         mixture = average.moment()
         torch._foreach_div_(mixture, average.mass)
         if theta < 1.0:
-            mixture = list(torch._foreach_lerp(list(context.gradient.values), mixture, theta))
-        return context.descent.precondition(mixture)
+            mixture = list(torch._foreach_lerp(widen(context.gradient.values), mixture, theta))
+        return context.descent.precondition(cast_like(mixture, context.gradient.values))
 
     return step
 

@@ -80,10 +80,16 @@ class Recorder:
         self._root: Any = None  # of the graph of the first of them
         self._own: list[Tensor | None] | None = None  # None: no backward of the closure's ran
         self._hides = False
+        self._scaled: list[tuple[Tensor, Tensor]] = []
 
     def hide(self) -> None:
         """Take notice that a part of the graph (a reentrant checkpoint) hides which tensors are in it."""
         self._hides = True
+
+    def scaled(self, outputs: Any, found: Any) -> None:
+        """Take notice that a GradScaler has multiplied a loss."""
+        if isinstance(outputs, Tensor) and found is not outputs:  # a scaler that is not enabled returns what it got
+            self._scaled.append((outputs, found))
 
     def backward(
         self,
@@ -133,6 +139,7 @@ class Recorder:
 
     def attached(self, returned: Any) -> Tensor:
         """Return the loss with its graph."""
+        self._refuse_scaled(returned)
         if isinstance(returned, Tensor) and returned.requires_grad:
             return _scalar(returned)
         if not self._losses:
@@ -146,6 +153,7 @@ class Recorder:
     def differentiated(self, returned: Any) -> Differentiated:
         """Differentiate a loss on which no backward was called, and return what the closure left."""
         assert self._inputs is not None
+        self._refuse_scaled(returned)
         if self._own is None:
             loss = self.attached(returned)
             self._run(loss, self._inputs)
@@ -165,9 +173,23 @@ class Recorder:
 
     def value(self, returned: Any) -> Tensor | float:
         """Return the loss without its graph."""
+        self._refuse_scaled(returned)
         if returned is None and self._losses:
             return _total([loss.detach() for loss in self._losses])
         return value_of(returned)
+
+    def _refuse_scaled(self, returned: Any) -> None:
+        """Reject the loss of a GradScaler: whatever else there is (bounds, the hypergradient) is not multiplied."""
+        for before, after in self._scaled:
+            if isinstance(returned, Tensor):
+                same = returned is after or returned.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+            else:
+                same = returned is None or float(before.detach()) != float(after.detach()) == returned
+            if same:
+                raise ClosureError(
+                    "the closure returned the scaled loss of a GradScaler: return the loss itself, attached to its "
+                    "graph. The backward may be that of the scaled loss: scaler.scale(loss).backward(); return loss"
+                )
 
 
 def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> Differentiated:

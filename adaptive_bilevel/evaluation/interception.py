@@ -1,7 +1,8 @@
-"""What stands between closures and torch while they run: backward, zero_grad, and the modules that are called.
+"""What stands between closures and torch while they run: backward, zero_grad, autocast, scalers, and calls of modules.
 
 This thread's ``backward()`` goes to whoever listens to the closure, and its ``zero_grad()`` does nothing, since every
-``.grad`` has been put aside. Other threads, and code outside of closures, notice nothing.
+``.grad`` has been put aside. Under `in_full_precision`, autocast does nothing. Other threads, and code outside of
+closures, notice nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import ClosureError
 from .buffers import Buffers, enter_module, leave_module, watching
 
-__all__ = ["Listener", "Watched", "Watching", "installed"]
+__all__ = ["Listener", "Watched", "Watching", "in_full_precision", "installed"]
 
 
 class Listener(Protocol):
@@ -36,11 +39,16 @@ class Listener(Protocol):
         """Take notice that a part of the graph is hidden: what its tensors are, only its backward knows."""
         ...
 
+    def scaled(self, outputs: Any, found: Any) -> None:
+        """Take notice that a GradScaler has multiplied a loss."""
+        ...
+
 
 class _Thread(threading.local):
     """What this thread evaluates at present."""
 
     recorder: Listener | None = None
+    casts: bool = True
 
 
 _here = _Thread()
@@ -54,6 +62,7 @@ class _Interception:
         self._users: set[int] = set()
         self._hooks: list[tuple[dict[int, Any], int, Any]] = []
         self.backward: Callable[..., None] = torch.autograd.backward
+        self.set_autocast: Callable[..., None] = torch.set_autocast_enabled
 
     def enter(self, user: object) -> None:
         """Stand there for a user, from now on."""
@@ -83,10 +92,14 @@ class _Interception:
             return
         self.backward = torch.autograd.backward
         torch.autograd.backward = _backward
+        self.set_autocast = torch.set_autocast_enabled
+        torch.set_autocast_enabled = _set_autocast  # type: ignore[assignment]
         if not self._hooks:
             # For good: changing a class voids the interpreter's caches, which would cost more than all the rest.
             for owner in (nn.Module, torch.optim.Optimizer):
                 owner.zero_grad = _zero_grad(owner.zero_grad)  # type: ignore[method-assign]
+            GradScaler.scale = _scale(GradScaler.scale)  # type: ignore[method-assign]
+            GradScaler.unscale_ = _unscale(GradScaler.unscale_)  # type: ignore[method-assign]
             CheckpointFunction.apply = _hiding(CheckpointFunction.apply)  # type: ignore[method-assign]
             self._hooks = [
                 *_registered(register_module_forward_pre_hook(enter_module)),
@@ -99,6 +112,7 @@ class _Interception:
     def _remove(self) -> None:
         if torch.autograd.backward is _backward:
             torch.autograd.backward = self.backward
+            torch.set_autocast_enabled = self.set_autocast
         for hooks, number, _ in self._hooks:
             hooks.pop(number, None)
 
@@ -123,6 +137,28 @@ def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
         _here.recorder.backward(tensors, *args, **kwargs)
 
 
+def _set_autocast(*args: Any) -> None:
+    """Be torch's function of a device's name (or none) and whether autocast is enabled there."""
+    installed.set_autocast(*args[:-1], bool(args[-1]) and _here.casts)
+
+
+@contextlib.contextmanager
+def in_full_precision() -> Iterator[None]:
+    """Let autocast do nothing on this thread, around this block and inside, so that losses are in parameters' dtypes.
+
+    Inside of a guard only. A function compiled with autocast inside keeps it.
+    """
+    with contextlib.ExitStack() as stack:
+        for device in {"cpu", *(d.type for d in [torch.accelerator.current_accelerator()] if d is not None)}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        before, _here.casts = _here.casts, False
+        try:
+            yield
+        finally:
+            _here.casts = before
+
+
 def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -130,6 +166,30 @@ def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
             original(self, *args, **kwargs)
 
     return zero_grad
+
+
+def _scale(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def scale(self: Any, outputs: Any) -> Any:
+        found = original(self, outputs)
+        if _here.recorder is not None:
+            _here.recorder.scaled(outputs, found)
+        return found
+
+    return scale
+
+
+def _unscale(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def unscale_(self: Any, optimizer: Any) -> None:
+        if _here.recorder is not None and self.is_enabled():
+            raise ClosureError(
+                "the closure called GradScaler.unscale_, which works once per update, while a step runs its closure "
+                "several times. Clip to a norm times scaler.get_scale() instead, or use bfloat16, which needs no scaler"
+            )
+        original(self, optimizer)
+
+    return unscale_
 
 
 def _hiding(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "SHORT",
     "Vector",
     "add",
     "cast_like",
@@ -32,10 +33,13 @@ __all__ = [
 
 Vector: TypeAlias = tuple[Tensor, ...]
 
+SHORT = (torch.float16, torch.bfloat16)
+"""Dtypes with too few digits for sums."""
+
 
 def widen(tensors: Sequence[Tensor]) -> Vector:
     """Detach, and raise half precision to float32: a recursion of vectors in float16 loses its digits at once."""
-    return tuple(t.detach().float() if t.dtype in (torch.float16, torch.bfloat16) else t.detach() for t in tensors)
+    return tuple(t.detach().float() if t.dtype in SHORT else t.detach() for t in tensors)
 
 
 def cast_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
@@ -88,14 +92,11 @@ def stacked(scalars: list[Tensor]) -> Tensor:
     return torch.stack(scalars if on_cpu(scalars) else [s.to(scalars[0].device) for s in scalars])
 
 
-_SHORT = (torch.float16, torch.bfloat16)
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     if a.dim() != 1:
         # Often both are the same gradient, and a view costs as much as a small product.
         a, b = (a.reshape(-1),) * 2 if a is b else (a.reshape(-1), b.reshape(-1))
-    return torch.dot(a.float(), b.float()) if a.dtype in _SHORT or b.dtype in _SHORT else torch.dot(a, b)
+    return torch.dot(a.float(), b.float()) if a.dtype in SHORT or b.dtype in SHORT else torch.dot(a, b)
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor], factor: float = 1.0) -> Vector:

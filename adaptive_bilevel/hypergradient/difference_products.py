@@ -5,6 +5,7 @@
     C^T d = (grad_y g(x + e d, y) - grad_y g(x - e d, y)) / (2 e) + O(e^2)
 
 The gradients are those of plain ``backward()``, on the same sample each time; no graph is kept. A product takes two.
+They are taken without ``torch.autocast``: a difference would consist of its rounding.
 
 Rounding asks for a long e, the third derivative for a short one. The gradient G at the point itself, which is known,
 tells how long: the even part r = ||G(e) + G(-e) - 2 G|| / ||G(e) - G(-e)|| is the part by which second derivatives
@@ -25,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ClosureError, SolverError
 from ..evaluation.guard import Guard, RandomState
+from ..evaluation.interception import in_full_precision
 from ..evaluation.tensors import gradients_of
 from ..evaluation.vectors import Vector, add, dot, rounding, scale, zeros_like
 from .trees import Closure, evaluate
@@ -86,7 +88,8 @@ class LowerLoss(NamedTuple):
         """Return the loss, its gradients (means over processes), and by which inputs there is one."""
         total, known, loss = zeros_like(inputs), [False] * len(inputs), torch.zeros(())
         for i, (closure, random) in enumerate(self.closures):
-            value, found = self.guard.gradient(closure, inputs, random)
+            with in_full_precision():
+                value, found = self.guard.gradient(closure, inputs, random)
             filled = tuple(gradients_of(inputs, inputs, found))
             total, loss = (filled, value) if i == 0 else (add(total, filled), loss + value)
             known = [a or g is not None for a, g in zip(known, found, strict=True)]

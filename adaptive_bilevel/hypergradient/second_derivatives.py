@@ -20,6 +20,7 @@ from adaptive_bilevel.errors import SolverError
 
 from ..evaluation.graph import nodes
 from ..evaluation.guard import Guard
+from ..evaluation.interception import in_full_precision
 from ..evaluation.processes import mean
 from ..evaluation.reductions import on_host
 from ..evaluation.tensors import gradients_of
@@ -91,7 +92,8 @@ def verify(
     if not names or not all(p.is_leaf for p in moving):
         return None
     inputs = [*(p for p in upper if p.requires_grad), *moving]
-    difference = _difference(guard, closure, inputs, moving)
+    with in_full_precision():
+        difference = _difference(guard, closure, inputs, moving)
     if not difference > _TOLERANCE:
         return None
     return SolverError(

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..evaluation.vectors import fingerprint
+from ..evaluation.vectors import cast_like, fingerprint
 from .direction import Descent, Gradient
 from .moments import Moment, mean
 from .state import RoleState, read_states, write_states
@@ -64,7 +64,7 @@ class MeanGradient:
         step = average.moment()
         if step:
             torch._foreach_div_(step, average.mass)
-        return Descent(list, step, memory=average)
+        return Descent(list, list(cast_like(step, gradient.values)), memory=average)
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
         """Return the mean with this gradient in it."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
+from ..evaluation.vectors import cast_like, widen
 from .moments import Moment, mean, mean_square
 from .state import RoleState
 
@@ -174,7 +175,7 @@ class AdamMetric:
         if not gradient.tensors:
             return Descent(list)
         root, second = self.root(gradient, state)
-        return Descent(lambda g: list(torch._foreach_div(list(g), root)), memory=second)
+        return Descent(lambda g: _divided(g, root, gradient.values), memory=second)
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
         """Return the second moment with this gradient in it."""
@@ -219,7 +220,8 @@ class Adam:
         step = first.moment()
         torch._foreach_div_(step, root)
         torch._foreach_div_(step, first.mass)
-        return Descent(lambda g: list(torch._foreach_div(list(g), root)), step, memory=(second, first))
+        step = list(cast_like(step, gradient.values))
+        return Descent(lambda g: _divided(g, root, gradient.values), step, memory=(second, first))
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
         """Return both moments with this gradient in them."""
@@ -228,3 +230,8 @@ class Adam:
         second, first = (moment.commit(moved) for moment in descent.memory)
         each = [{**s, **f} for s, f in zip(second.each, first.each, strict=True)]
         return RoleState(each=each, deferred={**second.deferred, **first.deferred})
+
+
+def _divided(gradients: Sequence[Tensor], root: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return g / A, which is in at least float32, in the dtypes of ``like``."""
+    return list(cast_like(torch._foreach_div(widen(gradients), list(root)), like))

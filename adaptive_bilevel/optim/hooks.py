@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from ..errors import OptionError
 from ..evaluation.guard import closing
 
 __all__ = ["Hooked"]
@@ -35,6 +37,12 @@ class Hooked(torch.optim.Optimizer):
         def step(*args: P.args, **kwargs: P.kwargs) -> T:
             optimizer = args[0]
             assert isinstance(optimizer, Hooked)
+            if _is_compiled():
+                raise OptionError(
+                    f"{type(optimizer).__name__}.step is compiled by torch.compile: a step evaluates closures and "
+                    "decides by what they return, which compiled code cannot. Compile the model (or the loss), and "
+                    "leave step out, also of a compiled function around it, by torch.compiler.disable"
+                )
             return (observed if optimizer._is_observed() else func)(*args, **kwargs)
 
         return step
@@ -42,3 +50,10 @@ class Hooked(torch.optim.Optimizer):
     def _is_observed(self) -> bool:
         hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_GLOBAL_HOOKS)
         return any(hooks) or torch.autograd._profiler_enabled()
+
+
+def _is_compiled() -> bool:
+    """Return whether this is traced by torch.compile, or runs where that compiles what it can after giving up."""
+    if torch.compiler.is_compiling():
+        return True
+    return "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None

@@ -1,4 +1,8 @@
-"""Moving means of gradients and of their squares, as Adam keeps them."""
+"""Moving means of gradients and of their squares, as Adam keeps them.
+
+They are in at least float32: squares of gradients leave the range of float16, and a mean over 1,000 gradients needs
+more digits than bfloat16 has.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..evaluation.vectors import widen
 from .state import RoleState
 
 __all__ = ["Moment", "mean", "mean_square"]
@@ -41,7 +46,7 @@ def mean(
     known: Sequence[Mapping[str, Any]] = [{} for _ in each] if restart else each
 
     def advance(old: list[Tensor]) -> list[Tensor]:
-        return list(torch._foreach_lerp(old, list(gradients), 1.0 - beta))
+        return list(torch._foreach_lerp(old, widen(gradients), 1.0 - beta))
 
     return _moment(("averaged", "exp_avg"), gradients, known, beta, advance)
 
@@ -50,8 +55,8 @@ def mean_square(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], 
     """Return the moving mean of squares; the state holds "step" (n) and "exp_avg_sq" (v)."""
 
     def advance(old: list[Tensor]) -> list[Tensor]:
-        second = list(torch._foreach_mul(old, beta))
-        torch._foreach_addcmul_(second, list(gradients), list(gradients), 1.0 - beta)
+        second, new = list(torch._foreach_mul(old, beta)), widen(gradients)
+        torch._foreach_addcmul_(second, new, new, 1.0 - beta)
         return second
 
     return _moment(("step", "exp_avg_sq"), gradients, each, beta, advance)
@@ -67,7 +72,8 @@ def _moment(
     counts, known = _counts(each, names[0], gradients), [saved.get(names[1]) for saved in each]
 
     def old() -> list[Tensor]:
-        return [torch.zeros_like(g) if m is None else m for m, g in zip(known, gradients, strict=True)]
+        pairs = zip(known, widen(gradients), strict=True)
+        return [torch.zeros_like(g) if m is None else m.to(g.dtype) for m, g in pairs]
 
     def commit(moved: Tensor | bool = True) -> RoleState:
         counted = _where(moved, counts, [n - 1 for n in counts])

@@ -7,9 +7,16 @@ entry, be it empty.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["packed", "unpacked"]
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..evaluation.vectors import SHORT
+
+__all__ = ["keep_wide", "packed", "unpacked"]
 
 _SHARED = "shared_state"
 
@@ -23,9 +30,42 @@ def packed(saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "state": state, "param_groups": groups}
 
 
-def unpacked(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved state, whose parameters may have names, as torch loads it."""
+def unpacked(saved: dict[str, Any], owner: str) -> dict[str, Any]:
+    """Return a saved state, whose parameters may have names, as torch loads it.
+
+    Raises:
+        OptionError: A part of it is missing.
+    """
     groups = [dict(group) for group in saved["param_groups"]]
+    holds_shared = any(_SHARED in group for group in groups)
     shared: dict[str, Any] = next((group.pop(_SHARED) for group in groups if _SHARED in group), {})
     state = {name: value for name, value in saved["state"].items() if value}
+    if holds_shared and "policy" not in shared and any(float(group.get("step_size", 0.0)) > 0.0 for group in groups):
+        raise OptionError(
+            f"{owner}.load_state_dict: the saved optimizer has taken steps, and their state is missing. "
+            "torch.distributed.checkpoint.load fills in only what the new optimizer has already, which is nothing: "
+            "read the checkpoint whole, by torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
     return {**saved, "state": {**state, **shared}, "param_groups": groups}
+
+
+def keep_wide(state: Any, params: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
+    """Put back what torch has cast to the dtype of its parameter in loading: means that are kept in float32.
+
+    Args:
+        state: The optimizer's, loaded.
+        params: Its parameters.
+        saved: What was loaded, from `unpacked`.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for p, number in zip(params, numbers, strict=True):
+        if p.dtype in SHORT and number in saved["state"]:
+            state[p] = _widened(state[p], saved["state"][number])
+
+
+def _widened(loaded: Any, saved: Any) -> Any:
+    if isinstance(loaded, dict):
+        return {name: _widened(value, saved[name]) for name, value in loaded.items()}
+    if isinstance(saved, Tensor) and saved.dtype == torch.float32:
+        return saved.to(loaded.device, copy=True)
+    return loaded
