@@ -97,9 +97,10 @@ class AsLengthsAgree:
         a = a_s min{1, sqrt(<h, d>_s / <h, d>)}.
 
     So the step is never longer than the one that was certified, in the metric of the direction, a sqrt(<h, d>). It
-    takes one value of f, no product and no trial. The next f tests a kept step: if it is not finite, or has fallen by
-    less than c a <h, d> (by more than rounding), and relative to a <h, d> by less than in any of the last 16 steps (the
-    lower level moves f, too), then x and y go back to before that step, to the bit, and the next step is searched.
+    takes one value of f, no product and no trial. The next f tests a kept step. The lower level moves f, too, so the
+    fall of f, over a <h, d>, is compared with that of the last 16 steps. If f is not finite, or its fall is below c (by
+    more than rounding) and further below the least of the 16 than the greatest is above it, then x and y go back to
+    before that step, to the bit, and the next step is searched.
 
     The gap doubles with each search that finds a length between shrink and 1/shrink times the one that would have been
     kept: searches know no length any better. A longer one leaves it as it is (the search starts as much longer as
@@ -157,7 +158,8 @@ class AsLengthsAgree:
             return True
         fall: float = saved["losses"][-1] - f
         visible = fall + context.rounding * abs(f) < context.policy.c * promise
-        return bool(visible and fall < min(saved["falls"], default=-math.inf) * promise)
+        low, high = min(saved["falls"]), max(saved["falls"])
+        return bool(visible and fall < (low - (high - low)) * promise)
 
     def propose(self, context: PaceContext, state: RoleState) -> float | None:
         """Return the length to keep, or None if a search is due."""

@@ -22,8 +22,8 @@ class Pace:
     searches unconfirmed, or the sum M of f_k - f_{k+1} - .1 a_k s_k is negative. So is one at which f is above the last
     16, s above 4 times s_s, or h has more than 2 times or less than 1/2 of the nonzero entries of before.
 
-    A kept step is undone, x and y, if f falls by less than .1 a s, and as a part of a s by less than after each of the
-    last 16.
+    A kept step is undone, x and y, if f falls by less than .1 a s, and as a part r of a s by less than 2 min - max of the
+    last 16 r.
     """
 
     gap: int = 1
@@ -51,7 +51,9 @@ class Pace:
         if self.before is None:
             return False
         fall = self.losses[-1] - f
-        return fall + EPS * abs(f) < 0.1 * self.promise and (not self.falls or fall < min(self.falls) * self.promise)
+        return fall + EPS * abs(f) < 0.1 * self.promise and (
+            not self.falls or fall < (2 * min(self.falls) - max(self.falls)) * self.promise
+        )
 
     def undo(self) -> tuple[Tensor, Tensor]:
         before = self.before
