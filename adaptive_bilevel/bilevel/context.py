@@ -127,6 +127,7 @@ class PaceContext(NamedTuple):
         lr: The reference lr of the groups.
         closures: The known closures of both levels.
         before: Returns x at the start of the step, for the tensors of the path, and then y.
+        solved: Whether the hypergradient has left its inverse, so that a search needs no solve of its own.
         due: The result of `Pace.due`. This and the next attributes are known after the evaluation of f.
         value: f(x, y).
         rounding: Relative rounding unit of f.
@@ -138,6 +139,7 @@ class PaceContext(NamedTuple):
     lr: float
     closures: Any
     before: Callable[[], list[Tensor]]
+    solved: bool = False
     due: bool = True
     value: float = math.nan
     rounding: float = 0.0

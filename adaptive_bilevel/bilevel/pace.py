@@ -2,11 +2,13 @@
 
 | ``pace=`` | class | a search is made |
 |---|---|---|
-| "every" | `EveryStep` | in every step, except where no trial could tell anything: the default |
-| "auto" | `AsLengthsAgree` | as rarely as the lengths that searches find agree (with momentum=False: in every step) |
+| "auto" | `AsLengthsAgree` | where it is cheap in every step, else as rarely as the lengths that searches find agree |
+| "every" | `EveryStep` | in every step, except where no trial could tell anything |
 
-An upper search costs about as much as its hypergradient: a product, a linear solve, trials. A step whose length is kept
-from the last search costs one value of f.
+An upper search with a linear solve of its own costs about as much as its hypergradient. A step whose length is kept
+from the last search costs one value of f. Where the hypergradient has left its inverse (`implicit` and `BiSLS` with the
+same `Lanczos`, the default), a search costs a product and its trials, a sixth of the iteration, and is made in every
+step. With momentum=False, a search certifies every step, and none is kept.
 """
 
 from __future__ import annotations
@@ -109,10 +111,10 @@ class AsLengthsAgree:
     seen (`adaptive_bilevel.policies.agreement`), or f falls by less than the tests of the steps require
     (`adaptive_bilevel.policies.margin`). The right length then differs from sample to sample.
 
-    A search is due at once, too, if no trial was rejected yet; if f is not finite or above all of the last 16 values,
-    or <h, d> above four times that of the last search; if lr, or the number of entries of h that are not zero, has
-    changed by more than 1/shrink since then; and if the closures of either level have other code or tensors of other
-    sizes (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
+    A search is due at once, too, if it needs no solve of its own; if no trial was rejected yet; if f is not finite or
+    above all of the last 16 values, or <h, d> above four times that of the last search; if lr, or the number of entries
+    of h that are not zero, has changed by more than 1/shrink since then; and if the closures of either level have other
+    code or tensors of other sizes (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
 
     The state has, of the last search, "step" (a_s), "promised" (<h, d>_s), "lr", "entries" and "sample"; "gap", and
     "since", the steps kept since; "losses" and "falls" (relative to the promise), the last 16; "differing"
@@ -131,9 +133,9 @@ class AsLengthsAgree:
     def due(self, context: PaceContext, state: RoleState) -> bool:
         """Return whether a search is due whatever f is."""
         saved, promised = state.shared, context.path.promised
-        if "step" not in saved or saved["undone"] or saved["since"] + 1 >= saved["gap"] or not context.scale.rejected:
+        if context.solved or "step" not in saved or saved["undone"] or saved["since"] + 1 >= saved["gap"]:
             return True
-        if not _agree(saved):
+        if not (context.scale.rejected and _agree(saved)):
             return True
         if not 0.0 < promised <= _STEEPER * saved["promised"]:
             return True

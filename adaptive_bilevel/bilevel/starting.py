@@ -15,6 +15,7 @@ from ..evaluation.means import averaged
 from ..evaluation.objective import Objective
 from ..evaluation.reductions import agree
 from ..evaluation.tensors import gradients_of
+from ..hypergradient.shared_basis import waits
 from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath
@@ -124,7 +125,8 @@ class StartingOptimizer(UpperOptimizer):
             copies = dict(zip(map(id, tensors), guard.copy(), strict=True))
             return [copies[id(p)] for p in [*path.gradient.tensors, *self.lower.tensors()]]
 
-        return PaceContext(path, self._scale(), self.policy, self._reference_lr(), (objective, below), before)
+        closures, solved = (objective, below), waits(self.lower.tensors())
+        return PaceContext(path, self._scale(), self.policy, self._reference_lr(), closures, before, solved)
 
     def _scale(self) -> Scale:
         """Return what earlier searches have shown of the right step length."""

@@ -28,7 +28,7 @@ from ..evaluation.vectors import rounding
 from .lanczos import Lanczos, SpectralInverse
 from .solution import LinearSolver, MatVec, Solution
 
-__all__ = ["expect", "leave", "random_state", "solve", "take"]
+__all__ = ["expect", "leave", "random_state", "solve", "take", "waits"]
 
 
 class _Left(NamedTuple):
@@ -45,6 +45,11 @@ def expect(lower: Sequence[Tensor]) -> None:
     """Keep the inverses that will be left for these lower tensors; before it, none is."""
     if lower:
         _left.setdefault(lower[0], None)
+
+
+def waits(lower: Sequence[Tensor]) -> bool:
+    """Return whether an inverse was left that nothing has taken yet: a solve then costs no product."""
+    return bool(lower) and _left.get(lower[0]) is not None
 
 
 def leave(

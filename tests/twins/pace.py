@@ -22,8 +22,8 @@ class Pace:
     searches unconfirmed, or the sum M of f_k - f_{k+1} - .1 a_k s_k is negative. So is one at which f is above the last
     16, s above 4 times s_s, or h has more than 2 times or less than 1/2 of the nonzero entries of before.
 
-    A kept step is undone, x and y, if f falls by less than .1 a s, and as a part r of a s by less than 2 min - max of the
-    last 16 r.
+    A kept step is undone, x and y, if f falls by less than .1 a s, and as a part r of a s by less than 2 min - max of
+    the last 16 r.
     """
 
     gap: int = 1
