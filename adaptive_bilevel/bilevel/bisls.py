@@ -126,9 +126,10 @@ class BiSLS(UpperSearch):
             `adaptive_bilevel.bilevel.model_check`.
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of the set is projected
             first. Parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
-        pace: When to search. "auto": as rarely as the lengths that searches find agree. A step in between has the last
-            length or a shorter one, evaluates f once, and is undone if f then disagrees (with momentum=False, every
-            step is searched). "every": in each step. Or a `Pace`. See `adaptive_bilevel.bilevel.pace`.
+        pace: When to search. "auto": in each step where a search shares the products of the hypergradient (`Lanczos`)
+            or momentum=False, else as rarely as the lengths that searches find agree. A step in between has the last
+            length or a shorter one, evaluates f once, and is undone if f then disagrees. "every": in each step. Or a
+            `Pace`. See `adaptive_bilevel.bilevel.pace`.
         search: The policy of the search, in place of the options c to max_trials: `policies.GuardedSLS` (the default),
             `policies.SLS` (without the guard) or `policies.SLSB`.
         **options: Options of `policies.GuardedSLS`: c (in (0, 1); .1 by default, .5 for "sgd" with momentum=False),

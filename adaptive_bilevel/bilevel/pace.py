@@ -184,7 +184,7 @@ class AsLengthsAgree:
         news["losses"] = [*saved["losses"], f][-_RECENT:]
         fallen = [(saved["losses"][-1] - f) / saved["promise"]] if saved["promise"] > 0.0 else []
         news["falls"] = [*saved["falls"], *fallen][-_RECENT:]
-        if not record.moved:
+        if not record.moved or context.solved:
             return RoleState({**news, "gap": 1, "since": 0})
         if record.outcome == Outcome.kept:
             news |= {"since": saved["since"] + 1, "at": fingerprint(context.path.gradient.tensors)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptive_bilevel import SLS, BiSLS, OneStepBiSLS
 from adaptive_bilevel.errors import OptionError
-from adaptive_bilevel.hypergradient import assign, implicit
+from adaptive_bilevel.hypergradient import Lanczos, assign, implicit
 from adaptive_bilevel.policies import SLS as Rule
 from adaptive_bilevel.policies import SLSB, GuardedSLS, Outcome
 from tests.bilevel.helpers import EXACT, everything
@@ -276,3 +276,19 @@ def test_no_kept_step_is_above_a_bound(search: Any) -> None:
         assert run.outer.state["policy"]["count"] == moved
     assert Outcome.kept in run.outcomes
     assert run.upper().item() < 2.0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_step_is_searched_where_the_hypergradient_has_left_its_inverse(shared: bool) -> None:
+    """With the same Lanczos in both; a hypergradient by another solver leaves nothing."""
+    run = Run(solver=Lanczos())
+
+    def prepare() -> None:
+        for _ in range(3):
+            run.inner.step(run.lower)
+        solver = Lanczos() if shared else EXACT
+        assign([run.x], implicit(run.upper, run.lower, [run.x], [run.y], solver=solver))
+
+    run.prepare = prepare  # type: ignore[method-assign]
+    run.step(count=25)
+    assert (Outcome.kept in run.outcomes) != shared

@@ -77,9 +77,11 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
     [
         # C^T d and the adjoint, while CG runs; x where the last searched step began, for the search's guard.
         ("sgd", {"momentum": False}, 1, 2, 3),
-        # Also the means of hypergradients and tangents, the last hypergradient, and the tangent that kept steps follow.
-        ("sgd", {}, 3, 4, 7),
-        ("sgd", {"carry": False}, 3, 2, 5),  # no tangents
+        # Also the means of hypergradients and tangents, the last hypergradient, x before a kept step, and the tangent
+        # that y follows there.
+        ("sgd", {}, 4, 4, 8),
+        ("sgd", {"pace": "every"}, 3, 3, 6),
+        ("sgd", {"carry": False}, 4, 2, 6),  # no tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
         ("adam", {"momentum": False}, 1, 2, 4),
         ("adam", {}, 3, 4, 8),
