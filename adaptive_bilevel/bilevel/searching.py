@@ -33,7 +33,6 @@ from .starting import StartingOptimizer
 
 __all__ = ["Roles", "SearchingOptimizer"]
 
-
 _BLIND = (
     "the hypergradient is of entries of the upper variable that neither the upper loss nor the last lower sample "
     "depends on, so nothing moved. The last lower step was on another sample: "
@@ -150,8 +149,7 @@ class SearchingOptimizer(StartingOptimizer):
         followed = self.lower if lower_closure is None else None
         self._between.begin(params, followed)
         with Guard([*params, *lower], self._workspace) as guard:
-            hypergradient = self._begin(guard, objective, params, hypergradient)
-            hypergradient = averaged(hypergradient, params)
+            hypergradient = averaged(self._begin(guard, objective, params, hypergradient), params)
             section, gradient = self._enter(guard, objective, params, hypergradient)
             states = read_states(self.state, self._first_states, gradient.tensors)
             path = self._path(gradient, states)

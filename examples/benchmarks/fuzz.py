@@ -6,7 +6,8 @@ Lower problems are g = <y, H y>/2 - <y, B x + b> (convex up to a condition of 1e
 place of the quadratic: non-convex), upper losses a squared distance (also saturating: nearly flat far out; also with
 samples: noisy) or a sum of absolute values (non-smooth). f, g, x and y are each multiplied by a number in 1e-12..1e12,
 T is in 1..20, and half of the runs have no number, the others first trials at both levels over ten decades around a
-natural length. y*(x) is known, so that F is.
+natural length. y*(x) is known, so that F is. ``--solver cg`` takes `CG` for hypergradient and response: searches are then
+made rarely (`adaptive_bilevel.bilevel.pace`).
 
 * Diverged: after any iteration, F is not finite, or both F and f at the present y are above 10 x their start (f without
   noise, at its first y).
@@ -41,10 +42,11 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import SLS, SLSB, AutoSLS, BiSLS
-from adaptive_bilevel.hypergradient import assign, implicit
+from adaptive_bilevel.hypergradient import CG, Lanczos, assign, implicit
 from adaptive_bilevel.policies import Outcome
 from fuzz_problems import Problem, make
 
+SOLVERS: dict[str, Callable[[], Any]] = {"lanczos": Lanczos, "cg": CG}
 LOWER: dict[str, Callable[..., Any]] = {"AutoSLS": AutoSLS, "SLS": SLS, "SLSB": SLSB}
 ITERATIONS = 25
 DECADES = [10.0**k for k in range(-7, 3)]
@@ -144,6 +146,7 @@ class Levels:
     steps: int
     rule: Callable[..., Any]
     lr: tuple[float, float] | None
+    solver: Any
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def __post_init__(self) -> None:
@@ -172,7 +175,7 @@ class Levels:
             self.inner.step(lower)
             self.counts[Outcome(int(self.inner.record.outcome)).name] += 1
         upper = functools.partial(problem.upper, x, y, self.sample(len(problem.target)))
-        assign([x], implicit(upper, lower, [x], [y]))
+        assign([x], implicit(upper, lower, [x], [y], self.solver))
         return upper
 
     @property
@@ -188,19 +191,20 @@ class Levels:
         return float(self.problem.total(self.x.detach() / scales["x"], self.y.detach() / scales["y"]))
 
 
-def run(seed: int) -> Run:
+def run(seed: int, solver: str = "lanczos") -> Run:
     """Run BiSLS on the problem of a seed."""
     problem, rng = make(seed), random.Random(seed + 10**6)
     name = rng.choice(list(LOWER)) if problem.family != "noisy" else "AutoSLS"
     steps = round(20.0 ** rng.random())
-    start = Levels(problem, seed, steps, LOWER[name], None)
+    inverse = SOLVERS[solver]()
+    start = Levels(problem, seed, steps, LOWER[name], None, inverse)
     lr = first_lengths(problem, start.x, rng) if rng.random() < 0.5 else None
     ran = Run(seed, problem.family, lr, name, steps, start=start.total, best=start.total)
     ran.reference = fixed_steps(problem, start.x.detach() / problem.scales["x"])
-    levels = Levels(problem, seed, steps, LOWER[name], lr)
+    levels = Levels(problem, seed, steps, LOWER[name], lr, inverse)
     direction = rng.choice(["sgd", "adam"])
     options: dict[str, Any] = {} if lr is None else {"lr": lr[0] if direction == "sgd" else problem.scales["x"]}
-    outer = BiSLS([levels.x], **options, lower=levels.inner, direction=direction)
+    outer = BiSLS([levels.x], **options, lower=levels.inner, direction=direction, solver=inverse)
     counts: collections.Counter[str] = collections.Counter()
     first: float | None = None
     start_of_f = math.nan
@@ -225,20 +229,20 @@ def run(seed: int) -> Run:
         ran.error = f"{type(error).__name__}: {error}"
     ran.outcomes, ran.lower_outcomes = dict(counts), dict(levels.counts)
     if ran.behind:
-        ran.reference = min(least for least, _, _ in same_level(ran))
+        ran.reference = min(least for least, _, _ in same_level(ran, inverse))
     if ran.away:
-        ran.fixed = min(same_level(ran), key=lambda found: found[2])[1]
+        ran.fixed = min(same_level(ran, inverse), key=lambda found: found[2])[1]
     return ran
 
 
-def same_level(ran: Run) -> list[tuple[float, float, float]]:
+def same_level(ran: Run, solver: Any) -> list[tuple[float, float, float]]:
     """Return the least and the highest F, and the least f, of each of ten fixed steps, by decades.
 
     They have the run's own lower level and hypergradient, and end where f is above 10 times its start.
     """
     problem, found = make(ran.seed), []
     for decade in DECADES:
-        levels = Levels(problem, ran.seed, ran.steps, LOWER[ran.lower], ran.lr)
+        levels = Levels(problem, ran.seed, ran.steps, LOWER[ran.lower], ran.lr, solver)
         length, totals, seen = 0.0, [ran.start], list[float]()
         for _ in range(ITERATIONS):
             upper, h = levels.iterate(), levels.x.grad
@@ -304,11 +308,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first problem")
+    parser.add_argument("--solver", choices=SOLVERS, default="lanczos", help="the inverse of both")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with concurrent.futures.ProcessPoolExecutor(options.jobs, initializer=_quiet) as pool:
-        found = summary(list(pool.map(run, range(options.first, options.first + options.problems), chunksize=10)))
+        seeds = range(options.first, options.first + options.problems)
+        found = summary(list(pool.map(functools.partial(run, solver=options.solver), seeds, chunksize=10)))
     text = json.dumps(found, indent=1)
     if options.output is not None:
         options.output.write_text(text + "\n")
