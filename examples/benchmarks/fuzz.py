@@ -6,8 +6,8 @@ Lower problems are g = <y, H y>/2 - <y, B x + b> (convex up to a condition of 1e
 place of the quadratic: non-convex), upper losses a squared distance (also saturating: nearly flat far out; also with
 samples: noisy) or a sum of absolute values (non-smooth). f, g, x and y are each multiplied by a number in 1e-12..1e12,
 T is in 1..20, and half of the runs have no number, the others first trials at both levels over ten decades around a
-natural length. y*(x) is known, so that F is. ``--solver cg`` takes `CG` for hypergradient and response: searches are then
-made rarely (`adaptive_bilevel.bilevel.pace`).
+natural length. y*(x) is known, so that F is. ``--solver cg`` takes `CG` for hypergradient and response: searches are
+then made rarely (`adaptive_bilevel.bilevel.pace`).
 
 * Diverged: after any iteration, F is not finite, or both F and f at the present y are above 10 x their start (f without
   noise, at its first y).
