@@ -95,8 +95,9 @@ test-betty-matrix: $(INSTALLED) $(OLD_BETTY) ## the integration with Betty on bo
 # The trainers and hosts that need no integration, beside what .venv has; make test runs these tests too from then on.
 HOSTS := accelerate==1.15.0 pytorch-lightning==2.6.6 higher==0.2.1
 
-test-hosts: $(INSTALLED) ## Accelerate, Lightning and higher themselves: installs them into .venv
+test-hosts: $(INSTALLED) ## Accelerate, Lightning, higher and BOAT themselves: installs them into .venv
 	$(PY) -m $(PIP) $(HOSTS)
+	$(PY) -m $(PIP) --no-deps boat-torch==1.1.1 # it asks for an old numpy
 	$(PY) -m pytest tests/hosts $(ARGS)
 
 clean: ## remove what these commands made

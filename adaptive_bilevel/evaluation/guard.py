@@ -41,6 +41,7 @@ from .workspace import Workspace
 __all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace", "closing"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_MISSING = (NameError, AttributeError, TypeError)  # where a library fails if it has swallowed torch's error
 
 
 class _Open(threading.local):
@@ -265,13 +266,13 @@ class Guard:
                 try:
                     self._prepare(random)
                     return value(closure, self._buffers, stand_ins)
-                except RuntimeError as error:
-                    # A closure that differentiates inside (an unrolled loop) cannot run without gradients.
-                    if "require grad" not in str(error):
+                except Exception as error:
+                    # An unrolled loop cannot run without gradients.
+                    if "require grad" not in str(error) and not isinstance(error, _MISSING):
                         raise
-                    self._workspace.trials_need_grad = True
             self._prepare(random)
-            return value(closure, self._buffers, stand_ins, with_grad=True)
+            found, self._workspace.trials_need_grad = value(closure, self._buffers, stand_ins, with_grad=True), True
+            return found
 
     def _gradients_aside(self, inputs: Sequence[Tensor] = ()) -> Aside:
         """Take every .grad away while a closure runs, so that whatever it does to gradients meets nothing."""

@@ -270,3 +270,35 @@ def test_trials_are_forwards_where_the_loop_allows_it() -> None:
     assert graphs["func"] == [True] + [False] * (len(graphs["func"]) - 1)
     assert all(graphs["autograd"])
     torch.testing.assert_close(*reached, rtol=1e-10, atol=1e-10)
+
+
+def test_a_loop_that_hides_why_it_needs_gradients_gets_them() -> None:
+    """As learn2learn's MAML: its adapt prints torch's error, and fails at what is then missing."""
+    x = torch.ones(3, requires_grad=True)
+
+    def loss() -> Tensor:
+        try:
+            (slope,) = torch.autograd.grad((x**2).sum(), [x], create_graph=True)
+        except RuntimeError:
+            pass
+        return ((x - 0.1 * slope) ** 2).sum()
+
+    outer = BiSLS([x], hypergradient="direct")
+    losses = [float(outer.step(loss)) for _ in range(5)]
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError])
+def test_an_error_of_a_trial_that_gradients_do_not_help_is_raised(error: type[Exception]) -> None:
+    x, calls = torch.ones(3, requires_grad=True), 0
+
+    def loss() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise error("in a trial")
+        return (x**2).sum()
+
+    with pytest.raises(error, match="in a trial"):
+        BiSLS([x], hypergradient="direct").step(loss)
+    assert torch.equal(x, torch.ones(3))
