@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import ClosureError, HypergradientError, LowerLevelError, OptionError, TensorError
 from ..evaluation.closures import require_closure
 from ..evaluation.counts import Counts
-from ..evaluation.guard import Closure, Guard, Workspace, closing
+from ..evaluation.guard import Closure, Guard, Workspace
 from ..evaluation.objective import Objective
+from ..evaluation.opened import closing
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
 from .functional import FunctionalLower, UpperLoss

@@ -16,12 +16,9 @@ What it cannot see: random generators other than torch's default ones, modules t
 
 from __future__ import annotations
 
-import functools
 import operator
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,46 +30,16 @@ from .buffers import Buffers
 from .closures import Closure, Differentiated, StandIns, attached, differentiated, value
 from .interception import Watching, installed
 from .means import joined
+from .opened import opened
 from .replicas import require_replicas
 from .snapshot import RandomState, Snapshot
 from .vectors import on_cpu
 from .workspace import Workspace
 
-__all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace", "closing"]
+__all__ = ["Closure", "Guard", "RandomState", "Snapshot", "Workspace"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-_MISSING = (NameError, AttributeError, TypeError)  # where a library fails if it has swallowed torch's error
-
-
-class _Open(threading.local):
-    """The guards that are open on this thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.guards: list[Guard] = []
-
-
-_open = _Open()
-
-
-def closing(function: F) -> F:
-    """Decorate a function with guards inside: none stays open when it raises.
-
-    An interrupt (Ctrl-C) may come at any line, also where a guard is entered or left; what it was about to put back is
-    put back here.
-    """
-
-    @functools.wraps(function)
-    def closed(*args: Any, **kwargs: Any) -> Any:
-        depth, outer = len(_open.guards), Watching.now()
-        try:
-            return function(*args, **kwargs)
-        except BaseException:
-            while len(_open.guards) > depth:
-                _open.guards[-1].abandon()
-                outer.restore()
-            raise
-
-    return closed  # type: ignore[return-value]
+_MISSING = (NameError, AttributeError, TypeError)
+"""What a library fails with if it has swallowed torch's error."""
 
 
 class Guard:
@@ -106,7 +73,7 @@ class Guard:
     def __enter__(self) -> Guard:
         self.entry = RandomState(self._devices)
         self._group = processes.of_group(self._workspace.group)
-        _open.guards.append(self)
+        opened.guards.append(self)
         installed.enter(self)
         if not any(map(is_lazy, self._tensors)):
             self.copy()  # before any evaluation: the first one may change a parameter and raise
@@ -116,6 +83,10 @@ class Guard:
                 self.abandon()
                 raise
         return self
+
+    def spans(self, known: set[int]) -> bool:
+        """Return whether one of its tensors is among these, given by their ids."""
+        return any(id(p) in known for p in self._tensors)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
@@ -138,8 +109,8 @@ class Guard:
         self._close()
 
     def _close(self) -> None:
-        if self in _open.guards:
-            _open.guards.remove(self)
+        if self in opened.guards:
+            opened.guards.remove(self)
             processes.of_group(self._group)
 
     def random_state(self) -> RandomState:

@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 from adaptive_bilevel.policies.validation import count, fraction, positive
 
-from ..evaluation.guard import closing
+from ..evaluation.opened import closing
 from ..evaluation.processes import Group, mean
 from ..evaluation.vectors import Vector, rounding
 from .cg import CG

@@ -11,7 +11,8 @@ from torch import Tensor
 from adaptive_bilevel.errors import SolverError, warn
 
 from ..evaluation.counts import Counts
-from ..evaluation.guard import Guard, closing
+from ..evaluation.guard import Guard
+from ..evaluation.opened import closing
 from ..evaluation.processes import Group
 from ..evaluation.reductions import agreed
 from ..evaluation.tensors import gradients_of

@@ -10,8 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ..errors import OptionError
-from ..evaluation.guard import closing
+from ..errors import ClosureError, OptionError
+from ..evaluation.opened import closing, spanned
 
 __all__ = ["Hooked"]
 
@@ -19,6 +19,14 @@ _GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_INSIDE = (
+    "{0}.step was called inside the closure of a step that may move the same tensors, as a trainer's own closure does "
+    "(it runs the whole training step): each trial would train. Take the lower steps before, and give the upper step a "
+    "closure that only returns its loss: write\n"
+    "    inner.step(lower_loss)  # Lightning: self.automatic_optimization = False, and both lines in training_step\n"
+    "    outer.step(upper_loss)"
+)
 
 
 class Hooked(torch.optim.Optimizer):
@@ -28,7 +36,8 @@ class Hooked(torch.optim.Optimizer):
     def profile_hook_step(func: Callable[P, T]) -> Callable[P, T]:
         """Wrap `step` as torch does, for hooks and profilers; without them past that wrapper.
 
-        A record for profilers costs a fifth of an evaluation of a small model, whether or not one reads it.
+        A record for profilers costs a fifth of an evaluation of a small model, whether or not one reads it. A step
+        inside the closure of another one that may move its tensors raises a `ClosureError`.
         """
         func = closing(func)
         observed = torch.optim.Optimizer.profile_hook_step(func)
@@ -43,6 +52,8 @@ class Hooked(torch.optim.Optimizer):
                     "decides by what they return, which compiled code cannot. Compile the model (or the loss), and "
                     "leave step out, also of a compiled function around it, by torch.compiler.disable"
                 )
+            if spanned([p for group in optimizer.param_groups for p in group["params"]]):
+                raise ClosureError(_INSIDE.format(type(optimizer).__name__))
             return (observed if optimizer._is_observed() else func)(*args, **kwargs)
 
         return step

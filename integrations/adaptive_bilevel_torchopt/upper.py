@@ -14,7 +14,8 @@ from adaptive_bilevel.bilevel import LowerLevel
 from adaptive_bilevel.bilevel.searching import SearchingOptimizer
 from adaptive_bilevel.errors import ClosureError, LowerLevelError, OptionError
 from adaptive_bilevel.evaluation.counts import Evaluations
-from adaptive_bilevel.evaluation.guard import Closure, Guard, Workspace, closing
+from adaptive_bilevel.evaluation.guard import Closure, Guard, Workspace
+from adaptive_bilevel.evaluation.opened import closing
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.policies import Outcome, Record
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adaptive_bilevel import SLS, monitor
+from adaptive_bilevel.errors import ClosureError
 from tests.hosts.problem import Problem, optimizers, plainly
 
 lightning: Any = pytest.importorskip("pytorch_lightning")
@@ -104,3 +105,20 @@ def test_the_lower_rules_by_automatic_optimization(clip: float | None, tmp_path:
         inner.step(closure)
     torch.testing.assert_close(module.model.weight, problem.model.weight, rtol=1e-9, atol=1e-9)
     assert fit.global_step == 6 and fit.optimizers[0].record.trials == inner.record.trials  # type: ignore[union-attr]
+
+
+def test_an_upper_optimizer_by_automatic_optimization_is_refused(tmp_path: Path) -> None:
+    base: Any = lightning.LightningModule
+
+    class Automatic(base, Problem):
+        def configure_optimizers(self) -> Any:
+            self.inner, outer = optimizers(self)
+            self.inner.step(self.lower)
+            return outer
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            self.inner.step(self.lower)
+            return self.upper()
+
+    with pytest.raises(ClosureError, match="automatic_optimization = False"):
+        trainer(tmp_path, enable_checkpointing=False).fit(Automatic(), loader(2))

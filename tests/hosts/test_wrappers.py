@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import SLS, BiSLS, BiSPS, OneStepBiSLS, diagnose, monitor
-from adaptive_bilevel.errors import OptionError
+from adaptive_bilevel.errors import ClosureError, OptionError
 from adaptive_bilevel.hypergradient import implicit
 from tests.hosts.problem import Problem, optimizers, plainly
 
@@ -103,3 +103,33 @@ def test_a_closure_under_torchs_name_is_all_that_a_step_needs(cls: Any) -> None:
         Lightning(inner).step(closure=lower)
         losses.append(float(outer.step(closure=lambda: (y + 0.5 * x - 0.3).square().sum())))
     assert losses[-1] < losses[0] and not torch.equal(x, torch.ones(2))
+
+
+@pytest.mark.parametrize("cls", [BiSLS, BiSPS, OneStepBiSLS])
+@pytest.mark.parametrize("estimated", [False, True], ids=["in .grad", "estimated"])
+def test_a_trainers_own_closure_is_refused(cls: Any, estimated: bool) -> None:
+    """It runs the whole training step: lower steps and backward."""
+    problem = Problem()
+    inner = SLS(problem.model.parameters())
+    outer = Lightning(cls([problem.decay], lower=inner, hypergradient=implicit if estimated else None))
+    inner.step(problem.lower)
+    problem.decay.grad = torch.ones_like(problem.decay)
+    before = [p.detach().clone() for p in problem.parameters()]
+
+    def closure() -> Tensor:
+        inner.step(problem.lower)
+        loss = problem.upper()
+        loss.backward()
+        return loss.detach()
+
+    with pytest.raises(ClosureError, match=r"inside the closure(.|\n)*inner.step\(lower_loss\)"):
+        outer.step(closure)
+    assert all(torch.equal(p, b) for p, b in zip(problem.parameters(), before, strict=True))
+
+
+def test_a_step_inside_of_its_own_closure_is_refused() -> None:
+    x = torch.ones(2, requires_grad=True)
+    inner = SLS([x])
+    with pytest.raises(ClosureError, match="inside the closure"):
+        inner.step(lambda: inner.step(lambda: x.square().sum()))
+    assert torch.equal(x, torch.ones(2))
