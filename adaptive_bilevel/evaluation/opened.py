@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -50,7 +50,7 @@ def closing(function: F) -> F:
     return closed  # type: ignore[return-value]
 
 
-def spanned(tensors: Sequence[Tensor]) -> bool:
+def spanned(tensors: Iterable[Tensor]) -> bool:
     """Return whether a closure is being evaluated on this thread, of a step that may move one of the tensors."""
     if Watching.now().recorder is None:
         return False

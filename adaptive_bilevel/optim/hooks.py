@@ -52,7 +52,7 @@ class Hooked(torch.optim.Optimizer):
                     "decides by what they return, which compiled code cannot. Compile the model (or the loss), and "
                     "leave step out, also of a compiled function around it, by torch.compiler.disable"
                 )
-            if spanned([p for group in optimizer.param_groups for p in group["params"]]):
+            if spanned(p for group in optimizer.param_groups for p in group["params"]):
                 raise ClosureError(_INSIDE.format(type(optimizer).__name__))
             return (observed if optimizer._is_observed() else func)(*args, **kwargs)
 
