@@ -72,8 +72,8 @@ def test_a_step_alone_goes_where_a_backward_and_a_step_go(name: str, loss: str) 
         assert counts[0].values == 0 and counts[0].gradients == counts[1].values == 10
     else:
         # Those that the steps made; the user's backwards are not in it. A kept step alone needs the gradient, too.
-        alone, given = ({**vars(c), "values": c.values + c.gradients, "gradients": 0} for c in counts)
-        assert alone == given
+        own, given = ({**vars(c), "values": c.values + c.gradients, "gradients": 0} for c in counts)
+        assert own == given
 
 
 @pytest.mark.parametrize("momentum", [False, "auto"])
