@@ -126,9 +126,9 @@ class BiSLS(UpperSearch):
             `adaptive_bilevel.bilevel.model_check`.
         project: Convex set for x: `Box`, `Ball`, `Simplex` or a callable. A start outside of the set is projected
             first. Parameters that do not move (frozen, without a .grad, lr of 0) stay as they are.
-        pace: When to search. "auto": in each step where a search shares the products of the hypergradient (`Lanczos`)
-            or momentum=False, else as rarely as the lengths that searches find agree. A step in between has the last
-            length or a shorter one, evaluates f once, and is undone if f then disagrees. "every": in each step. Or a
+        pace: When to search. "every": in each step. "auto": in each step where a search shares the products of the
+            hypergradient (`Lanczos`) or momentum=False, else as rarely as the lengths that searches find agree. A step
+            in between has the last length or a shorter one, evaluates f once, and is undone if f then disagrees. Or a
             `Pace`. See `adaptive_bilevel.bilevel.pace`.
         search: The policy of the search, in place of the options c to max_trials: `policies.GuardedSLS` (the default),
             `policies.SLS` (without the guard) or `policies.SLSB`.
@@ -175,7 +175,7 @@ class BiSLS(UpperSearch):
         carry: str | bool | Prediction = "auto",
         curvature: float | ModelCheck = 0.5,
         project: Projection | None = None,
-        pace: str | Pace = "auto",
+        pace: str | Pace = "every",
         search: SLS | SLSB | None = None,
         **options: Unpack[SearchOptions],
     ) -> None:

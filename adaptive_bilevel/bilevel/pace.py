@@ -2,8 +2,8 @@
 
 | ``pace=`` | class | a search is made |
 |---|---|---|
+| "every" | `EveryStep` | in every step, except where no trial could tell anything: the default |
 | "auto" | `AsLengthsAgree` | where it is cheap in every step, else as rarely as the lengths that searches find agree |
-| "every" | `EveryStep` | in every step, except where no trial could tell anything |
 
 An upper search with a linear solve of its own costs about as much as its hypergradient. A step whose length is kept
 from the last search costs one value of f. Where the hypergradient has left its inverse (`implicit` and `BiSLS` with the

@@ -107,7 +107,7 @@ def test_every_option_survives_being_built_anew(cls: Any) -> None:
         "c": 0.3, "shrink": 0.6, "grow": 1.5, "reset": "keep", "slack": 0.1, "lower_bound": -1.0, "max_step": 7.0,
         "max_trials": 9, "direction": "adam", "betas": (0.8, 0.9), "eps": 1e-5, "max_skips": 4, "decay": "inverse",
         "floor": 0.01, "floor_decay": "inverse", "response": "tangent", "carry": False, "curvature": 0.4,
-        "baseline": "matched", "response_steps": 3, "lr_min": 0.001, "momentum": False, "pace": "every",
+        "baseline": "matched", "response_steps": 3, "lr_min": 0.001, "momentum": False, "pace": "auto",
             "products": "difference",
     }  # fmt: skip
     known = set(inspect.signature(base.__init__).parameters) - {"self", "params", "lr", *HOSTED}

@@ -129,7 +129,7 @@ def test_a_network_below(solver: CG | Lanczos) -> None:
         return cross_entropy(net(data[20:]), labels[20:])
 
     inner = SLS(net.parameters())
-    outer = BiSLS([x], lower=inner, solver=solver, pace="every")
+    outer = BiSLS([x], lower=inner, solver=solver)
     assert outer.hessian is None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -32,7 +32,7 @@ class Run:
         self.x = torch.tensor([4.0, -3.0, 8.0], dtype=torch.float64, requires_grad=True)
         self.y = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         self.inner = SLS([self.y])
-        options = {"solver": EXACT, **options} if optimizer is BiSLS else options
+        options = {"solver": EXACT, "pace": "auto", **options} if optimizer is BiSLS else options
         self.outer = optimizer([self.x], lower=self.inner, **options)
         self.noise, self.rng = noise, torch.Generator().manual_seed(0)
         self.outcomes: list[int] = []

@@ -24,7 +24,7 @@ def both(seed: int = 1, lr: float | None = 1.0, **options: Any) -> tuple[Instanc
     inner = SLS([point.y], 1.0, lower_bound=None)
     if "step" in options:
         return point, inner, OneStepBiSLS([point.x], lr, lower=inner, response_steps=options.pop("step"), **options)
-    return point, inner, BiSLS([point.x], lr, lower=inner, pace="every", **options)
+    return point, inner, BiSLS([point.x], lr, lower=inner, **options)
 
 
 # ------------------------------------------------------------------------------------------------ counts
@@ -120,7 +120,7 @@ def test_a_wrong_hypergradient_is_replaced_and_told_once(wrong: str, direction: 
     problem = random_qb(2)
     point = problem.instance()
     inner = SLS([point.y], 1.0, lower_bound=None)
-    outer: Any = BiSLS([point.x], 1.0, lower=inner, direction=direction, solver=EXACT, pace="every")
+    outer: Any = BiSLS([point.x], 1.0, lower=inner, direction=direction, solver=EXACT)
     generator, before = torch.Generator().manual_seed(0), problem.F(point.x.detach())
     ratios = []
     with warnings.catch_warnings(record=True) as caught:

@@ -64,15 +64,13 @@ def test_a_heavy_ball_in_the_place_of_the_mean(direction: str) -> None:
     problem = random_qb(3)
     point = problem.instance()
     inner = lower_search(point.y)
-    outer = BiSLS([point.x], lower=inner, direction=direction, momentum=HeavyBall(0.5), pace="every")
+    outer = BiSLS([point.x], lower=inner, direction=direction, momentum=HeavyBall(0.5))
     start, ball = problem.F(point.x.detach()), torch.zeros_like(point.x)
     for k in range(12):
         if k == 6:
             inner2, outer2 = (
                 lower_search(point.y),
-                BiSLS(
-                    [point.x], lower=lower_search(point.y), direction=direction, momentum=HeavyBall(0.5), pace="every"
-                ),
+                BiSLS([point.x], lower=lower_search(point.y), direction=direction, momentum=HeavyBall(0.5)),
             )
             inner2.load_state_dict(copy.deepcopy(inner.state_dict()))
             outer2.load_state_dict(copy.deepcopy(outer.state_dict()))
@@ -185,7 +183,6 @@ def test_a_role_that_raises_leaves_no_trace(role: str, method: str) -> None:
         point = random_qb(2).instance()
         inner, raising = lower_search(point.y), Raising(make(), method, at)
         options: dict[str, Any] = {} if option == "diagnosis" else {option: raising}
-        options.setdefault("pace", "every")  # each role is asked in each step
         outer = BiSLS([point.x], lower=inner, **options)
         if option == "diagnosis":
             outer.diagnosis = raising

@@ -82,9 +82,7 @@ def test_save_load_continue(case: str, lower: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_alike(case: str, how: str) -> None:
-    # The closures of the copies have other code, so a search would be due in those only.
-    pace: dict[str, Any] = {"pace": "every"} if CASES[case][0] is BiSLS else {}
-    point, inner, outer = made(case, "SLS", **pace)
+    point, inner, outer = made(case, "SLS")
     trace(point, inner, outer, 3)
     whole = (point.x, point.y, inner, outer)
     x, y, inner2, outer2 = copy.deepcopy(whole) if how == "deepcopy" else pickle.loads(pickle.dumps(whole))

@@ -252,6 +252,7 @@ class BiSLS:
     """
 
     tangent: type[Tangent] = Tangent
+    shared: bool = False  # whether h and the tangent have their products in common: then each step is searched
 
     def __init__(self, x: Tensor, lower: SLS, direction: str = "sgd", lr: float | None = None) -> None:
         self.x, self.lower, self.lr, self.adam = x, lower, lr, {"sgd": False, "adam": True}[direction]
@@ -279,12 +280,13 @@ class BiSLS:
             return
         share, searched = self.support.share(h), h
         self.pace.see(value)
-        a, w = self.pace.length(value, promised, h, self.rejected), None
+        a, w = None if self.shared else self.pace.length(value, promised, h, self.rejected), None
         if self.rejected and not self.pace.undone and 0 < self.previous * promised < EPS * value:
             a = self.previous
         self.pace.add(value)
         if a is not None:
             self.pace.keep(a, promised, x, y)
+            self.pace.before = None if self.shared else self.pace.before
             self.guard.keep(value, promised, a)
             if a * promised > EPS * value:
                 self.kept += 1
