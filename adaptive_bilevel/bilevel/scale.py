@@ -29,12 +29,14 @@ class Scale(NamedTuple):
         shortest: The shortest trial that the last search with a rejection has rejected; inf if that search failed; 0 if
             that is outgrown, see `policy`.
         kept: Number of steps since the last search whose length was kept.
+        ratio: Size of the searched slope over <h, d>, in the last search that moved. Far from 1 if h was scaled.
     """
 
     state: SearchState
     rejected: bool
     shortest: float = math.inf
     kept: int = 0
+    ratio: float = 1.0
 
     @property
     def previous(self) -> float:
@@ -71,17 +73,19 @@ class Scale(NamedTuple):
     def stalled(self, promised: float, value: float, rounding: float) -> bool:
         """Return whether what the last step length promises is lost in the rounding of f: no trial could tell.
 
-        That is so at a solution. Not before a trial has been rejected: first steps may be that short by choice.
+        That is so at a solution. Not before a trial has been rejected: first steps may be that short by choice. A step
+        promises <h, d> or, if the last search has found a steeper slope, as much more as there.
 
         Args:
             promised: <h, d>.
             value: f.
             rounding: Relative rounding unit of f.
         """
-        return self.rejected and 0.0 < float(self.previous) * promised < rounding * abs(value)
+        most = float(self.previous) * promised * max(self.ratio, 1.0)
+        return self.rejected and 0.0 < most < rounding * abs(value)
 
     def after(self, record: Record, policy: Any, value: float, rounding: float) -> dict[str, Any]:
-        """Return what is new after a step: `rejected` and `shortest`, which a search has shown, and `kept`.
+        """Return what is new after a step: `rejected`, `shortest` and `ratio`, which a search has shown, and `kept`.
 
         Args:
             record: Its record.
@@ -92,9 +96,12 @@ class Scale(NamedTuple):
         step, shrink = record.step_size, policy.shrink
         if record.outcome == Outcome.kept:
             return {"kept": self.kept + 1} if visible(step * record.slope, value, rounding) else {}
+        news: dict[str, Any] = {"kept": 0}
+        if record.moved and math.isfinite(record.slope_ratio):
+            news["ratio"] = abs(float(record.slope_ratio))
         if record.trials > 1:
-            return {"kept": 0, "rejected": True, "shortest": step / shrink if record.moved else math.inf}
+            return {**news, "rejected": True, "shortest": step / shrink if record.moved else math.inf}
         if not (record.moved and step * shrink > self.shortest):
-            return {"kept": 0}
+            return news
         minimizer = parabola_minimizer(value, record.slope, step, record.value)
-        return {"kept": 0, "shortest": 0.0 if minimizer == 0.0 or minimizer * shrink**2 >= step else math.inf}
+        return {**news, "shortest": 0.0 if minimizer == 0.0 or minimizer * shrink**2 >= step else math.inf}

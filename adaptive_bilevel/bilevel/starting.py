@@ -131,7 +131,8 @@ class StartingOptimizer(UpperOptimizer):
     def _scale(self) -> Scale:
         """Return what earlier searches have shown of the right step length."""
         saved = self._saved
-        return Scale(self._rule_state(), saved("rejected", False), saved("shortest", math.inf), saved("kept", 0))
+        known = saved("rejected", False), saved("shortest", math.inf), saved("kept", 0), saved("ratio", 1.0)
+        return Scale(self._rule_state(), *known)
 
     def _differentiate(self, point: Point) -> None:
         """Take f_x and f_y, if only f was evaluated so far."""

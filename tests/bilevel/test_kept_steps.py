@@ -292,3 +292,18 @@ def test_every_step_is_searched_where_the_hypergradient_has_left_its_inverse(sha
     run.prepare = prepare  # type: ignore[method-assign]
     run.step(count=25)
     assert (Outcome.kept in run.outcomes) != shared
+
+
+def test_a_scaled_hypergradient_is_searched_along_like_the_whole() -> None:
+    """Codebases hand on a thousandth of it, say: what it promises by itself is lost in the rounding of f."""
+    ends = []
+    for factor in (1.0, 1e-12):
+        run = Run(pace="every", momentum=False, carry=False)
+        for _ in range(12):
+            run.prepare()
+            assert run.x.grad is not None
+            run.x.grad.mul_(factor)
+            run.outer.step(run.upper)
+            assert run.outer.record is not None and run.outer.record.outcome == Outcome.accepted
+        ends.append(run.upper().item())
+    assert ends[1] == pytest.approx(ends[0], rel=1e-6)

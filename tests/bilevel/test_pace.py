@@ -39,6 +39,12 @@ def test_a_step_is_kept_where_its_promise_is_rounding(
     assert Always().propose(at(previous, rejected, promised), RoleState()) is None
 
 
+def test_what_a_hypergradient_that_was_scaled_promises_is_known_from_the_last_search() -> None:
+    scale = Scale(SearchState(previous=1.0), True)
+    assert scale.stalled(0.5 * EPS, 1.0, EPS) and not scale._replace(ratio=100.0).stalled(0.5 * EPS, 1.0, EPS)
+    assert scale._replace(ratio=1e-3).stalled(0.5 * EPS, 1.0, EPS)
+
+
 def test_a_kept_step_takes_no_trial_and_no_product() -> None:
     """At a solution, up to rounding."""
     x, y = torch.tensor([1.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)

@@ -246,7 +246,7 @@ class BiSLS:
 
     y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` keeps a share of that.
     No a is above that of `Guard`. Once a trial was rejected, a last step that promises less than the rounding of f is
-    taken again without a trial.
+    taken again without a trial; it promises a <h, d>, or as much more as the slope of the last search was steeper.
     So are steps that `Pace` keeps, and y moves along with the last w, times sqrt(<h, d> / <h, d> of then). After k of
     them, a search starts at 1.2^(k+1) times the last searched step.
     """
@@ -259,6 +259,7 @@ class BiSLS:
         self.second, self.momentum = SecondMoment(torch.zeros_like(x)), Momentum(Mean(torch.zeros_like(x)), x)
         self.support, self.tangents = Support(x), Mean(torch.zeros_like(lower.x))
         self.previous, self.step_size, self.rejected, self.shortest = 0.0, 0.0, False, math.inf
+        self.ratio = 1.0
         self.guard = Guard()
         self.pace, self.kept, self.last = Pace(), 0, (torch.zeros_like(lower.x), 0.0)
 
@@ -281,7 +282,8 @@ class BiSLS:
         share, searched = self.support.share(h), h
         self.pace.see(value)
         a, w = None if self.shared else self.pace.length(value, promised, h, self.rejected), None
-        if self.rejected and not self.pace.undone and 0 < self.previous * promised < EPS * value:
+        believed = promised * max(self.ratio, 1.0)
+        if self.rejected and not self.pace.undone and 0 < self.previous * believed < EPS * value:
             a = self.previous
         self.pace.add(value)
         if a is not None:
@@ -295,12 +297,14 @@ class BiSLS:
         else:
             tangent = self.tangent(f_y, Lower(g, x, y), share, self.previous > 0)
             slope = tangent.along(d, f_x)
+            ratio = abs(slope / promised)
             for refined in (1, 2):
                 if slope <= 0:
                     h = tangent.hypergradient(f_x, refined)
                     second, momentum, d, e = self.directions(h)
                     slope = tangent.along(d, f_x, refined)
             a, phi = self.search(f, value, slope, tangent, h) if slope > 0 else (0.0, math.nan)
+            self.ratio = ratio if a > 0 else self.ratio
             w = tangent.w
             mean = self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
             self.last = w, float(h @ d)
