@@ -31,13 +31,13 @@ from .sample_signature import signature
 __all__ = ["Always", "AsLengthsAgree", "EveryStep", "pace_of"]
 
 _MOST = 8
-"""A search is made in every so manieth step at least."""
+"""The largest gap: one search in so many steps."""
 
 _RECENT = 2 * _MOST
-"""So many values of f are recent."""
+"""Number of values of f that count as recent."""
 
 _STEEPER = 4.0
-"""A slope that is so many times that of the last search belongs to another place."""
+"""A search is due where <h, d> is above this multiple of that of the last search."""
 
 _NOWHERE = -1.0
 """No ||x||^2."""

@@ -79,11 +79,11 @@ class AveragedSearch(AdaptiveOptimizer):
         return self.policy.shifted(state, value - self._stayed)
 
     def upper_moved(self) -> None:
-        """Find out what that changes of the last sample's loss, if the next sample could be taken to disagree."""
+        """Evaluate the last sample again, if the next one could be taken to disagree because x has moved."""
         if self.sample is None or not isinstance(self.policy, AutoSLS):
             return
         state, sample = self._rule_state(), self.sample
-        if not self.policy.doubts(state):
+        if not self.policy.could_disagree(state):
             self._save_rule_state(self.policy.displaced(state, None))
             return
         with torch.no_grad(), Guard(self._parameters(), self._workspace) as guard:

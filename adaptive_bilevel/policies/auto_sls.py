@@ -9,10 +9,10 @@ Fan et al. (2023) requires of the steps,
 
 each fall cut to [-r_j, r_j], r_j the largest gamma_i n_i so far.
 
-The upper variable changes the loss, too. Where one of these tests could fail (`AutoSLS.doubts`), an upper optimizer of
-this package has the last sample evaluated again after its step, and that change counts in no test
-(`AutoSLS.displaced`). So full batches always agree. Under other upper optimizers such a change counts as one step at
-most, mostly the shortest; M may then become negative, most of all in short loops that start anew from the same point.
+The upper variable changes the loss, too. Where one of these tests could fail (`AutoSLS.could_disagree`), an upper
+optimizer of this package evaluates the last sample again after its step, and that change counts in no test
+(`AutoSLS.displaced`), so that full batches always agree. Under other upper optimizers such a change counts as one step
+at most, mostly the shortest. M may then become negative, most of all in short loops that start anew from the same point.
 
 Where samples disagree, a search says little: the longest step that lowers one sample is too long for all of them if
 the sample can be fitted alone (batches with wrong labels), and the lengths that pass follow the worst samples if
@@ -73,7 +73,7 @@ class AutoSLS(SLSB):
             return state._replace(last_decrease=0.0)
         return state._replace(expected=value)
 
-    def doubts(self, state: SearchState) -> bool:
+    def could_disagree(self, state: SearchState) -> bool:
         """Return whether the next loss could end the agreement of samples, if the upper variable moves before it."""
         most, margin = state.loop_decrease, state.margin - self.c * state.last_gain
         loops = agreeing(state.loops_differing + most, state.loops_decreases + most)
@@ -84,7 +84,7 @@ class AutoSLS(SLSB):
 
         Args:
             state: The state.
-            change: By how much that has changed the last sample's loss at the present point; None: it was not looked.
+            change: By how much that has changed the last sample's loss at the present point; None: not evaluated.
                 If it is not finite, the next sample is compared with nothing.
         """
         if change is None:

@@ -69,7 +69,7 @@ class SearchState(NamedTuple):
         longest: The longest step that was accepted while samples agreed.
         differing: The part of the decreases that the next samples have not confirmed.
         decreases: The sum of the decreases that were compared.
-        loop_decrease: The sum of the decreases since the upper variable has moved last.
+        loop_decrease: The sum of the decreases since the upper variable last moved.
         loop_ends: Whether it has moved since the last step, 0 or 1.
         loops_differing: As `differing`, of whole loops.
         loops_decreases: As `decreases`, of whole loops.

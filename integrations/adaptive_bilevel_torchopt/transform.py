@@ -99,6 +99,8 @@ class ScaleByPolicyState(NamedTuple):
 def scale_by_policy(policy: AnyPolicy, *, differentiable: bool = False) -> GradientTransformationExtraArgs:
     """Scale updates by the step size of a policy of ``adaptive_bilevel.policies``.
 
+    A search warns once if ``value_fn`` changes at the same point, or does not depend on the parameters.
+
     Args:
         policy: E.g. ``policies.SPSB()``.
         differentiable: Whether a Polyak step is differentiated through; a constant by default.

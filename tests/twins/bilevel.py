@@ -282,8 +282,8 @@ class BiSLS:
         share, searched = self.support.share(h), h
         self.pace.see(value)
         a, w = None if self.shared else self.pace.length(value, promised, h, self.rejected), None
-        believed = promised * max(self.ratio, 1.0)
-        if self.rejected and not self.pace.undone and 0 < self.previous * believed < EPS * value:
+        most = self.previous * promised * max(self.ratio, 1.0)
+        if self.rejected and not self.pace.undone and 0 < most < EPS * value:
             a = self.previous
         self.pace.add(value)
         if a is not None:
