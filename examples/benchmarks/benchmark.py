@@ -92,7 +92,7 @@ def bilevel(
         grids=(
             Grid("adam", adam, lowers),
             Grid("sgd", sgd, lowers),
-            Grid("sgd", sgd, lowers[::2], {"decay": "inverse_sqrt"}),
+            Grid("sgd", sgd, lowers[::2], options={"decay": "inverse_sqrt"}),
         ),
         settings=settings,
         spread=spread,
@@ -111,7 +111,7 @@ def single(title: str, task: str, **settings: Any) -> Benchmark:
         first_trials=tuple(f"{kind}:lr={lr}{reset}" for kind, reset in kinds.items() for lr in BOUNDS),
         others=("sps-max:lr=1e3", "decsps:lr=1e3", f"sls:lr=1e3{anew}", "sls", *SINGLE_PEERS),
         grids=(
-            Grid("sgd", (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3), (), {"decay": "inverse_sqrt"}),
+            Grid("sgd", (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3), options={"decay": "inverse_sqrt"}),
             Grid("sgd", (1e-2, 1e-1, 1.0, 10.0, 100.0)),
             Grid("adam", (1e-4, 1e-3, 1e-2, 1e-1)),
         ),
@@ -151,7 +151,7 @@ def _distillation(title: str, **settings: Any) -> Benchmark:
 
 
 def _below(title: str, task: str, **settings: Any) -> Benchmark:
-    """A network below: ours with no number against coarse grids with three kinds of hypergradients."""
+    """A network below: ours with no number against grids with three kinds of hypergradients."""
     kinds: tuple[dict[str, Any], ...] = ({}, {"solver": "neumann"}, {"solver": "unroll"})
     grids = {"adam": (1e-2, 1e-1, 1.0), "sgd": (1e-1, 1.0, 10.0)}
     return Benchmark(
@@ -160,7 +160,7 @@ def _below(title: str, task: str, **settings: Any) -> Benchmark:
         ours=("bisls-adam", "bisls-sgd"),
         first_trials=(),
         others=(),
-        grids=tuple(Grid(name, lrs, (), kind) for kind in kinds for name, lrs in grids.items()),
+        grids=tuple(Grid(name, lrs, (), (0.1, 0.3, 1.0), kind) for kind in kinds for name, lrs in grids.items()),
         settings=settings,
     )
 

@@ -16,12 +16,14 @@ HALF = 10**0.5
 class Grid:
     """A method with every combination of the upper steps `lrs` and the lower choices `lowers` (see methods.py).
 
-    Without `lowers` there is one level.
+    Without `lowers` there is one level, or the lower level has the task's own rule. `then` are lower choices that are
+    tried with the best upper step alone.
     """
 
     name: str
     lrs: Sequence[float]
     lowers: Sequence[float | str] = ()
+    then: Sequence[float | str] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -42,11 +44,12 @@ class Grid:
             numbers = [lower for lower in self.lowers if not isinstance(lower, str)]
             steps.append(_around(winner.options["lower"], numbers))
         methods = [self.method(*point) for point in itertools.product(*steps)]
+        methods += [self.method(winner.options["lr"], lower) for lower in self.then]
         return [method for method in methods if method != winner]
 
     def smaller(self) -> Grid:
         """Two steps of each level: for a quick run."""
-        return replace(self, lrs=self.lrs[1:3], lowers=self.lowers[:2])
+        return replace(self, lrs=self.lrs[1:3], lowers=self.lowers[:2], then=self.then[:1])
 
 
 def best(methods: Sequence[Method], score: Callable[[Method], float], count: int = 1) -> list[Method]:
