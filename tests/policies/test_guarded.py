@@ -71,14 +71,43 @@ def test_the_bound_is_at_least_the_rms_of_the_steps_so_far() -> None:
     assert record.step_size == 0.5
 
 
-@pytest.mark.parametrize(("onward", "bounded"), [(-1.0, True), (0.04, True), (0.06, False), (None, True)])
-def test_steps_along_which_losses_go_on_falling_are_not_at_fault(onward: float | None, bounded: bool) -> None:
-    """Of gains of 1, A is compared with c / 2 = .05 of them."""
-    known = {"count": 8, "found": 1.0, "previous": 5.0, "seen": 8, "mean_slope": 2.0, "squares": 64.0, "gains": 1.0}
-    state = SearchState(**known, margin=-1.0)  # type: ignore[arg-type]
+KNOWN = {"count": 8, "found": 1.0, "previous": 5.0, "seen": 8, "mean_slope": 2.0, "squares": 64.0, "gains": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("onward", "before", "bounded"),
+    [
+        (-1.0, 0.0, True),
+        (0.04, 0.0, True),
+        (0.06, 0.0, False),  # c / 2 = .05 of gains of 1
+        (None, 0.0, True),
+        (0.002, 0.01, True),  # by less than 2 standard errors
+        (0.002, 0.03, False),
+    ],
+)
+def test_steps_along_which_losses_go_on_falling_are_not_at_fault(
+    onward: float | None, before: float, bounded: bool
+) -> None:
+    state = SearchState(**KNOWN, margin=-1.0, onward=before, onward_squares=2e-4)  # type: ignore[arg-type]
     record, after = GuardedSLS().step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0, onward=onward)
     assert (record.outcome == Outcome.at_bound) == bounded
-    assert after.onward == (onward or 0.0)
+    assert after.onward == pytest.approx(before + (onward or 0.0))
+    assert after.onward_squares == pytest.approx(2e-4 + (onward or 0.0) ** 2)
+
+
+@pytest.mark.parametrize(("change", "bounded"), [(0.0, True), (0.4, True), (0.6, False)])
+def test_losses_that_are_noise_are_no_evidence(change: float, bounded: bool) -> None:
+    """M = -1 is compared with two root mean squares of the changes between samples."""
+    state = SearchState(**KNOWN, margin=-1.0, mean_change=change * change)  # type: ignore[arg-type]
+    record, _ = GuardedSLS().step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0)
+    assert (record.outcome == Outcome.at_bound) == bounded
+
+
+def test_the_mean_change_is_that_of_the_losses_at_steps() -> None:
+    _, state = walk(GuardedSLS(), [1.0, 3.0, 2.0], [1.0] * 3)
+    assert state.mean_change == pytest.approx(0.2 * 4.0 + 0.8 * 1.0)
+    _, state = walk(GuardedSLS(), [1.0, 3.0], [1.0] * 2)
+    assert state.mean_change == 4.0
 
 
 def test_units_do_not_matter() -> None:
