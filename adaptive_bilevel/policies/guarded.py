@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .context import Context
-from .distance import LOSS_MEMORY, STANDARD_ERRORS, estimate, take
+from .distance import STANDARD_ERRORS, estimate, take
 from .margin import compared, promised
 from .record import Record
 from .scalars import resolution
@@ -23,16 +23,15 @@ class GuardedSLS(SLS):
     A search certifies a step on its own sample. If that sample can be fitted alone, as a few episodes of few-shot
     learning can, the search accepts steps that raise the loss of all other samples. The losses then fall by less than
     half of what the steps promise: the margin M of the run (`adaptive_bilevel.policies.margin`, with c / 2) is
-    negative. On full batches of a single level, M is never negative. Noise of the losses and a lower level that moves
-    can also make it negative. The guard therefore asks for more than M < 0:
+    negative. On full batches of a single level, M is never negative. A lower level that moves can also make it
+    negative, and so can noise. The guard therefore has a second condition, on the gradients of the next samples:
 
-        M < -2 s,                            s^2 a mean of the (f_{j+1} - f_j)^2,
-        A < (c / 2) sum of the gamma_j n_j,  A = sum of the a_j = <g_{j+1}, x_j - x_{j+1}>,
-        A < 2 sqrt(sum of the a_j^2).
+        A = sum of the a_j < min{(c / 2) sum of the gamma_j n_j, 2 sqrt(sum of the a_j^2)},
+        a_j = <g_{j+1}, x_j - x_{j+1}>.
 
-    s is the standard error of f_0 - f_k if the losses are noise, and sqrt(sum of the a_j^2) that of A. A says by how
-    much the losses of the next samples still fall along the steps. While all three hold (the first alone if ``onward``
-    is None),
+    A says by how much the losses of the next samples still fall along the steps. The root is its standard error: where
+    gradients are mostly noise, A is small, but it becomes significant if the steps are short. While M < 0 and this
+    condition hold (M < 0 alone if ``onward`` is None),
 
         gamma_k <= sqrt(max{D^2, S} / (G (k + 1))),    S = sum of gamma_j^2 n_j.
 
@@ -60,10 +59,6 @@ class GuardedSLS(SLS):
         loss, slope = float(context.loss), float(context.slope)
         rounding = resolution(context.loss) if context.rounding is None else context.rounding
         seen = compared(state, loss, c=0.5 * self.c, slack=self.slack, rounding=rounding)
-        if state.last_gain != 0.0 and math.isfinite(loss):
-            change, weight = loss - state.last_loss, (LOSS_MEMORY + 1.0) / (state.seen + LOSS_MEMORY)
-            mean = (1.0 - weight) * state.mean_change + weight * change * change
-            seen = seen._replace(mean_change=mean)
         if context.onward is not None and math.isfinite(context.onward):
             squares = seen.onward_squares + context.onward * context.onward
             seen = seen._replace(onward=seen.onward + context.onward, onward_squares=squares)
@@ -83,15 +78,9 @@ class GuardedSLS(SLS):
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         initial, largest = super()._limits(state, initial, context)
-        if not (_fits_samples_alone(state, 0.5 * self.c, context) and state.mean_slope > 0.0):
+        enough = min(0.5 * self.c * state.gains, STANDARD_ERRORS * math.sqrt(state.onward_squares))
+        blamed = state.margin < 0.0 and (context.onward is None or state.onward < enough)
+        if not (blamed and state.mean_slope > 0.0):
             return initial, largest
         length = max(state.distance, state.squares) / state.mean_slope
         return initial, min(largest, math.sqrt(length / (state.count + 1)))
-
-
-def _fits_samples_alone(state: SearchState, c: float, context: Context) -> bool:
-    """Return whether the steps so far have lowered the losses of their own samples only."""
-    if state.margin >= -STANDARD_ERRORS * math.sqrt(state.mean_change):
-        return False
-    enough = min(c * state.gains, STANDARD_ERRORS * math.sqrt(state.onward_squares))
-    return context.onward is None or state.onward < enough

@@ -77,9 +77,8 @@ class SearchState(NamedTuple):
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
         largest_gain: The largest gamma_j n_j so far.
         gains: The sum of the gamma_j n_j.
-        onward: The sum of the <g_{j+1}, x_j - x_{j+1}>; this and the next two are used by `GuardedSLS`.
+        onward: The sum of the <g_{j+1}, x_j - x_{j+1}>; this and the next are used by `GuardedSLS`.
         onward_squares: The sum of their squares.
-        mean_change: A decaying mean of the (f_{j+1} - f_j)^2.
         margin: M, by how much the losses fell more than the steps promised; see `adaptive_bilevel.policies.margin`.
     """
 
@@ -109,5 +108,4 @@ class SearchState(NamedTuple):
     gains: float = 0.0
     onward: float = 0.0
     onward_squares: float = 0.0
-    mean_change: float = 0.0
     margin: float = 0.0

@@ -95,21 +95,6 @@ def test_steps_along_which_losses_go_on_falling_are_not_at_fault(
     assert after.onward_squares == pytest.approx(2e-4 + (onward or 0.0) ** 2)
 
 
-@pytest.mark.parametrize(("change", "bounded"), [(0.0, True), (0.4, True), (0.6, False)])
-def test_losses_that_are_noise_are_no_evidence(change: float, bounded: bool) -> None:
-    """M = -1 is compared with two root mean squares of the changes between samples."""
-    state = SearchState(**KNOWN, margin=-1.0, mean_change=change * change)  # type: ignore[arg-type]
-    record, _ = GuardedSLS().step(state, loss=1e6, slope=1.0, trial=lambda a: 0.0)
-    assert (record.outcome == Outcome.at_bound) == bounded
-
-
-def test_the_mean_change_is_that_of_the_losses_at_steps() -> None:
-    _, state = walk(GuardedSLS(), [1.0, 3.0, 2.0], [1.0] * 3)
-    assert state.mean_change == pytest.approx(0.2 * 4.0 + 0.8 * 1.0)
-    _, state = walk(GuardedSLS(), [1.0, 3.0], [1.0] * 2)
-    assert state.mean_change == 4.0
-
-
 def test_units_do_not_matter() -> None:
     """f in units of 1e-9 and x in units of 1e6: steps in units of 1e21, all decisions the same."""
     losses = [1.0, 0.5, 2.0, 1.0, 3.0, 1.5, 2.5, 1.0] * 4

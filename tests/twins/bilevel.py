@@ -203,7 +203,7 @@ class Tangent:
 class Guard:
     """The longest step while the losses fell, and at the end of the steps still fall, by less than .05 of a <h, d>.
 
-    The first by two root mean squares of the changes of the losses, the second if it is not above two of its own.
+    The second does not hold either where that fall is above twice its standard error.
 
     It is the larger of the distance that `Bound` estimates and the root of the sum of the a^2 <h, d>, over the root of
     the mean <h, d> and of k + 1.
@@ -212,23 +212,22 @@ class Guard:
     def __init__(self) -> None:
         self.bound, self.k, self.M, self.onward, self.gains = Bound(), 0, 0.0, 0.0, 0.0
         self.last: tuple[float, float, Tensor] | None = None
-        self.change = self.onward2 = 0.0
+        self.onward2 = 0.0
 
     def longest(self, f: float, h: Tensor, x: Tensor) -> float:
         if self.last is None:
             return math.inf
         before, gain, start = self.last
-        a, w = float(h @ (start - x)), 4 / (self.k + 3)
-        M = self.M + before - f - 0.05 * gain + EPS * abs(before)
-        self.seen = M, self.onward + a, (1 - w) * self.change + w * (f - before) ** 2, self.onward2 + a * a
-        M, A, change, squares = self.seen
-        if M >= -2 * change**0.5 or A >= 0.05 * self.gains or A >= 2 * squares**0.5:
+        a = float(h @ (start - x))
+        M, A, squares = self.M + before - f - 0.05 * gain + EPS * abs(before), self.onward + a, self.onward2 + a * a
+        self.seen = M, A, squares
+        if M >= 0 or A >= 0.05 * self.gains or A >= 2 * squares**0.5:
             return math.inf
         return float((max(self.bound.D2, self.bound.sum_gamma2_n) / self.bound.G / (self.k + 1)) ** 0.5)
 
     def take(self, f: float, slope: float, a: float, x: Tensor) -> None:
         if self.last is not None:
-            self.M, self.onward, self.change, self.onward2 = self.seen
+            self.M, self.onward, self.onward2 = self.seen
         self.bound, self.k = self.bound.see(f, slope, a).take(f, slope, a), self.k + 1
         self.gains += a * slope
         self.last = f, a * slope, x
@@ -236,6 +235,7 @@ class Guard:
     def keep(self, f: float, slope: float, a: float) -> None:
         """Take note of a step without a search, which the next search compares as a part of the last one."""
         assert self.last is not None
+        assert self.M >= 0 or self.onward >= min(0.05 * self.gains, 2 * self.onward2**0.5)
         self.bound, self.k = self.bound.see(f, slope, a).take(f, slope, a), self.k + 1
         self.gains += a * slope
         self.last = self.last[0], self.last[1] + a * slope, self.last[2]
