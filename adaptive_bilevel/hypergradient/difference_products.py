@@ -11,7 +11,8 @@ Rounding asks for a long e, the third derivative for a short one. The gradient G
 tells how long: the even part r = ||G(e) + G(-e) - 2 G|| / ||G(e) - G(-e)|| is the part by which second derivatives
 change on the way. The error of the difference is some r^2, and that of rounding some eps / r, eps being the rounding
 unit; so r is to be eps^(1/3). A length that leaves a larger r is shortened, for two gradients more; the next product
-begins with the length found, also that of the next object on the same tensors.
+begins with the length found, also that of the next object on the same tensors. Where r is larger at the shorter length,
+or the difference is zero, it is rounding: the next length is twice as long.
 """
 
 from __future__ import annotations
@@ -194,27 +195,30 @@ class DifferenceCurvature:
         before: _Known = _known.get(key, _Known(longest))
         length = min(before.length, longest)
         best, part = self._difference(moves, inputs, here, length / size)
+        longer = part < 0.1 * self._target or not math.isfinite(part)
         for _ in range(_MOST_TRIES):
             if part <= _SLACK * self._target or not math.isfinite(part):
                 break
-            shorter = length * min(max(self._target / part, 1e-3), 0.5)
-            found, left = self._difference(moves, inputs, here, shorter / size)
-            if not left < 0.7 * part:
+            share = min(max(self._target / part, 1e-3), 0.5)
+            found, left = self._difference(moves, inputs, here, share * length / size)
+            if not left < math.sqrt(share) * part:
+                longer = left > part
                 break  # rounding, or kinks: no length is better
-            best, part, length = found, left, shorter
+            best, part, length = found, left, share * length
         now = before._replace(length=length, uses=before.uses + 1)
         if now.is_due:
-            half, _ = self._difference(moves, inputs, here, 0.5 * length / size)
+            half, left = self._difference(moves, inputs, here, 0.5 * length / size)
+            longer = longer or left > part
             apart, whole = add(best, half, -1.0), dot(best, best)
             now = _Known(length, math.sqrt(dot(apart, apart) / whole) if whole > 0.0 else 0.0, length)
         self.error = now.error if math.isnan(self.error) else max(self.error, now.error)
-        _known[key] = now._replace(length=length * (2.0 if part < 0.1 * self._target else 1.0))
+        _known[key] = now._replace(length=length * (2.0 if longer else 1.0))
         return best
 
     def _difference(
         self, moves: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], here: Sequence[Tensor], factor: float
     ) -> tuple[Vector, float]:
-        """Return the central difference over +- factor times the move, and its even part r."""
+        """Return the central difference over +- factor times the move, and its even part r; inf where it is zero."""
         origin = [p.detach().clone() for p, _ in moves]
 
         def at(sign: float) -> Vector:
@@ -233,7 +237,7 @@ class DifferenceCurvature:
         odd = add(ahead, back, -1.0)
         even = add(add(ahead, back), here, -2.0)
         change = dot(odd, odd)
-        part = math.sqrt(dot(even, even) / change) if change > 0.0 else 0.0
+        part = math.sqrt(dot(even, even) / change) if change > 0.0 else math.inf  # rounding, if it is not zero
         return scale(odd, 0.5 / factor), part
 
 

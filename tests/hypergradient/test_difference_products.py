@@ -184,6 +184,22 @@ def test_bisls_trains_an_attention_model() -> None:
     assert hessian.error < 1e-2
 
 
+def test_a_product_that_is_rounding_spoils_no_later_one() -> None:
+    """C v is zero here, so its differences are rounding; a shorter one that is zero to the bit is no better one."""
+    x = [torch.tensor([0.5]).float().requires_grad_()]
+    at, direction = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)).float() + 1
+    y, v = [at.clone().requires_grad_()], [direction]
+
+    def lower() -> Tensor:
+        return x[0].sum() * (y[0] - at).square().sum() + y[0].square().sum()
+
+    with Guard([*x, *y], Workspace()) as guard:
+        for _ in range(3):
+            products = DifferenceCurvature(LowerLoss(guard, [(lower, guard.random_state())]), x, y)
+            products.cross_vjp(v)
+            torch.testing.assert_close(products.hvp(v), (3 * v[0],), rtol=1e-3, atol=0.0)
+
+
 def test_what_float32_cannot_resolve_is_said() -> None:
     x, y = torch.ones(1).float().requires_grad_(), torch.linspace(-1.0, 2.0, 50).float().requires_grad_()
 
