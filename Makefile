@@ -93,9 +93,9 @@ test-betty-matrix: $(INSTALLED) $(OLD_BETTY) ## the integration with Betty on bo
 	PYTHONPATH=$(OLD_BETTY) $(PY) -m pytest tests/betty $(ARGS)
 
 # The trainers and hosts that need no integration, beside what .venv has; make test runs these tests too from then on.
-HOSTS := accelerate==1.15.0 pytorch-lightning==2.6.6 transformers==5.24.0 higher==0.2.1
+HOSTS := accelerate==1.15.0 pytorch-lightning==2.6.6 transformers==5.24.0 benchopt==1.10.0 higher==0.2.1
 
-test-hosts: $(INSTALLED) ## Accelerate, Lightning, transformers, higher and BOAT themselves: installs them into .venv
+test-hosts: $(INSTALLED) ## Accelerate, Lightning, transformers, benchopt, higher and BOAT themselves: installs them into .venv
 	$(PY) -m $(PIP) $(HOSTS)
 	$(PY) -m $(PIP) --no-deps boat-torch==1.1.1 # it asks for an old numpy
 	$(PY) -m pytest tests/hosts $(ARGS)
