@@ -55,3 +55,17 @@ def test_a_checkpoint_goes_on(tmp_path: Path) -> None:
             outer.step(problem.upper)
         reached.append(problem.decay.detach())
     assert torch.equal(*reached)
+
+
+def test_steps_within_an_accumulation_are_left_out() -> None:
+    """As those of torch's optimizers are; the batches of an accumulation belong into one closure."""
+    accelerator, problem = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), Problem()
+    model, inner, outer = accelerator.prepare(problem.model, *optimizers(problem))
+    problem.model = model
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            inner.step(problem.lower)
+            if accelerator.sync_gradients:
+                outer.step(problem.upper)
+    expected, reference = plainly(2, lower_steps=1)
+    assert torch.equal(problem.decay, expected.decay) and monitor(outer) == monitor(reference)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptive_bilevel import SLS, BiSLS, BiSPS, OneStepBiSLS, diagnose, monitor
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, DecSPS, OneStepBiSLS, SPSMax, diagnose, monitor
 from adaptive_bilevel.errors import ClosureError, OptionError
 from adaptive_bilevel.hypergradient import implicit
 from tests.hosts.problem import Problem, optimizers, plainly
@@ -103,6 +103,14 @@ def test_a_closure_under_torchs_name_is_all_that_a_step_needs(cls: Any) -> None:
         Lightning(inner).step(closure=lower)
         losses.append(float(outer.step(closure=lambda: (y + 0.5 * x - 0.3).square().sum())))
     assert losses[-1] < losses[0] and not torch.equal(x, torch.ones(2))
+
+
+@pytest.mark.parametrize("cls", [SPSMax, DecSPS, SPSB, SLS, SLSB, AutoSLS], ids=lambda cls: cls.__name__)
+def test_so_it_is_at_the_lower_level(cls: Any) -> None:
+    y = torch.ones(2, requires_grad=True)
+    inner = Lightning(cls([y]))
+    losses = [float(inner.step(closure=lambda: (y - 0.3).square().sum())) for _ in range(5)]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("cls", [BiSLS, BiSPS, OneStepBiSLS])
