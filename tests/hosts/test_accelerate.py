@@ -16,6 +16,13 @@ accelerate: Any = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
+@pytest.fixture(autouse=True)
+def first_accelerator() -> None:
+    """All accelerators of a process share their state, and other tests have made some."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
 @pytest.mark.parametrize("order", ["lower first", "together", "by two accelerators"])
 def test_prepared_at_both_levels(order: str) -> None:
     expected, reference = plainly(4)

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("benchopt")
 jax: Any = pytest.importorskip("jax")
-solver_file: Any = pytest.importorskip("examples.benchopt.adaptive_bilevel_solver")
+solver_file: Any = pytest.importorskip("examples.benchopt_solver")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 KEYS = jax.random.split(jax.random.PRNGKey(0), 3)
 A, B = (jax.random.normal(key, (64, 4)) for key in KEYS[:2])
