@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import policies
 from ..errors import ClosureError, LowerLevelError
+from ..evaluation import foreach
 from ..evaluation.closures import require_closure, value_of
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.means import averaged
@@ -114,7 +114,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
         before = gradients()
 
         def change() -> float:
-            moved = torch._foreach_sub(gradients(), before)
+            moved = foreach.sub(gradients(), before)
             return math.sqrt(sum(float((d**2).sum()) for d in moved))
 
         return change

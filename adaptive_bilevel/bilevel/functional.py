@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ClosureError, LowerLevelError, OptionError, TensorError
+from ..evaluation import foreach
 from ..evaluation.closures import Closure
 from ..evaluation.graph import nodes
 from ..evaluation.guard import Guard
@@ -209,7 +210,7 @@ class FunctionalLower:
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the leaves by step * response."""
         with torch.no_grad():
-            torch._foreach_add_(self.tensors(), list(response), alpha=step)
+            foreach.add_(self.tensors(), response, alpha=step)
 
     follow = carry
 

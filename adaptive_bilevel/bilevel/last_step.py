@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from ..evaluation import foreach
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import inner
 from ..optim.direction import Gradient
@@ -27,7 +26,7 @@ def onward(gradient: Gradient, state: RoleState) -> float | None:
     ]
     if not known:
         return None
-    back = torch._foreach_sub([start for _, _, start in known], [p.detach() for p, _, _ in known])
+    back = foreach.sub([start for _, _, start in known], [p.detach() for p, _, _ in known])
     return float(agree(inner([h for _, h, _ in known], list(back)))[0])
 
 

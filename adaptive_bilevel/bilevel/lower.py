@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ClosureError, LowerLevelError, OptionError, TensorError
+from ..evaluation import foreach
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Replay
 from ..evaluation.tensors import refuse_unsupported
@@ -151,14 +152,14 @@ class LowerLevel:
 
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable by step * response."""
-        torch._foreach_add_(self.tensors(), list(response), alpha=step)
+        foreach.add_(self.tensors(), response, alpha=step)
         for optimizer in self.optimizers:
             if isinstance(optimizer, AdaptiveOptimizer):
                 optimizer.displaced()
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
         """Move the variables of optimizers that can go back, and offer them the point before."""
-        offsets = torch._foreach_mul(list(response), step)
+        offsets = foreach.mul(response, step)
         by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
         for optimizer in self.optimizers:
             if not _goes_back(optimizer):
@@ -166,7 +167,7 @@ class LowerLevel:
             params = _parameters(optimizer)
             before = [p.detach().clone() for p in params]
             moved = [p for p in params if id(p) in by_id]
-            torch._foreach_add_(moved, [by_id[id(p)] for p in moved])
+            foreach.add_(moved, [by_id[id(p)] for p in moved])
             optimizer.offer(before)
 
 

@@ -19,9 +19,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.reductions import agree, on_host
 from ..evaluation.vectors import cast_like, inner, inners, widen
 from ..optim.moments import Moment, mean
@@ -138,12 +138,12 @@ class Predictive:
             return sums
         last = [saved["last"] for saved in state.each]
         masses = [1.0 - beta ** saved["averaged"] for saved in state.each]
-        lag = list(torch._foreach_div([saved["exp_avg"] for saved in state.each], masses))
-        torch._foreach_sub_(lag, last)
+        lag = foreach.div([saved["exp_avg"] for saved in state.each], masses)
+        foreach.sub_(lag, last)
         scaled = precondition(lag)
         products = [inner(lag, scaled)]
         del lag
-        products.append(inner(torch._foreach_sub(list(grads), last), scaled))
+        products.append(inner(foreach.sub(grads, last), scaled))
         del scaled
         products += inners((grads, precondition(grads)), (last, precondition(last)))
         spread, agreement, new, old = on_host(*products)
@@ -159,9 +159,9 @@ def _mixture(context: MomentumContext, average: Moment, theta: float) -> Callabl
 
     def step() -> list[Tensor]:
         mixture = average.moment()
-        torch._foreach_div_(mixture, average.mass)
+        foreach.div_(mixture, average.mass)
         if theta < 1.0:
-            mixture = list(torch._foreach_lerp(widen(context.gradient.values), mixture, theta))
+            mixture = foreach.lerp(widen(context.gradient.values), mixture, theta)
         return context.descent.precondition(cast_like(mixture, context.gradient.values))
 
     return step

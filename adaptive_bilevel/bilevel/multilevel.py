@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..hypergradient.products import Curvature
 from .context import Change, Point
 from .inverse import Inverse, Solved
@@ -79,7 +80,7 @@ class MultilevelTangent(TangentModel):
         for block, start in zip(self._blocks, starts, strict=True):
             moves = list(self.path.along) if block.follows_upper else []
             for i in block.follows:
-                moves += torch._foreach_neg(list(self._blocks[i].solved.tensors))
+                moves += foreach.neg(self._blocks[i].solved.tensors)
             block.push = block.curvature.cross_jvp(moves)
             block.solved = self._inverse.solve(block.curvature.hvp, block.push, start, finer=finer)
         flat = {i: t for block in self._blocks for i, t in zip(block.places, block.solved.tensors, strict=True)}
@@ -95,10 +96,10 @@ class MultilevelTangent(TangentModel):
                 v = self._inverse.dual(block.curvature.hvp, adjoints[j])
                 back = list(block.curvature.cross_vjp(v))
                 if block.follows_upper:
-                    total = list(torch._foreach_sub(total, back[: len(total)]))
+                    total = foreach.sub(total, back[: len(total)])
                     back = back[len(total) :]
                 for i in block.follows:
-                    adjoints[i] = list(torch._foreach_sub(adjoints[i], back[: len(adjoints[i])]))
+                    adjoints[i] = foreach.sub(adjoints[i], back[: len(adjoints[i])])
                     back = back[len(adjoints[i]) :]
         return total
 

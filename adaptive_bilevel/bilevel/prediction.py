@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..optim.state import RoleState
 from .context import PredictionContext
 from .roles import Prediction
@@ -105,8 +105,8 @@ def _mixed(context: PredictionContext, state: RoleState) -> list[Tensor] | None:
         return tangent
     mean = _TangentMean(context, state, tangent)
     corrected = mean.compute()
-    torch._foreach_div_(corrected, 1.0 - context.beta**mean.count)
-    return list(torch._foreach_lerp(tangent, corrected, context.mix.weight))
+    foreach.div_(corrected, 1.0 - context.beta**mean.count)
+    return foreach.lerp(tangent, corrected, context.mix.weight)
 
 
 def _tangent(context: PredictionContext, state: RoleState) -> list[Tensor] | None:
@@ -116,7 +116,7 @@ def _tangent(context: PredictionContext, state: RoleState) -> list[Tensor] | Non
     last, tensors = state.shared.get("last", ()), context.lower.tensors()
     if [w.shape for w in last] != [y.shape for y in tensors] or not last:
         return None
-    return list(torch._foreach_mul(list(last), math.sqrt(context.promised / state.shared["promised"])))
+    return foreach.mul(last, math.sqrt(context.promised / state.shared["promised"]))
 
 
 def _averaged(context: PredictionContext, state: RoleState) -> RoleState:
@@ -147,8 +147,8 @@ class _TangentMean:
 
     def compute(self) -> list[Tensor]:
         """Return the mean."""
-        mean = self._known["mean"] if self._known else torch._foreach_mul(self._tangent, 0.0)
-        return list(torch._foreach_lerp(list(mean), self._tangent, 1.0 - self._beta))
+        mean = self._known["mean"] if self._known else foreach.mul(self._tangent, 0.0)
+        return foreach.lerp(mean, self._tangent, 1.0 - self._beta)
 
 
 def prediction_of(option: Any) -> Prediction:

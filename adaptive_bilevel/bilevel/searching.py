@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import warn
+from ..evaluation import foreach
 from ..evaluation.closures import Closure, require_closure
 from ..evaluation.guard import Guard
 from ..evaluation.means import averaged
@@ -237,7 +238,7 @@ class SearchingOptimizer(StartingOptimizer):
         point.guard.put_back()
         point.guard.withdraw()
         tensors = paced.path.gradient.tensors
-        torch._foreach_copy_([*tensors, *point.lower], list(before))
+        foreach.copy_([*tensors, *point.lower], before)
         self.lower.upper_moved()
         write_states(self.state, {"pace": self.roles.pace.commit(paced, record, states["pace"])}, tensors)
         self._save_rule_state(point.scale.state, kept=0)

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.guard import RandomState
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, inners
@@ -86,7 +87,7 @@ class TangentModel(abc.ABC):
         """Move y by step * w (it is at y)."""
         assert self.offsets is not None
         self._step = step
-        torch._foreach_add_(list(self._lower), list(self.offsets), alpha=step)
+        foreach.add_(self._lower, self.offsets, alpha=step)
 
     @abc.abstractmethod
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
@@ -183,7 +184,7 @@ class JointTangent(TangentModel):
         """Return f_x - C P f_y."""
         with torch.enable_grad():
             v = self._inverse.dual(self._curvature.hvp, self._f_y)
-            return list(torch._foreach_sub(list(self._f_x), list(self._curvature.cross_vjp(v))))
+            return foreach.sub(self._f_x, list(self._curvature.cross_vjp(v)))
 
     def close(self) -> None:
         """Drop the graph and what only solves need."""
@@ -200,12 +201,12 @@ class JointTangent(TangentModel):
         for problem in self._problems:
             _, grads = self._guard.gradient(problem.closure, self._lower, problem.random)
             filled = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(self._lower, grads, strict=True))
-            moved = filled if moved is None else tuple(torch._foreach_add(list(moved), list(filled)))
+            moved = filled if moved is None else tuple(foreach.add(moved, filled))
         self._counts.gradients += 1
         assert moved is not None
         self._moved, expected = moved, None
         if self._remainder is not None:  # what a linear lower gradient would do is known, so it is no surprise
-            expected = torch._foreach_sub(list(self._gradient), list(self._remainder), alpha=self._step)
+            expected = foreach.sub(self._gradient, self._remainder, alpha=self._step)
         return [change_between(self._gradient, moved, self._push, self._residual, expected)]
 
     def correction(self) -> float | None:
@@ -232,7 +233,7 @@ def change_between(
     expected: Sequence[Tensor] | None = None,
 ) -> Change:
     """Return the change from one lower gradient, or from what is expected in its place, to another."""
-    delta = torch._foreach_sub(list(new), list(old if expected is None else expected))
+    delta = foreach.sub(new, list(old if expected is None else expected))
     *squares, mixed = torch.stack(inners((new, new), (old, old), (delta, delta), (push, push), (delta, push))).tolist()
     after, before, change, pushed = (math.sqrt(square) if square > 0.0 else max(square, 0.0) for square in squares)
     along = abs(mixed) / pushed if pushed > 0.0 else 0.0

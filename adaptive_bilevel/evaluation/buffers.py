@@ -93,8 +93,10 @@ class Buffers:
             self._look()
 
     def end(self) -> None:
-        """End an evaluation that an interruption has left inside a module."""
-        self._look()
+        """End an evaluation, also one that an interruption has left inside a module."""
+        if self.depth > 0:
+            self._look()
+        self.replicated.free()
 
     def _look(self) -> None:
         for slot in self.slots:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ClosureError
+from .all_leaves import to_all_leaves
 from .buffers import Buffers
-from .graph import nodes
 from .interception import Watched, installed
+from .parts import part
 
 __all__ = ["Closure", "Differentiated", "attached", "differentiated", "require_closure", "value", "value_of"]
 
@@ -72,10 +73,13 @@ class Recorder:
     Args:
         inputs: What to differentiate by, into ``.grad``; None: nothing is differentiated.
         stand_ins: Without `inputs`: what a closure finds after a backward, to read and change to no effect.
+        written: Returns parameters whose ``.grad`` each backward writes to, whatever it is asked for.
     """
 
-    def __init__(self, inputs: list[Tensor] | None, stand_ins: StandIns = tuple) -> None:
-        self._inputs, self._stand_ins = inputs, stand_ins
+    def __init__(
+        self, inputs: list[Tensor] | None, stand_ins: StandIns = tuple, written: Callable[[], list[Tensor]] = list
+    ) -> None:
+        self._inputs, self._stand_ins, self._written = inputs, stand_ins, written
         self._losses: list[Tensor] = []  # of the backwards that ran, in parts; without inputs, with their graphs
         self._root: Any = None  # of the graph of the first of them
         self._own: list[Tensor | None] | None = None  # None: no backward of the closure's ran
@@ -125,8 +129,9 @@ class Recorder:
     ) -> None:
         if inputs:  # an empty list would mean all leaves
             with Watched(None, None, True):  # a backward may call backward (checkpointing does), or run modules again
-                if self._hides:
-                    _to_all_leaves(loss, inputs, retain_graph, create_graph)
+                written = self._written()
+                if self._hides or written:
+                    to_all_leaves(loss, inputs, written, retain_graph, create_graph)
                 else:
                     installed.backward(loss, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
         self._losses.append(loss.detach())
@@ -135,7 +140,7 @@ class Recorder:
         """Return whether ``.grad`` is what the backwards have left there."""
         assert self._own is not None and self._inputs is not None
         pairs = zip(self._inputs, self._own, strict=True)
-        return all(p.grad is g if p.grad is None or g is None else torch.equal(p.grad, g) for p, g in pairs)
+        return all(p.grad is g if p.grad is None or g is None else torch.equal(part(p.grad), part(g)) for p, g in pairs)
 
     def attached(self, returned: Any) -> Tensor:
         """Return the loss with its graph."""
@@ -194,7 +199,7 @@ class Recorder:
 
 def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> Differentiated:
     """Call the closure, differentiate its loss into ``.grad`` of the inputs, and return what it left."""
-    recorder = Recorder(inputs)
+    recorder = Recorder(inputs, written=buffers.replicated.parts)
     with Watched(recorder, buffers, True):
         return recorder.differentiated(closure())
 
@@ -211,21 +216,6 @@ def value(closure: Closure, buffers: Buffers, stand_ins: StandIns, *, with_grad:
     recorder = Recorder(None, stand_ins)
     with Watched(recorder, buffers, with_grad):
         return recorder.value(closure())
-
-
-def _to_all_leaves(loss: Tensor, inputs: Sequence[Tensor], retain_graph: bool | None, create_graph: bool) -> None:
-    """Differentiate by all that a graph has, since a part of it is hidden; only the inputs keep what they get."""
-    wanted = {id(p) for p in inputs}
-    leaves = [getattr(node, "variable", None) for node in nodes([loss.grad_fn])]
-    found = [leaf for leaf in leaves if leaf is not None and id(leaf) not in wanted]
-    held = [(p, p.grad) for p in found]
-    try:
-        for p in found:
-            p.grad = None
-        installed.backward(loss, retain_graph=retain_graph, create_graph=create_graph)
-    finally:
-        for p, grad in held:
-            p.grad = grad
 
 
 def _added(own: Tensor | None, before: Tensor | None, after: Tensor | None) -> Tensor | None:

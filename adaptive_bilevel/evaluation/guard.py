@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import processes
+from . import foreach, processes
 from .aside import Aside
 from .buffers import Buffers
 from .closures import Closure, Differentiated, StandIns, attached, differentiated, value
@@ -142,7 +142,7 @@ class Guard:
         """Put everything back to before the block."""
         if origin := self._origin or self._copies:
             with torch.no_grad():
-                torch._foreach_copy_(self._tensors, origin)
+                foreach.copy_(self._tensors, origin)
         self.withdraw()
 
     def withdraw(self) -> None:
@@ -165,7 +165,7 @@ class Guard:
         if not self._copies and self._tensors:
             copies = self._workspace.fit(self._tensors)
             with torch.no_grad():
-                torch._foreach_copy_(copies, self._tensors)
+                foreach.copy_(copies, self._tensors)
             self._copies = copies
         return self._copies
 
@@ -173,13 +173,13 @@ class Guard:
         """Make the present parameters those that `put_back` returns to; `undo` still returns to the first ones."""
         self._origin = self._origin or [c.clone() for c in self.copy()]
         with torch.no_grad():
-            torch._foreach_copy_(self._copies, self._tensors)
+            foreach.copy_(self._copies, self._tensors)
 
     def put_back(self) -> None:
         """Copy the parameters back."""
         if self._copies:
             with torch.no_grad():
-                torch._foreach_copy_(self._tensors, self._copies)
+                foreach.copy_(self._tensors, self._copies)
 
     def gradient(
         self, closure: Closure, inputs: Sequence[Tensor], random: RandomState | None = None

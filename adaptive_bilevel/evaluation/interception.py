@@ -252,5 +252,5 @@ class Watched:
 
     def __exit__(self, *error: object) -> None:
         self._outer.restore()
-        if self._buffers is not None and self._buffers.depth > 0:
+        if self._buffers is not None:
             self._buffers.end()

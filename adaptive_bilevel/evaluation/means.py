@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import processes
 from .closures import Differentiated
+from .parts import in_parts
 from .replicated import Replicated
 
 __all__ = ["averaged", "joined"]
@@ -31,7 +32,7 @@ def joined(evaluate: Callable[[], Differentiated], inputs: Sequence[Tensor], rep
         nonlocal places
         if found is None:
             return [None] * len(inputs), list(inputs)
-        done = replicated.averaged(inputs)
+        done = replicated.averaged(inputs, found.gradients)
         places = [i for i, p in enumerate(inputs) if id(p) not in done]
         gradients, like = [found.gradients[i] for i in places], [inputs[i] for i in places]
         if found.looked and like:  # such a closure may change .grad on some processes only
@@ -55,9 +56,14 @@ def averaged(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> li
     """Return means over the processes of gradients that were evaluated elsewhere.
 
     Args:
-        gradients: One for each input; one that is None on every process stays None.
+        gradients: One for each input; one that is None on every process stays None. Those of parameters in parts are
+            means already.
         inputs: What they are gradients by.
     """
-    if processes.count() == 1:
-        return list(gradients)
-    return processes.means_of(lambda: None, lambda _: (gradients, inputs))[1]
+    found, places = list(gradients), [i for i, p in enumerate(inputs) if not in_parts(p)]
+    if processes.count() == 1 or not places:
+        return found
+    here, like = [gradients[i] for i in places], [inputs[i] for i in places]
+    for i, g in zip(places, processes.means_of(lambda: None, lambda _: (here, like))[1], strict=True):
+        found[i] = g
+    return found

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..errors import AdaptiveBilevelError, OptionError, ProcessError
+from .exchange import exchanged
 from .vectors import Vector, widen
 
 __all__ = [
@@ -110,20 +111,9 @@ def home() -> torch.device:
     return torch.device("cpu")
 
 
-def summed(block: Tensor, op: Any = distributed.ReduceOp.SUM) -> Tensor:
-    """Reduce a block over the processes, in place, and return it.
-
-    Raises:
-        ProcessError: torch could not: a process has ended, is elsewhere in its program, or the time is over.
-    """
-    try:
-        distributed.all_reduce(block, op=op, group=_here.group)
-    except RuntimeError as error:
-        raise ProcessError(
-            f"the {count()} processes could not exchange {block.numel()} numbers: one has ended, has skipped a step, "
-            f"or has other parameters. torch says: {error}"
-        ) from error
-    return block
+def summed(block: Tensor, op: Any = None) -> Tensor:
+    """Reduce a block over the processes, in place, and return it; see `exchanged`."""
+    return exchanged(block, _here.group, op)
 
 
 def mean(tensors: Sequence[Tensor]) -> Vector:

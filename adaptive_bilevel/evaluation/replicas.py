@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ProcessError
 from . import processes
+from .parts import require_mesh
 from .vectors import fingerprint
 
 __all__ = ["require_replicas"]
@@ -30,8 +31,9 @@ def require_replicas(tensors: Sequence[Tensor]) -> None:
     """Raise on all processes where tensors differ between them, when they are met first: two numbers are compared.
 
     Raises:
-        ProcessError: Number, shapes, dtypes or values differ.
+        ProcessError: Number, shapes, dtypes or values differ; or tensors are in parts over other processes.
     """
+    require_mesh(tensors, processes.count())
     if processes.count() == 1:
         return
     new = [t for t in tensors if t not in _known]

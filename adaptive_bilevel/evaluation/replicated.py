@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ClosureError, TensorError
 from . import processes
+from .parts import in_parts
 
 __all__ = ["Replicated"]
 
 Wrapped = nn.parallel.DistributedDataParallel
 
+_parameters: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
+"""The parameters in parts of each `fully_shard` module."""
+
 
 class Replicated:
-    """The `torch.nn.parallel.DistributedDataParallel` modules that have run in an evaluation.
+    """The modules that have run in an evaluation, as far as their backward takes means.
 
-    Their backward leaves means in ``.grad`` already, where it reaches all of their parameters and is not under
-    ``no_sync``.
+    `torch.nn.parallel.DistributedDataParallel` leaves them in ``.grad`` where it reaches all of its parameters and is
+    not under ``no_sync``. `torch.distributed.fsdp.fully_shard` leaves them in ``.grad`` of all of its parameters,
+    whichever the backward is asked for.
+
+    The last one keeps copies of whole parameters between a forward and its backward (a root module does by default).
+    They are freed at the end of an evaluation, since parameters move between evaluations.
     """
 
     def __init__(self) -> None:
         self._synced: dict[nn.Module, bool] = {}
+        self._sharding: dict[nn.Module, None] = {}
 
     def meet(self, module: nn.Module) -> None:
-        """Take note of a module that runs."""
+        """Take note of a module that runs.
+
+        Raises:
+            ClosureError: Its backward is not to take means, though its parameters are in parts.
+        """
         if isinstance(module, Wrapped):
             self._synced[module] = bool(module.require_backward_grad_sync)
+        elif hasattr(module, "_get_fsdp_state"):
+            _require_means(module)
+            self._sharding[module] = None
+            if module not in _parameters:
+                _reshard(module)
+                _parameters[module] = [p for p in module.parameters() if in_parts(p)]
 
     def forget(self) -> None:
         """Forget all modules."""
-        self._synced = {}
+        self._synced, self._sharding = {}, {}
 
-    def averaged(self, inputs: Sequence[Tensor]) -> set[int]:
-        """Return the ids of those tensors whose gradients are means already."""
+    def free(self) -> None:
+        """Free copies of whole parameters."""
+        for module in self._sharding:
+            _reshard(module)
+
+    def parts(self) -> list[Tensor]:
+        """Return the parameters in parts, whose ``.grad`` every backward writes to."""
+        return list({id(p): p for module in self._sharding for p in _parameters[module]}.values())
+
+    def averaged(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> set[int]:
+        """Return the ids of those tensors whose gradients are means already.
+
+        Args:
+            inputs: The tensors.
+            gradients: Theirs.
+
+        Raises:
+            TensorError: A tensor in parts has a gradient that no module of `fully_shard` has left.
+        """
         wanted, found = {id(p) for p in inputs}, set[int]()
         for module, synced in self._synced.items():
             wrapped: Any = module
@@ -43,4 +81,28 @@ class Replicated:
             own = {id(p) for name, p in named if p.requires_grad and name not in ignored}
             if synced and own <= wanted and wrapped.process_group.size() == processes.count():
                 found |= own
+        known = {id(p) for p in self.parts()}
+        for p, g in zip(inputs, gradients, strict=True):
+            if in_parts(p):
+                found.add(id(p))
+                if g is not None and id(p) not in known:
+                    raise TensorError(
+                        f"a parameter of shape {tuple(p.shape)} is a DTensor of no fully_shard module that the closure "
+                        "runs, so that nobody takes the mean of its gradient: call torch.distributed.fsdp.fully_shard "
+                        "on the module that holds it, or keep it whole"
+                    )
         return found
+
+
+def _reshard(module: Any) -> None:
+    module.reshard()
+
+
+def _require_means(module: Any) -> None:
+    state = module._get_fsdp_state()  # what set_requires_gradient_sync sets can be read nowhere else
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    if not all(getattr(group, name, True) for group in groups for name in ("reduce_grads", "all_reduce_grads")):
+        raise ClosureError(
+            "the closure runs a fully_shard module under set_requires_gradient_sync(False), and the step has no part "
+            "of such a gradient: let each backward reduce, or add up the losses of micro-batches and call none"
+        )

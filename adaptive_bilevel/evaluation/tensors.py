@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import TensorError
+from .parts import refuse_parts
 from .vectors import inner
 
-__all__ = ["SHARDED", "gradients_of", "is_sharded", "refuse_unsupported", "slope_of", "tainted"]
-
-
-SHARDED = (
-    "Parameters in parts (fully_shard, FSDP2) are not supported: steps move whole tensors. Use "
-    "DistributedDataParallel, or one process"
-)
+__all__ = ["gradients_of", "refuse_unsupported", "slope_of", "tainted"]
 
 
 def refuse_unsupported(owner: str, tensor: Tensor, what: str = "parameter") -> None:
     """Raise for tensors that no step size makes sense for."""
-    if is_sharded(tensor):
-        raise TensorError(f"{owner}: a {what} of shape {tuple(tensor.shape)} is a DTensor. {SHARDED}")
+    refuse_parts(owner, tensor, what)
     if tensor.is_complex() or tensor.layout is not torch.strided or not tensor.is_floating_point():
         kind = "complex" if tensor.is_complex() else str(tensor.layout if tensor.is_floating_point() else tensor.dtype)
         raise TensorError(
             f"{owner}: a {what} of shape {tuple(tensor.shape)} is {kind}; only dense real floating-point tensors "
             "can be stepped (for an embedding, pass sparse=False; view complex tensors as real)"
         )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a part of one on several processes."""
-    module = sys.modules.get("torch.distributed.tensor")  # where it was not imported, there is none
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def tainted(loss: Tensor, other_loss: Tensor | float, other_gradient: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,5 @@
 """Arithmetic on lists of tensors seen as one long vector, accumulated in at least float32."""
 
-# torch._foreach_* has no public name, and torch.optim itself is built on it.
-# pyright: reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,6 +8,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from . import foreach
+from .parts import part, whole
 
 __all__ = [
     "SHORT",
@@ -49,15 +49,20 @@ def cast_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Return sum_i w_i <left_i, right_i> as a 0-dim tensor, accumulated in float32 at least."""
-    if not left:
-        return torch.zeros(())
-    terms = products(left, right, weights)
-    return terms[0] if len(terms) == 1 else stacked(terms).sum()
+    return _total(products(left, right, weights))
 
 
 def inners(*pairs: tuple[Sequence[Tensor], Sequence[Tensor]]) -> list[Tensor]:
-    """Return `inner` of several pairs."""
-    return [inner(left, right) for left, right in pairs]
+    """Return `inner` of several pairs; of parts, by one exchange."""
+    here = [_products(left, right) for left, right in pairs]
+    terms = iter(whole([term for found in here for term in found], [t for left, _ in pairs for t in left]))
+    return [_total([next(terms) for _ in found]) for found in here]
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    if not terms:
+        return torch.zeros(())
+    return terms[0] if len(terms) == 1 else stacked(terms).sum()
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -73,10 +78,15 @@ def fingerprint(tensors: Sequence[Tensor]) -> float:
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
     """Return the terms of `inner`, one for each pair of tensors."""
-    found = [_dot(a, b) for a, b in zip(left, right, strict=True)]
+    found = whole(_products(left, right), left)
     if weights is not None and weights.count(1.0) < len(weights):
         found = [p if w == 1.0 else p * w for p, w in zip(found, weights, strict=True)]
     return found
+
+
+def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """Return the terms of `inner` over the entries that this process holds."""
+    return [_dot(part(a), part(b)) for a, b in zip(left, right, strict=True)]
 
 
 _is_cpu = attrgetter("is_cpu")
@@ -101,17 +111,17 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor], factor: float = 1.0) -> Vector:
     """Return ``left + factor * right``."""
-    return tuple(torch._foreach_add(list(left), list(right), alpha=factor))
+    return tuple(foreach.add(left, right, alpha=factor))
 
 
 def scale(tensors: Sequence[Tensor], factor: float) -> Vector:
     """Return ``factor * tensors``."""
-    return tuple(torch._foreach_mul(list(tensors), factor))
+    return tuple(foreach.mul(tensors, factor))
 
 
 def negate(tensors: Sequence[Tensor]) -> Vector:
     """Return ``-tensors``."""
-    return tuple(torch._foreach_neg(list(tensors)))
+    return tuple(foreach.neg(tensors))
 
 
 def zeros_like(tensors: Sequence[Tensor]) -> Vector:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..evaluation import foreach
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, add, cast_like, dot, inner, inners, rounding, widen, zeros_like
 from ..policies.validation import count, non_negative
@@ -37,7 +38,7 @@ class Adjoint:
 
     def __init__(self, functional: Sequence[Tensor]) -> None:
         self._functional = list(widen(functional))
-        self.tensors = list(torch._foreach_mul(self._functional, 0.0))
+        self.tensors = foreach.mul(self._functional, 0.0)
 
     def observe(self, p: Sequence[Tensor], image: Sequence[Tensor]) -> tuple[float, float]:
         """Look at a direction of the solve; `take` follows if the solve takes it.
@@ -57,7 +58,7 @@ class Adjoint:
 
     def take(self, p: Sequence[Tensor]) -> None:
         """Project v on the direction that was observed last; one without positive curvature is left out."""
-        torch._foreach_add_(self.tensors, list(p), alpha=self._length)
+        foreach.add_(self.tensors, p, alpha=self._length)
 
     def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
         """Return -<v, delta>, what phi is to be corrected by.
@@ -71,7 +72,7 @@ class Adjoint:
 
 def dual_correction(v: Sequence[Tensor], moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
     """Return -<v, moved - gradient> with v = P f_y: what a change of the lower gradient means for f, to first order."""
-    delta = torch._foreach_sub(list(moved), list(gradient))
+    delta = foreach.sub(moved, gradient)
     return -float(agree(inner(v, delta))[0])
 
 
@@ -193,7 +194,7 @@ class CG:
                 status = _ended(curvature, unit * norm * length)
                 break
             step = square / curvature
-            shorter = torch._foreach_add(residual, list(image), alpha=-step)
+            shorter = foreach.add(residual, image, alpha=-step)
             following = dot(shorter, shorter)
             if not math.isfinite(following):
                 status = SolverStatus.non_finite
@@ -205,11 +206,11 @@ class CG:
                 least, best, dual = following, None, []
             elif best is None:
                 best, dual = v, [] if adjoint is None else [tensor.clone() for tensor in adjoint.tensors]
-            v, residual = torch._foreach_add(v, p, alpha=step), shorter
+            v, residual = foreach.add(v, p, alpha=step), shorter
             if adjoint is not None:
                 adjoint.take(p)
             ratio = following / square
-            p = torch._foreach_add(shorter, list(p), alpha=ratio)
+            p = foreach.add(shorter, p, alpha=ratio)
             length, square = following + ratio**2 * length, following
         if status.ended_by_curvature and best is not None:
             v, square = best, least

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..evaluation import foreach
 from ..evaluation.vectors import Vector, rounding, zeros_like
 from ..policies.validation import count
 from .krylov import Flat, Layout, Rows, dot, on_host, square
@@ -196,7 +197,7 @@ class SpectralInverse:
         """Return whether ``rhs`` is the right side b up to rounding; False where b was zero or not finite."""
         if not self._rows.count or not self._layout.fits(rhs):
             return False
-        change = torch._foreach_sub(self._layout.flat(rhs), torch._foreach_mul(self._rows.row(0), self._size))
+        change = foreach.sub(self._layout.flat(rhs), foreach.mul(self._rows.row(0), self._size))
         return math.sqrt(float(square(list(change)))) <= 16.0 * self._rows.unit * self._size
 
     def extend(self, matvec: MatVec, rhs: Sequence[Tensor]) -> Extension:
@@ -227,11 +228,11 @@ class SpectralInverse:
                 self.outside = self._measured(curvature, math.sqrt(squared))
                 if status in (SolverStatus.zero_rhs, SolverStatus.flat):  # these say something of the basis only
                     status = SolverStatus.complete if self.outside > 0.0 else SolverStatus.flat
-                torch._foreach_add_(answer, rest, alpha=self.outside)
-                torch._foreach_add_(image, further, alpha=self.outside * length)
+                foreach.add_(answer, rest, alpha=self.outside)
+                foreach.add_(image, further, alpha=self.outside * length)
             else:
                 self.outside, status = 0.0, SolverStatus.non_finite
-        remainder = list(torch._foreach_sub(b, image))
+        remainder = foreach.sub(b, image)
         residual = math.sqrt(float(square(remainder))) / size
         shaped = self._layout.shaped
         return Extension(Solution(shaped(answer), products, residual, status), shaped(remainder))
@@ -247,7 +248,5 @@ class SpectralInverse:
         """Return ``H V coefficients``."""
         image = self._rows.combine(self.spectrum.matrix() @ coefficients)
         if self.spectrum.below > 0.0:
-            torch._foreach_add_(
-                image, self._rows.row(self._rows.count), alpha=self.spectrum.below * float(coefficients[-1])
-            )
+            foreach.add_(image, self._rows.row(self._rows.count), alpha=self.spectrum.below * float(coefficients[-1]))
         return image

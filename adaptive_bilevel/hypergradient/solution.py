@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from ..errors import warn
+from ..evaluation import foreach
 from ..evaluation.vectors import Vector, dot, zeros_like
 
 __all__ = [
@@ -190,6 +190,6 @@ def relative_residual(matvec: MatVec, v: Sequence[Tensor], rhs: Sequence[Tensor]
         v: The solution.
         rhs: b.
     """
-    left = torch._foreach_sub(list(rhs), list(matvec(tuple(v))))
+    left = foreach.sub(rhs, list(matvec(tuple(v))))
     size = dot(rhs, rhs)
     return math.sqrt(dot(left, left) / size) if size > 0.0 else 0.0

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import ClosureError, TensorError
 from adaptive_bilevel.evaluation.guard import Guard, RandomState, Workspace
+from adaptive_bilevel.evaluation.parts import refuse_parts
 from adaptive_bilevel.evaluation.processes import Group, checked
-from adaptive_bilevel.evaluation.tensors import SHARDED, is_sharded
 
 __all__ = [
     "Closure",
@@ -85,8 +85,7 @@ def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
             raise TensorError(f"{name}=[] holds no tensor: pass the tensors that are the {name} variable.")
         for index, tensor in enumerate(tensors):
             where = f"{name}[{index}]"
-            if is_sharded(tensor):
-                raise TensorError(f"{where} is a DTensor. {SHARDED}.")
+            refuse_parts(where, tensor, "tensor")
             if tensor.layout is not torch.strided:
                 raise TensorError(f"{where} has layout {tensor.layout}: only dense ones can be differentiated twice.")
             if not tensor.is_floating_point():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from ..evaluation import foreach
 from ..evaluation.vectors import Vector, inner
 from ..hypergradient.estimate import Point
 from ..hypergradient.oracle import Oracle
@@ -25,8 +24,8 @@ def choose(oracle: Oracle, moved: Point, stayed: Vector, sample: Sample, share: 
     """
     here = float(oracle.lower_value(moved.x, moved.y, sample))
     there = oracle.lower_gradients(moved.x, stayed, sample)
-    offset = torch._foreach_sub(list(moved.y), list(stayed))
+    offset = foreach.sub(moved.y, stayed)
     seen = share.after(float(inner(there.lower, offset)), float(there.loss), here)
     if seen.value == 1.0:
         return moved, seen
-    return moved._replace(y=tuple(torch._foreach_add(list(stayed), offset, alpha=seen.value))), seen
+    return moved._replace(y=tuple(foreach.add(stayed, offset, alpha=seen.value))), seen

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..bilevel import BiSLS, OneStepBiSLS
 from ..bilevel.lower import LowerProblem
+from ..evaluation import foreach
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Evaluated, Objective
 from ..evaluation.vectors import Vector
@@ -71,7 +72,7 @@ class UpperSearch:
         x, y = self._x, self._level.leaves
         self._level.step_size, self._level.offset = lower_step, None
         with torch.no_grad():
-            torch._foreach_copy_([*x, *y], [*point.x, *point.y])
+            foreach.copy_([*x, *y], [*point.x, *point.y])
         for p, h in zip(x, estimate.hypergradient, strict=True):
             p.grad = h
         solver = self._optimizer.solver if isinstance(self._optimizer, BiSLS) else None
@@ -85,7 +86,7 @@ class UpperSearch:
         assert record is not None
         after, offered = tuple(t.detach().clone() for t in y), None
         if self._level.offset is not None:
-            offered, after = point.y, tuple(torch._foreach_add(list(point.y), list(self._level.offset)))
+            offered, after = point.y, tuple(foreach.add(point.y, self._level.offset))
         return Searched(tuple(t.detach().clone() for t in x), after, offered, record)
 
     def state_dict(self) -> PlainData:
@@ -155,8 +156,8 @@ class _Level:
 
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable along."""
-        torch._foreach_add_(self.leaves, list(response), alpha=step)
+        foreach.add_(self.leaves, response, alpha=step)
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
         """Keep the predicted response for the driver."""
-        self.offset = torch._foreach_mul(list(response), step)
+        self.offset = foreach.mul(response, step)

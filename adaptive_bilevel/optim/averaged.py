@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
 from ..evaluation.guard import Closure, Guard
@@ -59,13 +60,13 @@ class AveragedSearch(AdaptiveOptimizer):
         rests = Attempts().value(lambda: guard.value(closure)) if known is None else known.loss
         resting = [p.detach().clone() for p in params]
         guard.copy()
-        torch._foreach_add_(params, average.ahead)
+        foreach.add_(params, average.ahead)
         guard.rebase()
-        point = None if before is None else list(torch._foreach_add(before, average.ahead))
+        point = None if before is None else foreach.add(before, average.ahead)
         found, kept, _ = self._decide(guard, closure, params, point, guard.entry)
         if before is not None and kept < 1.0:
             # What was compared is at the prediction.
-            self._average, self._resting = average, list(torch._foreach_lerp(before, resting, kept))
+            self._average, self._resting = average, foreach.lerp(before, resting, kept)
             return found
         at_rest, ahead = on_host(rests, found.loss)
         self._average, self._resting = average.compared(at_rest - ahead), resting
@@ -94,7 +95,7 @@ class AveragedSearch(AdaptiveOptimizer):
     def _stay(self, params: list[Tensor]) -> None:
         """Put the parameters back to the mean: the step has moved nothing."""
         if self._resting is not None:
-            torch._foreach_copy_(params, self._resting)
+            foreach.copy_(params, self._resting)
 
     def _look(self, state: State, value: Callable[[], Any]) -> State:
         """Return the state with the loss after a step that was not along the searched direction."""

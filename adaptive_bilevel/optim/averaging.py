@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.vectors import cast_like, fingerprint
 from .direction import Descent, Gradient
 from .moments import Moment, mean
@@ -63,7 +64,7 @@ class MeanGradient:
         average = mean(gradient.values, state.each, self._beta)
         step = average.moment()
         if step:
-            torch._foreach_div_(step, average.mass)
+            foreach.div_(step, average.mass)
         return Descent(list, list(cast_like(step, gradient.values)), memory=average)
 
     def commit(self, gradient: Gradient, descent: Descent, state: RoleState, moved: Tensor | bool = True) -> RoleState:
@@ -131,10 +132,10 @@ def settle(state: Any, params: Sequence[Tensor], start: Sequence[Tensor], averag
     if average is None:
         ahead, average = [torch.zeros_like(p, requires_grad=False) for p in params], Average([])
     else:
-        ahead = list(torch._foreach_sub(list(params), list(start)))
-        torch._foreach_add_(ahead, average.ahead)
-        torch._foreach_mul_(ahead, 1.0 - _weight(average.taken + 1))
-        torch._foreach_sub_(list(params), ahead)
+        ahead = foreach.sub(params, start)
+        foreach.add_(ahead, average.ahead)
+        foreach.mul_(ahead, 1.0 - _weight(average.taken + 1))
+        foreach.sub_(params, ahead)
     shared = {
         "at": fingerprint(params),
         "count": average.taken + 1,

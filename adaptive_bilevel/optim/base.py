@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
 from ..evaluation.counts import Counts, Evaluations
@@ -159,19 +159,19 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         predicted = [p.clone() for p in guard.copy()]
         moved = Attempts().value(lambda: guard.value(closure, random))
         self._own_counts.values += 1
-        torch._foreach_copy_(params, before)
+        foreach.copy_(params, before)
         guard.rebase()
         found = self._gradient(guard, closure, params, guard.entry)
-        offset = torch._foreach_sub(predicted, before)
+        offset = foreach.sub(predicted, before)
         own = gradients_of(params, params, found.gradients if found.own is None else found.own)
         slope, stayed, ahead = on_host(inner(own, offset), found.loss, moved)
         kept = self._warm_start.look(self.state, slope, stayed, ahead)
         if kept == 0.0:
             return Start(found, kept, stayed)
         if kept == 1.0:
-            torch._foreach_copy_(params, predicted)
+            foreach.copy_(params, predicted)
         else:
-            torch._foreach_add_(params, offset, alpha=kept)
+            foreach.add_(params, offset, alpha=kept)
         guard.rebase()
         if kept == 1.0 and known is not None:
             return Start(Differentiated(*known), kept, stayed)

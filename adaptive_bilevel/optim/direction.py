@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.vectors import cast_like, widen
 from .moments import Moment, mean, mean_square
 from .state import RoleState
@@ -48,11 +49,11 @@ def move(params: Sequence[Tensor], directions: Sequence[Tensor], step: float, fa
         most = min(torch.finfo(p.dtype).max for p in params)
         step = step if abs(step) <= most else math.copysign(math.inf, step)
     if factors.count(1.0) == len(factors):
-        torch._foreach_add_(list(params), list(directions), alpha=-step)
+        foreach.add_(params, directions, alpha=-step)
         return
     for factor in sorted(set(factors)):
         chosen = [i for i, w in enumerate(factors) if w == factor]
-        torch._foreach_add_([params[i] for i in chosen], [directions[i] for i in chosen], alpha=-step * factor)
+        foreach.add_([params[i] for i in chosen], [directions[i] for i in chosen], alpha=-step * factor)
 
 
 class Gradient(NamedTuple):
@@ -185,9 +186,9 @@ class AdamMetric:
         """Return A, and the second moment."""
         second = mean_square(gradient.values, state.each, self._beta)
         root = second.moment()
-        torch._foreach_sqrt_(root)
-        torch._foreach_div_(root, [mass**0.5 for mass in second.mass])
-        torch._foreach_add_(root, self._eps)
+        foreach.sqrt_(root)
+        foreach.div_(root, [mass**0.5 for mass in second.mass])
+        foreach.add_(root, self._eps)
         return root, second
 
 
@@ -218,8 +219,8 @@ class Adam:
         root, second = self._metric.root(gradient, state)
         first = mean(gradient.values, state.each, self._beta)
         step = first.moment()
-        torch._foreach_div_(step, root)
-        torch._foreach_div_(step, first.mass)
+        foreach.div_(step, root)
+        foreach.div_(step, first.mass)
         step = list(cast_like(step, gradient.values))
         return Descent(lambda g: _divided(g, root, gradient.values), step, memory=(second, first))
 
@@ -234,4 +235,4 @@ class Adam:
 
 def _divided(gradients: Sequence[Tensor], root: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Return g / A, which is in at least float32, in the dtypes of ``like``."""
-    return list(cast_like(torch._foreach_div(widen(gradients), list(root)), like))
+    return list(cast_like(foreach.div(widen(gradients), root), like))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.vectors import widen
 from .state import RoleState
 
@@ -46,7 +47,7 @@ def mean(
     known: Sequence[Mapping[str, Any]] = [{} for _ in each] if restart else each
 
     def advance(old: list[Tensor]) -> list[Tensor]:
-        return list(torch._foreach_lerp(old, widen(gradients), 1.0 - beta))
+        return foreach.lerp(old, widen(gradients), 1.0 - beta)
 
     return _moment(("averaged", "exp_avg"), gradients, known, beta, advance)
 
@@ -55,8 +56,8 @@ def mean_square(gradients: Sequence[Tensor], each: Sequence[Mapping[str, Any]], 
     """Return the moving mean of squares; the state holds "step" (n) and "exp_avg_sq" (v)."""
 
     def advance(old: list[Tensor]) -> list[Tensor]:
-        second, new = list(torch._foreach_mul(old, beta)), widen(gradients)
-        torch._foreach_addcmul_(second, new, new, 1.0 - beta)
+        second, new = foreach.mul(old, beta), widen(gradients)
+        foreach.addcmul_(second, new, new, 1.0 - beta)
         return second
 
     return _moment(("step", "exp_avg_sq"), gradients, each, beta, advance)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, TensorError
+from ..evaluation import foreach
 from ..evaluation.guard import Guard
 from ..evaluation.vectors import inner
 from ..policies import validation
@@ -182,7 +183,7 @@ class Section:
             try:
                 self.project(tensors)
             finally:
-                torch._foreach_copy_([t.detach() for t in staying], saved)
+                foreach.copy_([t.detach() for t in staying], saved)
 
     def enter(self, guard: Guard, tensors: Sequence[Tensor]) -> None:
         """Project the point that a step starts from, to which its trials then go back."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..evaluation import foreach
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import inner
 from .direction import Descent, Gradient
@@ -105,9 +106,7 @@ class SearchPath:
             return path
         weighted = [g * w for g, w in zip(h, self.gradient.factors, strict=True)]
         square = float(agree(inner(h, weighted))[0])
-        plain = (
-            self._cut(torch._foreach_mul(weighted, self.promised / square), constrained, longest) if square else None
-        )
+        plain = self._cut(foreach.mul(weighted, self.promised / square), constrained, longest) if square else None
         return path if plain is None else max(path, replace(path, along=plain, replaced=True), key=_promised)
 
     def _representable(self) -> float:

@@ -1,0 +1,123 @@
+"""Parameters in parts (`fully_shard`): equal on all processes, and to one process with the data of all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS
+from adaptive_bilevel.hypergradient import CG, Lanczos, assign, check, implicit
+from tests.processes import results_of
+
+Run = Callable[[list[int], str], list[Tensor]]
+"""From the shares of the data (one for each process) and what is sharded, to the tensors of the end."""
+
+
+class Penalized(nn.Module):
+    """Layers with a sum of squares of their parameters, which is computed where they are whole."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers(features), torch.stack([p.square().sum() for p in self.parameters()]).sum()
+
+
+class Problem:
+    """A feature map x above a small network y; no dimension is divisible by four, and some parts are empty.
+
+    Args:
+        shares: Of the data.
+        sharded: "", "lower", "upper" or "both".
+        sizes: Number of samples of each share.
+    """
+
+    def __init__(self, shares: list[int], sharded: str = "", sizes: tuple[int, ...] = (8, 8, 8, 3)) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.outer = Penalized(nn.Linear(3, 3))
+            self.inner = Penalized(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+        if sharded in ("lower", "both"):
+            fully_shard(self.inner)
+        if sharded in ("upper", "both"):
+            fully_shard(self.outer)
+        self.x, self.y = list(self.outer.parameters()), list(self.inner.parameters())
+        self.shares, self.sizes = shares, sizes
+
+    def batch(self, share: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1000 * share + seed)
+        features = torch.randn(self.sizes[share], 3, generator=generator)
+        return features, features.sum(1, keepdim=True).sin() + 0.1 * share
+
+    def fit(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        losses = []
+        for share in self.shares:
+            features, target = self.batch(share, seed)
+            features, above = self.outer(features)
+            found, below = self.inner(features)
+            losses.append((found - target).square().mean())
+        return torch.stack(losses).mean(), above, below
+
+    def lower(self, seed: int) -> Tensor:
+        fit, _, penalty = self.fit(seed)
+        return fit + 0.01 * penalty
+
+    def upper(self, seed: int) -> Tensor:
+        fit, penalty, _ = self.fit(500 + seed)
+        return fit + 0.001 * penalty
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in (*self.x, *self.y)]
+
+
+def steps_below(make: Callable[..., Any]) -> Run:
+    def run(shares: list[int], sharded: str) -> list[Tensor]:
+        problem = Problem(shares, sharded)
+        optimizer = make(problem.y)
+        for k in range(10):
+            optimizer.step(partial(problem.lower, k))
+        return problem.tensors
+
+    return run
+
+
+RUNS: dict[str, Run] = {
+    "SLS": steps_below(SLS),
+    "SLS Adam": steps_below(partial(SLS, direction="adam")),
+    "SLSB": steps_below(SLSB),
+    "SPSB": steps_below(SPSB),
+    "AutoSLS": steps_below(AutoSLS),
+}
+SHARDED = {name: ("lower", "both") for name in RUNS}
+CLOSE: dict[str, float] = {}
+
+
+def work(rank: int) -> Any:
+    return {
+        (name, what): [t.tolist() for t in run([rank], what)] for name, run in RUNS.items() for what in SHARDED[name]
+    }
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def processes(request: Any) -> list[Any]:
+    return results_of(work, request.param)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_parts_are_whole(name: str, processes: list[Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = RUNS[name](list(range(len(processes))), "")
+    for what in SHARDED[name]:
+        assert all(found[name, what] == processes[0][name, what] for found in processes), what
+        for found, tensor in zip(processes[0][name, what], expected, strict=True):
+            torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=CLOSE.get(name, 1e-8))
