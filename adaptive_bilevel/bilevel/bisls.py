@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..errors import OptionError
 from ..hypergradient import Lanczos, LinearSolver
+from ..hypergradient.products import refuse_products
 from ..hypergradient.shared_basis import expect
 from ..optim.direction import Direction
 from ..optim.options import Conduct, refuse_unused_moments
@@ -48,6 +49,7 @@ class UpperSearch(SearchingOptimizer):
 
     def _follow(self, level: Lower) -> None:
         """Set the lower level. Its hypergradients share their products with the next upper step."""
+        refuse_products("BiSLS", self.options.products, (*self._parameters(), *level.tensors()))
         super()._follow(level)
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())

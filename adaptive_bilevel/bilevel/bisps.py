@@ -17,6 +17,7 @@ from ..evaluation import foreach
 from ..evaluation.closures import require_closure, value_of
 from ..evaluation.guard import Closure, Guard
 from ..evaluation.means import averaged
+from ..evaluation.vectors import dot
 from ..optim.direction import Direction
 from ..optim.options import Conduct
 from ..optim.polyak_step import PolyakOptimizer
@@ -115,7 +116,7 @@ class UpperPolyak(UpperOptimizer, PolyakOptimizer):
 
         def change() -> float:
             moved = foreach.sub(gradients(), before)
-            return math.sqrt(sum(float((d**2).sum()) for d in moved))
+            return math.sqrt(dot(moved, moved))
 
         return change
 

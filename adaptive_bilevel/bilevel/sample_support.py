@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..evaluation.parts import part, whole
 from ..evaluation.reductions import on_host
+from ..evaluation.vectors import stacked
 
 __all__ = ["Support", "support"]
 
@@ -54,10 +56,9 @@ class Support(NamedTuple):
         if self.age > 2 * self.grown:
             return {"mask": lambda: _support_of(entries), "age": 1, "grown": 1, "before": self.total}
 
-        def mask() -> Tensor:
+        def mask() -> list[Tensor]:
             here = _support_of(entries)
-            joined: Tensor = here | _known(saved, here)["mask"]
-            return joined
+            return _joined(here, _known(saved, here)["mask"])
 
         return {"mask": mask, "age": self.age, "grown": self.grown, "before": self.before}
 
@@ -67,29 +68,35 @@ def support(entries: Entries, saved: Mapping[str, Any]) -> Support:
 
     Args:
         entries: Parameters and hypergradients.
-        saved: What is kept: "mask" (the entries supported since counting began, all parameters in a row), "age" (steps
+        saved: What is kept: "mask" (the entries supported since counting began, for each parameter), "age" (steps
             since then), "grown" (its age when the last new entry came), and "before" (the number of entries supported
             before). Empty before the first step; of other parameters than these, it is not used.
     """
     here = _support_of(entries)
     known = _known(saved, here)
-    size, before, both = on_host(
-        here.count_nonzero(), known["mask"].count_nonzero(), (here | known["mask"]).count_nonzero()
-    )
+    size, before, both = on_host(*map(_count, (here, known["mask"], _joined(here, known["mask"]))))
     age = known["age"] + 1
     share = min(size / max(both, known["before"]), 1.0) if size > 0.0 else 1.0
     return Support(share, age, age if both > before else known["grown"], both, known["before"])
 
 
-def _support_of(entries: Entries) -> Tensor:
+def _support_of(entries: Entries) -> list[Tensor]:
     """Return which entries are not zero; computed again after the search, rather than kept during it."""
-    device = entries[0][0].device if entries else torch.device("cpu")
-    rows = [(torch.zeros_like(p, dtype=torch.bool) if g is None else g != 0).reshape(-1).to(device) for p, g in entries]
-    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.bool)
+    return [torch.zeros_like(p, dtype=torch.bool, requires_grad=False) if g is None else g != 0 for p, g in entries]
 
 
-def _known(saved: Mapping[str, Any], here: Tensor) -> Mapping[str, Any]:
-    """Return what is kept, on the device of the parameters; of a first step, where it is of other parameters."""
-    if "mask" not in saved or saved["mask"].numel() != here.numel():
-        return {"mask": torch.zeros_like(here), "age": 0, "grown": 0, "before": 0.0}
-    return {**saved, "mask": saved["mask"].to(here.device)}
+def _joined(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    return [a | b for a, b in zip(one, other, strict=True)]
+
+
+def _count(masks: Sequence[Tensor]) -> Tensor:
+    """Return the number of entries in masks."""
+    counts = whole([part(mask).count_nonzero() for mask in masks], masks)
+    return stacked(counts).sum() if counts else torch.zeros(())
+
+
+def _known(saved: Mapping[str, Any], here: Sequence[Tensor]) -> Mapping[str, Any]:
+    """Return what is kept, on the devices of the parameters; of a first step, where it is of other parameters."""
+    if "mask" not in saved or [m.shape for m in saved["mask"]] != [m.shape for m in here]:
+        return {"mask": [torch.zeros_like(m) for m in here], "age": 0, "grown": 0, "before": 0.0}
+    return {**saved, "mask": [m.to(h.device) for m, h in zip(saved["mask"], here, strict=True)]}

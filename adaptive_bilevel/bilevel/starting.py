@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import OptionError
 from ..evaluation.closures import Closure
 from ..evaluation.guard import Guard, RandomState
 from ..evaluation.means import averaged
 from ..evaluation.objective import Objective
+from ..evaluation.parts import any_in_parts
 from ..evaluation.reductions import agree
 from ..evaluation.tensors import gradients_of
 from ..hypergradient.shared_basis import waits
@@ -21,7 +23,7 @@ from ..optim.projection import Section
 from ..optim.search_path import SearchPath
 from ..policies.scalars import resolution
 from .context import PaceContext, Point
-from .lower import LowerLevel
+from .lower import Lower, LowerLevel
 from .scale import Scale
 from .source import DirectLoss
 from .upper import UpperOptimizer
@@ -44,6 +46,19 @@ class StartingOptimizer(UpperOptimizer):
 
     project: Any = None
 
+    def _follow(self, level: Lower) -> None:
+        """Take a lower level; whether the options fit the parameters is known then."""
+        super()._follow(level)
+        self._require_whole(self.project)
+
+    def _require_whole(self, project: Any) -> None:
+        if project is not None and any_in_parts(self._parameters()):
+            raise OptionError(
+                f"{type(self).__name__}(project={project!r}): upper parameters are in parts (fully_shard), and a "
+                "projection is of whole ones; compute the variable from parameters that are free (a sigmoid for a box, "
+                "a softmax for a simplex), or keep them whole"
+            )
+
     def _begin(
         self, guard: Guard, objective: Closure | None, params: list[Tensor], given: list[Tensor | None] | None
     ) -> list[Tensor | None]:
@@ -64,6 +79,7 @@ class StartingOptimizer(UpperOptimizer):
         project = hosted if self.project is None else self.project
         if project is None:
             return None, gradient
+        self._require_whole(project)
         section = Section.of(project, params, gradient.tensors, gradient.factors)
         section.enter(guard, params)
         return section, gradient

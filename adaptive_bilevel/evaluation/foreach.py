@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parts import any_in_parts, part, wrapped
+from .parts import any_in_parts, form, formed, part
 
 __all__ = [
     "add",
@@ -44,7 +44,7 @@ def _on_parts(operation: Callable[..., Any]) -> Callable[..., list[Tensor]]:
             return first if found is None else list(found)
         lists = [list(map(part, o)) if isinstance(o, (list, tuple)) else o for o in others]
         found = operation(list(map(part, first)), *lists, **options)
-        return first if found is None else list(map(wrapped, found, first))
+        return first if found is None else list(map(formed, found, map(form, first)))
 
     return apply
 

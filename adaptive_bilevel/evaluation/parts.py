@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,18 @@ from ..errors import ProcessError, TensorError
 from .exchange import exchanged
 
 __all__ = [
+    "Spread",
     "any_in_parts",
+    "form",
+    "formed",
     "gathered",
     "in_parts",
     "part",
     "refuse_parts",
     "require_mesh",
     "scattered",
+    "spread",
     "whole",
-    "wrapped",
 ]
 
 
@@ -57,11 +60,16 @@ def part(tensor: Any) -> Any:
         return tensor.to_local()
 
 
-def wrapped(local: Tensor, like: Any) -> Tensor:
-    """Return the DTensor of a part, laid out as another one; a part of a whole tensor is the tensor itself."""
-    if not in_parts(like):
+def form(tensor: Any) -> Any:
+    """Return how a DTensor is laid out, without its entries; None for a whole tensor."""
+    return tensor._spec if in_parts(tensor) else None
+
+
+def formed(local: Tensor, form: Any) -> Tensor:
+    """Return the DTensor of a part, laid out in a form; with None, the part is the tensor itself."""
+    if form is None:
         return local
-    made: Tensor = _module().DTensor(local, like._spec, requires_grad=False)  # from_local takes 20 times as long
+    made: Tensor = _module().DTensor(local, form, requires_grad=False)  # from_local takes 20 times as long
     return made
 
 
@@ -75,23 +83,42 @@ def whole(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         tensors: What the sums are over.
     """
     found = list(sums)
-    places: dict[Any, list[int]] = {}
+    places: dict[tuple[Spread, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
-        if in_parts(t):
-            places.setdefault((*_layout(t), found[i].dtype), []).append(i)
-    for (mesh, dims, _), indices in places.items():
-        block = torch.stack([found[i] for i in indices])
-        for dim in dims:
-            exchanged(block, mesh.get_group(dim))
+        if (over := spread(t)) is not None:
+            places.setdefault((over, found[i].dtype), []).append(i)
+    for (over, _), indices in places.items():
+        block = over.total(torch.stack([found[i] for i in indices]))
         for i, total in zip(indices, block.unbind(), strict=True):
             found[i] = total
     return found
 
 
-def _layout(tensor: Any) -> tuple[Any, tuple[int, ...]]:
-    """Return the mesh, and the dimensions of it along which the processes hold different entries."""
-    mesh, placements = tensor.device_mesh, tensor.placements
-    return mesh, tuple(dim for dim, p in enumerate(placements) if not p.is_replicate() and mesh.size(dim) > 1)
+class Spread(NamedTuple):
+    """The processes that hold different entries of a tensor.
+
+    Attributes:
+        mesh: Of the processes.
+        dimensions: Those of the mesh along which entries differ.
+    """
+
+    mesh: Any
+    dimensions: tuple[int, ...]
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return sums over all entries, from those over the entries that this process holds; changed in place."""
+        for dimension in self.dimensions:
+            exchanged(sums, self.mesh.get_group(dimension))
+        return sums
+
+
+def spread(tensor: Any) -> Spread | None:
+    """Return over which processes the entries of a tensor are spread; None: this one holds them all."""
+    if not in_parts(tensor):
+        return None
+    mesh = tensor.device_mesh
+    split = [dim for dim, p in enumerate(tensor.placements) if not p.is_replicate() and mesh.size(dim) > 1]
+    return Spread(mesh, tuple(split)) if split else None
 
 
 def gathered(tensor: Any) -> Tensor:

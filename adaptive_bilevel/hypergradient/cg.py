@@ -206,11 +206,11 @@ class CG:
                 least, best, dual = following, None, []
             elif best is None:
                 best, dual = v, [] if adjoint is None else [tensor.clone() for tensor in adjoint.tensors]
-            v, residual = foreach.add(v, p, alpha=step), shorter
+            v, residual = tuple(foreach.add(v, p, alpha=step)), shorter
             if adjoint is not None:
                 adjoint.take(p)
             ratio = following / square
-            p = foreach.add(shorter, p, alpha=ratio)
+            p = tuple(foreach.add(shorter, p, alpha=ratio))
             length, square = following + ratio**2 * length, following
         if status.ended_by_curvature and best is not None:
             v, square = best, least

@@ -17,12 +17,16 @@ from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
 from adaptive_bilevel.policies.validation import count, fraction, positive
 
 from ..evaluation.opened import closing
+from ..evaluation.parts import gathered, scattered
 from ..evaluation.processes import Group, mean
-from ..evaluation.vectors import Vector, rounding
+from ..evaluation.vectors import Vector, add, dot, rounding
 from .cg import CG
-from .curvature import LowerCurvature, connected_partials, unconnected
+from .curvature import unconnected
+from .difference_products import LowerLoss
+from .implicit import upper_part
 from .lower_solve import resolve
-from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded
+from .products import Sampled, curvature_of
+from .trees import Closure, Tree, check_callable, check_levels, flatten, guarded
 from .verdict import CheckReport, DirectionCheck, Measurements, Verdict, diagnose
 
 if TYPE_CHECKING:
@@ -144,12 +148,15 @@ class _Bench:
         # Every evaluation replays the same random state and buffers, so that F is one function.
         entry = self.guard.entry
         return resolve(
-            lambda: evaluate(self.guard, self._lower_closure, "lower_closure", entry),
+            self._sampled,
             lambda: float(self.guard.value(self._lower_closure, entry)),
-            self.x,
             self.y,
             max_iterations=self._max_iterations,
         ).gradient_norm
+
+    def _sampled(self) -> Sampled:
+        loss = LowerLoss(self.guard, [(self._lower_closure, self.guard.entry)])
+        return curvature_of("auto", loss, self.x, self.y)
 
     def value(self, x: Tensor, start: Vector) -> float:
         """Return F at ``x``, the lower solve starting from ``start``."""
@@ -163,29 +170,28 @@ class _Bench:
 
     def parts(self) -> tuple[Tensor, Tensor, float, str]:
         """Return f_x, C H^{-1} f_y and ||grad_y g|| at the present point; last, what to say if x is in no loss."""
-        entry = self.guard.entry
-        upper_loss = evaluate(self.guard, self._upper_closure, "upper_closure", entry)
-        (direct, rhs), reaches = connected_partials(upper_loss, self.x, self.y)
-        lower_loss = evaluate(self.guard, self._lower_closure, "lower_closure", entry)
-        curvature = LowerCurvature(lower_loss, self.x, self.y)
+        (direct, rhs), reaches, _ = upper_part(
+            self.guard, self._upper_closure, self.x, self.y, "auto", self.guard.entry
+        )
+        curvature = self._sampled().curvature
         size = sum(tensor.numel() for tensor in self.y)
         solution = CG(max_iterations=max(20, min(1000, 4 * size)), tolerance=1e-10).solve(curvature.hvp, rhs)
         implicit = _flat(curvature.cross_vjp(solution.tensors))
         absent = "" if curvature.mixed or reaches else unconnected(reaches)
-        return _flat(direct), implicit, float(_flat(curvature.gradient).norm()), absent
+        return _flat(direct), implicit, _norm(curvature.gradient), absent
 
 
 def _measure(bench: _Bench, claimed: Tensor, random: int, step: float | None, seed: int) -> Measurements:
     noise = bench.noise()
     direct, implicit, lower_gradient, absent = bench.parts()
-    present = _flat(bench.y)
+    present = tuple(tensor.detach().clone() for tensor in bench.y)
     measured = Measurements(claimed, noise, direct, implicit, lower_gradient, absent)
     unit = max(rounding(bench.x), rounding(bench.y))
     if absent or noise > 64 * unit or not bool(torch.isfinite(torch.cat([claimed, direct, implicit])).all()):
         return measured
     measured.resolved_gradient = bench.solve()
-    solution, solved = tuple(tensor.detach().clone() for tensor in bench.y), _flat(bench.y)
-    measured.lower_distance = float((solved - present).norm() / max(float(solved.norm()), 1e-300))
+    solution = tuple(tensor.detach().clone() for tensor in bench.y)
+    measured.lower_distance = _norm(add(solution, present, -1.0)) / max(_norm(solution), 1e-300)
     measured.solved_direct, measured.solved_implicit, *_ = bench.parts()
     length = (unit ** (1 / 3) * max(1.0, float(bench.origin.norm()))) if step is None else step
     for name, direction in _directions(measured, random, seed):
@@ -242,10 +248,14 @@ def _where(tensors: Sequence[Tensor], keep: Sequence[bool]) -> Vector:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().to("cpu", torch.float64).reshape(-1) for tensor in tensors])
+    return torch.cat([gathered(tensor).to("cpu", torch.float64).reshape(-1) for tensor in tensors])
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(dot(tensors, tensors))
 
 
 def _put(tensors: Sequence[Tensor], values: Tensor) -> None:
     with torch.no_grad():
-        for tensor, part in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.reshape(tensor.shape))
+        for tensor, own in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(scattered(own.reshape(tensor.shape).to(tensor.device), tensor))

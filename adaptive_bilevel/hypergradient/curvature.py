@@ -16,7 +16,7 @@ The price is memory: the graph of the gradient lives as long as the object.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -28,7 +28,7 @@ from ..evaluation.processes import mean
 from ..evaluation.vectors import Vector
 from .second_derivatives import explained
 
-__all__ = ["LowerCurvature", "PartialGradients", "connected_partials", "partial_gradients", "unconnected"]
+__all__ = ["LowerCurvature", "PartialGradients", "connected_partials", "parted", "partial_gradients", "unconnected"]
 
 
 class PartialGradients(NamedTuple):
@@ -81,13 +81,29 @@ def partial_gradients(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Ten
 def connected_partials(loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> tuple[PartialGradients, bool]:
     """Return what `partial_gradients` returns, and whether f depends on any tensor of x."""
     wanted = [*upper, *lower]
-    gradients = gradients_of([loss], wanted, None, name="upper_closure")
+    return parted(gradients_of([loss], wanted, None, name="upper_closure"), upper, lower, mean)
+
+
+def parted(
+    gradients: Sequence[Tensor | None],
+    upper: Sequence[Tensor],
+    lower: Sequence[Tensor],
+    finish: Callable[[Vector], Vector] = tuple,
+) -> tuple[PartialGradients, bool]:
+    """Return f_x and f_y from the gradients by all tensors, and whether f depends on any tensor of x.
+
+    Args:
+        gradients: The gradients; None where there is none.
+        upper: The tensors of x.
+        lower: The tensors of y.
+        finish: What they go through: `mean` for those of this process.
+    """
     if all(gradient is None for gradient in gradients):
         raise ClosureError(
             "upper_closure returned a loss that depends on no tensor of upper or lower: "
             "compute it from the very tensors that are passed, not from copies of them."
         )
-    both = mean(filled(gradients, wanted))
+    both = finish(filled(gradients, [*upper, *lower]))
     direct = any(gradient is not None for gradient in gradients[: len(upper)])
     return PartialGradients(both[: len(upper)], both[len(upper) :]), direct
 

@@ -28,8 +28,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import ClosureError, SolverError
 from ..evaluation.guard import Guard, RandomState
 from ..evaluation.interception import in_full_precision
+from ..evaluation.parts import part
 from ..evaluation.tensors import gradients_of
-from ..evaluation.vectors import Vector, add, dot, rounding, scale, zeros_like
+from ..evaluation.vectors import Vector, add, dot, inners, products, rounding, scale, stacked, zeros_like
 from .trees import Closure, evaluate
 
 __all__ = ["DifferenceCurvature", "LowerLoss"]
@@ -183,34 +184,36 @@ class DifferenceCurvature:
     def _product(self, move: Sequence[Tensor], inputs: Sequence[Tensor], here: Sequence[Tensor]) -> Vector:
         """Return the derivative of the gradient by ``inputs`` along a move of all tensors."""
         moves = [(p, m.detach()) for p, m in zip((*self._upper, *self._lower), move, strict=True) if p.requires_grad]
-        size = math.sqrt(dot([m for _, m in moves], [m for _, m in moves])) if moves else 0.0
+        squares = stacked(products([m for _, m in moves], [m for _, m in moves], None)) if moves else torch.zeros(1)
+        size = math.sqrt(float(squares.sum()))
         if size == 0.0:
             return zeros_like(inputs)
         if not math.isfinite(size):
             return tuple(torch.full_like(t, math.nan, requires_grad=False) for t in inputs)
-        moves = [(p, m) for p, m in moves if bool(m.any())]
+        moves = [move for move, square in zip(moves, squares.tolist(), strict=True) if square > 0.0]
         key = moves[0][0]
         origin = [p.detach() for p, _ in moves]
         longest = self._target * (1.0 + math.sqrt(dot(origin, origin)))
         before: _Known = _known.get(key, _Known(longest))
         length = min(before.length, longest)
-        best, part = self._difference(moves, inputs, here, length / size)
-        longer = part < 0.1 * self._target or not math.isfinite(part)
+        best, even_part = self._difference(moves, inputs, here, length / size)
+        longer = even_part < 0.1 * self._target or not math.isfinite(even_part)
         for _ in range(_MOST_TRIES):
-            if part <= _SLACK * self._target or not math.isfinite(part):
+            if even_part <= _SLACK * self._target or not math.isfinite(even_part):
                 break
-            share = min(max(self._target / part, 1e-3), 0.5)
+            share = min(max(self._target / even_part, 1e-3), 0.5)
             found, left = self._difference(moves, inputs, here, share * length / size)
-            if not left < math.sqrt(share) * part:
-                longer = left > part
+            if not left < math.sqrt(share) * even_part:
+                longer = left > even_part
                 break  # rounding, or kinks: no length is better
-            best, part, length = found, left, share * length
+            best, even_part, length = found, left, share * length
         now = before._replace(length=length, uses=before.uses + 1)
         if now.is_due:
             half, left = self._difference(moves, inputs, here, 0.5 * length / size)
-            longer = longer or left > part
-            apart, whole = add(best, half, -1.0), dot(best, best)
-            now = _Known(length, math.sqrt(dot(apart, apart) / whole) if whole > 0.0 else 0.0, length)
+            longer = longer or left > even_part
+            apart = add(best, half, -1.0)
+            change, whole = torch.stack(inners((apart, apart), (best, best))).tolist()
+            now = _Known(length, math.sqrt(change / whole) if whole > 0.0 else 0.0, length)
         self.error = now.error if math.isnan(self.error) else max(self.error, now.error)
         _known[key] = now._replace(length=length * (2.0 if longer else 1.0))
         return best
@@ -219,11 +222,12 @@ class DifferenceCurvature:
         self, moves: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], here: Sequence[Tensor], factor: float
     ) -> tuple[Vector, float]:
         """Return the central difference over +- factor times the move, and its even part r; inf where it is zero."""
-        origin = [p.detach().clone() for p, _ in moves]
+        origin = [part(p).detach().clone() for p, _ in moves]
 
         def at(sign: float) -> Vector:
             for (p, m), start in zip(moves, origin, strict=True):
-                p.data.copy_(start + sign * factor * m)  # no new version of the tensor: the user's graphs may hold it
+                # No new version of the tensor: the user's graphs may hold it.
+                part(p).data.copy_(start + sign * factor * part(m))
             self.gradients += 1
             return self._loss.gradients(inputs)[1]
 
@@ -232,13 +236,13 @@ class DifferenceCurvature:
             ahead, back = at(1.0), at(-1.0)
         finally:
             for (p, _), start in zip(moves, origin, strict=True):
-                p.data.copy_(start)
+                part(p).data.copy_(start)
             now.restore()
         odd = add(ahead, back, -1.0)
         even = add(add(ahead, back), here, -2.0)
-        change = dot(odd, odd)
-        part = math.sqrt(dot(even, even) / change) if change > 0.0 else math.inf  # rounding, if it is not zero
-        return scale(odd, 0.5 / factor), part
+        change, bend = torch.stack(inners((odd, odd), (even, even))).tolist()
+        even_part = math.sqrt(bend / change) if change > 0.0 else math.inf  # rounding, if it is not zero
+        return scale(odd, 0.5 / factor), even_part
 
 
 def _refuse(tensor: Tensor) -> None:

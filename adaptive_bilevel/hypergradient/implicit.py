@@ -11,24 +11,24 @@ from torch import Tensor
 from adaptive_bilevel.errors import SolverError, warn
 
 from ..evaluation.counts import Counts
-from ..evaluation.guard import Guard
+from ..evaluation.guard import Guard, RandomState
 from ..evaluation.opened import closing
+from ..evaluation.parts import any_in_parts
 from ..evaluation.processes import Group
 from ..evaluation.reductions import agreed
-from ..evaluation.tensors import gradients_of
 from ..evaluation.vectors import Vector, add
 from ..policies.validation import choice
-from .curvature import PartialGradients, connected_partials, unconnected
+from .curvature import PartialGradients, connected_partials, parted, unconnected
 from .difference_products import LowerLoss
 from .lanczos import Lanczos
 from .last_solution import recall, remember
-from .products import PRODUCTS, Curvature, Sampled, curvature_of, remember_without, say_unresolved
+from .products import PRODUCTS, Curvature, Sampled, curvature_of, refuse_products, remember_without, say_unresolved
 from .second_derivatives import verify
 from .shared_basis import solve
 from .solution import LinearSolver, Solution, report
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
-__all__ = ["ImplicitInfo", "implicit", "implicit_with_info"]
+__all__ = ["ImplicitInfo", "implicit", "implicit_with_info", "upper_part"]
 
 DEFAULT_SOLVER = Lanczos()
 
@@ -198,8 +198,9 @@ def _differentiate(
     check_callable(upper_closure, "upper_closure")
     check_callable(lower_closure, "lower_closure")
     choice("implicit", "products", products, PRODUCTS)
+    refuse_products("implicit", products, (*x, *y))
     with guarded((*x, *y), process_group) as guard:
-        (direct, rhs), reaches, upper_loss = _upper_part(guard, upper_closure, x, y, products)
+        (direct, rhs), reaches, upper_loss = upper_part(guard, upper_closure, x, y, products)
         counts = Counts(gradients=1)
         lower_part = LowerLoss(guard, [(lower_closure, None)])
 
@@ -255,20 +256,34 @@ def _differentiate(
     return same_structure(structure, h), info
 
 
-def _upper_part(
-    guard: Guard, closure: Closure, x: Sequence[Tensor], y: Sequence[Tensor], products: str
+def upper_part(
+    guard: Guard,
+    closure: Closure,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    products: str,
+    random: RandomState | None = None,
 ) -> tuple[PartialGradients, bool, Tensor]:
-    """Return f_x and f_y, whether f depends on x, and f, the mean over processes."""
-    before = guard.random_state()
-    loss = evaluate(guard, closure, "upper_closure")
-    try:
-        return *connected_partials(loss, x, y), agreed(loss)
-    except SolverError:
-        if products == "autograd":
-            raise
-    _, found = guard.gradient(closure, [*x, *y], before)  # what autograd.grad has not, backward may have
-    both = tuple(gradients_of([*x, *y], [*x, *y], found))
-    return PartialGradients(both[: len(x)], both[len(x) :]), any(g is not None for g in found[: len(x)]), agreed(loss)
+    """Return f_x and f_y, whether f depends on x, and f, the mean over processes.
+
+    Args:
+        guard: Of both levels.
+        closure: Returns f.
+        x: The tensors of x.
+        y: The tensors of y.
+        products: As for `implicit`.
+        random: Random state that f is evaluated under; None: as it is.
+    """
+    before = random or guard.random_state()
+    if not any_in_parts((*x, *y)):
+        loss = evaluate(guard, closure, "upper_closure", random)
+        try:
+            return *connected_partials(loss, x, y), agreed(loss)
+        except SolverError:
+            if products == "autograd":
+                raise
+    loss, found = guard.gradient(closure, [*x, *y], before)  # what autograd.grad has not, backward may have
+    return *parted(found, x, y), agreed(loss)
 
 
 def _count(counts: Counts, curvature: Curvature) -> None:

@@ -12,13 +12,14 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..evaluation.parts import Spread, form, formed, part, spread
 from ..evaluation.vectors import Vector, widen
 from .solution import MatVec
 
-__all__ = ["Flat", "Layout", "Rows", "dot", "on_host", "square"]
+__all__ = ["Flat", "Layout", "Rows", "on_host"]
 
 Flat = list[Tensor]
-"""A vector: one 1-dimensional tensor for each device and dtype, in at least float32."""
+"""A vector: one 1-dimensional tensor for each device and dtype (and way to be in parts), in at least float32."""
 
 
 @final
@@ -26,19 +27,27 @@ class Layout:
     """Where the tensors of a vector lie in its flat form.
 
     Args:
-        like: Tensors with the shapes, dtypes and devices of the vector.
+        like: Tensors with the shapes, dtypes and devices of the vector. Of those in parts, the flat form has the
+            entries that this process holds.
+
+    Attributes:
+        blocks: Number of entries here, device and dtype of each tensor of the flat form.
+        size: Number of entries.
     """
 
     def __init__(self, like: Sequence[Tensor]) -> None:
         self._forms = [(t.shape, t.dtype) for t in like]
+        self._parts = [(part(t).shape, form(t)) for t in like]
         wide = widen(like)
         self._wide = [t.dtype for t in wide]
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        groups: dict[tuple[torch.device, torch.dtype, Spread | None], list[int]] = {}
         for i, t in enumerate(wide):
-            groups.setdefault((t.device, t.dtype), []).append(i)
-        self._members = [(members, [wide[i].numel() for i in members]) for members in groups.values()]
-        self.blocks = [(sum(sizes), *key) for key, (_, sizes) in zip(groups, self._members, strict=True)]
-        self.size = sum(size for size, _, _ in self.blocks)
+            groups.setdefault((t.device, t.dtype, spread(t)), []).append(i)
+        self._members = [(members, [part(wide[i]).numel() for i in members]) for members in groups.values()]
+        keys = [key[:2] for key in groups]
+        self.blocks = [(sum(sizes), *key) for key, (_, sizes) in zip(keys, self._members, strict=True)]
+        self._spreads = [over for _, _, over in groups]
+        self.size = sum(t.numel() for t in like)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether the tensors have the shapes and dtypes of the vector, in this order."""
@@ -46,7 +55,7 @@ class Layout:
 
     def flat(self, tensors: Sequence[Tensor]) -> Flat:
         """Return the flat form, which may share memory with ``tensors``."""
-        parts = [t.detach().to(wide).reshape(-1) for t, wide in zip(tensors, self._wide, strict=True)]
+        parts = [part(t).detach().to(wide).reshape(-1) for t, wide in zip(tensors, self._wide, strict=True)]
         return [
             parts[members[0]] if len(members) == 1 else torch.cat([parts[i] for i in members])
             for members, _ in self._members
@@ -57,7 +66,21 @@ class Layout:
         found: dict[int, Tensor] = {}
         for block, (members, sizes) in zip(flat, self._members, strict=True):
             found.update(zip(members, block.split(sizes), strict=True))
-        return tuple(found[i].view(shape).to(dtype) for i, (shape, dtype) in enumerate(self._forms))
+        own = zip(self._forms, self._parts, strict=True)
+        return tuple(formed(found[i].view(shape).to(dtype), made) for i, ((_, dtype), (shape, made)) in enumerate(own))
+
+    def total(self, sums: Sequence[Tensor]) -> Tensor:
+        """Return sums over a vector, from those over each block of it, on the device of the first block."""
+        whole = [s if over is None else over.total(s) for s, over in zip(sums, self._spreads, strict=True)]
+        return whole[0] if len(whole) == 1 else torch.stack([s.to(whole[0]) for s in whole]).sum(0)
+
+    def dot(self, left: Flat, right: Flat) -> Tensor:
+        """Return <left, right>."""
+        return self.total([torch.dot(a, b) for a, b in zip(left, right, strict=True)])
+
+    def square(self, flat: Flat) -> Tensor:
+        """Return <flat, flat>."""
+        return self.dot(flat, flat)
 
 
 @final
@@ -104,7 +127,7 @@ class Rows:
             vector = self.append([block / length for block in following])
             inside, following = self.outside(self._layout.flat(matvec(self._layout.shaped(vector))), self.count - 2)
             products += 1
-            column: list[float] = torch.cat([inside, square(following).to(inside).reshape(1)]).tolist()
+            column: list[float] = torch.cat([inside, self._layout.square(following).to(inside).reshape(1)]).tolist()
             if not all(map(math.isfinite, column)):
                 self.drop()
                 return columns, products, False
@@ -129,17 +152,14 @@ class Rows:
 
     def dots(self, flat: Flat, start: int = 0) -> Tensor:
         """Return the inner products with the rows from ``start`` on."""
-        total: Tensor | None = None
+        sums = []
         for kept, block in zip(self._kept, flat, strict=True):
             rows = kept[start : self.count]
             if kept.dtype == block.dtype:
-                found = rows @ block
+                sums.append(rows @ block)
             else:  # one row at a time is raised, so that the memory saved is not taken again
-                found = torch.stack([torch.dot(row.to(block.dtype), block) for row in rows])
-            found = found.to(self._home)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+                sums.append(torch.stack([torch.dot(row.to(block.dtype), block) for row in rows]))
+        return self._layout.total(sums)
 
     def combine(self, coefficients: Tensor) -> Flat:
         """Return the combination of all rows with these coefficients."""
@@ -178,17 +198,6 @@ class Rows:
                 total.add_(row.to(wide) * weight)
             result.append(total)
         return result
-
-
-def dot(left: Flat, right: Flat) -> Tensor:
-    """Return <left, right> on the device of the first block."""
-    products = [torch.dot(a, b) for a, b in zip(left, right, strict=True)]
-    return products[0] if len(products) == 1 else torch.stack([p.to(products[0]) for p in products]).sum()
-
-
-def square(flat: Flat) -> Tensor:
-    """Return <flat, flat>."""
-    return dot(flat, flat)
 
 
 def on_host(coefficients: Tensor) -> Tensor:

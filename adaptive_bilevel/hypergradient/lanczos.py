@@ -32,7 +32,7 @@ from ..errors import OptionError
 from ..evaluation import foreach
 from ..evaluation.vectors import Vector, rounding, zeros_like
 from ..policies.validation import count
-from .krylov import Flat, Layout, Rows, dot, on_host, square
+from .krylov import Flat, Layout, Rows, on_host
 from .solution import HessianReport, MatVec, Solution, SolverStatus
 from .spectrum import Spectrum
 
@@ -106,7 +106,7 @@ class Lanczos:
         """
         layout, unit = Layout(rhs), 16.0 * rounding(rhs)
         following = layout.flat(rhs)
-        size = length = math.sqrt(float(square(following)))
+        size = length = math.sqrt(float(layout.square(following)))
         finite = math.isfinite(size)
         rows = Rows(layout, min(self.k, layout.size) if finite and size > 0.0 else 0, self.dtype)
         columns, products, finite = rows.grow(matvec, following, length, unit) if finite else ([], 0, False)
@@ -198,7 +198,7 @@ class SpectralInverse:
         if not self._rows.count or not self._layout.fits(rhs):
             return False
         change = foreach.sub(self._layout.flat(rhs), foreach.mul(self._rows.row(0), self._size))
-        return math.sqrt(float(square(list(change)))) <= 16.0 * self._rows.unit * self._size
+        return math.sqrt(float(self._layout.square(change))) <= 16.0 * self._rows.unit * self._size
 
     def extend(self, matvec: MatVec, rhs: Sequence[Tensor]) -> Extension:
         """Return ``P rhs`` with c measured on the part of ``rhs`` outside of V: one product, or none if there is none.
@@ -209,7 +209,7 @@ class SpectralInverse:
         """
         b = self._layout.flat(rhs)
         inside, rest = self._rows.outside(b)
-        within, beyond = torch.stack([inside.square().sum(), square(rest).to(inside)]).tolist()
+        within, beyond = torch.stack([inside.square().sum(), self._layout.square(rest).to(inside)]).tolist()
         size, length = math.sqrt(within + beyond), math.sqrt(beyond)
         if size == 0.0:
             return Extension(Solution(zeros_like(rhs), 0, 0.0, SolverStatus.zero_rhs), zeros_like(rhs))
@@ -223,7 +223,9 @@ class SpectralInverse:
             direction = [block / length for block in rest]
             further = self._layout.flat(matvec(self._layout.shaped(direction)))
             products = 1
-            curvature, squared = torch.stack([dot(direction, further), square(further)]).tolist()
+            curvature, squared = torch.stack(
+                [self._layout.dot(direction, further), self._layout.square(further)]
+            ).tolist()
             if math.isfinite(curvature) and math.isfinite(squared):
                 self.outside = self._measured(curvature, math.sqrt(squared))
                 if status in (SolverStatus.zero_rhs, SolverStatus.flat):  # these say something of the basis only
@@ -233,7 +235,7 @@ class SpectralInverse:
             else:
                 self.outside, status = 0.0, SolverStatus.non_finite
         remainder = foreach.sub(b, image)
-        residual = math.sqrt(float(square(remainder))) / size
+        residual = math.sqrt(float(self._layout.square(remainder))) / size
         shaped = self._layout.shaped
         return Extension(Solution(shaped(answer), products, residual, status), shaped(remainder))
 

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..evaluation.reductions import agreed
 from ..evaluation.vectors import Vector, add, dot, negate, rounding
 from .cg import CG
-from .curvature import LowerCurvature
+from .products import Sampled
 
 __all__ = ["Resolved", "resolve"]
 
@@ -30,9 +29,8 @@ class Resolved(NamedTuple):
 
 
 def resolve(
-    loss_at: Callable[[], Tensor],
+    sample_at: Callable[[], Sampled],
     value_at: Callable[[], float],
-    upper: Sequence[Tensor],
     lower: Sequence[Tensor],
     *,
     max_iterations: int,
@@ -43,9 +41,8 @@ def resolve(
     of the loss, full steps as long as the gradient halves: gradients keep their digits where losses have lost them.
 
     Args:
-        loss_at: Returns g at the present point with its graph.
+        sample_at: Returns g at the present point, with products there.
         value_at: Returns g at the present point as a number.
-        upper: The tensors of x.
         lower: The tensors of y.
         max_iterations: Most Newton steps.
     """
@@ -53,9 +50,8 @@ def resolve(
     solver = CG(max_iterations=max(20, min(200, 2 * sum(tensor.numel() for tensor in lower))), tolerance=1e-6)
     polishing, before, norm, iteration = False, _copy(lower), math.inf, 0
     for iteration in range(max_iterations + 1):
-        loss = loss_at()
-        curvature = LowerCurvature(loss, upper, lower)
-        value, previous, norm = float(agreed(loss)), norm, math.sqrt(dot(curvature.gradient, curvature.gradient))
+        loss, curvature, _ = sample_at()
+        value, previous, norm = float(loss), norm, math.sqrt(dot(curvature.gradient, curvature.gradient))
         if not math.isfinite(norm) or not math.isfinite(value):
             return Resolved(math.nan, iteration)
         if polishing and norm > 0.5 * previous:

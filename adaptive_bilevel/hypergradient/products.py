@@ -4,7 +4,8 @@
 |---|---|---|
 | "autograd" | `LowerCurvature` | one backward through a kept graph; SolverError where there is no second derivative |
 | "difference" | `DifferenceCurvature` | two gradients |
-| "auto" | the first; where that raises SolverError, the second from then on, and for these tensors for good | |
+| "auto" | the first; where that raises SolverError, the second from then on, and for these tensors for good; for | |
+| | parameters in parts the second | |
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from typing import NamedTuple, Protocol, TypeVar, final
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import SolverError, warn
+from ..errors import OptionError, SolverError, warn
+from ..evaluation.parts import any_in_parts
 from ..evaluation.reductions import agreed
 from ..evaluation.vectors import Vector, rounding
 from .curvature import LowerCurvature
 from .difference_products import DifferenceCurvature, LowerLoss
 
-__all__ = ["PRODUCTS", "Curvature", "Sampled", "curvature_of", "known_without", "remember_without", "say_unresolved"]
+__all__ = [
+    "PRODUCTS",
+    "Curvature",
+    "Sampled",
+    "curvature_of",
+    "known_without",
+    "refuse_products",
+    "remember_without",
+    "say_unresolved",
+]
 
 PRODUCTS = ("auto", "autograd", "difference")
 
@@ -193,7 +204,7 @@ def curvature_of(
         ClosureError: As `LowerCurvature`.
     """
     again = loss if products == "autograd" else loss.replayed()
-    if products == "difference" or (products == "auto" and known_without(lower)):
+    if products == "difference" or (products == "auto" and _has_none((*upper, *lower), lower)):
         differences = DifferenceCurvature(again, upper, lower, loss.gradients((*upper, *lower)))
         evaluated()
         return Sampled(agreed(differences.loss), differences, None)
@@ -209,6 +220,23 @@ def curvature_of(
         return Sampled(agreed(differences.loss), differences, None)
     curvature = exact if products == "autograd" else _AutogradFirst(exact, again, upper, lower)
     return Sampled(agreed(value), curvature, value)
+
+
+def refuse_products(owner: str, products: str, tensors: Sequence[Tensor]) -> None:
+    """Raise where products by autograd are asked for, and parameters are in parts.
+
+    Raises:
+        OptionError: As said.
+    """
+    if products == "autograd" and any_in_parts(tensors):
+        raise OptionError(
+            f"{owner}(products='autograd'): parameters in parts (fully_shard) have first derivatives only, since their "
+            "gradients are put together outside of autograd; give products='difference', or leave it out"
+        )
+
+
+def _has_none(tensors: Sequence[Tensor], lower: Sequence[Tensor]) -> bool:
+    return any_in_parts(tensors) or known_without(lower)
 
 
 def known_without(lower: Sequence[Tensor]) -> bool:

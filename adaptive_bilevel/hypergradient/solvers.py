@@ -30,7 +30,7 @@ from adaptive_bilevel.policies.validation import count, finite, positive
 
 from ..evaluation.processes import first
 from ..evaluation.vectors import add, cast_like, dot, rounding, scale, widen, zeros_like
-from .krylov import Layout, Rows, square
+from .krylov import Layout, Rows
 from .solution import MatVec, Solution, SolverStatus, trivial_solution
 from .spectrum import Spectrum
 
@@ -170,7 +170,7 @@ class Neumann:
             return Probed(self.scale, 0, SolverStatus.complete)
         layout = Layout(rhs)
         first = layout.flat(rhs)
-        size = math.sqrt(float(square(first)))
+        size = math.sqrt(float(layout.square(first)))
         if size == 0.0 or not math.isfinite(size):
             return Probed(None, 0, SolverStatus.zero_rhs if size == 0.0 else SolverStatus.non_finite)
         unit = 16.0 * rounding(rhs)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS
-from adaptive_bilevel.hypergradient import CG, Lanczos, assign, check, implicit
+from adaptive_bilevel.hypergradient import CG, Lanczos, assign, implicit
 from tests.processes import results_of
 
 Run = Callable[[list[int], str], list[Tensor]]
@@ -90,15 +90,42 @@ def steps_below(make: Callable[..., Any]) -> Run:
     return run
 
 
+def steps_above(make: Callable[..., Any], below: Callable[..., Any], solver: Any = None) -> Run:
+    solver = Lanczos(4) if solver is None else solver
+
+    def run(shares: list[int], sharded: str) -> list[Tensor]:
+        problem = Problem(shares, sharded)
+        inner = below(problem.y)
+        outer = make(problem.x, inner, solver)
+        for k in range(10):
+            for j in range(2):
+                inner.step(partial(problem.lower, 2 * k + j))
+            upper, lower = partial(problem.upper, k), partial(problem.lower, 2 * k + 1)
+            assign(problem.x, implicit(upper, lower, problem.x, problem.y, solver, products="difference"))
+            outer.step(upper)
+        return problem.tensors
+
+    return run
+
+
+def searched(**options: Any) -> Callable[..., Any]:
+    return lambda x, inner, solver: BiSLS(x, lower=inner, solver=solver, products="difference", **options)
+
+
 RUNS: dict[str, Run] = {
     "SLS": steps_below(SLS),
     "SLS Adam": steps_below(partial(SLS, direction="adam")),
     "SLSB": steps_below(SLSB),
     "SPSB": steps_below(SPSB),
     "AutoSLS": steps_below(AutoSLS),
+    "BiSPS": steps_above(lambda x, inner, _: BiSPS(x, lower=inner), SPSB),
+    "BiSLS": steps_above(searched(), SLS),
+    "BiSLS Adam": steps_above(searched(direction="adam", carry=True), partial(SLS, direction="adam")),
+    "BiSLS CG": steps_above(searched(momentum=False), AutoSLS, CG(5)),
 }
-SHARDED = {name: ("lower", "both") for name in RUNS}
-CLOSE: dict[str, float] = {}
+"""Products are differences in all processes, so that what is compared is the parts."""
+SHARDED = {name: ("lower", "upper", "both") if name == "BiSLS" else ("lower", "both") for name in RUNS}
+CLOSE = {name: 1e-4 for name in RUNS if name.startswith("Bi")}
 
 
 def work(rank: int) -> Any:
