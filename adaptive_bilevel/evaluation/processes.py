@@ -21,6 +21,7 @@ from torch import Tensor, distributed
 
 from ..errors import AdaptiveBilevelError, OptionError, ProcessError
 from .exchange import exchanged
+from .parts import in_parts
 from .vectors import Vector, widen
 
 __all__ = [
@@ -117,8 +118,17 @@ def summed(block: Tensor, op: Any = None) -> Tensor:
 
 
 def mean(tensors: Sequence[Tensor]) -> Vector:
-    """Return the means over the processes of tensors that have the same shapes on each: one all-reduce."""
-    return tuple(tensors) if count() == 1 else _reduced(tensors, [])[0]
+    """Return the means over the processes of tensors that have the same shapes on each: one all-reduce.
+
+    Tensors in parts are returned as they are: they are one tensor, of which each process holds a part.
+    """
+    places = [i for i, t in enumerate(tensors) if not in_parts(t)]
+    if count() == 1 or not places:
+        return tuple(tensors)
+    found = list(tensors)
+    for i, t in zip(places, _reduced([tensors[i] for i in places], [])[0], strict=True):
+        found[i] = t
+    return tuple(found)
 
 
 def first(number: int) -> int:

@@ -194,7 +194,7 @@ class CG:
                 status = _ended(curvature, unit * norm * length)
                 break
             step = square / curvature
-            shorter = foreach.add(residual, image, alpha=-step)
+            shorter = tuple(foreach.add(residual, image, alpha=-step))
             following = dot(shorter, shorter)
             if not math.isfinite(following):
                 status = SolverStatus.non_finite

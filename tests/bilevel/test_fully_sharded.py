@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS
-from adaptive_bilevel.hypergradient import CG, Lanczos, assign, implicit
+from adaptive_bilevel.hypergradient import CG, Lanczos, assign, check, implicit
 from tests.processes import results_of
 
 Run = Callable[[list[int], str], list[Tensor]]
@@ -37,20 +37,23 @@ class Problem:
     Args:
         shares: Of the data.
         sharded: "", "lower", "upper" or "both".
-        sizes: Number of samples of each share.
+        linear: Whether the network has one layer, so that the lower loss is convex.
     """
 
-    def __init__(self, shares: list[int], sharded: str = "", sizes: tuple[int, ...] = (8, 8, 8, 3)) -> None:
+    sizes = (8, 8, 8, 3)
+
+    def __init__(self, shares: list[int], sharded: str = "", linear: bool = False) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.outer = Penalized(nn.Linear(3, 3))
-            self.inner = Penalized(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+            layers = [nn.Linear(3, 1)] if linear else [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)]
+            self.inner = Penalized(*layers)
         if sharded in ("lower", "both"):
             fully_shard(self.inner)
         if sharded in ("upper", "both"):
             fully_shard(self.outer)
         self.x, self.y = list(self.outer.parameters()), list(self.inner.parameters())
-        self.shares, self.sizes = shares, sizes
+        self.shares = shares
 
     def batch(self, share: int, seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1000 * share + seed)
@@ -112,6 +115,17 @@ def searched(**options: Any) -> Callable[..., Any]:
     return lambda x, inner, solver: BiSLS(x, lower=inner, solver=solver, products="difference", **options)
 
 
+def estimated(shares: list[int], sharded: str) -> list[Tensor]:
+    """`implicit`, and the reference of `check`."""
+    problem = Problem(shares, sharded, linear=True)
+    upper, lower = partial(problem.upper, 0), partial(problem.lower, 0)
+    x, y = problem.x, problem.y
+    h = implicit(upper, lower, x, y, Lanczos(3), products="difference")
+    full = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in h]
+    report = check(upper, lower, x, y, gradient=h)
+    return [*full, torch.tensor([one.measured for one in report.directions])]
+
+
 RUNS: dict[str, Run] = {
     "SLS": steps_below(SLS),
     "SLS Adam": steps_below(partial(SLS, direction="adam")),
@@ -121,11 +135,12 @@ RUNS: dict[str, Run] = {
     "BiSPS": steps_above(lambda x, inner, _: BiSPS(x, lower=inner), SPSB),
     "BiSLS": steps_above(searched(), SLS),
     "BiSLS Adam": steps_above(searched(direction="adam", carry=True), partial(SLS, direction="adam")),
+    "implicit and check": estimated,
     "BiSLS CG": steps_above(searched(momentum=False), AutoSLS, CG(5)),
 }
 """Products are differences in all processes, so that what is compared is the parts."""
 SHARDED = {name: ("lower", "upper", "both") if name == "BiSLS" else ("lower", "both") for name in RUNS}
-CLOSE = {name: 1e-4 for name in RUNS if name.startswith("Bi")}
+CLOSE = {name: 1e-4 for name in RUNS if name.startswith("Bi") or name == "implicit and check"}
 
 
 def work(rank: int) -> Any:
