@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
-from adaptive_bilevel.policies.validation import count, fraction, positive
+from adaptive_bilevel.policies.validation import choice, count, fraction, positive
 
 from ..evaluation.opened import closing
 from ..evaluation.parts import gathered, scattered
@@ -25,7 +25,7 @@ from .curvature import unconnected
 from .difference_products import LowerLoss
 from .implicit import upper_part
 from .lower_solve import resolve
-from .products import Sampled, curvature_of
+from .products import PRODUCTS, Sampled, curvature_of, refuse_products
 from .trees import Closure, Tree, check_callable, check_levels, flatten, guarded
 from .verdict import CheckReport, DirectionCheck, Measurements, Verdict, diagnose
 
@@ -51,6 +51,7 @@ def check(
     max_iterations: int = 50,
     seed: int = 0,
     process_group: Group = None,
+    products: str = "auto",
 ) -> CheckReport:
     """Compare a hypergradient with finite differences of ``F(x) = f(x, y*(x))``, and name the mistake if they differ.
 
@@ -76,11 +77,13 @@ def check(
         max_iterations: Maximal number of Newton steps in each lower solve, at least 1.
         seed: Seed of the random directions. They do not use torch's global generator.
         process_group: As for `implicit`.
+        products: As for `implicit`.
 
     Raises:
         HypergradientError: There is no gradient to check, or its shapes are not those of ``upper``.
         ClosureError: As for `implicit`.
         TensorError: As for `implicit`; or a tensor is not a leaf.
+        SolverError: As for `implicit`.
         OptionError: An option is outside its range.
 
     >>> import torch
@@ -102,6 +105,8 @@ def check(
     check_levels(x, y)
     check_callable(upper_closure, "upper_closure")
     check_callable(lower_closure, "lower_closure")
+    choice("check", "products", products, PRODUCTS)
+    refuse_products("check", products, (*x, *y))
     claimed = _claimed(x, gradient)
     moving = [tensor.requires_grad for tensor in x]
     x, claimed = _where(x, moving), _where(claimed, moving)
@@ -112,7 +117,7 @@ def check(
     with guarded((*x, *y), process_group) as guard:
         guard.copy()
         try:
-            bench = _Bench(guard, upper_closure, lower_closure, x, y, max_iterations)
+            bench = _Bench(guard, upper_closure, lower_closure, x, y, max_iterations, products)
             return diagnose(_measure(bench, _flat(mean(claimed)), directions, step, seed), tolerance)
         finally:
             guard.undo()
@@ -129,10 +134,11 @@ class _Bench:
         x: Vector,
         y: Vector,
         max_iterations: int,
+        products: str,
     ) -> None:
         self.guard, self.x, self.y = guard, x, y
         self._upper_closure, self._lower_closure, self._max_iterations = upper_closure, lower_closure, max_iterations
-        self.origin = _flat(x)
+        self._products, self.origin = products, _flat(x)
 
     def noise(self) -> float:
         """Return the relative difference of two evaluations of each closure, random state and batches running on."""
@@ -156,7 +162,7 @@ class _Bench:
 
     def _sampled(self) -> Sampled:
         loss = LowerLoss(self.guard, [(self._lower_closure, self.guard.entry)])
-        return curvature_of("auto", loss, self.x, self.y)
+        return curvature_of(self._products, loss, self.x, self.y)
 
     def value(self, x: Tensor, start: Vector) -> float:
         """Return F at ``x``, the lower solve starting from ``start``."""
@@ -171,7 +177,7 @@ class _Bench:
     def parts(self) -> tuple[Tensor, Tensor, float, str]:
         """Return f_x, C H^{-1} f_y and ||grad_y g|| at the present point; last, what to say if x is in no loss."""
         (direct, rhs), reaches, _ = upper_part(
-            self.guard, self._upper_closure, self.x, self.y, "auto", self.guard.entry
+            self.guard, self._upper_closure, self.x, self.y, self._products, self.guard.entry
         )
         curvature = self._sampled().curvature
         size = sum(tensor.numel() for tensor in self.y)

@@ -86,7 +86,7 @@ def test_torch_s_error_becomes_one_with_ways_out(name: str, where: str) -> None:
     x.grad = torch.ones_like(x)
     runs = {
         "implicit": lambda: implicit(upper, lower, [x], [y], products="autograd"),
-        "check": lambda: check(upper, lower, [x], [y]),
+        "check": lambda: check(upper, lower, [x], [y], products="autograd"),
         "BiSLS": lambda: BiSLS([x], lower=inner, products="autograd").step(upper),
     }
     with pytest.raises(SolverError, match=r"differentiated twice.*SDPBackend.MATH.*use_reentrant=False.*DARTS"):
@@ -175,3 +175,12 @@ def test_names_in_a_graph() -> None:
     y = torch.ones(3, requires_grad=True)
     assert custom_functions((Once.apply(y) + Right.apply(y.exp())).sum()) == ["Once", "Right"]
     assert custom_functions(y.exp().sum()) == []
+
+
+def test_check_measures_without_second_derivatives() -> None:
+    reports = []
+    for operation, products in ((WITHOUT["reentrant"], "difference"), (torch.sin, "autograd")):
+        x, y, lower, upper = problem(operation)
+        reports.append(check(upper, lower, [x], [y], gradient=[torch.ones_like(x)], products=products))
+    for one, other in zip(*(report.directions for report in reports), strict=True):
+        assert one.measured == pytest.approx(other.measured, abs=1e-8)
