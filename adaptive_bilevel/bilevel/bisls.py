@@ -54,6 +54,10 @@ class UpperSearch(SearchingOptimizer):
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())
 
+    def _shared_options(self) -> dict[str, Any]:
+        known = dataclasses.is_dataclass(self.solver)  # others print with their address
+        return {**super()._shared_options(), "solver": repr(self.solver) if known else type(self.solver).__name__}
+
     def _make_roles(self) -> None:
         chosen = self.options
         self.roles = Roles(

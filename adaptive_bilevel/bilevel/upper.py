@@ -100,7 +100,9 @@ class UpperOptimizer(AdaptiveOptimizer):
     def _prepare(self) -> None:
         super()._prepare()
         self._between = BetweenSteps()
-        self._workspace = Workspace(lasting=False)  # a step has larger things to allocate than the copies
+        self._workspace = Workspace(
+            lasting=False, options=self._shared_options
+        )  # a step has larger things to allocate than the copies
 
     def displaced(self) -> None:
         """Take note that a level above, or a host, has moved the parameters."""

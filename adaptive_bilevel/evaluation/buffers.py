@@ -92,11 +92,11 @@ class Buffers:
         if self.depth == 0:
             self._look()
 
-    def end(self) -> None:
+    def end(self, failed: bool) -> None:
         """End an evaluation, also one that an interruption has left inside a module."""
         if self.depth > 0:
             self._look()
-        self.replicated.free()
+        self.replicated.free(failed)
 
     def _look(self) -> None:
         for slot in self.slots:

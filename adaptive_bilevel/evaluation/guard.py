@@ -78,7 +78,7 @@ class Guard:
         if not any(map(is_lazy, self._tensors)):
             self.copy()  # before any evaluation: the first one may change a parameter and raise
             try:
-                require_replicas(self._tensors)
+                require_replicas(self._tensors, self._workspace)
             except BaseException:
                 self.abandon()
                 raise

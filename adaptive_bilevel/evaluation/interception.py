@@ -253,4 +253,4 @@ class Watched:
     def __exit__(self, *error: object) -> None:
         self._outer.restore()
         if self._buffers is not None:
-            self._buffers.end()
+            self._buffers.end(error[0] is not None)

@@ -173,7 +173,7 @@ def together(evaluate: Callable[[], T]) -> T:
     if count() == 1:
         return evaluate()
     result, error = _attempted(evaluate)
-    _conclude(float(summed(packed([float(error is not None)]))), error)
+    _conclude(float(_exchanged(error, lambda: summed(packed([float(error is not None)])))), error)
     return cast(T, result)
 
 
@@ -183,7 +183,8 @@ def value_of(evaluate: Callable[[], Tensor | float]) -> Tensor | float:
     if processes == 1:
         return evaluate()
     result, error = _attempted(evaluate)
-    sums = summed(packed([0.0 if result is None else result, float(error is not None)]))
+    numbers = [0.0 if result is None else result, float(error is not None)]
+    sums = _exchanged(error, lambda: summed(packed(numbers)))
     value, failed = sums.tolist()
     _conclude(failed, error)
     return sums[0] / processes if isinstance(result, Tensor) else value / processes
@@ -208,7 +209,8 @@ def means_of(
         torch.full_like(t, absent, requires_grad=False) if g is None else g.detach()
         for t, g in zip(like, given, strict=True)
     ]
-    means, sums = _reduced(filled, [float(error is not None), *(float(g is not None) for g in given)])
+    flags = [float(error is not None), *(float(g is not None) for g in given)]
+    means, sums = _exchanged(error, lambda: _reduced(filled, flags))
     if error is not None or sums.device.type == "cpu":
         _conclude(float(sums[0]), error)
     result = cast(T, result)
@@ -230,6 +232,16 @@ def _attempted(evaluate: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return evaluate(), None
     except Exception as error:  # whatever it is: the other processes wait
         return None, error
+
+
+def _exchanged(error: Exception | None, exchange: Callable[[], T]) -> T:
+    """Return what is exchanged; where that fails after an error of this process, raise that, which is the cause."""
+    try:
+        return exchange()
+    except ProcessError as failed:
+        if error is None:
+            raise
+        raise error from failed
 
 
 def _conclude(failed: float, error: Exception | None) -> None:

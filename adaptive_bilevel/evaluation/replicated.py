@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -54,9 +55,16 @@ class Replicated:
         """Forget all modules."""
         self._synced, self._sharding = {}, {}
 
-    def free(self) -> None:
-        """Free copies of whole parameters."""
+    def free(self, failed: bool) -> None:
+        """Free copies of whole parameters.
+
+        Args:
+            failed: Whether the evaluation has raised, perhaps in the middle of a module.
+        """
         for module in self._sharding:
+            if failed:
+                with contextlib.suppress(AttributeError, RuntimeError):  # old versions of torch, inner modules
+                    cast(Any, module).reset_iter_state()
             _reshard(module)
 
     def parts(self) -> list[Tensor]:

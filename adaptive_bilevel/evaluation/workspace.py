@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,17 @@ class Workspace:
     Args:
         lasting: Whether the memory is kept too.
         group: The processes that step together: a process group, None (all) or "alone".
+        options: Returns options that have to be the same on all of them, as plain values.
+
+    Attributes:
+        compared: Whether that was looked at.
     """
 
-    def __init__(self, lasting: bool = True, group: Group = None) -> None:
-        self._lasting, self.group = lasting, group
+    def __init__(
+        self, lasting: bool = True, group: Group = None, options: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
+        self._lasting, self.group, self.options = lasting, group, options
+        self.compared = False
         self.copies: list[Tensor] = []
         self.trials_need_grad = False
 

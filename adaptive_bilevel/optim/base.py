@@ -72,10 +72,16 @@ class AdaptiveOptimizer(ConcludingOptimizer):
 
     def _prepare(self) -> None:
         super()._prepare()
+        self._workspace.options = self._shared_options
         self._warm_start = WarmStart()
         self.evaluations = Evaluations()
         self.sample: Replay | None = None
         self.host: Host | None = self.unbound  # a copy is the optimizer of no host yet
+
+    def _shared_options(self) -> dict[str, Any]:
+        """Return the options that processes which step together need to have in common, by name."""
+        names = ("lr", *(name for name in self.defaults if name != "lr"))
+        return {name: [group[name] for group in self.param_groups] for name in names}
 
     @property
     def _own_counts(self) -> Counts:
