@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ClosureError
+from . import processes
 from .all_leaves import to_all_leaves
 from .buffers import Buffers
 from .interception import Watched, installed
-from .parts import part
+from .parts import any_in_parts, part
 
 __all__ = ["Closure", "Differentiated", "attached", "differentiated", "require_closure", "value", "value_of"]
 
@@ -201,7 +202,9 @@ def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> 
     """Call the closure, differentiate its loss into ``.grad`` of the inputs, and return what it left."""
     recorder = Recorder(inputs, written=buffers.replicated.parts)
     with Watched(recorder, buffers, True):
-        return recorder.differentiated(closure())
+        # The backward of parameters in parts is one of all processes, so none begins it where one has failed.
+        returned = processes.together(closure) if any_in_parts(inputs) else closure()
+        return recorder.differentiated(returned)
 
 
 def attached(closure: Closure, buffers: Buffers, stand_ins: StandIns) -> Tensor:

@@ -31,7 +31,8 @@ def joined(evaluate: Callable[[], Differentiated], inputs: Sequence[Tensor], rep
     def parts(found: Differentiated | None) -> tuple[list[Tensor | None], list[Tensor]]:
         nonlocal places
         if found is None:
-            return [None] * len(inputs), list(inputs)
+            like = [p for p in inputs if not in_parts(p)]
+            return [None] * len(like), like
         done = replicated.averaged(inputs, found.gradients)
         places = [i for i, p in enumerate(inputs) if id(p) not in done]
         gradients, like = [found.gradients[i] for i in places], [inputs[i] for i in places]

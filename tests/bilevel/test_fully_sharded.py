@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, Box
 from adaptive_bilevel.hypergradient import CG, Lanczos, assign, check, implicit
 from tests.processes import results_of
 
@@ -140,13 +142,74 @@ RUNS: dict[str, Run] = {
 }
 """Products are differences in all processes, so that what is compared is the parts."""
 SHARDED = {name: ("lower", "upper", "both") if name == "BiSLS" else ("lower", "both") for name in RUNS}
-CLOSE = {name: 1e-4 for name in RUNS if name.startswith("Bi") or name == "implicit and check"}
+
+
+# ------------------------------------------------------------------------------------------ what cannot be done
+
+
+def told(attempt: Callable[[], Any]) -> str:
+    try:
+        attempt()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refused(rank: int) -> dict[str, str]:
+    problem, inner = Problem([rank], "both"), Problem([rank], "lower")
+    x, y, upper, lower = problem.x, problem.y, partial(problem.upper, 0), partial(problem.lower, 0)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    summed = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    alone = nn.Parameter(distribute_tensor(torch.ones(5), mesh, [Shard(0)]))
+    lonely = SLS(y)
+    lonely.process_group = "alone"
+    found = {
+        "placements": told(lambda: SLS([summed])),
+        "no module": told(lambda: SLS([alone]).step(lambda: cast(Any, alone.square().sum()).full_tensor())),
+        "autograd": told(lambda: BiSLS(inner.x, lower=SLS(inner.y), products="autograd")),
+        "implicit": told(lambda: implicit(upper, lower, x, y, products="autograd")),
+        "project": told(lambda: BiSLS(x, lower=SLS(y), project=Box(0.0, 1.0))),
+        "group": told(lambda: lonely.step(lower)),
+    }
+    cast(Any, problem.inner).set_requires_gradient_sync(False)
+    found["no sync"] = told(lambda: SLS(y).step(lower))
+    return found
+
+
+REFUSED = {
+    "placements": "TensorError: SLS: a parameter of shape (4,) is a DTensor with placements",
+    "no module": "TensorError: a parameter of shape (5,) is a DTensor of no fully_shard module",
+    "autograd": "OptionError: BiSLS(products='autograd'): parameters in parts",
+    "implicit": "OptionError: implicit(products='autograd'): parameters in parts",
+    "project": "OptionError: BiSLS(project=Box(low=0.0, high=1.0)): upper parameters are in parts",
+    "group": "ProcessError: process_group: 1 processes step together, and a parameter of shape (5, 3) is in parts over",
+    "no sync": "ClosureError: the closure runs a fully_shard module under set_requires_gradient_sync(False)",
+}
+
+
+def fails(rank: int) -> str:
+    """A closure that raises on process 1 after its modules have run; then it does not."""
+    problem, before = Problem([rank], "lower"), Problem([rank], "lower").tensors
+    optimizer, broken = SLS(problem.y), rank == 1
+
+    def closure() -> Tensor:
+        loss = problem.lower(0)
+        if broken:
+            raise RuntimeError("boom")
+        return loss
+
+    said = told(lambda: optimizer.step(closure))
+    assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors, strict=True))
+    broken = False
+    optimizer.step(closure)
+    return said
 
 
 def work(rank: int) -> Any:
-    return {
+    found = {
         (name, what): [t.tolist() for t in run([rank], what)] for name, run in RUNS.items() for what in SHARDED[name]
     }
+    return found, refused(rank), fails(rank)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -159,7 +222,20 @@ def test_parts_are_whole(name: str, processes: list[Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = RUNS[name](list(range(len(processes))), "")
+    first = processes[0][0]
     for what in SHARDED[name]:
-        assert all(found[name, what] == processes[0][name, what] for found in processes), what
-        for found, tensor in zip(processes[0][name, what], expected, strict=True):
-            torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=CLOSE.get(name, 1e-8))
+        assert all(found[name, what] == first[name, what] for found, *_ in processes), what
+        for found, tensor in zip(first[name, what], expected, strict=True):
+            torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str, processes: list[Any]) -> None:
+    for _, said, _ in processes:
+        assert said[name].startswith(REFUSED[name])
+
+
+def test_an_error_of_one_is_one_of_all(processes: list[Any]) -> None:
+    assert processes[1][2] == "RuntimeError: boom"
+    for rank, (*_, said) in enumerate(processes):
+        assert rank == 1 or "process 1 raised RuntimeError: boom" in said
