@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, distributed
 
 from adaptive_bilevel import SLS, SPSB, BiSLS, BiSPS
 from adaptive_bilevel.hypergradient import Lanczos, assign, implicit
+from tests.bilevel.test_fully_sharded import Problem as Sharded
 from tests.bilevel.test_processes import Problem
 from tests.processes import results_of
 
@@ -27,6 +29,14 @@ ROWS = {
 """The table's rows, with the class and the part of the iteration."""
 SIZES = ("x and y", "y", "x", "numbers")
 """Its columns."""
+IN_PARTS = {
+    "two lower steps, `SLS` below `BiSLS`, y in parts": ("lower", "lower"),
+    "`implicit` with `Lanczos(10)`, y in parts": ("lower", "implicit"),
+    "`BiSLS.step`, y in parts": ("lower", "upper"),
+    "`implicit` with `Lanczos(10)`, both in parts": ("both", "implicit"),
+    "`BiSLS.step`, both in parts": ("both", "upper"),
+}
+"""The rows of the second table, with what is sharded and the part of the iteration; columns: x, numbers."""
 
 
 def work(rank: int) -> dict[tuple[str, str], list[float]]:
@@ -61,11 +71,55 @@ def work(rank: int) -> dict[tuple[str, str], list[float]]:
     return {row: [counts[row][size] / 5.0 for size in SIZES] for row in ROWS.values()}
 
 
+def estimated(p: Sharded, upper: Callable[[], Tensor], lower: Callable[[], Tensor]) -> None:
+    assign(p.x, implicit(upper, lower, p.x, p.y, Lanczos(10)))
+
+
+def work_in_parts(rank: int) -> dict[tuple[str, str], list[float]]:
+    """What the package exchanges itself: the modules gather parameters and reduce gradients beside it."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    now: Counter[str] = Counter()
+    original = distributed.all_reduce
+
+    def counted(block: Tensor, *args: Any, **kwargs: Any) -> Any:
+        now["x" if what == "lower" and block.numel() in (wide_x + 1, wide_x + 3) else "numbers"] += 1
+        return original(block, *args, **kwargs)
+
+    for what in ("lower", "both"):
+        p = Sharded([rank], what)
+        wide_x = sum(t.numel() for t in p.x)
+        inner = SLS(p.y)
+        outer = BiSLS(p.x, lower=inner)
+        distributed.all_reduce = counted  # type: ignore[assignment]
+        for k in range(10):
+            upper, lower = partial(p.upper, k), partial(p.lower, 2 * k + 1)
+            iteration: list[tuple[str, Callable[[], Any]]] = [
+                *(("lower", partial(inner.step, partial(p.lower, 2 * k + j))) for j in range(2)),
+                ("implicit", partial(estimated, p, upper, lower)),
+                ("upper", partial(outer.step, upper)),
+            ]
+            for name, run in iteration:
+                now = counts.setdefault((what, name), Counter()) if k >= 5 else Counter()
+                run()
+        distributed.all_reduce = original
+    return {row: [counts[row][size] / 5.0 for size in ("x", "numbers")] for row in IN_PARTS.values()}
+
+
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 def test_the_table_of_all_reduces() -> None:
     one, two = results_of(work)
     assert one == two
     lines = {line.split("|")[1].strip(): line.split("|")[2:6] for line in PAGE.read_text().splitlines() if "|" in line}
     for name, row in ROWS.items():
+        told = [float(re.findall(r"[\d.]+", cell)[0]) for cell in lines[name]]
+        assert one[row] == pytest.approx(told, abs=0.051), name
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_the_table_of_parts() -> None:
+    one, two = results_of(work_in_parts)
+    assert one == two
+    lines = {line.split("|")[1].strip(): line.split("|")[2:4] for line in PAGE.read_text().splitlines() if "|" in line}
+    for name, row in IN_PARTS.items():
         told = [float(re.findall(r"[\d.]+", cell)[0]) for cell in lines[name]]
         assert one[row] == pytest.approx(told, abs=0.051), name
