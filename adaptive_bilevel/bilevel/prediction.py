@@ -16,6 +16,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..evaluation import foreach
+from ..evaluation.parts import scattered
 from ..optim.state import RoleState
 from .context import PredictionContext
 from .roles import Prediction
@@ -116,6 +117,7 @@ def _tangent(context: PredictionContext, state: RoleState) -> list[Tensor] | Non
     last, tensors = state.shared.get("last", ()), context.lower.tensors()
     if [w.shape for w in last] != [y.shape for y in tensors] or not last:
         return None
+    last = list(map(scattered, last, tensors))  # a checkpoint that was read whole has whole ones
     return foreach.mul(last, math.sqrt(context.promised / state.shared["promised"]))
 
 
@@ -147,7 +149,8 @@ class _TangentMean:
 
     def compute(self) -> list[Tensor]:
         """Return the mean."""
-        mean = self._known["mean"] if self._known else foreach.mul(self._tangent, 0.0)
+        known = self._known["mean"] if self._known else foreach.mul(self._tangent, 0.0)
+        mean = list(map(scattered, known, self._tangent))
         return foreach.lerp(mean, self._tangent, 1.0 - self._beta)
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..evaluation.parts import part, whole
+from ..evaluation.parts import part, scattered, whole
 from ..evaluation.reductions import on_host
 from ..evaluation.vectors import stacked
 
@@ -99,4 +99,4 @@ def _known(saved: Mapping[str, Any], here: Sequence[Tensor]) -> Mapping[str, Any
     """Return what is kept, on the devices of the parameters; of a first step, where it is of other parameters."""
     if "mask" not in saved or [m.shape for m in saved["mask"]] != [m.shape for m in here]:
         return {"mask": [torch.zeros_like(m) for m in here], "age": 0, "grown": 0, "before": 0.0}
-    return {**saved, "mask": [m.to(h.device) for m, h in zip(saved["mask"], here, strict=True)]}
+    return {**saved, "mask": [scattered(m.to(h.device), h) for m, h in zip(saved["mask"], here, strict=True)]}

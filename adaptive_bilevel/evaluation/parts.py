@@ -128,8 +128,8 @@ def gathered(tensor: Any) -> Tensor:
 
 
 def scattered(values: Tensor, like: Any) -> Tensor:
-    """Return values that every process has, laid out as a tensor is."""
-    if not in_parts(like):
+    """Return values that every process has, laid out as a tensor is; those that are in parts already as they are."""
+    if not in_parts(like) or in_parts(values):
         return values
     made: Tensor = _module().distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
     return made

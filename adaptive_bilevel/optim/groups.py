@@ -30,7 +30,7 @@ from .direction import Gradient
 from .group_options import refuse_lr, refuse_options
 from .hooks import Hooked
 from .options import CALLABLE, Conduct, is_plain, merged, on_numbers, refuse_unused_moments, replaced
-from .saved_state import keep_wide, packed, unpacked
+from .saved_state import fit, packed, unpacked
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -218,7 +218,7 @@ class PolicyOptimizer(Hooked):
         """Load what `state_dict` returned, also with names in the place of parameters' numbers."""
         known = unpacked(state_dict, type(self).__name__)
         super().load_state_dict(known)
-        keep_wide(self.state, self._parameters(), known)
+        fit(self.state, self._parameters(), known)
 
     def _is_prepared_only(self, closure: object) -> bool:
         """Return whether a step is asked for nothing, as ``torch.distributed.checkpoint`` does."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..evaluation.parts import in_parts, scattered
 from ..evaluation.vectors import SHORT
 
-__all__ = ["keep_wide", "packed", "unpacked"]
+__all__ = ["fit", "packed", "unpacked"]
 
 _SHARED = "shared_state"
 
@@ -49,8 +50,11 @@ def unpacked(saved: dict[str, Any], owner: str) -> dict[str, Any]:
     return {**saved, "state": {**state, **shared}, "param_groups": groups}
 
 
-def keep_wide(state: Any, params: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
-    """Put back what torch has cast to the dtype of its parameter in loading: means that are kept in float32.
+def fit(state: Any, params: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
+    """Put loaded tensors into the dtype in which they were saved, and in parts where their parameter is.
+
+    Torch casts to the dtype of the parameter, and means are kept in float32. A checkpoint that was read whole, for
+    another number of processes say, has whole tensors.
 
     Args:
         state: The optimizer's, loaded.
@@ -61,6 +65,14 @@ def keep_wide(state: Any, params: Sequence[Tensor], saved: Mapping[str, Any]) ->
     for p, number in zip(params, numbers, strict=True):
         if p.dtype in SHORT and number in saved["state"]:
             state[p] = _widened(state[p], saved["state"][number])
+        if in_parts(p) and p in state:
+            state[p] = _in_parts(state[p], p)
+
+
+def _in_parts(loaded: Any, like: Tensor) -> Any:
+    if isinstance(loaded, dict):
+        return {name: _in_parts(value, like) for name, value in loaded.items()}
+    return scattered(loaded, like) if isinstance(loaded, Tensor) and loaded.shape == like.shape else loaded
 
 
 def _widened(loaded: Any, saved: Any) -> Any:
