@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import foreach
-from .parts import part, whole
+from .parts import any_in_parts, part, whole
 
 __all__ = [
     "SHORT",
@@ -27,6 +27,7 @@ __all__ = [
     "rounding",
     "scale",
     "stacked",
+    "unmoved",
     "widen",
     "zeros_like",
 ]
@@ -74,6 +75,12 @@ def fingerprint(tensors: Sequence[Tensor]) -> float:
     """Return ||x||^2, by which nearly every change of x shows, however it was made (versions miss ``.data``)."""
     detached = [t.detach() for t in tensors]
     return dot(detached, detached)
+
+
+def unmoved(at: float | None, tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors are where their `fingerprint` was taken; of parts, by as many processes or by others."""
+    now = fingerprint(tensors)
+    return at == now or (at is not None and any_in_parts(tensors) and abs(at - now) <= 8.0 * rounding(tensors) * now)
 
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:

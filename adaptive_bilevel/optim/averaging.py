@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation import foreach
-from ..evaluation.vectors import cast_like, fingerprint
+from ..evaluation.vectors import cast_like, fingerprint, unmoved
 from .direction import Descent, Gradient
 from .moments import Moment, mean
 from .state import RoleState, read_states, write_states
@@ -100,7 +100,7 @@ class Average(NamedTuple):
         kept = read_states(state, {_ENTRY: RoleState()}, params)[_ENTRY]
         if "at" not in kept.shared or not all("ahead" in own for own in kept.each):
             return None
-        if not offered and kept.shared["at"] != fingerprint(params):
+        if not offered and not unmoved(kept.shared["at"], params):
             return None
         counts = (kept.shared[name] for name in ("count", "lead", "variance"))
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is

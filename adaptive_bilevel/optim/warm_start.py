@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, final
 from torch import Tensor
 
 from ..evaluation.closures import Differentiated
-from ..evaluation.vectors import fingerprint
+from ..evaluation.vectors import fingerprint, unmoved
 from .state import RoleState, read_states, write_states
 
 __all__ = ["Share", "Start", "WarmStart"]
@@ -112,7 +112,7 @@ class WarmStart:
             return None
         kept = read_states(state, {_ENTRY: RoleState()}, params)[_ENTRY]
         self._seen = None
-        if kept.shared.get("at") != fingerprint(params):
+        if not unmoved(kept.shared.get("at"), params):
             self.drop(state, params)
             return None
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
