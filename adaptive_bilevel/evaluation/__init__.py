@@ -7,7 +7,8 @@
 * `buffers`: the buffers of the modules that a closure runs.
 * `counts`: the number of oracle calls.
 * `reductions`: from tensors to scalars, over all tensors of a level and over all processes.
-* `tensors`, `vectors`: lists of tensors as one vector.
+* `tensors`, `vectors`, `foreach`: lists of tensors as one vector, and their arithmetic.
+* `processes`, `parts`: several processes, each with a copy of all parameters, or with a part of each.
 """
 
 from .counts import Counts, Evaluations
