@@ -88,9 +88,8 @@ class SearchingOptimizer(StartingOptimizer):
 
     def _make_policy(self, rule: Any) -> Any:
         self._make_roles()  # whenever the options have changed, as the policy
-        self._first_states = {name: role.init() for name, role in self.roles._asdict().items()}
-        direction = self.conduct.direction
-        self._first_states["last_step"] = RoleState()
+        direction, roles = self.conduct.direction, self.roles._asdict().items()
+        self._first_states = {name: role.init() for name, role in roles} | {"last_step": RoleState()}
         self._first_states["direction"] = RoleState() if isinstance(direction, str) else direction.init()
         return super()._make_policy(rule)
 

@@ -206,9 +206,9 @@ def fails(rank: int) -> str:
 
 
 def work(rank: int) -> Any:
-    found = {
-        (name, what): [t.tolist() for t in run([rank], what)] for name, run in RUNS.items() for what in SHARDED[name]
-    }
+    few = torch.distributed.get_world_size() == 2  # four of them take long
+    runs = [(name, what) for name in RUNS for what in SHARDED[name] if few or what == "both"]
+    found = {(name, what): [t.tolist() for t in RUNS[name]([rank], what)] for name, what in runs}
     return found, refused(rank), fails(rank)
 
 
@@ -223,7 +223,7 @@ def test_parts_are_whole(name: str, processes: list[Any]) -> None:
         warnings.simplefilter("ignore")
         expected = RUNS[name](list(range(len(processes))), "")
     first = processes[0][0]
-    for what in SHARDED[name]:
+    for what in (what for kind, what in first if kind == name):
         assert all(found[name, what] == first[name, what] for found, *_ in processes), what
         for found, tensor in zip(first[name, what], expected, strict=True):
             torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=1e-8)
