@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("ADAPTIVE_BILEVEL_DATA"),
         help="folder of real data sets (mnist_train.npz, w8a.npz, ...); default: $ADAPTIVE_BILEVEL_DATA",
     )
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -39,6 +40,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs real data: --data DIR or ADAPTIVE_BILEVEL_DATA")
     if item.get_closest_marker("device") and accelerator() is None:
         pytest.skip("needs an accelerator")
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes minutes: --slow")
 
 
 def data_folder(config: pytest.Config) -> Path | None:

@@ -205,28 +205,39 @@ def fails(rank: int) -> str:
     return said
 
 
-def work(rank: int) -> Any:
-    few = torch.distributed.get_world_size() == 2  # four of them take long
-    runs = [(name, what) for name in RUNS for what in SHARDED[name] if few or what == "both"]
+FEW: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {"SLS": ("lower",), "SPSB": ("both",), "BiSLS": ("lower", "upper"), "BiSLS Adam": ("both",)},
+    4: {"SLS Adam": ("both",), "BiSLS Adam": ("both",)},
+}
+"""What runs without --slow, by number of processes."""
+
+
+def work(every: bool, rank: int) -> Any:
+    chosen = SHARDED if every else FEW[torch.distributed.get_world_size()]
+    runs = [(name, what) for name, kinds in chosen.items() for what in kinds]
     found = {(name, what): [t.tolist() for t in RUNS[name]([rank], what)] for name, what in runs}
     return found, refused(rank), fails(rank)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[(2, False), (4, False), *(pytest.param((n, True), marks=SLOW) for n in (2, 4))])
 def processes(request: Any) -> list[Any]:
-    return results_of(work, request.param)
+    count, every = request.param
+    return results_of(partial(work, every), count)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_parts_are_whole(name: str, processes: list[Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = RUNS[name](list(range(len(processes))), "")
+def test_parts_are_whole(processes: list[Any]) -> None:
     first = processes[0][0]
-    for what in (what for kind, what in first if kind == name):
-        assert all(found[name, what] == first[name, what] for found, *_ in processes), what
-        for found, tensor in zip(first[name, what], expected, strict=True):
-            torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=1e-8)
+    for name in {name for name, _ in first}:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = RUNS[name](list(range(len(processes))), "")
+        for what in (what for kind, what in first if kind == name):
+            assert all(found[name, what] == first[name, what] for found, *_ in processes), (name, what)
+            for found, tensor in zip(first[name, what], expected, strict=True):
+                torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", REFUSED)

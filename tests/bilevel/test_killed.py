@@ -42,7 +42,9 @@ for k in range(first, 9):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
-@pytest.mark.parametrize(("upper", "lower"), [("BiSLS", "AutoSLS"), ("BiSPS", "SPSB")])
+@pytest.mark.parametrize(
+    ("upper", "lower"), [("BiSLS", "AutoSLS"), pytest.param("BiSPS", "SPSB", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_bitwise(tmp_path: Path, upper: str, lower: str) -> None:
     def run(name: str, die: int) -> int:
         command = [sys.executable, "-c", SCRIPT, str(tmp_path / name), upper, lower, str(die)]
