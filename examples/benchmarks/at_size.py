@@ -192,10 +192,15 @@ def main() -> None:
         "products": known.get("products") or products(),
         "sizes": known.get("sizes", {}),
     }
+
+    def save() -> None:
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+
+    save()
     for size in arguments.sizes:
         own = content["sizes"].setdefault(f"{size:.0e}", {})
         own.update({name: child(size=size, variant=name) for name in arguments.variants})
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+        save()
 
 
 def products() -> dict[str, dict[str, Any]]:
