@@ -4,8 +4,8 @@ Copy this file into ``solvers/`` of a checkout of github.com/benchopt/benchmark_
 
     benchopt run . -s adaptive-bilevel -d simulated
 
-The losses are JAX functions there, of arrays or trees of arrays. `Bridge` makes them functions of tensors that torch
-can differentiate as often as it likes.
+The losses are JAX functions there, of arrays or trees of arrays. `Bridge` makes them functions of tensors, with
+derivatives of any order.
 """
 
 from __future__ import annotations

@@ -288,6 +288,6 @@ def require_closure(owner: str, closure: Any) -> Closure:
         raise ClosureError(
             f"{owner}.step(closure={closure!r}): the rule evaluates the loss, so step needs a closure that returns it, "
             "e.g. optimizer.step(lambda: loss_fn(model(x), y)). In a trainer whose own loop calls step(), write\n"
-            "    optimizer.host = self\n    def step(self, optimizer): return optimizer.advance(closure)  # self's"
+            "    optimizer.host = self\n    def step(self, optimizer): return optimizer.advance(closure)"
         )
     return closure  # type: ignore[no-any-return]

@@ -79,7 +79,7 @@ class _Interception:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other threads out; a lock that an interrupt has left behind, which nobody holds, is taken over."""
+        """Keep other threads out; a lock that an interrupt has left behind is taken over."""
         self._lock.acquire(timeout=0.5)
         try:
             yield
@@ -236,7 +236,7 @@ class Watched:
 
     Args:
         recorder: None: they do what they always do.
-        buffers: None: nobody looks at module calls.
+        buffers: None: module calls are not watched.
         with_grad: Whether graphs are built.
     """
 

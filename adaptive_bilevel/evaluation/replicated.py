@@ -28,7 +28,7 @@ class Replicated:
     not under ``no_sync``. `torch.distributed.fsdp.fully_shard` leaves them in ``.grad`` of all of its parameters,
     whichever the backward is asked for.
 
-    The last one keeps copies of whole parameters between a forward and its backward (a root module does by default).
+    `fully_shard` keeps copies of whole parameters between a forward and its backward (a root module does by default).
     They are freed at the end of an evaluation, since parameters move between evaluations.
     """
 
@@ -48,7 +48,7 @@ class Replicated:
             _require_means(module)
             self._sharding[module] = None
             if module not in _parameters:
-                _reshard(module)
+                cast(Any, module).reshard()
                 _parameters[module] = [p for p in module.parameters() if in_parts(p)]
 
     def forget(self) -> None:
@@ -65,7 +65,7 @@ class Replicated:
             if failed:
                 with contextlib.suppress(AttributeError, RuntimeError):  # old versions of torch, inner modules
                     cast(Any, module).reset_iter_state()
-            _reshard(module)
+            cast(Any, module).reshard()
 
     def parts(self) -> list[Tensor]:
         """Return the parameters in parts, whose ``.grad`` every backward writes to."""
@@ -96,14 +96,10 @@ class Replicated:
                 if g is not None and id(p) not in known:
                     raise TensorError(
                         f"a parameter of shape {tuple(p.shape)} is a DTensor of no fully_shard module that the closure "
-                        "runs, so that nobody takes the mean of its gradient: call torch.distributed.fsdp.fully_shard "
+                        "runs, so its gradient is not averaged: call torch.distributed.fsdp.fully_shard "
                         "on the module that holds it, or keep it whole"
                     )
         return found
-
-
-def _reshard(module: Any) -> None:
-    module.reshard()
 
 
 def _require_means(module: Any) -> None:
@@ -111,6 +107,6 @@ def _require_means(module: Any) -> None:
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     if not all(getattr(group, name, True) for group in groups for name in ("reduce_grads", "all_reduce_grads")):
         raise ClosureError(
-            "the closure runs a fully_shard module under set_requires_gradient_sync(False), and the step has no part "
-            "of such a gradient: let each backward reduce, or add up the losses of micro-batches and call none"
+            "the closure runs a fully_shard module under set_requires_gradient_sync(False), and the step cannot "
+            "use such a gradient: let each backward reduce, or add up the losses of micro-batches and call none"
         )

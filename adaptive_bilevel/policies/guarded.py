@@ -24,7 +24,7 @@ class GuardedSLS(SLS):
     learning can, the search accepts steps that raise the loss of all other samples. The losses then fall by less than
     half of what the steps promise: the margin M of the run (`adaptive_bilevel.policies.margin`, with c / 2) is
     negative. On full batches of a single level, M is never negative. A lower level that moves can also make it
-    negative, and so can noise. The guard therefore has a second condition, on the gradients of the next samples:
+    negative. Noise can, too. The guard therefore has a second condition, on the gradients of the next samples:
 
         A = sum of the a_j < min{(c / 2) sum of the gamma_j n_j, 2 sqrt(sum of the a_j^2)},
         a_j = <g_{j+1}, x_j - x_{j+1}>.

@@ -160,7 +160,9 @@ def _below(title: str, task: str, **settings: Any) -> Benchmark:
         ours=("bisls-adam", "bisls-sgd"),
         first_trials=(),
         others=(),
-        grids=tuple(Grid(name, lrs, (), (0.1, 0.3, 1.0), kind) for kind in kinds for name, lrs in grids.items()),
+        grids=tuple(
+            Grid(name, lrs, then=(0.1, 0.3, 1.0), options=kind) for kind in kinds for name, lrs in grids.items()
+        ),
         settings=settings,
     )
 

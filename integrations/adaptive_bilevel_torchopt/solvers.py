@@ -111,7 +111,7 @@ class NormalCG(_Exact):
 @final
 @dataclass(frozen=True)
 class SafeNeumann(_Exact):
-    """`Neumann` that refuses a scale at which TorchOpt's series diverges, alpha ||H|| >= 2."""
+    """`Neumann` that raises for a scale at which TorchOpt's series diverges, alpha ||H|| >= 2."""
 
     solver: Neumann
 
