@@ -66,7 +66,7 @@ def partials(f: Function, x: Tensor, y: Tensor) -> tuple[float, Tensor, Tensor]:
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
     value = f(x, y)
     f_x, f_y = torch.autograd.grad(value, (x, y), materialize_grads=True)
-    return float(value.detach()), f_x, f_y
+    return float(value.detach()), f_x.detach(), f_y  # torch 2.9: zeros that materialize_grads makes require grad
 
 
 def hypergradient(f: Function, g: Function, x: Tensor, y: Tensor, tangent: type[Tangent] | None = None) -> Tensor:
