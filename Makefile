@@ -6,19 +6,20 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= auto
+CONSTRAINTS ?= constraints.txt
 
 PY := $(VENV)/bin/python
 # The environment is rebuilt when the Python, the requirements or their pins change, not when a file is touched.
 KEY := $(shell $(PYTHON) -c 'import hashlib, sys; v = "%d.%d" % sys.version_info[:2]; \
-	print(v + "-" + hashlib.sha256(b"".join(open(f, "rb").read() for f in ("pyproject.toml", "constraints.txt"))).hexdigest()[:12])' 2>/dev/null)
+	print(v + "-" + hashlib.sha256(b"".join(open(f, "rb").read() for f in ("pyproject.toml", "$(CONSTRAINTS)"))).hexdigest()[:12])' 2>/dev/null)
 CHECK_PYTHON := $(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
 	"adaptive-bilevel needs Python 3.10-3.13 and $(PYTHON) is %d.%d: name another one, as in  make test PYTHON=python3.12" \
 	% sys.version_info[:2])'
-PIP := pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test lint format types pytest docs pages test-jax test-policies test-betty-matrix test-hosts clean
+.PHONY: help env demo bench test lint format types pytest docs pages test-jax test-policies test-oldest test-betty-matrix test-hosts clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -80,6 +81,14 @@ test-policies: ## the policies and their tests where torch is not installed; PYT
 	$(BARE)/bin/python -m $(PIP) --no-build-isolation --no-deps --editable .
 	$(BARE)/bin/python -m pytest adaptive_bilevel/policies tests/policies $(ARGS)
 
+# The floor of pyproject.toml. That torch chooses its own triton.
+OLDEST_TORCH := 2.9.1
+
+test-oldest: ## doctests and tests on the oldest torch, in an environment of its own; ARGS="-k bisls"
+	@mkdir -p build
+	sed -e 's/^torch==.*/torch==$(OLDEST_TORCH)/' -e '/^triton==/d' constraints.txt > build/oldest.txt
+	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=build/oldest.txt
+
 # Betty 0.1.1 beside the environment; only a pip before 24.1 reads its metadata. Another Python: PYTHON=python3.10.
 OLD_BETTY := $(VENV)/betty-0.1.1-$(KEY)
 
@@ -101,5 +110,5 @@ test-hosts: $(INSTALLED) ## Accelerate, Lightning, transformers, benchopt, highe
 	$(PY) -m pytest tests/hosts $(ARGS)
 
 clean: ## remove what these commands made
-	rm -rf $(VENV) .venv-policies-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
