@@ -7,12 +7,10 @@
 The gradients are those of plain ``backward()``, on the same sample each time; no graph is kept. A product takes two.
 They are taken without ``torch.autocast``: a difference would consist of its rounding.
 
-Rounding asks for a long e, the third derivative for a short one. The gradient G at the point itself, which is known,
-tells how long: the even part r = ||G(e) + G(-e) - 2 G|| / ||G(e) - G(-e)|| is the part by which second derivatives
-change on the way. The error of the difference is some r^2, and that of rounding some eps / r, eps being the rounding
-unit; so r is to be eps^(1/3). A length that leaves a larger r is shortened, for two gradients more; the next product
-begins with the length found, also that of the next object on the same tensors. Where r is larger at the shorter length,
-or the difference is zero, it is rounding: the next length is twice as long.
+Rounding asks for a long e, the third derivative for a short one. The gradient at the point itself, which is known,
+tells both (see `adaptive_bilevel.hypergradient.difference_lengths`). Where another length is better by far, it is
+tried, for two gradients more; the next product of the same kind begins with the length found, also that of the next
+object on the same tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ClosureError, SolverError
 from ..evaluation.guard import Guard, RandomState
@@ -31,40 +28,12 @@ from ..evaluation.interception import in_full_precision
 from ..evaluation.parts import part
 from ..evaluation.tensors import gradients_of
 from ..evaluation.vectors import Vector, add, dot, inners, products, rounding, scale, stacked, zeros_like
+from .difference_lengths import Measured, Trials, known_lengths
 from .trees import Closure, evaluate
 
 __all__ = ["DifferenceCurvature", "LowerLoss"]
 
-_SLACK = 2.5
-"""So many times that passes. (Half of both leaves three times the error of a hypergradient in float32: rounding.)"""
 _MOST_TRIES = 5
-
-_MOST_USES = 20
-
-
-class _Known(NamedTuple):
-    """What is known of differences along moves of some tensors.
-
-    Attributes:
-        length: Of e v: what the next one begins with.
-        error: As last measured.
-        measured: The length that it was measured at.
-        uses: Number of differences since.
-    """
-
-    length: float
-    error: float = math.nan
-    measured: float = 0.0
-    uses: int = 0
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the error is to be measured: not yet, for another length, or long ago."""
-        return self.uses >= _MOST_USES or not 0.5 * self.measured <= self.length <= 2.0 * self.measured
-
-
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the first tensor of those that were moved."""
 
 
 class LowerLoss(NamedTuple):
@@ -121,8 +90,9 @@ class DifferenceCurvature:
         hvps: 0: products count as gradients.
         jvps: Likewise.
         mixed: As in `LowerCurvature`.
-        error: The relative error of products: of what one over half of the length differs from one over the whole.
-            Measured for the first product along y and along x, and now and then after that; the larger one; NaN before.
+        error: The largest relative error of products so far, as their even parts show it, and as one over half of the
+            length differs from one over the whole (for the first product of a kind, and now and then after that); NaN
+            before the first.
 
     Raises:
         SolverError: A tensor is no leaf, or has less digits than float32.
@@ -154,34 +124,36 @@ class DifferenceCurvature:
         self.gradients = 1
         self.mixed = any(known[: len(self._upper)])
         self.error = math.nan
-        self._target = rounding(self._moving) ** (1.0 / 3.0)
+        self._eps = rounding(self._moving)
+        self._target = self._eps ** (1.0 / 3.0)
 
     def hvp(self, vector: Sequence[Tensor]) -> Vector:
         """Return H v: two gradients."""
-        return self._product((*zeros_like(self._upper), *vector), self._lower, self.gradient)
+        return self._product("hvp", (*zeros_like(self._upper), *vector), self._lower, self.gradient)
 
     def cross_vjp(self, vector: Sequence[Tensor]) -> Vector:
         """Return C v: two gradients."""
         here = self._here[: len(self._upper)]
-        return self._product((*zeros_like(self._upper), *vector), self._upper, here)
+        return self._product("cross_vjp", (*zeros_like(self._upper), *vector), self._upper, here)
 
     def cross_jvp(self, direction: Sequence[Tensor]) -> Vector:
         """Return C^T d: two gradients."""
-        return self._product((*direction, *zeros_like(self._lower)), self._lower, self.gradient)
+        return self._product("cross_jvp", (*direction, *zeros_like(self._lower)), self._lower, self.gradient)
 
     def pull_back(self, vector: Sequence[Tensor]) -> tuple[Vector, Vector]:
         """Return (C v, H v): two gradients."""
-        both = self._product((*zeros_like(self._upper), *vector), (*self._upper, *self._lower), self._here)
+        move = (*zeros_like(self._upper), *vector)
+        both = self._product("pull_back", move, (*self._upper, *self._lower), self._here)
         return both[: len(self._upper)], both[len(self._upper) :]
 
     def push_forward(self, direction: Sequence[Tensor], vector: Sequence[Tensor]) -> Vector:
         """Return C^T d + H v: two gradients."""
-        return self._product((*direction, *vector), self._lower, self.gradient)
+        return self._product("push_forward", (*direction, *vector), self._lower, self.gradient)
 
     def forget_loss(self) -> None:
         """Do nothing: no graph is kept."""
 
-    def _product(self, move: Sequence[Tensor], inputs: Sequence[Tensor], here: Sequence[Tensor]) -> Vector:
+    def _product(self, kind: str, move: Sequence[Tensor], inputs: Sequence[Tensor], here: Sequence[Tensor]) -> Vector:
         """Return the derivative of the gradient by ``inputs`` along a move of all tensors."""
         moves = [(p, m.detach()) for p, m in zip((*self._upper, *self._lower), move, strict=True) if p.requires_grad]
         squares = stacked(products([m for _, m in moves], [m for _, m in moves], None)) if moves else torch.zeros(1)
@@ -191,37 +163,37 @@ class DifferenceCurvature:
         if not math.isfinite(size):
             return tuple(torch.full_like(t, math.nan, requires_grad=False) for t in inputs)
         moves = [move for move, square in zip(moves, squares.tolist(), strict=True) if square > 0.0]
-        key = moves[0][0]
         origin = [p.detach() for p, _ in moves]
-        longest = self._target * (1.0 + math.sqrt(dot(origin, origin)))
-        before: _Known = _known.get(key, _Known(longest))
-        length = min(before.length, longest)
-        best, even_part = self._difference(moves, inputs, here, length / size)
-        longer = even_part < 0.1 * self._target or not math.isfinite(even_part)
+        known = known_lengths(self._lower[0])
+        trials = Trials(known.get(kind), self._target, math.sqrt(dot(origin, origin)))
+        product: Vector = ()
         for _ in range(_MOST_TRIES):
-            if even_part <= _SLACK * self._target or not math.isfinite(even_part):
+            found, measured = self._difference(moves, inputs, here, trials.length, size)
+            product = found if trials.add(measured) else product
+            if trials.ended:
                 break
-            share = min(max(self._target / even_part, 1e-3), 0.5)
-            found, left = self._difference(moves, inputs, here, share * length / size)
-            if not left < math.sqrt(share) * even_part:
-                longer = left > even_part
-                break  # rounding, or kinks: no length is better
-            best, even_part, length = found, left, share * length
-        now = before._replace(length=length, uses=before.uses + 1)
-        if now.is_due:
-            half, left = self._difference(moves, inputs, here, 0.5 * length / size)
-            longer = longer or left > even_part
-            apart = add(best, half, -1.0)
-            change, whole = torch.stack(inners((apart, apart), (best, best))).tolist()
-            now = _Known(length, math.sqrt(change / whole) if whole > 0.0 else 0.0, length)
-        self.error = now.error if math.isnan(self.error) else max(self.error, now.error)
-        _known[key] = now._replace(length=length * (2.0 if longer else 1.0))
-        return best
+        error = trials.error
+        if trials.due is None:
+            known[kind] = trials.known()
+        else:
+            half, measured = self._difference(moves, inputs, here, trials.due, size)
+            apart = add(product, half, -1.0)
+            change, whole = torch.stack(inners((apart, apart), (product, product))).tolist()
+            known[kind] = trials.known(measured, math.sqrt(change / whole) if whole > 0.0 else 0.0)
+            error = max(error, known[kind].error)
+        self.error = error if math.isnan(self.error) else max(self.error, error)
+        return product
 
     def _difference(
-        self, moves: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], here: Sequence[Tensor], factor: float
-    ) -> tuple[Vector, float]:
-        """Return the central difference over +- factor times the move, and its even part r; inf where it is zero."""
+        self,
+        moves: Sequence[tuple[Tensor, Tensor]],
+        inputs: Sequence[Tensor],
+        here: Sequence[Tensor],
+        length: float,
+        size: float,
+    ) -> tuple[Vector, Measured]:
+        """Return the central difference over a length of moves of a size, and its parts."""
+        factor = length / size
         origin = [part(p).detach().clone() for p, _ in moves]
 
         def at(sign: float) -> Vector:
@@ -240,9 +212,9 @@ class DifferenceCurvature:
             now.restore()
         odd = add(ahead, back, -1.0)
         even = add(add(ahead, back), here, -2.0)
-        change, bend = torch.stack(inners((odd, odd), (even, even))).tolist()
-        even_part = math.sqrt(bend / change) if change > 0.0 else math.inf  # rounding, if it is not zero
-        return scale(odd, 0.5 / factor), even_part
+        squares = torch.stack(inners((odd, odd), (even, even), (here, here)))
+        change, bend, gradient = squares.sqrt().tolist()
+        return scale(odd, 0.5 / factor), Measured(length, change, bend, self._eps * max(gradient, change))
 
 
 def _refuse(tensor: Tensor) -> None:

@@ -17,6 +17,7 @@ from adaptive_bilevel.errors import AdaptiveBilevelWarning, OptionError, SolverE
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
 from adaptive_bilevel.hypergradient import CG, Lanczos, Neumann, assign, implicit, implicit_with_info
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature
+from adaptive_bilevel.hypergradient.difference_lengths import Known, Measured, Trials
 from adaptive_bilevel.hypergradient.difference_products import DifferenceCurvature, LowerLoss
 from tests.hypergradient.test_second_derivatives import attention, heard, problem
 
@@ -200,11 +201,51 @@ def test_a_product_that_is_rounding_spoils_no_later_one() -> None:
             torch.testing.assert_close(products.hvp(v), (3 * v[0],), rtol=1e-3, atol=0.0)
 
 
+def test_kinds_of_products_have_lengths_of_their_own() -> None:
+    """H v asks for a short one, as the curvature varies; C v for a long one, as the gradient by x is large and flat."""
+    x, y = [torch.ones(50).float().requires_grad_()], [torch.linspace(-1.0, 1.0, 50).float().requires_grad_()]
+    v = [torch.linspace(1.0, 2.0, 50).float()]
+
+    def lower() -> Tensor:
+        return (x[0] * (100.0 + 1e-2 * y[0])).sum() + 1e-3 * (30.0 * y[0]).sin().sum()
+
+    with Guard([*x, *y], Workspace()) as guard:
+        for _ in range(3):
+            products = DifferenceCurvature(LowerLoss(guard, [(lower, guard.random_state())]), x, y)
+            exact = -0.9 * (30.0 * y[0].detach().double()).sin() * v[0].double()
+            assert error_of(products.hvp(v), [exact]) < 2e-3
+            assert error_of(products.cross_vjp(v), [1e-2 * v[0].double()]) < 5e-2
+
+
+@pytest.mark.parametrize("rounding", [1e-7, 1e-5], ids=["as precision says", "of a sum that cancels"])
+@pytest.mark.parametrize("start", [1e-5, 1e-1], ids=["too short", "too long"])
+def test_lengths_come_to_the_best_one(start: float, rounding: float) -> None:
+    """With changes h e and k e^2 of a gradient whose rounding is known, for 2.2 gradients a product."""
+    h, k, eps = 0.3, 4.0, 1e-7
+    noise = torch.Generator().manual_seed(0)
+
+    def measured(length: float) -> Measured:
+        drawn = rounding * float(0.7 + 0.6 * torch.rand((), generator=noise))
+        return Measured(length, 2.0 * h * length, math.hypot(k * length**2, drawn), eps)
+
+    known, count = Known(start), 0
+    for _ in range(100):
+        trials = Trials(known, eps ** (1.0 / 3.0), 10.0)
+        while not trials.ended:
+            trials.add(measured(trials.length))
+            count += 1
+        count += trials.due is not None
+        known = trials.known() if trials.due is None else trials.known(measured(trials.due), 1e-3)
+    best = (rounding * h / (math.sqrt(3.0) * k**2)) ** (1.0 / 3.0)
+    assert best / 2.5 < known.length < 2.5 * best
+    assert count < 110
+
+
 def test_what_float32_cannot_resolve_is_said() -> None:
     x, y = torch.ones(1).float().requires_grad_(), torch.linspace(-1.0, 2.0, 50).float().requires_grad_()
 
-    def steep() -> Tensor:  # its gradient of 1e5 hides the change of that of the curvature
-        return (1e5 * y + 0.5 * y.square() * x).sum()
+    def steep() -> Tensor:  # its gradient of 1e5 hides the change of that of the curvature, which varies
+        return (1e5 * y + 0.01 * (10.0 * y).cos() * x).sum()
 
     def run() -> Any:
         return implicit_with_info(lambda: y.exp().sum(), steep, [x], [y], Lanczos(2), products="difference")
