@@ -15,6 +15,7 @@ from ..evaluation.counts import Counts
 from ..evaluation.guard import Closure, Guard, Workspace
 from ..evaluation.objective import Objective
 from ..evaluation.opened import closing
+from ..hypergradient.difference_lengths import restore_lengths, saved_lengths
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
 from .functional import FunctionalLower, UpperLoss
@@ -22,6 +23,8 @@ from .lower import Lower, as_lower, refuse_shared
 from .source import DIRECT, DirectLoss, Source, checked_source, estimated, matched
 
 __all__ = ["UpperOptimizer"]
+
+_LENGTHS = "difference_lengths"
 
 
 class UpperOptimizer(AdaptiveOptimizer):
@@ -115,6 +118,24 @@ class UpperOptimizer(AdaptiveOptimizer):
     @property
     def _own_counts(self) -> Counts:
         return self.evaluations.upper
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is saved, as `AdaptiveOptimizer.state_dict` does; also the lengths of differences below."""
+        known = {str(i): saved_lengths(p) for i, p in enumerate(self.lower.tensors())}
+        entries, lengths = self._entries(), {i: saved for i, saved in known.items() if saved}
+        if lengths:
+            entries[_LENGTHS] = lengths
+        try:
+            return super().state_dict()
+        finally:
+            entries.pop(_LENGTHS, None)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        lengths: Any = self._entries().pop(_LENGTHS, {})
+        for i, p in enumerate(self.lower.tensors()):
+            restore_lengths(p, lengths.get(str(i), {}))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""

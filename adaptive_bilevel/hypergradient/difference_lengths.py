@@ -30,7 +30,7 @@ _SLACK = 2.5
 _MOST_USES = 20
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the first tensor of y: a `Known` for each kind of product."""
+"""By the first tensor of y that moves: a `Known` for each kind of product."""
 
 
 class Known(NamedTuple):
@@ -55,7 +55,7 @@ def known_lengths(lower: Tensor) -> dict[str, Known]:
     """Return what is known by kinds of products, to be written to.
 
     Args:
-        lower: The first tensor of y.
+        lower: The first tensor of y that moves.
     """
     if lower not in _known:
         _known[lower] = {}
@@ -70,7 +70,9 @@ def saved_lengths(lower: Tensor) -> dict[str, dict[str, Any]]:
 
 def restore_lengths(lower: Tensor, saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Put what `saved_lengths` returned in the place of what is known."""
-    _known[lower] = {kind: Known(**known) for kind, known in saved.items()}
+    _known.pop(lower, None)
+    if saved:
+        _known[lower] = {kind: Known(**known) for kind, known in saved.items()}
 
 
 class Measured(NamedTuple):

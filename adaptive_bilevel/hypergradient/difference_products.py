@@ -164,7 +164,7 @@ class DifferenceCurvature:
             return tuple(torch.full_like(t, math.nan, requires_grad=False) for t in inputs)
         moves = [move for move, square in zip(moves, squares.tolist(), strict=True) if square > 0.0]
         origin = [p.detach() for p, _ in moves]
-        known = known_lengths(self._lower[0])
+        known = known_lengths(next((p for p in self._lower if p.requires_grad), self._lower[0]))
         trials = Trials(known.get(kind), self._target, math.sqrt(dot(origin, origin)))
         product: Vector = ()
         for _ in range(_MOST_TRIES):

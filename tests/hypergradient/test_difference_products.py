@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -279,3 +281,34 @@ def test_warnings_are_of_the_package() -> None:
     x, y, lower, upper = problem(attention)
     with pytest.warns(AdaptiveBilevelWarning, match="cannot be differentiated twice"):
         implicit(upper, lower, [x], [y])
+
+
+@pytest.mark.filterwarnings("ignore:lower_closure")  # "auto" says what it does
+@pytest.mark.parametrize("products", ["auto", "difference"])
+def test_a_resumed_run_is_the_same_to_the_bit(products: str) -> None:
+    """The lengths are saved with the optimizer's state: those of the hypergradient, too."""
+
+    def run(steps: int, saved: Any = None) -> tuple[list[Tensor], Any]:
+        task = Reweighting(model_of())
+        inner = SLS(task.y)
+        outer = BiSLS(task.x, lower=inner, direction="adam", products=products)
+        if saved is not None:
+            for p, value in zip((*task.x, *task.y), saved[0], strict=True):
+                p.data.copy_(value)
+            inner.load_state_dict(saved[1])
+            outer.load_state_dict(saved[2])
+        for _ in range(steps):
+            for _ in range(2):
+                inner.step(task.lower)
+            assign(task.x, implicit(task.upper, task.lower, task.x, task.y, products=products))
+            outer.step(task.upper)
+        state = copy.deepcopy([inner.state_dict(), outer.state_dict()])
+        return [t.detach().clone() for t in (*task.x, *task.y)], state
+
+    whole, _ = run(4)
+    half, states = run(2)
+    buffer = io.BytesIO()
+    torch.save((half, *states), buffer)
+    buffer.seek(0)
+    resumed, _ = run(2, torch.load(buffer, weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
