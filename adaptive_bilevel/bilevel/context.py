@@ -106,7 +106,7 @@ class Change(NamedTuple):
         residual: ||C^T d - H w|| / ||C^T d||, the part of that change that remains if y moves by w.
         rounding: Bound of the rounding error in `size`.
         before: The norm of the lower gradient at (x, y); 0 if the lower problem is solved.
-        along: The part of the change along C^T d, by which the linear model overstates the effect of x.
+        along: The part of the change along C^T d.
     """
 
     size: float

@@ -17,6 +17,7 @@ second alone ends steps at 1e-6 where v cannot be had: the kinks of a ReLU netwo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, final
 
 from ..optim.state import RoleState
@@ -84,19 +85,26 @@ class TangentCheck:
     """Whether a tangent holds at a step: what its linear model ignores must be small.
 
     Along the exact tangent the lower gradient does not change to first order, so a change below (tolerance + residual)
-    * step * ||C^T d|| passes. So does one below that plus unsolved * ||grad_y g||, if the part of it along C^T d is
-    below it alone (x in log space has less and less effect): where the lower problem is not solved, the model is no
-    better than that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the
-    kinks of a few samples in an unsolved ReLU network cut a first search to steps of 1e-5.)
+    * step * ||C^T d|| passes. Others are excused in three cases:
 
-    A larger one is measured again at half of the step. What a smooth lower loss adds is of second order: there it is a
-    quarter, and the search goes on to shorter steps. Where it is half or more, no shorter step holds any better:
-    samples cross kinks of a ReLU network, by which its gradient jumps, and rejected for them, steps would shrink until
-    not one sample crosses a kink any more. So this one passes, unless its part along C^T d is above the first term and
-    less than half as large there. (Kinks hide what x does: in the logarithm of a weight decay, first steps of 9 passed,
-    after which x had no effect any more.)
+    * It is below that plus unsolved * ||grad_y g||. Where the lower problem is not solved, the model is no better than
+      that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the kinks of a few samples in
+      an unsolved ReLU network cut a first search to steps of 1e-5.)
+    * The search was resumed, and a correction of f for the change leaves enough of the decrease.
+    * It is half as large or larger at half of the step. What a smooth lower loss adds is of second order: there it is a
+      quarter, and the search goes on to shorter steps. Otherwise no shorter step holds any better: samples cross kinks
+      of a ReLU network, by which its gradient jumps, and rejected for them, steps would shrink until not one sample
+      crosses a kink any more.
 
-    One that is not finite never passes.
+    No excuse is for what the linear model overstates of the effect of x: in log space, or behind a sigmoid, a long step
+    has less and less effect. (Without this, first steps of 9 passed in the logarithm of a weight decay, after which x
+    had no effect any more.) It is measured where y does not move, as the part along C^T d of
+    grad_y g(x - step d, y) - grad_y g(x, y) + step C^T d, in each first search, and where that part of the change
+    itself is above the first term. A candidate where it is above tolerance * step * ||C^T d|| is rejected, unless the
+    whole difference is larger than step * ||C^T d||, and half as large or larger at half of the step: then x makes
+    samples cross kinks.
+
+    A change that is not finite never passes.
 
     A change that is as large as without any answer of y says that the model does not reach the candidate: it is never
     excused for what a correction of first order makes of it. (In iMAML, query accuracy fell from .69 to .56 by one such
@@ -106,15 +114,18 @@ class TangentCheck:
 
     Args:
         tolerance: As above.
-        resumed: Whether the search starts from a step that was accepted before. If not, nothing is excused: how far a
-            linear model reaches is not known, and a correction of first order knows it no better.
+        resumed: Whether the search starts from a step that was accepted before. If not, a correction of first order is
+            no excuse: how far a linear model reaches is not known.
         found: Of the sample.
         unsolved: As above.
 
     Attributes:
         tolerance: As above.
         support: Of the sample.
+        excused: Whether the last candidate passed by an excuse.
     """
+
+    excused = False
 
     def __init__(self, tolerance: float, resumed: bool, found: Support | None = None, unsolved: float = 0.0) -> None:
         self._unsolved = unsolved
@@ -129,34 +140,51 @@ class TangentCheck:
             model: The response, which measures changes at the candidate in place.
             place: Puts the candidate of another step there.
         """
-        changes = _measured(model)
-        if not all(math.isfinite(c.size) for c in changes):
+        self.excused = False
+        changes = _measured(model.changes())
+        limits = [(self.tolerance + c.residual) * step * c.push + c.rounding for c in changes]
+        finite = all(math.isfinite(c.size) for c in changes)
+        near = all(c.along <= limit for c, limit in zip(changes, limits, strict=True))
+        if not (finite and ((near and self._resumed) or self._effective(step, model, place))):
             self._inside = True
             return False
-        linear = [(self.tolerance + c.residual) * step * c.push + c.rounding for c in changes]
-        faithful = all(c.along <= limit for c, limit in zip(changes, linear, strict=True))
-        limits = [limit + self._unsolved * c.before * faithful for c, limit in zip(changes, linear, strict=True)]
+        if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
+            return True
+        self.excused = True
+        limits = [limit + self._unsolved * c.before for c, limit in zip(changes, limits, strict=True)]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
         followed = all(c.residual >= 1.0 or c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes)
         if self._resumed and followed and _harmless(model, surplus):
             return True
         place(0.5 * step)
-        for c, half, faith, limit in zip(changes, _measured(model), linear, limits, strict=True):
-            if not (c.size <= limit or _no_smaller(c, half, faith)):
+        for c, half, limit in zip(changes, _measured(model.changes()), limits, strict=True):
+            if not (c.size <= limit or _no_smaller(c, half)):
                 self._inside = True
                 return False
-        return self._inside or (followed and faithful)
+        return self._inside or followed
+
+    def _effective(self, step: float, model: ResponseModel, place: Place) -> bool:
+        """Return whether x has the effect that the linear model says."""
+        effects = _measured(model.effects())
+        over = [e for e in effects if not e.along <= self.tolerance * step * e.push + e.rounding]
+        if not over:
+            return True
+        if any(e.size <= step * e.push for e in over):
+            return False
+        place(0.5 * step)
+        halves = _measured(model.effects())
+        place(step)
+        return all(_no_smaller(e, half) for e, half in zip(effects, halves, strict=True) if e in over)
 
 
-def _no_smaller(change: Change, half: Change, faithful: float) -> bool:
-    """Return whether the change at half of the step is half as large at least, as is its part along C^T d if large."""
-    along = change.along <= faithful or half.along >= 0.5 * change.along
-    return along and half.size >= 0.5 * change.size and math.isfinite(half.size)
+def _no_smaller(change: Change, half: Change) -> bool:
+    """Return whether the change at half of the step is half as large at least."""
+    return 0.5 * change.size <= half.size < math.inf
 
 
-def _measured(model: ResponseModel) -> list[Change]:
-    return [change for change in model.changes() if change.push != 0.0]
+def _measured(changes: Sequence[Change]) -> list[Change]:
+    return [change for change in changes if change.push != 0.0]
 
 
 def _harmless(model: ResponseModel, surplus: float) -> bool:

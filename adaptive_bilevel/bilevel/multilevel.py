@@ -13,7 +13,7 @@ from ..hypergradient.products import Curvature
 from .context import Change, Point
 from .inverse import Inverse, Solved
 from .lower import LowerProblem
-from .tangent import TangentModel, change_between
+from .tangent import TangentModel, change_between, effect_between, unanswered
 
 __all__ = ["MultilevelTangent"]
 
@@ -116,14 +116,25 @@ class MultilevelTangent(TangentModel):
 
     def changes(self) -> list[Change]:
         """Return how far every lower gradient is from where it was."""
-        changes = []
+        return [
+            change_between(block.gradient, self._gradient_of(block), block.push, block.solved.residual)
+            for block in self._blocks
+        ]
+
+    def effects(self) -> list[Change]:
+        """Return how far every lower gradient is from its linear model if its own variable does not move."""
+        effects = []
         for block in self._blocks:
-            tensors = block.problem.tensors
-            _, grads = self._guard.gradient(block.problem.closure, list(tensors), block.problem.random)
-            self._counts.gradients += 1
-            now = [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, grads, strict=True)]
-            changes.append(change_between(block.gradient, now, block.push, block.solved.residual))
-        return changes
+            with unanswered(list(block.problem.tensors), block.solved.tensors, self._step):
+                moved = self._gradient_of(block)
+            effects.append(effect_between(block.gradient, moved, block.push, self._step))
+        return effects
+
+    def _gradient_of(self, block: _Block) -> list[Tensor]:
+        tensors = list(block.problem.tensors)
+        _, grads = self._guard.gradient(block.problem.closure, tensors, block.problem.random)
+        self._counts.gradients += 1
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, grads, strict=True)]
 
     def correction(self) -> float | None:
         """Return None: it would take an adjoint solve through the chain."""

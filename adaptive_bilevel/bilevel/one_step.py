@@ -72,6 +72,10 @@ class SteppedModel:
         """Return nothing to compare."""
         return []
 
+    def effects(self) -> list[Change]:
+        """Return nothing to compare."""
+        return []
+
     def correction(self) -> float | None:
         """Return None."""
         return None

@@ -61,6 +61,10 @@ class Unanswered:
         """Return nothing to compare."""
         return []
 
+    def effects(self) -> list[Change]:
+        """Return nothing to compare."""
+        return []
+
     def correction(self) -> float | None:
         """Return None."""
         return None

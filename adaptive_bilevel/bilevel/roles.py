@@ -61,6 +61,13 @@ class ResponseModel(Protocol):
         """Return the changes of the lower gradients from (x, y) to the candidate; [] if they are not known."""
         ...
 
+    def effects(self) -> list[Change]:
+        """Return what the linear model ignores in the effect of x on the lower gradients at the candidate.
+
+        That is, the differences between grad_y g(x - step d, y) and grad_y g(x, y) - step C^T d: y does not move.
+        """
+        ...
+
     def correction(self) -> float | None:
         """Return the effect of the last changes on f, to first order, or None if it is not known."""
         ...
@@ -83,7 +90,11 @@ class Response(Protocol):
 
 
 class StepCheck(Protocol):
-    """The check of one search. It is called for candidates that pass the test of sufficient decrease."""
+    """The check of one search. It is called for candidates that pass the test of sufficient decrease.
+
+    If it has an attribute ``excused`` that is true after a step passed, the next search starts at the root of the
+    usual factor times that step.
+    """
 
     def __call__(self, step: float, surplus: float, model: ResponseModel, place: Place) -> bool:
         """Return whether the model of y holds at this step.

@@ -30,6 +30,7 @@ class Scale(NamedTuple):
             that is outgrown, see `policy`.
         kept: Number of steps since the last search whose length was kept.
         ratio: Size of the searched slope over <h, d>, in the last search that moved. Far from 1 if h was scaled.
+        excused: Whether the step of the last search passed the model check by an excuse, see `TangentCheck`.
     """
 
     state: SearchState
@@ -37,6 +38,7 @@ class Scale(NamedTuple):
     shortest: float = math.inf
     kept: int = 0
     ratio: float = 1.0
+    excused: bool = False
 
     @property
     def previous(self) -> float:
@@ -59,11 +61,16 @@ class Scale(NamedTuple):
         says (its parabola has the minimizer at 1 / shrink^2 times the step or beyond): what was too long where it was
         tried (the lower level was far from solved, say) is not any more.
 
+        After a step that was excused by the check of the model, it is not known whether it was too long. Searches then
+        start at the root of the usual factor times the last step.
+
         After steps whose length was kept, a search starts as much longer as searches in their place would have.
         """
         if not self.resumed:
             policy = dataclasses.replace(policy, c=max(policy.c, 0.5))
-        if not self.rejected or self.shortest == 0.0:
+        if self.excused:
+            policy = dataclasses.replace(policy, grow=math.sqrt(policy.grow))
+        elif not self.rejected or self.shortest == 0.0:
             policy = dataclasses.replace(policy, grow=max(policy.grow, 1.0 / policy.shrink))
         if self.kept:
             growth = math.exp(min((1 + self.kept) * math.log(policy.grow), _MOST_GROWTH))
@@ -84,19 +91,24 @@ class Scale(NamedTuple):
         most = float(self.previous) * promised * max(self.ratio, 1.0)
         return self.rejected and 0.0 < most < rounding * abs(value)
 
-    def after(self, record: Record, policy: Any, value: float, rounding: float) -> dict[str, Any]:
-        """Return what is new after a step: `rejected`, `shortest` and `ratio`, which a search has shown, and `kept`.
+    def after(
+        self, record: Record, policy: Any, value: float, rounding: float, excused: bool = False
+    ) -> dict[str, Any]:
+        """Return what is new after a step, of all but `state`.
 
         Args:
             record: Its record.
             policy: Its policy.
             value: f before the step.
             rounding: Relative rounding unit of f.
+            excused: Whether the check of the model has excused it.
         """
         step, shrink = record.step_size, policy.shrink
         if record.outcome == Outcome.kept:
             return {"kept": self.kept + 1} if visible(step * record.slope, value, rounding) else {}
         news: dict[str, Any] = {"kept": 0}
+        if record.moved and excused != self.excused:
+            news["excused"] = excused
         if record.moved and math.isfinite(record.slope_ratio):
             news["ratio"] = abs(float(record.slope_ratio))
         if record.trials > 1:

@@ -251,7 +251,7 @@ class SearchingOptimizer(StartingOptimizer):
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
         change, gain = motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
-        moved, step = record.moved, self._scheduled(record).step_size
+        moved, step, excused = record.moved, self._scheduled(record).step_size, bool(getattr(check, "excused", False))
         context = MomentumContext(path.gradient, path.descent, point.beta)
         path.rest()
         mix = roles.momentum.propose(context, states["momentum"])
@@ -287,7 +287,7 @@ class SearchingOptimizer(StartingOptimizer):
         write_states(self.state, news, path.gradient.tensors)
         if moved or record.trials > 1:
             after = shortened(found.state, step / record.step_size) if moved else point.scale.state
-            self._save_rule_state(after, **point.scale.after(record, self.policy, point.value, point.rounding))
+            self._save_rule_state(after, **point.scale.after(record, self.policy, point.value, point.rounding, excused))
         return messages
 
     def _predict(self, context: PredictionContext, step: float, state: RoleState) -> RoleState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,8 +146,8 @@ class StartingOptimizer(UpperOptimizer):
     def _scale(self) -> Scale:
         """Return what earlier searches have shown of the right step length."""
         saved = self._saved
-        known = saved("rejected", False), saved("shortest", math.inf), saved("kept", 0), saved("ratio", 1.0)
-        return Scale(self._rule_state(), *known)
+        empty = Scale(self._rule_state(), rejected=False)
+        return empty._replace(**{name: saved(name, getattr(empty, name)) for name in Scale._fields[1:]})
 
     def _differentiate(self, point: Point) -> None:
         """Take f_x and f_y, if only f was evaluated so far."""

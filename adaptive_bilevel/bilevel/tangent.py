@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -24,7 +25,7 @@ from .context import Change, Point
 from .inverse import Inverse
 from .lower import LowerProblem
 
-__all__ = ["JointTangent", "TangentModel", "change_between"]
+__all__ = ["JointTangent", "TangentModel", "change_between", "effect_between", "unanswered"]
 
 
 class TangentModel(abc.ABC):
@@ -109,6 +110,10 @@ class TangentModel(abc.ABC):
     @abc.abstractmethod
     def changes(self) -> list[Change]:
         """Return how the lower gradients at the candidate in place differ from those at (x, y)."""
+
+    @abc.abstractmethod
+    def effects(self) -> list[Change]:
+        """Return how far they are there from the linear model of C if x moves alone."""
 
     @abc.abstractmethod
     def correction(self) -> float | None:
@@ -197,17 +202,27 @@ class JointTangent(TangentModel):
 
     def changes(self) -> list[Change]:
         """Return how far the gradient of the sum is from where it was."""
-        moved: Vector | None = None
+        self._moved, expected = self._gradient_here(), None
+        if self._remainder is not None:  # what a linear lower gradient would do is known, so it is no surprise
+            expected = foreach.sub(self._gradient, self._remainder, alpha=self._step)
+        return [change_between(self._gradient, self._moved, self._push, self._residual, expected)]
+
+    def effects(self) -> list[Change]:
+        """Return how far the gradient of the sum is from grad_y g(x, y) - step C^T d at (x - step d, y)."""
+        assert self.offsets is not None
+        with unanswered(self._lower, self.offsets, self._step):
+            moved = self._gradient_here()
+        return [effect_between(self._gradient, moved, self._push, self._step)]
+
+    def _gradient_here(self) -> Vector:
+        total: Vector | None = None
         for problem in self._problems:
             _, grads = self._guard.gradient(problem.closure, self._lower, problem.random)
             filled = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(self._lower, grads, strict=True))
-            moved = filled if moved is None else tuple(foreach.add(moved, filled))
+            total = filled if total is None else tuple(foreach.add(total, filled))
         self._counts.gradients += 1
-        assert moved is not None
-        self._moved, expected = moved, None
-        if self._remainder is not None:  # what a linear lower gradient would do is known, so it is no surprise
-            expected = foreach.sub(self._gradient, self._remainder, alpha=self._step)
-        return [change_between(self._gradient, moved, self._push, self._residual, expected)]
+        assert total is not None
+        return total
 
     def correction(self) -> float | None:
         """Return -<v, delta>."""
@@ -223,6 +238,19 @@ def _under(random: RandomState | None, problems: Sequence[LowerProblem]) -> Sequ
         problem if problem.random is None else problem._replace(random=state)  # without one, the closure sees to it
         for problem, state in zip(problems, states, strict=True)
     ]
+
+
+@contextmanager
+def unanswered(tensors: Sequence[Tensor], offsets: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Take back step * offsets within the context."""
+    foreach.add_(tensors, offsets, alpha=-step)
+    yield
+    foreach.add_(tensors, offsets, alpha=step)
+
+
+def effect_between(old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], step: float) -> Change:
+    """Return the difference between a lower gradient where x has moved alone and old - step * push."""
+    return change_between(old, new, push, 0.0, foreach.sub(old, list(push), alpha=step))
 
 
 def change_between(

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adaptive_bilevel import SLS, BiSLS
+from adaptive_bilevel import SLS, BiSLS, policies
 from adaptive_bilevel.bilevel import Change
 from adaptive_bilevel.bilevel.model_check import CurvatureCheck, NoCheck, TangentCheck, check_of
+from adaptive_bilevel.bilevel.scale import Scale
 from adaptive_bilevel.hypergradient import CG, assign, implicit
 from adaptive_bilevel.hypergradient.cg import Adjoint
+from adaptive_bilevel.policies import SearchState
 
 PUSH = 2.0
 
@@ -30,8 +32,10 @@ class Measured:
     comparable: bool = False
     offsets: Sequence[Tensor] | None = None
 
-    def __init__(self, changes: Iterable[Change], correction: float | None = None) -> None:
-        self._changes, self._correction = iter(changes), correction
+    def __init__(
+        self, changes: Iterable[Change], correction: float | None = None, effects: Iterable[Change] = ()
+    ) -> None:
+        self._changes, self._correction, self._effects = iter(changes), correction, iter(effects)
         self.asked = 0
 
     def close(self) -> None: ...
@@ -40,6 +44,9 @@ class Measured:
 
     def changes(self) -> list[Change]:
         return [next(self._changes)]
+
+    def effects(self) -> list[Change]:
+        return [effect for effect in [next(self._effects, None)] if effect is not None]
 
     def correction(self) -> float | None:
         self.asked += 1
@@ -85,6 +92,65 @@ def test_far_out_a_gradient_that_saturates_is_not_holds() -> None:
         step /= 2
     assert rejected == [4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
     assert change(step) <= 0.5 * step * PUSH
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "along", "effects", "passes", "excused"),
+    [
+        ((0.9, 0.3), 0.9, [(0.9, 0.9)], True, False),
+        ((5.0, 0.1), 1.5, [(0.9, 0.9)], True, True),  # a kink that y crosses after half of the step, y not solved
+        ((9.0, 4.6), 1.5, [(0.9, 0.9)], True, True),  # kinks, more than the unsolved gradient allows for
+        ((9.0, 4.4), 1.5, [(0.9, 0.9)], False, True),
+        ((5.0, 2.6), 1.5, [(1.9, 1.9)], False, False),  # x saturates: no excuse
+        ((5.0, 2.6), 1.5, [(2.5, 2.5), (1.2, 0.4)], False, False),  # the effect of x is of second order
+        ((5.0, 2.6), 1.5, [(2.5, 2.5), (1.3, 0.7)], True, True),  # kinks that x crosses
+        ((5.0, 2.6), 1.5, [(math.nan, math.nan), (1.3, 0.7)], False, False),
+    ],
+)
+def test_x_must_have_the_effect_that_the_model_says(
+    sizes: tuple[float, float],
+    along: float,
+    effects: list[tuple[float, float]],
+    passes: bool,
+    excused: bool,
+    resumed: bool,
+) -> None:
+    """The change of y not moved is looked at in first searches, and where the change along C^T d is not small."""
+    changes = [Change(size, PUSH, 0.0, 0.0, before=10.0, along=along) for size in sizes]
+    model = Measured(changes, effects=[Change(size, PUSH, 0.0, 0.0, along=part) for size, part in effects])
+    check = TangentCheck(0.5, resumed, unsolved=0.5)
+    check._inside = True
+    assert (check(1.0, 0.0, model, lambda _: None), check.excused) == (passes, excused)
+
+
+def test_searches_grow_by_the_root_after_an_excuse() -> None:
+    policy, state = policies.SLS(grow=1.44), SearchState(previous=1.0)
+    grows = [Scale(state, rejected=True, excused=excused).policy(policy).grow for excused in (False, True)]
+    assert grows == [1.44, pytest.approx(1.2)]
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+def test_a_first_step_does_not_saturate_x(direction: str) -> None:
+    """Weights behind a sigmoid that best vanish: each step leaves x an effect, and f falls to that of no weights."""
+    generator = torch.Generator().manual_seed(0)
+    data, labels = torch.randn(40, 5, generator=generator), torch.randint(2, (40,), generator=generator)
+    x = torch.full((3,), -4.0, requires_grad=True)
+    y = torch.zeros(5, requires_grad=True)
+
+    def lower() -> Tensor:
+        fit = nn.functional.binary_cross_entropy_with_logits(data @ y, labels.double())
+        return fit + (x.sigmoid().sum() + 0.01) * y.square().sum()
+
+    inner: SLS = SLS([y])
+    outer: BiSLS = BiSLS([x], lower=inner, direction=direction)
+    for step in range(10):
+        for _ in range(10):
+            inner.step(lower)
+        before = x.sigmoid().sum().item()
+        assign([x], implicit(lambda: (y - 1.0).square().sum(), lower, [x], [y]))
+        outer.step(lambda: (y - 1.0).square().sum())
+        assert x.sigmoid().sum().item() > (0.05 if step == 0 else 0.0) * before
 
 
 @pytest.mark.parametrize(("residual", "expected"), [(0.5, False), (8.0, True)])

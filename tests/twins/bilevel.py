@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,52 +12,9 @@ from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient
 from .line_search import SLS, backtrack, is_start
 from .pace import Pace
 from .polyak import Bound, polyak_step
+from .tangent import Function, Lower, Tangent
 
 __all__ = ["BiSLS", "BiSPS", "hypergradient"]
-
-Function = Callable[[Tensor, Tensor], Tensor]
-"""(x, y) -> f(x, y) or g(x, y), on one sample."""
-
-
-class Lower:
-    """grad_y g and the products with H = grad^2_yy g, C = grad^2_xy g and C^T at one point."""
-
-    def __init__(self, g: Function, x: Tensor, y: Tensor) -> None:
-        self.g, self.x, self.y = g, x.clone().requires_grad_(), y.clone().requires_grad_()
-        self.g_x, self.g_y = torch.autograd.grad(g(self.x, self.y), (self.x, self.y), create_graph=True)
-
-    def H(self, v: Tensor) -> Tensor:
-        return torch.autograd.grad(self.g_y, self.y, v, retain_graph=True)[0]
-
-    def C(self, v: Tensor) -> Tensor:
-        return torch.autograd.grad(self.g_y, self.x, v, retain_graph=True)[0]
-
-    def C_transposed(self, d: Tensor) -> Tensor:
-        return torch.autograd.grad(self.g_x, self.y, d, retain_graph=True)[0]
-
-
-def conjugate_gradients(
-    H: Callable[[Tensor], Tensor], b: Tensor, refined: int = 0, start: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """Return w with |b - H w| <= .1 |b|, or after 20 iterations, and |b - H w| / |b|.
-
-    Refined, that is 2 times as many iterations and a tenth of the residual: `refined` times.
-    """
-    w, r = torch.zeros_like(b), b
-    if start is not None:
-        image = H(start)
-        if 0.5 * float(start @ image) < float(b @ start):  # nearer than 0, in the norm of H
-            w, r = start, b - image
-    p = r
-    for _ in range(20 * 2**refined):
-        if float(r @ r) <= (0.1 / 10**refined) ** 2 * float(b @ b):
-            break
-        Hp = H(p)
-        pHp, rr = float(p @ Hp), float(r @ r)
-        assert pHp > 0
-        w, r = w.add(p, alpha=rr / pHp), r.add(Hp, alpha=-rr / pHp)
-        p = r.add(p, alpha=float(r @ r) / rr)
-    return w, (float(r @ r) / float(b @ b)) ** 0.5
 
 
 def partials(f: Function, x: Tensor, y: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -133,73 +89,6 @@ class Support:
         return share
 
 
-class Tangent:
-    """The model y + a w of y's answer to x - a d, w = P C^T d, and the test of that model at a step.
-
-    v approximates H^{-1} f_y: each p that H is multiplied with makes its error orthogonal to H p.
-    """
-
-    def __init__(self, f_y: Tensor, lower: Lower, share: float, resumed: bool) -> None:
-        self.f_y, self.lower = f_y, lower
-        self.v = torch.zeros_like(f_y)
-        self.tolerance = 0.5 / share
-        self.resumed = self.inside = resumed  # resumed: there was a step before
-
-    def along(self, d: Tensor, f_x: Tensor, refined: int = 0) -> float:
-        """Set w for d and return the slope s = <f_x, d> - <f_y, w>; where it is not positive, w is refined once."""
-        self.d, push = d, self.lower.C_transposed(d)
-        self.pushed, self.push = push, float(push.norm())
-        self.w, self.residual = conjugate_gradients(self.H, push, refined)
-        if float(f_x @ d) - float(self.f_y @ self.w) <= 0:
-            self.w, self.residual = conjugate_gradients(self.H, push, refined + 1, self.w)
-        return float(f_x @ d) - float(self.f_y @ self.w)
-
-    def H(self, p: Tensor) -> Tensor:
-        Hp = self.lower.H(p)
-        self.v = self.v + p * ((float(p @ self.f_y) - float(Hp @ self.v)) / float(p @ Hp))
-        return Hp
-
-    def hypergradient(self, f_x: Tensor, refined: int) -> Tensor:
-        """Return f_x - C P f_y, with P of refined solves."""
-        return f_x - self.lower.C(conjugate_gradients(self.lower.H, self.f_y, refined)[0])
-
-    def expected(self, a: float) -> Tensor:
-        """Return grad_y g as the model has it at a step: as at (x, y)."""
-        return self.lower.g_y.detach()
-
-    def change(self, a: float) -> tuple[Tensor, float]:
-        """Return how grad_y g differs from what is expected at (x - a d, y + a w), and the possible rounding."""
-        x, y = self.lower.x.detach().add(self.d, alpha=-a), self.lower.y.detach().add(self.w, alpha=a)
-        _, g_y = gradient(lambda y: self.lower.g(x, y), y)
-        before = self.expected(a)
-        return g_y - before, 8 * EPS * float(g_y.norm() + self.lower.g_y.detach().norm())
-
-    def believed(self, a: float, surplus: float) -> bool:
-        """Return whether the change is below (tolerance + residual of w) a |C^T d| + |grad_y g| / 2, or else excused.
-
-        |grad_y g| / 2 counts only if the part of the change along C^T d is small without it.
-
-        It is excused, after the first step, if it is smaller than without any answer of y, and phi - <v, change> passes
-        the test of decrease too. It also is if half of the step leaves half of it or more (and of its part along C^T d,
-        if that is not small), since then no shorter step is better; but not if it is as large as without any answer,
-        and there was no step nor such a rejection before.
-        """
-        change, rounding = self.change(a)
-        size, without = float(change.norm()), a * self.push
-        linear = (self.tolerance + self.residual) * without + rounding
-        faithful = abs(float(change @ self.pushed)) <= linear * self.push
-        limit = linear + 0.5 * float(self.lower.g_y.detach().norm()) * faithful
-        followed = size <= (1 + self.residual) * without + rounding
-        if size <= limit or (self.resumed and followed and -float(self.v @ change) <= surplus):
-            return True
-        half = self.change(a / 2)[0]
-        smooth = not faithful and abs(float(half @ self.pushed)) < abs(float(change @ self.pushed)) / 2
-        if smooth or float(half.norm()) < size / 2:
-            self.inside = True
-            return False
-        return self.inside or (followed and faithful)
-
-
 class Guard:
     """The longest step while the losses fell, and at the end of the steps still fall, by less than .05 of a <h, d>.
 
@@ -221,6 +110,9 @@ class Guard:
         a = float(h @ (start - x))
         M, A, squares = self.M + before - f - 0.05 * gain + EPS * abs(before), self.onward + a, self.onward2 + a * a
         self.seen = M, A, squares
+        return self.bounded(M, A, squares)
+
+    def bounded(self, M: float, A: float, squares: float) -> float:
         if M >= 0 or A >= 0.05 * self.gains or A >= 2 * squares**0.5:
             return math.inf
         return float((max(self.bound.D2, self.bound.sum_gamma2_n) / self.bound.G / (self.k + 1)) ** 0.5)
@@ -235,7 +127,6 @@ class Guard:
     def keep(self, f: float, slope: float, a: float) -> None:
         """Take note of a step without a search, which the next search compares as a part of the last one."""
         assert self.last is not None
-        assert self.M >= 0 or self.onward >= min(0.05 * self.gains, 2 * self.onward2**0.5)
         self.bound, self.k = self.bound.see(f, slope, a).take(f, slope, a), self.k + 1
         self.gains += a * slope
         self.last = self.last[0], self.last[1] + a * slope, self.last[2]
@@ -265,7 +156,7 @@ class BiSLS:
         self.second, self.momentum = SecondMoment(torch.zeros_like(x)), Momentum(Mean(torch.zeros_like(x)), x)
         self.support, self.tangents = Support(x), Mean(torch.zeros_like(lower.x))
         self.previous, self.step_size, self.rejected, self.shortest = 0.0, 0.0, False, math.inf
-        self.ratio = 1.0
+        self.ratio, self.excused = 1.0, False
         self.guard = Guard()
         self.pace, self.kept, self.last = Pace(), 0, (torch.zeros_like(lower.x), 0.0)
 
@@ -293,6 +184,7 @@ class BiSLS:
             a = self.previous
         self.pace.add(value)
         if a is not None:
+            a = min(a, self.guard.bounded(self.guard.M, self.guard.onward, self.guard.onward2))
             self.pace.keep(a, promised, x, y)
             self.pace.before = None if self.shared else self.pace.before
             self.guard.keep(value, promised, a)
@@ -332,6 +224,7 @@ class BiSLS:
         ceiling = value / slope / c
         longest = min(ceiling, self.guard.longest(value, h, x))
         first, grow = self.lr or ceiling, 1.2 if self.rejected and self.shortest > 0 else 2.0
+        grow = 1.2**0.5 if self.excused else grow
         if self.kept > 0:
             grow = math.exp((1 + self.kept) * math.log(grow))
         start = min(first if self.previous == 0 else grow * self.previous, longest)
@@ -340,6 +233,7 @@ class BiSLS:
             self.previous = a
         if a > 0:
             self.guard.take(value, slope, a, x)
+            self.excused = tangent.excused
         self.rejected = self.rejected or trials > 1
         if trials > 1:
             self.shortest = 2.0 * a if a > 0 else math.inf

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import EPS
-from .bilevel import Lower, Tangent
+from .tangent import Lower, Tangent
 
 __all__ = ["SpectralInverse", "SpectralTangent"]
 
