@@ -85,12 +85,12 @@ class TangentCheck:
     """Whether a tangent holds at a step: what its linear model ignores must be small.
 
     Along the exact tangent the lower gradient does not change to first order, so a change below (tolerance + residual)
-    * step * ||C^T d|| passes. Others are excused in three cases:
+    * step * ||C^T d|| passes. So does one in a resumed search, if f, corrected for it, still decreases enough. Others
+    are excused in two cases:
 
-    * It is below that plus unsolved * ||grad_y g||. Where the lower problem is not solved, the model is no better than
-      that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the kinks of a few samples in
-      an unsolved ReLU network cut a first search to steps of 1e-5.)
-    * The search was resumed, and a correction of f for the change leaves enough of the decrease.
+    * It is below the first limit plus unsolved * ||grad_y g||. Where the lower problem is not solved, the model is no
+      better than that at (x, y) itself, and the lower steps that follow deal with both. (Without it, the kinks of a few
+      samples in an unsolved ReLU network cut a first search to steps of 1e-5.)
     * It is half as large or larger at half of the step. What a smooth lower loss adds is of second order: there it is a
       quarter, and the search goes on to shorter steps. Otherwise no shorter step holds any better: samples cross kinks
       of a ReLU network, by which its gradient jumps, and rejected for them, steps would shrink until not one sample
@@ -99,10 +99,9 @@ class TangentCheck:
     No excuse is for what the linear model overstates of the effect of x: in log space, or behind a sigmoid, a long step
     has less and less effect. (Without this, first steps of 9 passed in the logarithm of a weight decay, after which x
     had no effect any more.) It is measured where y does not move, as the part along C^T d of
-    grad_y g(x - step d, y) - grad_y g(x, y) + step C^T d, in each first search, and where that part of the change
-    itself is above the first term. A candidate where it is above tolerance * step * ||C^T d|| is rejected, unless the
-    whole difference is larger than step * ||C^T d||, and half as large or larger at half of the step: then x makes
-    samples cross kinks.
+    grad_y g(x - step d, y) - grad_y g(x, y) + step C^T d, if that part of the change itself is above the first limit.
+    A candidate where it is above tolerance * step * ||C^T d|| is rejected, unless the whole difference is larger than
+    step * ||C^T d||, and half as large or larger at half of the step: then x makes samples cross kinks.
 
     A change that is not finite never passes.
 
@@ -114,8 +113,8 @@ class TangentCheck:
 
     Args:
         tolerance: As above.
-        resumed: Whether the search starts from a step that was accepted before. If not, a correction of first order is
-            no excuse: how far a linear model reaches is not known.
+        resumed: Whether the search starts from a step that was accepted before. If not, f is not corrected: how far a
+            linear model reaches is not known.
         found: Of the sample.
         unsolved: As above.
 
@@ -142,20 +141,22 @@ class TangentCheck:
         """
         self.excused = False
         changes = _measured(model.changes())
-        limits = [(self.tolerance + c.residual) * step * c.push + c.rounding for c in changes]
-        finite = all(math.isfinite(c.size) for c in changes)
-        near = all(c.along <= limit for c, limit in zip(changes, limits, strict=True))
-        if not (finite and ((near and self._resumed) or self._effective(step, model, place))):
+        if not all(math.isfinite(c.size) for c in changes):
             self._inside = True
             return False
-        if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
-            return True
-        self.excused = True
-        limits = [limit + self._unsolved * c.before for c, limit in zip(changes, limits, strict=True)]
+        limits = [(self.tolerance + c.residual) * step * c.push + c.rounding for c in changes]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
         followed = all(c.residual >= 1.0 or c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes)
         if self._resumed and followed and _harmless(model, surplus):
+            return True
+        near = all(c.along <= limit for c, limit in zip(changes, limits, strict=True))
+        if not (near or self._effective(step, model, place)):
+            self._inside = True
+            return False
+        self.excused = True
+        limits = [limit + self._unsolved * c.before for c, limit in zip(changes, limits, strict=True)]
+        if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
         place(0.5 * step)
         for c, half, limit in zip(changes, _measured(model.changes()), limits, strict=True):

@@ -147,6 +147,10 @@ class AlongTheLoop:
     def changes(self) -> list[Any]:
         return []
 
+    def effects(self) -> list[Any]:
+        """Return nothing to compare."""
+        return []
+
     def correction(self) -> None:
         return None
 

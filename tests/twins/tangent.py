@@ -100,27 +100,24 @@ class Tangent:
     def believed(self, a: float, surplus: float) -> bool:
         """Return whether the change is below (tolerance + residual of w) a |C^T d| + |grad_y g| / 2, or else excused.
 
-        |grad_y g| / 2 is an excuse.
-
-        It is excused, too, after the first step, if it is smaller than without any answer of y, and phi - <v, change>
-        passes the test of decrease too. It also is if half of the step leaves half of it or more, since then no shorter
-        step is better; but not if it is as large as without any answer, and there was no step nor such a rejection
-        before. Nothing is excused if `effective` is False.
+        It passes, too, after the first step, if it is smaller than without any answer of y, and phi - <v, change>
+        passes the test of decrease too. If its part along C^T d is small, or x `effective`, |grad_y g| / 2 is an
+        excuse. So is that half of the step leaves half of it or more, since then no shorter step is better; but not if
+        it is as large as without any answer, and there was no step nor such a rejection before.
         """
         self.excused = False
         change, rounding = self.change(a)
         size, without = float(change.norm()), a * self.push
         linear = (self.tolerance + self.residual) * without + rounding
-        near = abs(float(change @ self.pushed)) <= linear * self.push
-        if not (self.resumed and near) and not self.effective(a, rounding):
+        followed = size <= (1 + self.residual) * without + rounding
+        if size <= linear or (self.resumed and followed and -float(self.v @ change) <= surplus):
+            return True
+        if abs(float(change @ self.pushed)) > linear * self.push and not self.effective(a, rounding):
             self.inside = True
             return False
-        if size <= linear:
-            return True
         self.excused = True
         limit = linear + 0.5 * float(self.lower.g_y.detach().norm())
-        followed = size <= (1 + self.residual) * without + rounding
-        if size <= limit or (self.resumed and followed and -float(self.v @ change) <= surplus):
+        if size <= limit:
             return True
         if float(self.change(a / 2)[0].norm()) < size / 2:
             self.inside = True
