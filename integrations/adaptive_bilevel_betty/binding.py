@@ -47,6 +47,27 @@ def bind(engine: E, *, solver: LinearSolver | None = None) -> E:
             then.
         TensorError: A problem has no trainable parameters, or shares parameters with a problem below it.
         ClosureError: A problem has no training_step.
+
+    >>> import logging, torch
+    >>> from betty.configs import Config, EngineConfig
+    >>> from betty.engine import Engine
+    >>> from betty.problems import ImplicitProblem
+    >>> from adaptive_bilevel_betty import SLS, BiSLS, bind
+    >>> class Outer(ImplicitProblem):
+    ...     def training_step(self, batch):
+    ...         return ((self.inner.module[0] - 3.0) ** 2).sum()
+    >>> class Inner(ImplicitProblem):
+    ...     def training_step(self, batch):
+    ...         return ((self.module[0] - self.outer.module[0]) ** 2).sum()
+    >>> logging.getLogger("betty").disabled = True
+    >>> x, y = torch.nn.ParameterList([torch.zeros(2)]), torch.nn.ParameterList([torch.zeros(2)])
+    >>> outer = Outer("outer", Config(), x, BiSLS(x.parameters(), direction="adam"), None, [torch.zeros(1)])
+    >>> lower = Config("adaptive_cg", unroll_steps=10)
+    >>> inner = Inner("inner", lower, y, SLS(y.parameters()), None, [torch.zeros(1)])
+    >>> links = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
+    >>> bind(Engine([outer, inner], EngineConfig(train_iters=200), links)).run()
+    >>> print([round(entry, 1) for entry in outer.module[0].tolist()])
+    [3.0, 3.0]
     """
     problems: list[Problem] = list(getattr(engine, "problems", ()))
     if not problems or not all(hasattr(problem, "get_loss") for problem in problems):

@@ -45,16 +45,22 @@ class LowerStep(SolvedLevel):
     Raises:
         OptionError: The module has no objective or no linear_solve, or an option is out of range.
 
-    ::
-
-        def __init__(self, x):
-            ...
-            self.lower = LowerStep(self, SLS)
-
-        def solve(self, batch):
-            step = self.lower.attach()
-            for _ in range(T):
-                step(lambda: self.objective(batch))
+    >>> import torchopt
+    >>> class Inner(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.linear_solve.solve_cg()):
+    ...     def __init__(self, x):
+    ...         super().__init__()
+    ...         self.x, self.y = x, torch.nn.Parameter(torch.zeros(2))
+    ...         self.lower = LowerStep(self, SLS)
+    ...     def objective(self, target):
+    ...         return ((self.y - target) ** 2 + self.x * self.y**2).sum()
+    ...     def solve(self, target):
+    ...         step = self.lower.attach()
+    ...         for _ in range(20):
+    ...             step(lambda: self.objective(target))
+    >>> inner = Inner(torch.ones(2, requires_grad=True))
+    >>> _ = inner.solve(torch.tensor([2.0, 4.0]))
+    >>> print(inner.y.detach().round(decimals=2).tolist())
+    [1.0, 2.0]
     """
 
     module: Module

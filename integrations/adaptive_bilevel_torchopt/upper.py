@@ -66,12 +66,27 @@ class UpperStep:
         TensorError: A meta-parameter is also a lower parameter, or TorchOpt differentiates a lower tensor of this kind
             wrongly.
 
-    ::
-
-        meta = UpperStep([x], lower=inner.lower, direction="adam")
-        for batch, val in data:
-            inner.solve(batch)
-            meta.step(lambda: loss(inner, val))
+    >>> import torchopt
+    >>> from adaptive_bilevel_torchopt import LowerStep
+    >>> class Inner(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.linear_solve.solve_cg()):
+    ...     def __init__(self, x):
+    ...         super().__init__()
+    ...         self.x, self.y = x, torch.nn.Parameter(torch.zeros(2))
+    ...         self.lower = LowerStep(self)
+    ...     def objective(self):
+    ...         return ((self.y - self.x) ** 2).sum()
+    ...     def solve(self):
+    ...         step = self.lower.attach()
+    ...         for _ in range(20):
+    ...             step(self.objective)
+    >>> x = torch.zeros(2, requires_grad=True)
+    >>> inner = Inner(x)
+    >>> meta = UpperStep([x], lower=inner.lower, direction="adam")
+    >>> for _ in range(20):
+    ...     _ = inner.solve()
+    ...     _ = meta.step(lambda: ((inner.y - 3.0) ** 2).sum())
+    >>> print([round(entry, 1) for entry in x.tolist()])
+    [3.0, 3.0]
     """
 
     def __init__(
