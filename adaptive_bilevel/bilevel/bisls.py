@@ -126,8 +126,8 @@ class BiSLS(UpperSearch):
             best on the mean of the samples so far (`adaptive_bilevel.optim.warm_start`). Only lower optimizers of this
             package support this; with others, y stays. True, False, or a `Prediction`.
         curvature: Tolerance of the check of the tangent. A step is rejected if the smooth part of the change of the
-            lower gradient exceeds curvature * (a ||C^T d|| + ||grad_y g||), or if x alone has less effect on it than
-            1 - curvature times what the tangent assumes. With `Lanczos` and `CG`, it passes the first test if f,
+            lower gradient exceeds curvature * (a ||C^T d|| + ||grad_y g||), or if it exceeds curvature * a ||C^T d||
+            and x alone does not have the effect that the tangent assumes. With `Lanczos` and `CG`, it passes if f,
             corrected for that change, still decreases enough. The tolerance grows if a sample supports a part of x only
             (`adaptive_bilevel.bilevel.sample_support`). inf: no check. Or a `ModelCheck`. See
             `adaptive_bilevel.bilevel.model_check`.

@@ -96,8 +96,8 @@ class TangentCheck:
       of a ReLU network, by which its gradient jumps, and rejected for them, steps would shrink until not one sample
       crosses a kink any more.
 
-    No excuse is for what the linear model overstates of the effect of x: in log space, or behind a sigmoid, a long step
-    has less and less effect. (Without this, first steps of 9 passed in the logarithm of a weight decay, after which x
+    A wrong effect of x itself is never excused: in log space, or behind a sigmoid, a long step has less and less
+    effect. (Without this, first steps of 9 passed in the logarithm of a weight decay, after which x
     had no effect any more.) It is measured where y does not move, as the part along C^T d of
     grad_y g(x - step d, y) - grad_y g(x, y) + step C^T d, if that part of the change itself is above the first limit.
     A candidate where it is above tolerance * step * ||C^T d|| is rejected, unless the whole difference is larger than
