@@ -1,11 +1,17 @@
-"""Tests in several processes of one group."""
+"""Tests in several processes of one group.
+
+The processes are started once, since that takes seconds, and wait for the next test. Each test has a group of its own.
+"""
 
 from __future__ import annotations
 
 import socket
+import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -13,6 +19,8 @@ from torch import distributed, multiprocessing
 
 WORLD = 2
 LIMIT = timedelta(seconds=30)  # processes that disagree wait for each other
+
+_waiting: list[tuple[SpawnProcess, Connection]] = []
 
 
 def results_of(work: Callable[[int], Any], world: int = WORLD) -> list[Any]:
@@ -25,18 +33,62 @@ def results_of(work: Callable[[int], Any], world: int = WORLD) -> list[Any]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
-    with multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(_work, (work, world, port, results), nprocs=world)
-        return [results[rank] for rank in range(world)]
+    while len(_waiting) < world:
+        _waiting.append(_started())
+    ranks = {connection: rank for rank, (_, connection) in enumerate(_waiting[:world])}
+    for connection, rank in ranks.items():
+        connection.send((work, rank, world, port))
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < world:
+            ready = wait([connection for connection, rank in ranks.items() if rank not in results])
+            for connection, rank in [(c, rank) for c, rank in ranks.items() if c in ready]:
+                failed, results[rank] = connection.recv()
+                if failed:
+                    raise RuntimeError(f"process {rank}: {results[rank]}")
+    except BaseException:
+        _end()  # others may wait for the one that has failed
+        raise
+    return [results[rank] for rank in range(world)]
 
 
-def _work(rank: int, work: Callable[[int], Any], world: int, port: int, results: Any) -> None:
+def _started() -> tuple[SpawnProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
+def _end() -> None:
+    for process, connection in _waiting:
+        process.kill()
+        process.join()
+        connection.close()
+    _waiting.clear()
+
+
+def _serve(connection: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    while True:
+        try:
+            work, rank, world, port = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((False, _work(work, rank, world, port)))
+        except BaseException:
+            connection.send((True, traceback.format_exc()))
+
+
+def _work(work: Callable[[int], Any], rank: int, world: int, port: int) -> Any:
     torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
     distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=LIMIT
     )
-    results[rank] = work(rank)
+    result = work(rank)
     distributed.destroy_process_group()
+    return result

@@ -169,9 +169,7 @@ def child(**job: Any) -> dict[str, Any]:
 
 def of_child(job: dict[str, Any]) -> dict[str, float]:
     if "size" in job:
-        return measure(
-            lambda: language(CONFIGS[job["size"]]), *VARIANTS[job["variant"]], times=1 if job["size"] >= 1e8 else 2
-        )
+        return measure(lambda: language(CONFIGS[job["size"]]), *VARIANTS[job["variant"]], times=2)
     return measure(NETWORKS[job["network"]], "BiSLS", job["products"], None, times=10)
 
 
