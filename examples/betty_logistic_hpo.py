@@ -132,8 +132,9 @@ def data(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     truth = np.random.randn(FEATURES)
     x = np.random.randn(SAMPLES, FEATURES)
     t = (x @ truth + 0.1 * np.random.randn(SAMPLES) > 0).astype(float)
-    x, x_val, t, t_val = (torch.from_numpy(a).float() for a in train_test_split(x, t, test_size=0.5))
-    return (x, t), (x_val, t_val)
+    parts = train_test_split(x, t, test_size=0.5)
+    x_train, x_val, t_train, t_val = (torch.from_numpy(part).float() for part in parts)
+    return (x_train, t_train), (x_val, t_val)
 
 
 def problems(upper: MakeOptimizer, lower: MakeOptimizer, seed: int, kind: str, iterations: int) -> Engine:
@@ -155,10 +156,15 @@ def problems(upper: MakeOptimizer, lower: MakeOptimizer, seed: int, kind: str, i
 def train(run: Run, kind: str, iterations: int, direction: str) -> Run:
     """Run Betty's engine, and fill in what happens at each upper step."""
     ours = run.method.startswith("BiSLS")
-    upper: MakeOptimizer = lambda p: torch.optim.SGD(p, lr=run.upper, momentum=0.9)  # noqa: E731
-    lower: MakeOptimizer = lambda p: torch.optim.SGD(p, lr=run.lower)  # noqa: E731
+    upper_lr, lower_lr = run.upper, run.lower
+    upper: MakeOptimizer
+    lower: MakeOptimizer
     if ours:
-        upper, lower = (lambda p: BiSLS(p, run.upper, direction=direction)), (lambda p: SLS(p, run.lower))
+        upper, lower = (lambda p: BiSLS(p, upper_lr, direction=direction)), (lambda p: SLS(p, lower_lr))
+    else:
+        assert upper_lr is not None and lower_lr is not None, f"{run.method}: SGD has no step of its own"
+        upper = lambda p: torch.optim.SGD(p, lr=upper_lr, momentum=0.9)  # noqa: E731
+        lower = lambda p: torch.optim.SGD(p, lr=lower_lr)  # noqa: E731
     torch.manual_seed(run.seed)
     engine = problems(upper, lower, run.seed, kind, iterations)
     if ours or kind == "adaptive_cg":

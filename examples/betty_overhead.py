@@ -79,12 +79,13 @@ def measure(name: str, upper: Any, lower: Any, repeats: int, clock: Clock) -> di
         problems=[outer, inner],
         dependencies={"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
     )
-    for problem in (outer, inner):
+    problems: list[Any] = [outer, inner]
+    for problem in problems:
         problem.training_step = clock.timed(problem.training_step)
     bind(engine)
     found: dict[str, list[tuple[float, float]]] = {"outer": [], "inner": []}
     descents: list[float] = []
-    for problem in (outer, inner):
+    for problem in problems:
         step = problem.optimizer.step
 
         def watched(step: Any = step, name: str = problem.name) -> None:

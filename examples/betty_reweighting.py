@@ -174,10 +174,13 @@ def train(run: Run, data: Data, iterations: int, kind: str) -> Run:
         train_data_loader=Draws(*data.noisy, seed=run.seed),
     )
     weighted = run.method != "no weights"
-    lower.make_optimizer = (lambda p: SLSB(p)) if ours else (lambda p: torch.optim.SGD(p, lr=run.lower))
-    upper.make_optimizer = lambda p: torch.optim.Adam(p, lr=run.upper if weighted else 0.0)
+    lower_lr, upper_lr = run.lower, run.upper if weighted else 0.0
+    lower.make_optimizer = SLSB if lower_lr is None else (lambda p: torch.optim.SGD(p, lr=lower_lr))
     if ours and weighted:
         upper.make_optimizer = lambda p: BiSLS(p, direction="adam")
+    else:
+        assert upper_lr is not None, f"{run.method}: Adam has no step of its own"
+        upper.make_optimizer = lambda p: torch.optim.Adam(p, lr=upper_lr)
     if not weighted:  # all weights 1/2, and the upper problem moves nothing
         for p in weigher.parameters():
             p.data.zero_()

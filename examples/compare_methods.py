@@ -185,7 +185,8 @@ def told(row: methods.Row, task: Task, step: float) -> dict[str, Any]:
     if isinstance(row.upper_direction, methods.Adam) and "upper_step" in options:
         options["upper_step"] = policies.Constant(bound=0.03 * task.steps.index(step) + 0.01)  # Adam has its own scale
     if isinstance(row.lower, methods.PenalisedLoss) and not row.joint:
-        options["lower_step"] = dataclasses.replace(row.lower_step, bound=b / 2)  # it descends on f + lambda g
+        lower_rule: Any = row.lower_step  # all of these rows have a bound
+        options["lower_step"] = dataclasses.replace(lower_rule, bound=b / 2)  # it descends on f + lambda g
     if isinstance(row.estimator, UnrollForward):
         options["lower_steps"] = 2  # each costs d_x pairs of products
     if isinstance(row.estimator, DARTS):
@@ -304,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")  # steps that fail show in the table
     tasks = [quadratic(options.budget), cleaning(options.data, options.budget)]
-    rows = {name: (methods.row(name), {}) for name in methods.names()}
+    rows: dict[str, tuple[methods.Row, dict[str, Any]]] = {name: (methods.row(name), {}) for name in methods.names()}
     rows |= {name: (methods.row(base), given) for name, (base, given) in EXTRA.items()}
     chosen = {name: pair for name, pair in rows.items() if not options.rows or name in options.rows}
     results: dict[str, dict[str, Result]] = {}

@@ -36,6 +36,10 @@ class SourceWeights(Trainer):
         options: Those of `Trainer`.
     """
 
+    optimizer: torch.optim.Optimizer | None
+    inner: AutoSLS
+    outer: BiSLS
+
     def __init__(self, *args: Any, sources: int, held_out: dict[str, Tensor], every: int = 1, **options: Any) -> None:
         super().__init__(*args, **options)
         if self.args.fp16:
@@ -86,7 +90,7 @@ class SourceWeights(Trainer):
         """As the host of the optimizer, take the Trainer's `optimizer.step()`: `training_step` has taken the step."""
         return self.loss
 
-    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+    def log(self, logs: dict[str, Any], *args: Any, **options: Any) -> None:
         if self.outer.record is not None:
             logs |= monitor(self.outer, words=False)
         super().log(logs, *args, **options)

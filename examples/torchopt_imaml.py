@@ -166,9 +166,10 @@ def train(kind: str, lr: float | None, seed: int, data: tuple[Tensor, Tensor], i
     inner_nets = [InnerNet(net, size, searched) for _ in range(TASKS)]
     meta: Any
     if automatic:
-        lowers = [n.lower for n in inner_nets]
+        lowers = [n.lower for n in inner_nets if n.lower is not None]
         meta = UpperStep(net.parameters(), lr=lr, lower=lowers, carry=False)
     else:
+        assert lr is not None, "Adam has no step of its own"
         meta = torchopt.Adam(net.parameters(), lr=lr)
     history = History(f"{kind} {'none' if lr is None else f'{lr:g}'}", seed)
     for iteration in range(1, iterations + 1):
@@ -239,7 +240,7 @@ def draw(histories: list[History], title: str, path: Path) -> None:
 
     grouped = by_name(histories)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    shades = {}
+    shades: dict[str, Any] = {}
     for palette, chosen in (("Greens", True), ("Blues", False)):
         fixed = [n for n in grouped if n.startswith("Adam") and n.startswith(SEARCHED) is chosen]
         shades |= zip(fixed, plt.get_cmap(palette)(torch.linspace(0.4, 0.95, len(fixed)).tolist()), strict=True)

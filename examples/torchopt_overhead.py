@@ -89,8 +89,9 @@ class Loop:
         self.x = torch.zeros(10, requires_grad=True)
         batch = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
         self.inner = Weighted(self.x, batch, rule)
-        self.meta = UpperStep([self.x], lower=self.inner.lower, **options) if rule else torchopt.SGD([self.x], lr=1.0)
-        self.automatic = rule is not None
+        self.automatic, lower = rule is not None, self.inner.lower
+        self.meta: Any
+        self.meta = UpperStep([self.x], lower=lower, **options) if lower else torchopt.SGD([self.x], lr=1.0)
 
     def upper(self) -> None:
         if self.automatic:
@@ -117,8 +118,9 @@ def peak(name: str, iterations: int) -> int:
 def measure(name: str, repeats: int, clock: Clock) -> dict[str, Any]:
     """Return what the upper steps of a case cost, in microseconds."""
     loop = Loop(name)
-    loop.inner.objective = clock.timed(loop.inner.objective)
-    loop.inner.validation_loss = clock.timed(loop.inner.validation_loss)
+    inner: Any = loop.inner
+    inner.objective = clock.timed(inner.objective)
+    inner.validation_loss = clock.timed(inner.validation_loss)
     found = []
     for _ in range(repeats + 1):
         loop.inner.solve()

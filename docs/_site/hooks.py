@@ -45,9 +45,9 @@ def on_files(files: Files, config: Any) -> Files:
         uri, home, text = todo.pop()
         if not uri.startswith("results/"):
             for _, target, _ in LINK.findall(text):
-                name = resolve(home, target)
-                if name is not None and (ROOT / name).is_file():
-                    todo += include(files, name, config)
+                linked = resolve(home, target)
+                if linked is not None and (ROOT / linked).is_file():
+                    todo += include(files, linked, config)
     return files
 
 

@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from data_mixing_distributed import GPT, Config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptive_bilevel import SLS, BiSLS
 from adaptive_bilevel.evaluation.counts import Counts
 from adaptive_bilevel.hypergradient import Lanczos, assign, implicit_with_info
+from examples.data_mixing_distributed import GPT, Config
 from live import live_bytes
 from methods import plain_step
 from tasks.base import lenet

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,7 +233,7 @@ def download(where: Path, names: Sequence[str] = ()) -> None:
                 np.savez_compressed(file, images=x[part], labels=y[part])
         else:
             x, y = csr_matrix(bunch.data, dtype=np.float32), np.asarray(bunch.target, np.float64).astype(np.int8)
-            table = {}
+            table: dict[str, Any] = {}
             for prefix, part in zip(PARTS, parts, strict=True):
                 table |= {f"{prefix}_{key}": getattr(x[part], key) for key in ("indptr", "indices", "data", "shape")}
                 table[f"{prefix}_y"] = y[part]

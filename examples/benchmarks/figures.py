@@ -210,7 +210,7 @@ def draw(axes: Any, panel: Panel, read: Callable[[Job], Row]) -> list[Row]:
     finals = []
     axes.set_title(panel.title, fontsize=9)
     for i, text in enumerate(panel.methods):
-        colour = pyplot.colormaps["tab10"].colors[i % 10]
+        colour = pyplot.colormaps["tab10"](i % 10)
         values = []
         for settings in panel.variants():
             chosen = [read(job) for job in panel.jobs(text, settings)]

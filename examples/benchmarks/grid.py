@@ -35,15 +35,16 @@ class Grid:
         return Method(self.name, chosen | self.options)
 
     def coarse(self) -> list[Method]:
-        return [self.method(*point) for point in itertools.product(self.lrs, *([self.lowers] if self.lowers else []))]
+        lowers: Sequence[float | str | None] = self.lowers or (None,)
+        return [self.method(lr, lower) for lr, lower in itertools.product(self.lrs, lowers)]
 
     def finer(self, winner: Method) -> list[Method]:
         """The neighbours of the winner at half a decade, and where it lies at an end of the grid, a decade beyond."""
-        steps = [_around(winner.options["lr"], self.lrs)]
-        if self.lowers:
-            numbers = [lower for lower in self.lowers if not isinstance(lower, str)]
-            steps.append(_around(winner.options["lower"], numbers))
-        methods = [self.method(*point) for point in itertools.product(*steps)]
+        lowers: Sequence[float | str | None] = [winner.options.get("lower")]
+        if self.lowers and not isinstance(lowers[0], str):
+            lowers = _around(winner.options["lower"], [lower for lower in self.lowers if not isinstance(lower, str)])
+        lrs = _around(winner.options["lr"], self.lrs)
+        methods = [self.method(lr, lower) for lr, lower in itertools.product(lrs, lowers)]
         methods += [self.method(winner.options["lr"], lower) for lower in self.then]
         return [method for method in methods if method != winner]
 
@@ -57,10 +58,8 @@ def best(methods: Sequence[Method], score: Callable[[Method], float], count: int
     return sorted(methods, key=score)[:count]
 
 
-def _around(value: float | str, ends: Sequence[float]) -> list[float | str]:
-    if isinstance(value, str):
-        return [value]
-    found: list[float | str] = [value, value / HALF, value * HALF]
+def _around(value: float, ends: Sequence[float]) -> list[float]:
+    found = [value, value / HALF, value * HALF]
     if value <= _rounded(min(ends)):
         found.append(value / 10)
     if value >= _rounded(max(ends)):

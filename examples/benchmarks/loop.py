@@ -129,7 +129,7 @@ def train_bilevel(task: Task, hooks: Hooks, seed: int, run: Run) -> Iterator[Run
     def differentiate(upper_closure: Any, lower_closure: Any) -> Any:
         if unrolling is not None:
             return unrolling.differentiate(upper_closure.args, lower_closure.args, step_size(hooks.inner))
-        chosen = {} if solver is None else {"solver": solver}
+        chosen: dict[str, Any] = {} if solver is None else {"solver": solver}
         h, info = implicit_with_info(upper_closure, lower_closure, task.upper, task.lower, **chosen)
         spent.gradients, spent.hvps, spent.jvps = (
             spent.gradients + info.gradients, spent.hvps + info.hvps, spent.jvps + info.jvps,
@@ -185,7 +185,8 @@ class Unrolling:
     """The hypergradient through the last lower step alone, y - b grad_y g(x, y) with the b that was taken."""
 
     def __init__(self, task: Task, spent: Counts) -> None:
-        self.task, self.spent, self.before = task, spent, ()
+        self.task, self.spent = task, spent
+        self.before: tuple[Tensor, ...] = ()
         self.estimator = Unroll(last=1)
 
     def remember(self) -> None:

@@ -133,6 +133,7 @@ def searched(
     inner = lower_rule(lower)
     if search is not None:
         options["search"] = SEARCHES[search]
+    outer: BiSLS | OneStepBiSLS
     if response == "step":
         outer = OneStepBiSLS(upper, lower=inner, direction=direction, **options)
     else:

@@ -238,7 +238,7 @@ def measure(models: list[str], repeats: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=150, help="steps per optimizer and model")
     parser.add_argument("--peers", type=Path, help="folder of checkouts: sls, sps, ada_sls, PoNoS, MoMo")

@@ -67,6 +67,7 @@ KINDS: dict[str, Callable[[float], Any]] = {
 def by_hand(policy: Any) -> Callable[[float, float], float]:
     """Return (loss, slope) -> step of the rule, its state kept in a closure."""
     k, product, squares, previous = 0, 0.0, 1.0, 0.0
+    given: Any = policy  # its options, all of which are numbers here
 
     def bounded(loss: float, slope: float) -> float:
         nonlocal k, product, squares, previous
@@ -76,24 +77,24 @@ def by_hand(policy: Any) -> Callable[[float, float], float]:
             squares += slope
             return squares**-0.5
         if isinstance(policy, SLS | SLSB):
-            cap = loss / (policy.c * slope)
+            cap = loss / (given.c * slope)
             if isinstance(policy, SLSB):
-                cap = min(cap, policy.bound / math.sqrt(k + 1))
-            step = min(policy.grow * previous if previous else 0.5, cap)
+                cap = min(cap, given.bound / math.sqrt(k + 1))
+            step = min(given.grow * previous if previous else 0.5, cap)
             threshold = loss + 2.2e-16 * abs(loss)
-            while not descend(step) <= threshold - policy.c * step * slope:
-                step *= policy.shrink
+            while not descend(step) <= threshold - given.c * step * slope:
+                step *= given.shrink
             k, previous = k + 1, step
             return step
         if isinstance(policy, Constant):
-            step = policy.bound
+            step = given.bound
         elif isinstance(policy, DecSPS):
-            c = policy.c * math.sqrt(k + 1)
-            step = min(max(loss, 0.0) / slope, product or policy.c * policy.bound) / c
+            c = given.c * math.sqrt(k + 1)
+            step = min(max(loss, 0.0) / slope, product or given.c * given.bound) / c
             product = c * step
         else:
-            high = policy.bound / math.sqrt(k + 1) if policy.decay == "inverse_sqrt" else policy.bound
-            step = min(max(max(loss, 0.0) / (policy.c * slope), min(policy.floor, high)), high)
+            high = given.bound / math.sqrt(k + 1) if given.decay == "inverse_sqrt" else given.bound
+            step = min(max(max(loss, 0.0) / (given.c * slope), min(given.floor, high)), high)
         k += 1
         return step
 

@@ -43,7 +43,8 @@ REFERENCE = {  # (mu, direction, T) -> medians for exact, CG .1, CG .01
     (0.01, "adam", 1): (1.1e-2, 1.3e-2, 1.0e-2),
     (0.01, "adam", 10): (1.3e-3, 1.6e-3, 1.3e-3),
 }
-PAPER = {"grow": 2.0, "c": 0.1}
+PAPER: dict[str, Any] = {"grow": 2.0, "c": 0.1}
+Cell = tuple[str, float, int, str, float]
 
 
 def run(
@@ -55,6 +56,7 @@ def run(
     task = random_quadratic.create(seed, mu=mu, lower_steps=steps)
     solver = CG(max_iterations=50, tolerance=tolerance)
     inner = task.lower_rule(task.lower)
+    outer: BiSLS | OneStepBiSLS
     if rule == "paper":
         outer = OneStepBiSLS(task.upper, lr, lower=inner, direction=direction, **PAPER)
     else:
@@ -81,9 +83,7 @@ def run(
     }
 
 
-def row(
-    cell: tuple[str, float, int, str, float], seeds: int, first_trials: list[float | None], pool: ProcessPoolExecutor
-) -> dict[str, Any]:
+def row(cell: Cell, seeds: int, first_trials: list[float | None], pool: ProcessPoolExecutor) -> dict[str, Any]:
     """The statistics of a cell."""
     rule, mu, steps, direction, tolerance = cell
     jobs = [
@@ -122,11 +122,11 @@ def main() -> None:
     parser.add_argument("--first-trials", nargs="+", default=[str(lr) for lr in FIRST_TRIALS], help="None: none given")
     arguments = parser.parse_args()
     first_trials = [None if lr == "None" else float(lr) for lr in arguments.first_trials]
-    content = {"command": shlex.join(["python", *sys.argv]), "rows": []}
+    content: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "rows": []}
     if arguments.output.exists():
         content["rows"] = json.loads(arguments.output.read_text())["rows"]
     done = {(r["rule"], r["mu"], r["T"], r["direction"], r["tolerance"]) for r in content["rows"]}
-    cells = [
+    cells: list[Cell] = [
         (rule, mu, steps, direction, tolerance)
         for rule, tolerance in itertools.product(arguments.rules, arguments.tolerances)
         for mu, steps, direction in itertools.product((0.2, 0.01), (1, 10), ("sgd", "adam"))

@@ -264,7 +264,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-COLOURS = pyplot.colormaps["tab10"].colors
+COLOURS: list[Any] = [pyplot.colormaps["tab10"](i) for i in range(10)]
 DASHES = {"ours": "-", "grid": "--", "other": ":"}
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -56,7 +56,7 @@ class Job:
     """One run. `settings` go to the task: its own arguments and overrides of its `Settings`."""
 
     task: str
-    settings: Options
+    settings: Mapping[str, Any]
     method: Method
     seed: int
 

@@ -16,6 +16,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Ta
         method
         for methods in tried.values()
         for figure in table.figures
-        for method in best(methods, lambda m, f=figure: table.score(m, first, f), 2 if figure == "loss" else 1)
+        for method in best(methods, partial(table.score, seeds=first, figure=figure), 2 if figure == "loss" else 1)
     ]
     table.add(run(jobs(finalists, every), output, folder)[0])
     table.tried = tried
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.set = [*options.set, *([f"solver={options.solver}"] if options.solver else [])]
     torch.set_num_threads(options.threads)
-    folder = data.folder(options.data)
-    folder = None if folder is None else str(folder)
+    where = data.folder(options.data)
+    folder = None if where is None else str(where)
     for name in options.task or (QUICK if options.quick else BENCHMARKS):
         benchmark = BENCHMARKS[name]
         if options.quick:

@@ -186,13 +186,13 @@ def timed(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(found)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> dict[tuple[str, str], Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=31)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    found: dict[tuple[str, str], Any] = {}
     print("| loop | gradient | run again | JVP | direction | loss, again (trials, ms) | loss, tangent (trials, ms) |")
     for name, make in LOOPS.items():
         loop = make()

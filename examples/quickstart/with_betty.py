@@ -8,12 +8,12 @@ from adaptive_bilevel_betty import AutoSLS, BiSLS, bind
 
 
 class Outer(ImplicitProblem):
-    def training_step(self, batch):
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return mse_loss(self.inner(batch[0])[:, 0], batch[1])
 
 
 class Inner(ImplicitProblem):
-    def training_step(self, batch):
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return mse_loss(self(batch[0])[:, 0], batch[1]) + (self.outer.module[0].exp() * self.module.weight**2).sum() / 2
 
 

@@ -9,14 +9,14 @@ t, t_val = X[:, :5].sum(1) + torch.randn(40), X_val[:, :5].sum(1) + torch.randn(
 
 
 class Inner(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.linear_solve.solve_cg()):
-    def __init__(self, decay):
+    def __init__(self, decay: torch.Tensor) -> None:
         super().__init__()
         self.decay, self.net, self.lower = decay, torch.nn.Linear(20, 1), LowerStep(self)
 
-    def objective(self):
+    def objective(self) -> torch.Tensor:
         return torch.nn.functional.mse_loss(self.net(X)[:, 0], t) + (self.decay.exp() * self.net.weight**2).sum() / 2
 
-    def solve(self):
+    def solve(self) -> None:
         step = self.lower.attach()
         for _ in range(10):
             step(lambda: self.objective())

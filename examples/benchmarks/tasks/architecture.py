@@ -42,6 +42,7 @@ class Cell(nn.Module):
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         nodes = [self.stem(x[:, None]), 0.0, 0.0]
         for (begin, end), operations, mixture in zip(EDGES, self.edges, logits.softmax(1), strict=True):
+            assert isinstance(operations, nn.ModuleList)
             mixed = sum(share * operation(nodes[begin]) for share, operation in zip(mixture, operations, strict=True))
             nodes[end] = nodes[end] + mixed
         output: Tensor = self.head(self.pool(nodes[2]).flatten(1))

@@ -68,7 +68,9 @@ class NetworkBelow(abc.ABC):
         return cross_entropy(self.predict(self.lower, x), y, reduction="none")
 
     def penalty(self) -> Tensor:
-        return self.ridge / 2 * sum(tensor.square().sum() for tensor in self.lower)
+        squares = sum(tensor.square().sum() for tensor in self.lower)
+        assert isinstance(squares, Tensor)  # there are weights
+        return self.ridge / 2 * squares
 
     def sample_upper(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return draw(*self.validation, self.settings.upper_batch, generator)

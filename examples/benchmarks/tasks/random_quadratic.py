@@ -74,7 +74,7 @@ class RandomQuadratic:
     def resolve(self) -> Evaluation:
         return {}  # F is exact already
 
-    def lower_rule(self, params: list[Tensor]) -> torch.optim.Optimizer:
+    def lower_rule(self, params: list[Tensor]) -> SLS:
         return SLS(params, lr=self.settings.lower_lr, reset="initial", lower_bound=None)
 
 

@@ -9,6 +9,7 @@ features share one penalty.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def logistic(output: Tensor, y: Tensor) -> Tensor:
     return softplus(-y * output[:, 0]).mean()
 
 
-LOSSES = {"ridge": ridge, "logistic": logistic, "softmax": cross_entropy}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ridge": ridge, "logistic": logistic, "softmax": cross_entropy}
 
 
 @dataclass
@@ -108,6 +109,7 @@ def create(
     """The task; the seed draws which rows are for training and for validation."""
     read = data.words if name.startswith("news20") else data.classification
     (x, y), test = read(name, folder)
+    assert test is not None, f"{name} has no test part"
     sizes = ROWS[name] if data.folder(folder) else (len(x) // 4, len(x) // 4)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     rows, others = order[: sizes[0]], order[sizes[0] : sum(sizes)]
