@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def train(make_outer: MakeOuter, data: Data, iterations: int, seed: int, show: C
 
     weights = list(embed.parameters())
     inner = SLS([head])
-    outer = make_outer(weights, inner)
+    outer: Any = make_outer(weights, inner)  # torch annotates closures that return a float
     spent = 0.0
     for iteration in range(1, iterations + 1):
         started = time.perf_counter()
@@ -188,7 +189,7 @@ def draw_figure(histories: dict[str, History], title: str, path: Path) -> None:
             right.plot(*zip(*moved, strict=True), color=colors[name], lw=width)
     bottom = min(run.final for run in histories.values() if math.isfinite(run.final)) / 1.3
     left.set(yscale="log", ylim=(bottom, TOP), xlabel="upper iteration", ylabel="validation loss", title=title)
-    left.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
+    left.legend(frameon=False, fontsize=8, loc="lower left")
     right.set(yscale="log", xlabel="upper iteration", ylabel="upper step size", title="step sizes: fixed, and found")
     for axes in (left, right):
         axes.grid(alpha=0.25)

@@ -11,11 +11,11 @@ model = torch.nn.Linear(20, 1)  # lower variables
 decay = torch.full((20,), -4.0, requires_grad=True)  # upper variables: log weight decay of each feature
 
 
-def lower_loss():
+def lower_loss() -> torch.Tensor:
     return mse_loss(model(X)[:, 0], t) + (decay.exp() * model.weight**2).sum() / 2
 
 
-def upper_loss():
+def upper_loss() -> torch.Tensor:
     return mse_loss(model(X_val)[:, 0], t_val)
 
 
