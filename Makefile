@@ -66,7 +66,7 @@ docs: $(DOCS) ## the site, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 pages: $(INSTALLED) ## run the programs of the site's example pages, and write what they print into the pages
-	OMP_NUM_THREADS=1 $(PY) docs/_site/pages.py docs/reading.md docs/examples/[a-z]*_*.md docs/examples/architecture.md
+	OMP_NUM_THREADS=1 $(PY) docs/_site/pages.py docs/reading.md docs/examples/*.md
 
 test-jax: $(INSTALLED) ## only the tests on JAX scalars (make test runs them too)
 	$(PY) -m pytest -k jax $(ARGS)
