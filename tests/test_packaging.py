@@ -61,6 +61,16 @@ def modules(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*.py")}
 
 
+def test_changelog_and_citation_name_the_version() -> None:
+    """The newest release is below the heading that takes the next lines."""
+    changes, citation = (ROOT / "CHANGELOG.md").read_text(), (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", changes, re.MULTILINE)
+    cited = dict(re.findall(r"^(version|date-released): (\S+)$", citation, re.MULTILINE))
+    assert headings[0] == ("Unreleased", "")
+    assert headings[1] == (cited["version"], cited["date-released"])
+    assert cited["version"] == adaptive_bilevel.__version__
+
+
 def test_wheel_has_the_listed_packages_and_nothing_else(installed: Path) -> None:
     top = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
     assert top == NAMES
