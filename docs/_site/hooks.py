@@ -71,7 +71,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if name is None or uri.startswith("results/"):
             return match[0]
         if not (ROOT / name).is_file():
-            return words if words.startswith("`") else f"{words} (`{name}`)"
+            return words if name in words or words.startswith("`") else f"{words} (`{name}`)"
         return f"[{words}]({os.path.relpath(place(name), PurePosixPath(uri).parent)}{anchor or ''})"
 
     return verbatim(LINK.sub(replace, markdown))
