@@ -107,7 +107,7 @@ HOSTS := accelerate==1.15.0 pytorch-lightning==2.6.6 transformers==5.24.0 bencho
 test-hosts: $(INSTALLED) ## Accelerate, Lightning, transformers, benchopt, higher and BOAT themselves: installs them into .venv
 	$(PY) -m $(PIP) $(HOSTS)
 	$(PY) -m $(PIP) --no-deps boat-torch==1.1.1 # it asks for an old numpy
-	$(PY) -m pytest tests/hosts $(ARGS)
+	$(PY) -m pytest tests/hosts tests/examples/test_quickstart.py $(ARGS)
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ PROGRAMS = {
     "plain_pytorch": [2.181, 0.763, 0.744, 0.742],
     "with_torchopt": [0.741],
     "with_betty": [6.298, 0.741],
+    "with_lightning": [0.742],
 }
 """The validation losses that each prints. Betty's program also prints the loss of the untrained model."""
-HOST = {"with_torchopt": "torchopt", "with_betty": "betty"}
+HOST = {"with_torchopt": "torchopt", "with_betty": "betty", "with_lightning": "pytorch_lightning"}
 
 
 def test_every_program_is_tested() -> None:
@@ -30,6 +32,8 @@ def test_a_program_prints_its_losses(
 ) -> None:
     if name in HOST:
         pytest.importorskip(HOST[name])
+    if name == "with_lightning":
+        warnings.simplefilter("ignore")  # theirs
     monkeypatch.setattr(logging.getLogger("betty"), "disabled", True)  # it prints each problem
     torch.set_default_dtype(torch.float32)  # as a script starts; the next test sets its own
     program = FOLDER / f"{name}.py"
