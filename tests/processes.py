@@ -90,5 +90,6 @@ def _work(work: Callable[[int], Any], rank: int, world: int, port: int) -> Any:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=LIMIT
     )
     result = work(rank)
+    distributed.barrier()  # a group that ends while others still connect is an error of theirs
     distributed.destroy_process_group()
     return result
