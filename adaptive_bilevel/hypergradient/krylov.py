@@ -91,11 +91,15 @@ class Rows:
         layout: Of the vectors.
         most: Most rows. There is room for one more, which may be appended and dropped.
         dtype: What the rows are stored in; None: as they are. They are used as they were stored.
+        device: Where they are stored, and projected on; None: where the vectors are. Vectors come and go, one at a
+            time.
     """
 
-    def __init__(self, layout: Layout, most: int, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, layout: Layout, most: int, dtype: torch.dtype | None, device: str | torch.device | None = None
+    ) -> None:
         self._layout = layout
-        self._kept = [torch.empty(most + 1, n, device=device, dtype=dtype or own) for n, device, own in layout.blocks]
+        self._kept = [torch.empty(most + 1, n, device=device or at, dtype=dtype or own) for n, at, own in layout.blocks]
         self._wide = [own for _, _, own in layout.blocks]
         self.unit = max(torch.finfo(kept.dtype).eps for kept in self._kept)
         self._home = layout.blocks[0][1]
@@ -148,22 +152,15 @@ class Rows:
 
     def row(self, index: int) -> Flat:
         """Return a row as it was stored; the one at ``count`` is the one that was dropped."""
-        return [kept[index].to(wide) for kept, wide in zip(self._kept, self._wide, strict=True)]
+        return [kept[index].to(at, wide) for kept, (_, at, wide) in zip(self._kept, self._layout.blocks, strict=True)]
 
     def dots(self, flat: Flat, start: int = 0) -> Tensor:
         """Return the inner products with the rows from ``start`` on."""
-        sums = []
-        for kept, block in zip(self._kept, flat, strict=True):
-            rows = kept[start : self.count]
-            if kept.dtype == block.dtype:
-                sums.append(rows @ block)
-            else:  # one row at a time is raised, so that the memory saved is not taken again
-                sums.append(torch.stack([torch.dot(row.to(block.dtype), block) for row in rows]))
-        return self._layout.total(sums)
+        return self._dots(self._there(flat), start)
 
     def combine(self, coefficients: Tensor) -> Flat:
         """Return the combination of all rows with these coefficients."""
-        return self._add([None] * len(self._kept), coefficients)
+        return self._back(self._add([None] * len(self._kept), coefficients))
 
     def outside(self, flat: Flat, start: int = 0) -> tuple[Tensor, Flat]:
         """Return the coefficients of the projection on the rows, and what is left, orthogonal to them.
@@ -179,12 +176,31 @@ class Rows:
             return torch.zeros(0, dtype=flat[0].dtype, device=self._home), flat
         exact = all(kept.dtype == wide for kept, wide in zip(self._kept, self._wide, strict=True))
         start = max(start, 0) if exact else 0  # rows that were rounded are not orthogonal enough for less
-        first = self.dots(flat, start)
+        flat = self._there(flat)
+        first = self._dots(flat, start)
         rest = self._add(flat, -first, start)
-        second = self.dots(rest)
+        second = self._dots(rest)
         coefficients = second.clone()
-        coefficients[start:] += first
-        return coefficients, self._add(rest, -second)
+        coefficients.narrow(0, start, len(first)).add_(first)
+        return coefficients, self._back(self._add(rest, -second))
+
+    def _there(self, flat: Flat) -> Flat:
+        """Return a vector where the rows are stored."""
+        return [block.to(kept.device) for block, kept in zip(flat, self._kept, strict=True)]
+
+    def _back(self, flat: Flat) -> Flat:
+        """Return a vector where it belongs."""
+        return [block.to(at) for block, (_, at, _) in zip(flat, self._layout.blocks, strict=True)]
+
+    def _dots(self, flat: Flat, start: int = 0) -> Tensor:
+        sums = []
+        for kept, block in zip(self._kept, flat, strict=True):
+            rows = kept[start : self.count]
+            if kept.dtype == block.dtype:
+                sums.append(rows @ block)
+            else:  # one row at a time is raised, so that the memory saved is not taken again
+                sums.append(torch.stack([torch.dot(row.to(block.dtype), block) for row in rows]))
+        return self._layout.total(self._back(sums))
 
     def _add(self, to: Sequence[Tensor | None], coefficients: Tensor, start: int = 0) -> Flat:
         result = []

@@ -20,6 +20,7 @@ searches are cut to steps of 1e-5, from which later ones do not recover. 1 / ||H
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,12 +52,15 @@ class Lanczos:
 
     `solve` is that of any linear solver. `basis` returns the inverse; each further right side costs one product.
 
-    The cost is k products, or fewer if the Krylov space is exhausted. The memory is k + 1 vectors of the size of y.
+    The cost is k products, or fewer if the Krylov space is exhausted. The memory is k + 1 vectors of the size of y,
+    on its device or on another one.
 
     Args:
         k: Maximal number of products, at least 1.
         dtype: Dtype of the k vectors. ``torch.bfloat16`` halves the memory of float32. If None, the dtype of y, and at
             least float32.
+        device: Where the k vectors are kept, and projected on. ``"cpu"`` leaves an accelerator's memory to the model;
+            each product then sends one vector there and one back. If None, the device of y.
 
     Raises:
         OptionError: An option is outside its range.
@@ -70,12 +74,14 @@ class Lanczos:
 
     k: int = 10
     dtype: torch.dtype | None = None
+    device: str | torch.device | None = None
 
     def __post_init__(self) -> None:
         """Validate the options."""
         count("Lanczos", "k", self.k)
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise OptionError(f"Lanczos(dtype={self.dtype!r}): pass a floating dtype such as torch.bfloat16, or None")
+        object.__setattr__(self, "device", _device(self.device))
 
     @property
     def warm_start(self) -> bool:
@@ -108,7 +114,7 @@ class Lanczos:
         following = layout.flat(rhs)
         size = length = math.sqrt(float(layout.square(following)))
         finite = math.isfinite(size)
-        rows = Rows(layout, min(self.k, layout.size) if finite and size > 0.0 else 0, self.dtype)
+        rows = Rows(layout, min(self.k, layout.size) if finite and size > 0.0 else 0, self.dtype, self.device)
         columns, products, finite = rows.grow(matvec, following, length, unit) if finite else ([], 0, False)
         spectrum = Spectrum.of(columns, self.k, unit)
         if not math.isfinite(size):
@@ -125,6 +131,16 @@ class Lanczos:
                 spectrum.status if finite else SolverStatus.non_finite,
             )
         return SpectralInverse(self.k, layout, rows, spectrum, size, first)
+
+
+def _device(device: object) -> str | None:
+    """Return an option that names a device as plain text."""
+    if device is None:
+        return None
+    with contextlib.suppress(RuntimeError):  # a word that is no device
+        if isinstance(device, (str, torch.device)) and torch.device(device).type != "meta":
+            return str(torch.device(device))
+    raise OptionError(f"Lanczos(device={device!r}): pass a device that keeps numbers, such as 'cpu', or None")
 
 
 class Extension(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import CG, SolverStatus
@@ -349,6 +350,45 @@ def test_rows_stay_orthonormal(dtype):
     torch.testing.assert_close(gram, torch.eye(12, dtype=torch.float64), rtol=0, atol=near)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_rows_on_another_device(dtype):
+    """Vectors of an accelerator, without their numbers: every operation is on one device, results are with them."""
+    with FakeTensorMode():
+        tensors = (torch.empty(3, 2, device="cuda"), torch.empty(4, device="cuda", dtype=torch.float32))
+        layout = Layout(tensors)
+        rows = Rows(layout, 3, dtype, "cpu")
+        for _ in range(2):
+            found = [*rows.append(layout.flat(tensors))]
+        coefficients, rest = rows.outside(layout.flat(tensors), 1)
+        found += [*rest, coefficients, rows.dots(rest), *rows.combine(coefficients), *rows.row(0)]
+        assert {t.device.type for t in found} == {"cuda"}
+        assert {kept.device.type for kept in rows._kept} == {"cpu"}
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_where_they_are_already(device):
+    product = Product(matrix(SPECTRA["indefinite"]))
+    here, there = (solver.basis(product, product.cut(vector(1))) for solver in (Lanczos(8), Lanczos(8, device=device)))
+    assert all(map(torch.equal, here.solution.tensors, there.solution.tensors))
+    assert Lanczos(8, device=device) == Lanczos(8, device="cpu")
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_vectors_of_an_accelerator_on_the_cpu(dtype, device):
+    H, b, d = (t.to(device, torch.float32) for t in (matrix(SPECTRA["indefinite"]), vector(1), vector(2)))
+    here, there = (Lanczos(8, dtype, kept).basis(lambda v: (H @ v[0],), (b,)) for kept in (None, "cpu"))
+    near = 1e-4 if dtype is None else 0.05
+    for one, other in zip(
+        (here.solution.tensors[0], here.extend(lambda v: (H @ v[0],), (d,)).solution.tensors[0]),
+        (there.solution.tensors[0], there.extend(lambda v: (H @ v[0],), (d,)).solution.tensors[0]),
+        strict=True,
+    ):
+        assert other.device == b.device
+        assert (one - other).norm() <= near * one.norm()
+    assert all(kept.device.type == "cpu" for kept in there._rows._kept)
+
+
 def test_right_sides_are_not_written_to():
     H = matrix(SPECTRA["indefinite"]).requires_grad_()
     b, d = vector(1).requires_grad_(), vector(2)
@@ -362,7 +402,8 @@ def test_right_sides_are_not_written_to():
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"k": 0}, "k"), ({"k": 2.5}, "k"), ({"dtype": torch.int64}, "dtype"), ({"dtype": 16}, "dtype")],
+    [({"k": 0}, "k"), ({"k": 2.5}, "k"), ({"dtype": torch.int64}, "dtype"), ({"dtype": 16}, "dtype")]
+    + [({"device": given}, "device") for given in ("meta", "disk", 0)],
 )
 def test_options_out_of_range(options, word):
     with pytest.raises(OptionError, match=rf"Lanczos\({word}="):
