@@ -21,6 +21,7 @@ from ..evaluation import foreach
 from ..evaluation.closures import Closure
 from ..evaluation.graph import nodes
 from ..evaluation.guard import Guard
+from ..evaluation.parts import require_whole
 from ..evaluation.tensors import refuse_unsupported
 from ..hypergradient.trees import Tree, flatten, rebuilt
 from .lower import LowerProblem
@@ -36,6 +37,11 @@ _LINES = (
     "write\n"
     "    outer.step(lambda y: upper_loss(x, y), lower=(y, lambda y: lower_loss(x, y)))\n"
     "    y = outer.answer  # only for a warm start"
+)
+
+_OF_MODULES = (
+    "the step works on copies, which are parameters of no fully_shard module. Give the optimizer of the module's "
+    "parameters: BiSLS(x, lower=inner)"
 )
 
 _HIDES = "CheckpointFunctionBackward"
@@ -86,6 +92,7 @@ class FunctionalProblem:
 
     def __init__(self, tensors: Tree, loss: Loss, step_size: float = math.nan) -> None:
         self.given, self._structure = flatten(tensors, "lower")
+        require_whole("step(lower=(tensors, loss))", self.given, _OF_MODULES)
         for t in self.given:
             refuse_unsupported("step(lower=(tensors, loss))", t, "tensor")
         self.form = _form(self._structure)

@@ -30,6 +30,7 @@ __all__ = [
     "part",
     "refuse_parts",
     "require_mesh",
+    "require_whole",
     "scattered",
     "spread",
     "whole",
@@ -158,6 +159,22 @@ def refuse_parts(owner: str, tensor: Any, what: str = "parameter") -> None:
             f"{name} is on {tensor.device.type} beside a mesh of {tensor.device_mesh.device_type}: steps do their "
             f"arithmetic where the parameters are, and exchange its results. Leave CPUOffloadPolicy out: {remedy}"
         )
+
+
+def require_whole(owner: str, tensors: Iterable[object], why: str) -> None:
+    """Raise where a tensor is in parts.
+
+    Args:
+        owner: Name for errors.
+        tensors: The tensors; what is no tensor passes.
+        why: Why they cannot be, and what can.
+
+    Raises:
+        TensorError: As said.
+    """
+    for t in tensors:
+        if isinstance(t, Tensor) and in_parts(t):
+            raise TensorError(f"{owner}: a tensor of shape {tuple(t.shape)} is a DTensor: {why}")
 
 
 def require_mesh(tensors: Sequence[Any], count: int) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -47,6 +48,8 @@ CONFIGS = {
     1e7: Config(vocabulary=256, context=32, layers=6, heads=8, width=368),
     1e8: Config(vocabulary=256, context=32, layers=12, heads=12, width=828),
 }
+LARGE_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+"""glibc keeps released blocks below 32 MiB in a heap that tensors of many sizes tear apart; not with this."""
 SOURCES, LOWER_STEPS, SAMPLES = 5, 3, 64
 PENALTY = 1e-3
 VARIANTS = {
@@ -155,13 +158,16 @@ def measure(make: Callable[[], Problem], rule: str, products: str, dtype: str | 
         "cost": costs[-1] - costs[-2],
         "total_cost": costs[-1],
         "peak": peak / (4.0 * size),
+        "resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "upper_loss": float(problem.upper().detach()),
     }
 
 
 def child(**job: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", json.dumps(job)]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    own = LARGE_BLOCKS if job.get("size", 0.0) >= 1e8 else {}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **own})
+    found: dict[str, Any] = json.loads(done.stdout)
     told = ", ".join(f"{name} {value:,.4g}" for name, value in found.items())
     print(f"{', '.join(str(value) for value in job.values())}: {told}", flush=True)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptive_bilevel.errors import OptionError, warn
 from adaptive_bilevel.evaluation.guard import Guard, Workspace
+from adaptive_bilevel.evaluation.processes import ALONE
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.hypergradient.curvature import LowerCurvature, unconnected
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
@@ -56,7 +57,7 @@ def look(
         SolverError: An optimality function is no gradient, or a Neumann series diverges.
     """
     lower = [p for problem in problems for p in problem.tensors]
-    with Guard([*upper, *lower], Workspace()) as guard:
+    with Guard([*upper, *lower], Workspace(group=ALONE)) as guard:
 
         def total() -> Tensor:
             losses = [loss for problem in problems if (loss := _loss(guard, problem)) is not None]

@@ -13,6 +13,7 @@ from torch.optim.optimizer import StateDict
 from adaptive_bilevel import SLS
 from adaptive_bilevel.errors import LowerLevelError, TensorError
 from adaptive_bilevel.evaluation.guard import Closure
+from adaptive_bilevel.evaluation.parts import require_whole
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.optim.base import AdaptiveOptimizer
 
@@ -20,7 +21,7 @@ from ._host import Module
 from .backward import as_differentiated
 from .direction import DirectionOption
 from .lower_level import SolvedLevel
-from .refusals import check_lower, check_module, solution_of
+from .refusals import IN_PARTS, check_lower, check_module, solution_of
 from .rules import Rule, lower_recipe, made_once
 from .solvers import declared_solver
 from .task import SolvedProblem, Task, scalar
@@ -44,6 +45,7 @@ class LowerStep(SolvedLevel):
 
     Raises:
         OptionError: The module has no objective or no linear_solve, or an option is out of range.
+        TensorError: A parameter of the module is in parts (`fully_shard`).
 
     >>> import torchopt
     >>> class Inner(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.linear_solve.solve_cg()):
@@ -75,6 +77,7 @@ class LowerStep(SolvedLevel):
         **options: object,
     ) -> None:
         check_module("LowerStep", module, steps=True)
+        require_whole("LowerStep", module.parameters(), IN_PARTS)
         self.module = module
         self._task = Task(made_once(lower_recipe("LowerStep", rule, lr, direction, options)))
 

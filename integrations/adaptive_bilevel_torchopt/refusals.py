@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import HypergradientError, OptionError, TensorError
+from adaptive_bilevel.evaluation.parts import require_whole
 
 from ._host import Module, torchopt
 
 __all__ = [
+    "IN_PARTS",
+    "ONE_PROCESS",
     "attached",
     "check_lower",
     "check_module",
@@ -19,6 +22,19 @@ __all__ = [
     "refuse_unregistered",
     "solution_of",
 ]
+
+
+IN_PARTS = (
+    "TorchOpt makes new tensors of parameters, which are parameters of no fully_shard module. Keep them whole, or take "
+    "adaptive_bilevel's optimizers: inner = SLS(module.parameters()), BiSLS(x, lower=inner)"
+)
+
+ONE_PROCESS = (
+    "{count} processes step together, and TorchOpt solves for the adjoint with the data of each alone, so the mean of "
+    "its hypergradients is not that of the mean losses. Take adaptive_bilevel.hypergradient.implicit and "
+    "BiSLS(x, lower=inner), whose products are means. Where problems are of this process alone, set process_group = "
+    "'alone' of lower.optimizer (in solve(), after attach()) and of the UpperStep's optimizer"
+)
 
 
 def check_module(owner: str, module: object, *, steps: bool) -> None:
@@ -57,8 +73,9 @@ def check_lower(owner: str, params: Sequence[Tensor]) -> None:
     """Reject lower parameters that TorchOpt differentiates wrongly.
 
     Raises:
-        TensorError: There is none, one is frozen, or one has no dimension.
+        TensorError: There is none, one is frozen, in parts, or has no dimension.
     """
+    require_whole(owner, params, IN_PARTS)
     if not params:
         raise TensorError(f"{owner}: the module has no lower parameters; register them as nn.Parameter")
     for index, p in enumerate(params):

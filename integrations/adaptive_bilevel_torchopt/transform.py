@@ -29,11 +29,13 @@ from torch import Tensor
 from adaptive_bilevel import policies
 from adaptive_bilevel.errors import ClosureError, OptionError, warn
 from adaptive_bilevel.evaluation.attempts import Attempts
+from adaptive_bilevel.evaluation.parts import require_whole
 from adaptive_bilevel.optim.closure_checks import ClosureChecks
 from adaptive_bilevel.policies import Context, Policy, Record
 from adaptive_bilevel.policies.scalars import resolution
 
 from ._host import Memory, Tree, torchopt
+from .refusals import IN_PARTS
 from .trees import scaled, slope_along, tree_leaves
 
 __all__ = [
@@ -114,6 +116,7 @@ def scale_by_policy(policy: AnyPolicy, *, differentiable: bool = False) -> Gradi
     checks = ClosureChecks()
 
     def init_fn(params: Tree) -> ScaleByPolicyState:
+        require_whole(f"scale_by_{name.lower()}", tree_leaves(params), IN_PARTS)
         return ScaleByPolicyState(policy.init())
 
     def update_fn(

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel.errors import TensorError
+from adaptive_bilevel.evaluation.parts import require_whole
 from adaptive_bilevel.evaluation.vectors import inner
 
 from ._host import Tree, torchopt
+from .refusals import IN_PARTS
 
 __all__ = ["cloned", "either", "scaled", "slope_along", "tree_leaves"]
 
@@ -26,9 +28,10 @@ def slope_along(owner: str, grads: Tree, directions: Tree) -> Tensor:
     """Return <grads, directions> of two trees, over the leaves of which neither is None.
 
     Raises:
-        TensorError: Their leaves do not fit.
+        TensorError: Their leaves do not fit, or are in parts.
     """
     left, right = tree_leaves(grads), tree_leaves(directions)
+    require_whole(owner, left, IN_PARTS)
     pairs = [(g, d) for g, d in zip(left, right, strict=False) if g is not None and d is not None]
     if len(left) != len(right) or any(g.shape != d.shape for g, d in pairs):
         shapes = [[None if t is None else tuple(t.shape) for t in leaves] for leaves in (left, right)]

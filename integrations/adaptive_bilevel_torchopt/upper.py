@@ -12,10 +12,12 @@ from torch.optim.optimizer import ParamsT, StateDict
 from adaptive_bilevel import BiSLS, BiSPS
 from adaptive_bilevel.bilevel import LowerLevel
 from adaptive_bilevel.bilevel.searching import SearchingOptimizer
-from adaptive_bilevel.errors import ClosureError, LowerLevelError, OptionError
+from adaptive_bilevel.errors import ClosureError, HypergradientError, LowerLevelError, OptionError
+from adaptive_bilevel.evaluation import processes
 from adaptive_bilevel.evaluation.counts import Evaluations
 from adaptive_bilevel.evaluation.guard import Closure, Guard, Workspace
 from adaptive_bilevel.evaluation.opened import closing
+from adaptive_bilevel.evaluation.parts import require_whole
 from adaptive_bilevel.hypergradient import LinearSolver
 from adaptive_bilevel.policies import Outcome, Record
 
@@ -26,7 +28,7 @@ from .first_step import agreed_solver, look
 from .functional import FunctionalLowerStep
 from .hypergradient import explained
 from .lower_level import SolvedLevel
-from .refusals import refuse_shared
+from .refusals import IN_PARTS, ONE_PROCESS, refuse_shared
 from .rules import Rule, upper_recipe
 from .task import SolvedProblem
 from .upper_loss import Differentiated, differentiate
@@ -63,8 +65,8 @@ class UpperStep:
 
     Raises:
         OptionError: An option is out of range.
-        TensorError: A meta-parameter is also a lower parameter, or TorchOpt differentiates a lower tensor of this kind
-            wrongly.
+        TensorError: A meta-parameter is also a lower parameter, or in parts (`fully_shard`), or TorchOpt differentiates
+            a lower tensor of this kind wrongly.
 
     >>> import torchopt
     >>> from adaptive_bilevel_torchopt import LowerStep
@@ -104,6 +106,7 @@ class UpperStep:
         if solver is not None:
             options["solver"] = solver
         self.optimizer = upper_recipe("UpperStep", rule, lr, direction, options).make(params)
+        require_whole("UpperStep", self._params(), IN_PARTS)
         self._given_solver = solver is not None
         self._workspace = Workspace()
         self._checked = False
@@ -138,9 +141,9 @@ class UpperStep:
             lower_bound: Overrides the option `lower_bound` of `BiSPS` for this sample.
 
         Raises:
-            HypergradientError: There was no solve(), or upper or lower tensors were changed since; the closure called
-                solve(); the upper loss depends on no meta-parameter; or the lower objective draws random numbers where
-                TorchOpt's backward cannot be made to draw them again.
+            HypergradientError: Several processes step together; there was no solve(), or upper or lower tensors were
+                changed since; the closure called solve(); the upper loss depends on no meta-parameter; or the lower
+                objective draws random numbers where TorchOpt's backward cannot be made to draw them again.
             LowerLevelError: A lower closure, lower step or solution is missing.
             ClosureError: A closure does not return a scalar that requires a gradient, or returns one that was computed
                 before.
@@ -155,7 +158,10 @@ class UpperStep:
         problems = [problem for _, each in levels for problem in each]
         searching, params = isinstance(self.optimizer, SearchingOptimizer), self._params()
         _set_closures(problems, lower_closure, needed=searching)
+        self._workspace.group = self.optimizer.process_group
         with Guard([p for p in params if p.requires_grad], self._workspace) as guard:
+            if processes.count() > 1:
+                raise HypergradientError(f"UpperStep: {ONE_PROCESS.format(count=processes.count())}")
             found = differentiate(
                 guard, closure, params, levels, self.evaluations, searching=searching, first=not self._checked
             )

@@ -38,7 +38,7 @@ class Problem:
 
     Args:
         shares: Of the data.
-        sharded: "", "lower", "upper" or "both".
+        sharded: "", "lower", "upper" or "both"; "both, copied": each half of the processes has all parts.
         linear: Whether the network has one layer, so that the lower loss is convex.
     """
 
@@ -50,10 +50,11 @@ class Problem:
             self.outer = Penalized(nn.Linear(3, 3))
             layers = [nn.Linear(3, 1)] if linear else [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)]
             self.inner = Penalized(*layers)
-        if sharded in ("lower", "both"):
-            fully_shard(self.inner)
-        if sharded in ("upper", "both"):
-            fully_shard(self.outer)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")) if "copied" in sharded else None
+        if "lower" in sharded or "both" in sharded:
+            fully_shard(self.inner, mesh=mesh)
+        if "upper" in sharded or "both" in sharded:
+            fully_shard(self.outer, mesh=mesh)
         self.x, self.y = list(self.outer.parameters()), list(self.inner.parameters())
         self.shares = shares
 
@@ -142,6 +143,8 @@ RUNS: dict[str, Run] = {
 }
 """Products are differences in all processes, so that what is compared is the parts."""
 SHARDED = {name: ("lower", "upper", "both") if name == "BiSLS" else ("lower", "both") for name in RUNS}
+COPIED = ("both, copied",)
+"""With four processes only."""
 
 
 # ------------------------------------------------------------------------------------------ what cannot be done
@@ -207,13 +210,14 @@ def fails(rank: int) -> str:
 
 FEW: dict[int, dict[str, tuple[str, ...]]] = {
     2: {"SLS": ("lower",), "SPSB": ("both",), "BiSLS": ("lower", "upper"), "BiSLS Adam": ("both",)},
-    4: {"SLS Adam": ("both",), "BiSLS Adam": ("both",)},
+    4: {"SLS Adam": ("both",), "BiSLS": COPIED, "BiSLS Adam": ("both",)},
 }
 """What runs without --slow, by number of processes."""
 
 
 def work(every: bool, rank: int) -> Any:
-    chosen = SHARDED if every else FEW[torch.distributed.get_world_size()]
+    count = torch.distributed.get_world_size()
+    chosen = {name: (*kinds, *COPIED[: count // 4]) for name, kinds in SHARDED.items()} if every else FEW[count]
     runs = [(name, what) for name, kinds in chosen.items() for what in kinds]
     found = {(name, what): [t.tolist() for t in RUNS[name]([rank], what)] for name, what in runs}
     return found, refused(rank), fails(rank)
