@@ -23,7 +23,7 @@ Run = Callable[[list[int], str], list[Tensor]]
 class Problem:
     """A feature map x above a small network y. Its losses are means over shares, which may have different sizes."""
 
-    def __init__(self, shares: list[int], wrapped: str, sizes: tuple[int, ...] = (8, 8), poison: int = -1) -> None:
+    def __init__(self, shares: list[int], wrapped: str, sizes: tuple[int, ...] = (8, 8, 8, 8), poison: int = -1) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.outer = nn.Linear(3, 3)
@@ -146,7 +146,7 @@ RUNS: dict[str, Run] = {
     "BiSLS Neumann": steps_above(searched(carry=False), SLS, Neumann(3)),
     "BiSLS Identity": steps_above(searched(), SLS, Identity(0.1)),
     "OneStepBiSLS": steps_above(lambda x, inner, _: OneStepBiSLS(x, lower=inner), SLS),
-    "uneven": steps_above(searched(), SLS, sizes=(8, 3)),
+    "uneven": steps_above(searched(), SLS, sizes=(8, 3, 5, 8)),
     "NaN below": steps_above(searched(), SLS, poison=8),
     "NaN above": steps_above(searched(), SLS, poison=5),
     "differences": steps_above(searched(products="difference"), SLS, products="difference"),
@@ -163,19 +163,19 @@ def work(rank: int) -> Any:
     return {(name, way): [t.tolist() for t in run([rank], way)] for name, run in RUNS.items() for way in WRAPPED[name]}
 
 
-@pytest.fixture(scope="module")
-def processes() -> list[Any]:
-    return results_of(work)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def processes(request: Any) -> list[Any]:
+    return results_of(work, request.param)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_processes_are_one(name: str, processes: list[Any]) -> None:
-    """Bit-equal to each other, and to rounding equal to one process that has the data of both."""
-    one, two = processes
+    """Bit-equal to each other, and to rounding equal to one process that has the data of all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = RUNS[name]([0, 1], "plain")
+        expected = RUNS[name](list(range(len(processes))), "plain")
     for way in WRAPPED[name]:
-        assert one[name, way] == two[name, way], way
-        for found, tensor in zip(one[name, way], expected, strict=True):
+        first = processes[0][name, way]
+        assert all(own[name, way] == first for own in processes), way
+        for found, tensor in zip(first, expected, strict=True):
             torch.testing.assert_close(torch.tensor(found), tensor, rtol=0.0, atol=CLOSE.get(name, 1e-8))
