@@ -2,10 +2,10 @@
 
 The loss of a level is the mean of the processes' losses. So its value, its gradients and its products with second
 derivatives are the means of theirs, and what is computed from means is the same on every process. `mean` takes vectors,
-by one all-reduce of their size; `adaptive_bilevel.evaluation.reductions.agree` takes scalars.
+by one all-reduce of their size; `reductions.agree` takes scalars.
 
 A closure may raise on one process. Others wait for that process at the mean that follows the evaluation, so it takes
-part in it, with a flag: all processes raise then. `means_of` and `value_of` do so.
+part in it, with a flag: all processes raise then. `means_of` and `value_of` do so. See `ready` for modules in parts.
 
 Which processes: those of the process group of the guard that is open, see `Workspace.group`; all of them by default.
 """
@@ -37,6 +37,7 @@ __all__ = [
     "means_of",
     "of_group",
     "packed",
+    "ready",
     "summed",
     "together",
     "value_of",
@@ -55,9 +56,11 @@ ARITHMETIC = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
 
 
 class _Here(threading.local):
-    """The process group on this thread."""
+    """The process group on this thread, and how many numbers an evaluation ends with that `ready` is to exchange."""
 
     group: Group = None
+    numbers: int = 0
+    stopped: Exception | None = None
 
 
 _here = _Here()
@@ -172,7 +175,7 @@ def together(evaluate: Callable[[], T]) -> T:
     """Return what is evaluated, or raise on all processes if it raises on one; one all-reduce of a number."""
     if count() == 1:
         return evaluate()
-    result, error = _attempted(evaluate)
+    result, error = _attempted(evaluate, 1)
     _conclude(float(_exchanged(error, lambda: summed(packed([float(error is not None)])))), error)
     return cast(T, result)
 
@@ -182,7 +185,7 @@ def value_of(evaluate: Callable[[], Tensor | float]) -> Tensor | float:
     processes = count()
     if processes == 1:
         return evaluate()
-    result, error = _attempted(evaluate)
+    result, error = _attempted(evaluate, 2)
     numbers = [0.0 if result is None else result, float(error is not None)]
     sums = _exchanged(error, lambda: summed(packed(numbers)))
     value, failed = sums.tolist()
@@ -227,11 +230,36 @@ def packed(values: Sequence[Tensor | float]) -> Tensor:
     return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values])
 
 
-def _attempted(evaluate: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def ready() -> None:
+    """Raise where another process has failed already; modules in parts that are about to run call it.
+
+    The first call exchanges as many numbers as the end of the evaluation, where a process that has failed is already.
+    """
+    if _here.stopped is None and _here.numbers > 0:
+        numbers, _here.numbers = _here.numbers, 0
+        try:
+            _conclude(float(summed(packed([0.0] * numbers))[-1]), None)
+        except ProcessError as error:
+            _here.stopped = error
+    if _here.stopped is not None:
+        raise _here.stopped
+
+
+def _attempted(evaluate: Callable[[], T], numbers: int = 0) -> tuple[T | None, Exception | None]:
+    """Return what is evaluated, or its error; raise what `ready` has raised, since nobody waits for this process."""
+    before, _here.numbers = _here.numbers, numbers
+    result: T | None = None
+    error: Exception | None = None
     try:
-        return evaluate(), None
-    except Exception as error:  # whatever it is: the other processes wait
-        return None, error
+        result = evaluate()
+    except Exception as raised:  # whatever it is: the other processes wait
+        error = raised
+    finally:
+        _here.numbers = before
+        stopped, _here.stopped = _here.stopped, None
+    if stopped is not None:
+        raise stopped
+    return result, error
 
 
 def _exchanged(error: Exception | None, exchange: Callable[[], T]) -> T:

@@ -41,11 +41,13 @@ class Replicated:
 
         Raises:
             ClosureError: Its backward is not to take means, though its parameters are in parts.
+            ProcessError: Its parameters are in parts, and another process has failed.
         """
         if isinstance(module, Wrapped):
             self._synced[module] = bool(module.require_backward_grad_sync)
         elif hasattr(module, "_get_fsdp_state"):
             _require_means(module)
+            processes.ready()
             self._sharding[module] = None
             if module not in _parameters:
                 cast(Any, module).reshard()

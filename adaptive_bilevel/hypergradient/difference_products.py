@@ -27,7 +27,7 @@ from ..evaluation.guard import Guard, RandomState
 from ..evaluation.interception import in_full_precision
 from ..evaluation.parts import part
 from ..evaluation.tensors import gradients_of
-from ..evaluation.vectors import Vector, add, dot, inners, products, rounding, scale, stacked, zeros_like
+from ..evaluation.vectors import Vector, add, inners, products, rounding, scale, stacked, zeros_like
 from .difference_lengths import Measured, Trials, known_lengths
 from .trees import Closure, evaluate
 
@@ -156,16 +156,18 @@ class DifferenceCurvature:
     def _product(self, kind: str, move: Sequence[Tensor], inputs: Sequence[Tensor], here: Sequence[Tensor]) -> Vector:
         """Return the derivative of the gradient by ``inputs`` along a move of all tensors."""
         moves = [(p, m.detach()) for p, m in zip((*self._upper, *self._lower), move, strict=True) if p.requires_grad]
-        squares = stacked(products([m for _, m in moves], [m for _, m in moves], None)) if moves else torch.zeros(1)
-        size = math.sqrt(float(squares.sum()))
+        both = [*(m for _, m in moves), *(p.detach() for p, _ in moves)]
+        squares = stacked(products(both, both, None)).view(2, -1) if moves else torch.zeros(2, 1)
+        size = math.sqrt(float(squares[0].sum()))
         if size == 0.0:
             return zeros_like(inputs)
         if not math.isfinite(size):
             return tuple(torch.full_like(t, math.nan, requires_grad=False) for t in inputs)
-        moves = [move for move, square in zip(moves, squares.tolist(), strict=True) if square > 0.0]
-        origin = [p.detach() for p, _ in moves]
+        moved, origin = squares.tolist()
+        moves = [move for move, square in zip(moves, moved, strict=True) if square > 0.0]
+        place = sum(square for square, length in zip(origin, moved, strict=True) if length > 0.0)
         known = known_lengths(next((p for p in self._lower if p.requires_grad), self._lower[0]))
-        trials = Trials(known.get(kind), self._target, math.sqrt(dot(origin, origin)))
+        trials = Trials(known.get(kind), self._target, math.sqrt(place))
         product: Vector = ()
         for _ in range(_MOST_TRIES):
             found, measured = self._difference(moves, inputs, here, trials.length, size)

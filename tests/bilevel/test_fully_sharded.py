@@ -190,21 +190,42 @@ REFUSED = {
 }
 
 
-def fails(rank: int) -> str:
-    """A closure that raises on process 1 after its modules have run; then it does not."""
-    problem, before = Problem([rank], "lower"), Problem([rank], "lower").tensors
-    optimizer, broken = SLS(problem.y), rank == 1
+FAILING = {
+    ("step", "after"): 1,
+    ("step", "before"): 1,
+    ("trial", "before"): 2,
+    ("trial", "after"): 2,
+    ("upper loss", "before"): 1,
+    ("first gradient", "before"): 2,
+    ("product", "before"): 3,
+    ("product", "after"): 3,
+}
+"""Where a closure raises on process 1, whether before or after its modules run, and at which call."""
 
-    def closure() -> Tensor:
-        loss = problem.lower(0)
+
+def fails(rank: int, where: str, when: str, call: int) -> str:
+    """A closure that raises at a call, on process 1; then it does not."""
+    problem, before = Problem([rank], "lower"), Problem([rank], "lower").tensors
+    optimizer, calls = SLS(problem.y), 0
+
+    def closure(loss: Callable[[int], Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        broken = rank == 1 and calls == call
+        if broken and when == "before":
+            raise RuntimeError("boom")
+        found = loss(0)
         if broken:
             raise RuntimeError("boom")
-        return loss
+        return found
 
-    said = told(lambda: optimizer.step(closure))
+    lower, upper = partial(closure, problem.lower), partial(closure, problem.upper)
+    attempt: Callable[[], Any] = partial(implicit, upper, lower, problem.x, problem.y, Lanczos(2))
+    if where in ("step", "trial"):
+        attempt = partial(optimizer.step, lower)
+    said = told(attempt)
     assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors, strict=True))
-    broken = False
-    optimizer.step(closure)
+    attempt()
     return said
 
 
@@ -220,7 +241,7 @@ def work(every: bool, rank: int) -> Any:
     chosen = {name: (*kinds, *COPIED[: count // 4]) for name, kinds in SHARDED.items()} if every else FEW[count]
     runs = [(name, what) for name, kinds in chosen.items() for what in kinds]
     found = {(name, what): [t.tolist() for t in RUNS[name]([rank], what)] for name, what in runs}
-    return found, refused(rank), fails(rank)
+    return found, refused(rank), {of: fails(rank, *of, call) for of, call in FAILING.items()}
 
 
 SLOW = pytest.mark.slow
@@ -250,7 +271,8 @@ def test_what_is_refused(name: str, processes: list[Any]) -> None:
         assert said[name].startswith(REFUSED[name])
 
 
-def test_an_error_of_one_is_one_of_all(processes: list[Any]) -> None:
-    assert processes[1][2] == "RuntimeError: boom"
+@pytest.mark.parametrize("of", FAILING, ids=" ".join)
+def test_an_error_of_one_is_one_of_all(of: tuple[str, str], processes: list[Any]) -> None:
+    assert processes[1][2][of] == "RuntimeError: boom"
     for rank, (*_, said) in enumerate(processes):
-        assert rank == 1 or "process 1 raised RuntimeError: boom" in said
+        assert rank == 1 or "process 1 raised RuntimeError: boom" in said[of]

@@ -23,7 +23,9 @@ Run = Callable[[list[int], str], list[Tensor]]
 class Problem:
     """A feature map x above a small network y. Its losses are means over shares, which may have different sizes."""
 
-    def __init__(self, shares: list[int], wrapped: str, sizes: tuple[int, ...] = (8, 8, 8, 8), poison: int = -1) -> None:
+    def __init__(
+        self, shares: list[int], wrapped: str, sizes: tuple[int, ...] = (8, 8, 8, 8), poison: int = -1
+    ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.outer = nn.Linear(3, 3)
