@@ -75,7 +75,13 @@ _PASSED_OVER = {"adaptive_bilevel", "torch"}
 
 
 def pass_over(*packages: str) -> None:
-    """Let no warning point into these packages. An integration names its own package and its host's."""
+    """Let no warning point into these packages. An integration names its own package and its host's.
+
+    Args:
+        packages: Top-level names.
+
+    >>> pass_over("my_integration", "its_host")
+    """
     _PASSED_OVER.update(packages)
 
 
@@ -83,6 +89,15 @@ def warn(message: str) -> None:
     """Warn, and point to the user's line: the innermost one outside of the packages of `pass_over`.
 
     It is found at any depth of calls, also inside schedulers, hooks and hosts.
+
+    Args:
+        message: What happened, and the remedy.
+
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     warn("the step was 0")
+    >>> str(said[0].message)
+    'the step was 0'
     """
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,11 +175,108 @@ def test_every_public_name_is_on_a_page_of_the_api(module: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("module", [module for module in PUBLIC if not module.startswith("adaptive_bilevel_")])
-def test_every_public_name_has_a_docstring(module: str) -> None:
+HOST = {"adaptive_bilevel_betty": "betty", "adaptive_bilevel_torchopt": "torchopt"}
+ARGUMENTS = re.compile(r"(?:those of|[Aa]s in|[Aa]s|see) `([\w.]+)`|`([\w.]+)` as a problem's optimizer")
+"""Where a docstring says that its arguments are those of another one."""
+RAISES = re.compile(r"^ +raise \w+Error|validation\.|\b(?:positive|non_negative|count|fraction|choice)\(", re.MULTILINE)
+BASES = "base classes for hosts, without a constructor"
+NO_EXAMPLE = {
+    "records, which a step or a function returns, and contexts, which roles are given": """
+        Change CheckReport Context Descent DirectionCheck Estimate Evaluated Gradient HessianReport ImplicitInfo Losses
+        LowerGradients MomentumContext PaceContext PartialGradients Point PredictionContext Replay
+        Solution Taken Verdict Visit
+        """,
+    "states of rules, from init()": "BoundState DecSPSState GradientNormState ScaleByPolicyState SearchState State",
+    "roles: the package `bilevel` has the example of one": """
+        Diagnosis Direction ModelCheck Momentum Pace Prediction Response ResponseModel StepCheck Tangent Unanswered
+        """,
+    "protocols that the named classes implement": "Estimator LinearSolver Lower LowerProblem Policy Trial",
+    BASES: "OneStepSearch UpperPolyak UpperSearch",
+    "made by a step that is given lower=": "FunctionalLower",
+    "Betty: the example of `bind` serves for all its optimizers": """
+        AdaptiveEngine AutoSLS BiSPS DecSPS OneStepBiSLS SLSB SPSB SPSMax
+        """,
+    "TorchOpt: what `chain` returns": "GradientTransformationExtraArgs",
+}
+"""Public names that no doctest of their package has, and why. Errors are not examples either."""
+
+
+def public(module: str) -> dict[str, Any]:
+    """Return the functions and classes of a module's `__all__`."""
+    if module in HOST:
+        pytest.importorskip(HOST[module])
     of = importlib.import_module(module)
     objects = {name: getattr(of, name) for name in exported(module)}
-    undocumented = {
-        n for n, o in objects.items() if inspect.isclass(o) or inspect.isfunction(o) if not inspect.getdoc(o)
+    return {name: o for name, o in objects.items() if inspect.isclass(o) or inspect.isfunction(o)}
+
+
+def described(o: Any, seen: tuple[Any, ...] = ()) -> str:
+    """Return the docstrings that describe the arguments of an object: its own, its bases', and those that it names."""
+    if not (inspect.isclass(o) or inspect.isfunction(o)) or o in seen:
+        return ""
+    text = "\n".join(c.__doc__ or "" for c in (o.__mro__ if inspect.isclass(o) else [o]) if "adaptive" in c.__module__)
+    homes = [importlib.import_module(name) for name in {o.__module__, o.__module__.split(".")[0], "adaptive_bilevel"}]
+    for found in ARGUMENTS.findall(text):
+        name = "".join(found).removeprefix("adaptive_bilevel.")
+        for home in homes:
+            named = home
+            for part in name.split("."):
+                named = getattr(named, part, None)  # type: ignore[assignment]
+            text += described(named, (*seen, o))
+    return text
+
+
+def constructor(o: Any) -> str:
+    """Return the source of what checks arguments."""
+    checks = [o] if inspect.isfunction(o) else [vars(o).get("__init__"), vars(o).get("__post_init__")]
+    written = [f for f in checks if inspect.isfunction(f) and Path(f.__code__.co_filename).is_file()]
+    return "".join(map(inspect.getsource, written))
+
+
+def is_made_by_users(o: Any) -> bool:
+    made = not issubclass(o, (BaseException, enum.Enum)) if inspect.isclass(o) else True
+    return made and not getattr(o, "_is_protocol", False) and o.__name__ not in NO_EXAMPLE[BASES].split()
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_has_a_docstring(module: str) -> None:
+    assert not {name for name, o in public(module).items() if not inspect.getdoc(o)}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_argument_is_described(module: str) -> None:
+    missing = {}
+    for name, o in public(module).items():
+        if is_made_by_users(o):
+            names = [p.lstrip("_") for p in inspect.signature(o).parameters if p not in ("args", "kwargs")]
+            missing[name] = [p for p in names if not re.search(rf"\b{p}\b", described(o))]
+    assert not {name: arguments for name, arguments in missing.items() if arguments}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_what_checks_its_arguments_names_its_errors(module: str) -> None:
+    checking = {name: o for name, o in public(module).items() if is_made_by_users(o) and RAISES.search(constructor(o))}
+    assert not {name for name, o in checking.items() if "Raises:" not in described(o)}
+
+
+def doctests(folder: Path) -> str:
+    """Return the lines of all doctests in a folder, with what they print."""
+    texts = []
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                texts += re.findall(r"^ *>>> .*(?:\n.*\S.*)*", ast.get_docstring(node) or "", re.MULTILINE)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_names_without_an_example_are_listed(module: str) -> None:
+    inside = doctests(ROOT / "adaptive_bilevel" if module == "adaptive_bilevel" else folder(module))
+    without = {
+        name
+        for name, o in public(module).items()
+        if o.__module__.startswith(module) and ">>>" not in (o.__doc__ or "") and not re.search(rf"\b{name}\b", inside)
+        if not (inspect.isclass(o) and issubclass(o, BaseException))
     }
-    assert not undocumented
+    listed = {name for names in NO_EXAMPLE.values() for name in names.split()}
+    assert without <= listed

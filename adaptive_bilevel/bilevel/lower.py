@@ -87,6 +87,12 @@ class LowerLevel:
     Raises:
         OptionError: One is no torch optimizer.
         TensorError: A tensor is of a kind that cannot be stepped.
+
+    >>> import torch
+    >>> from adaptive_bilevel import SLS
+    >>> y = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> LowerLevel([SLS([y])]).tensors()
+    [tensor([1., 2.], requires_grad=True)]
     """
 
     def __init__(self, optimizers: Sequence[Any]) -> None:

@@ -191,6 +191,18 @@ class OneStepBiSLS(OneStepSearch):
     Raises:
         OptionError: An option is out of range, or does not apply. It is also a ValueError.
         TensorError: Upper and lower parameters share a tensor, or one is sparse or complex.
+
+    >>> import torch
+    >>> from adaptive_bilevel import SLS, OneStepBiSLS
+    >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    >>> inner = SLS([y])
+    >>> outer = OneStepBiSLS([x], lower=inner)
+    >>> for _ in range(15):
+    ...     _ = inner.step(lambda: ((y - x / 2) ** 2).sum())
+    ...     x.grad = (y.detach() - 1) / 2 + x.detach() / 10  # f_x - C H^{-1} f_y
+    ...     loss = outer.step(lambda: ((y - 1) ** 2 / 2 + x**2 / 20).sum())
+    >>> round(x.item(), 1)
+    1.4
     """
 
     def __init__(

@@ -30,6 +30,16 @@ def plot(rows: Sequence[Row], file: str | PathLike[str] | None = None, *, title:
     Raises:
         DependencyError: matplotlib is not installed (also an ImportError).
         OptionError: There are no rows, or they are none of `monitor`.
+
+    >>> import torch
+    >>> from adaptive_bilevel import SLS, monitor
+    >>> x, rows = torch.tensor([1.0], requires_grad=True), []
+    >>> optimizer = SLS([x])
+    >>> for _ in range(5):
+    ...     _ = optimizer.step(lambda: (x**2).sum())
+    ...     rows.append(monitor(optimizer))
+    >>> len(plot(rows, title="a run").axes)
+    3
     """
     try:
         from matplotlib.figure import Figure

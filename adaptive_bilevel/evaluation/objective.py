@@ -34,6 +34,20 @@ class Objective(abc.ABC):
     Attributes:
         project: The convex set of the parameters (a callable that moves a list of tensors in place), or None.
         rescaled: Whether the host changes the length of gradients (clipping), so that they are not those of the loss.
+
+    >>> import torch
+    >>> from adaptive_bilevel import SLS
+    >>> class Counted(Objective):
+    ...     def __init__(self, loss):
+    ...         self.loss, self.calls = loss, 0
+    ...     def __call__(self):
+    ...         self.calls += 1
+    ...         return self.loss()
+    >>> x = torch.tensor([1.0], requires_grad=True)
+    >>> objective = Counted(lambda: (x**2).sum())
+    >>> _ = SLS([x], lr=0.25).step(objective)
+    >>> objective.calls, x
+    (2, tensor([0.5000], requires_grad=True))
     """
 
     project: Any = None

@@ -34,6 +34,14 @@ class DARTS:
     Args:
         step: b > 0, the virtual step; that of the lower level.
         radius: Length of the probe, > 0.
+
+    Raises:
+        OptionError: An option is out of range.
+
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> point = Point((torch.tensor([4.0]),), (torch.tensor([2.0]),))
+    >>> DARTS(step=0.25)(oracle, point, Sample()).hypergradient
+    (tensor([0.2500]),)
     """
 
     step: float
@@ -117,6 +125,16 @@ class PZOBO(_Probing):
 
     The lower loop is run again, on the same samples, at m points. Costs one gradient of f and m T of g. The variance
     is large (it grows with d_x / m).
+
+    Raises:
+        OptionError: An option is out of range.
+
+    >>> from adaptive_bilevel.hypergradient import descend
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x = (torch.tensor([4.0]),)
+    >>> y, path = descend(oracle, x, (torch.tensor([0.0]),), 2, 0.25, Sample())
+    >>> PZOBO(probes="axes")(oracle, Point(x, y, path=path), Sample()).hypergradient[0].round(decimals=2)
+    tensor([0.1900])
     """
 
     cost: ClassVar[str] = "1 gradient of f; m gradients of g per lower step, no product"
@@ -137,6 +155,16 @@ class HOZOG(_Probing):
     """h = (d_x / m) sum_j (F_T(x + mu u_j) - F_T(x)) / mu u_j, u on the unit sphere: Gu et al., 2021, arXiv 2102.09026.
 
     F_T(x) = f(x, y_T(x)): no gradient of f at all. Costs m + 1 values of f and m T gradients of g.
+
+    Raises:
+        OptionError: An option is out of range.
+
+    >>> from adaptive_bilevel.hypergradient import descend
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x = (torch.tensor([4.0]),)
+    >>> y, path = descend(oracle, x, (torch.tensor([0.0]),), 2, 0.25, Sample())
+    >>> HOZOG(probes="axes")(oracle, Point(x, y, path=path), Sample()).hypergradient[0].round(decimals=2)
+    tensor([0.1900])
     """
 
     cost: ClassVar[str] = "m + 1 values of f; m gradients of g per lower step, no product"

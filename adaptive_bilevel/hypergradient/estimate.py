@@ -111,6 +111,14 @@ def descend(
 ) -> tuple[Vector, tuple[Visit, ...]]:
     """Return y after `steps` plain lower steps of one size, and the path there, for estimators that unroll it.
 
+    Args:
+        oracle: The losses.
+        x: Upper variable.
+        y: Lower variable at the start.
+        steps: Number of steps.
+        step: Their size.
+        sample: The sample of all of them.
+
     >>> import torch
     >>> oracle = Oracle(lambda x, y, _: y[0].sum(), lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
     >>> y, path = descend(oracle, (torch.tensor([4.0]),), (torch.tensor([0.0]),), 2, 0.25, Sample())

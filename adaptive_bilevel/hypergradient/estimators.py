@@ -38,6 +38,9 @@ class Implicit:
     Costs one gradient of f, the solver's HVPs and one JVP. With ``CG(warm_start=True)`` the solve starts from
     `Point.v`. A solver that resamples (``Neumann(random=True)``) takes its products on `Sample.products` in turn.
 
+    Raises:
+        OptionError: The solver has no method `solve`.
+
     >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
     >>> Implicit()(oracle, Point((torch.tensor([4.0]),), (torch.tensor([2.0]),)), Sample()).hypergradient
     (tensor([0.5000]),)
@@ -95,6 +98,11 @@ class Amortised:
     """h = f_x - C v with the v that the method tracks itself (SOBA, AmIGO, FSLA, S-TFBO): no solve at all.
 
     Its steps are v <- v - s (H v - f_y); see `linear_residual`. Costs one gradient of f and one JVP.
+
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> point = Point((torch.tensor([4.0]),), (torch.tensor([2.0]),), v=(torch.tensor([0.4]),))
+    >>> Amortised()(oracle, point, Sample()).hypergradient
+    (tensor([0.4000]),)
     """
 
     cost: ClassVar[str] = "1 gradient of f, 1 JVP"
@@ -109,7 +117,18 @@ class Amortised:
 
 
 def linear_residual(oracle: Oracle, point: Point, sample: Sample) -> tuple[Vector, Vector]:
-    """Return (-f_y, H v), whose sum is the gradient H v - f_y of R(v) = <v, H v> / 2 - <v, f_y>."""
+    """Return (-f_y, H v), whose sum is the gradient H v - f_y of R(v) = <v, H v> / 2 - <v, f_y>.
+
+    Args:
+        oracle: The losses.
+        point: x, y and v. An empty v is zero.
+        sample: The sample of both parts.
+
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> point = Point((torch.tensor([4.0]),), (torch.tensor([2.0]),), v=(torch.tensor([0.4]),))
+    >>> linear_residual(oracle, point, Sample())
+    ((tensor([-1.]),), (tensor([0.8000]),))
+    """
     partials = oracle.upper_gradients(point.x, point.y, sample)[1]
     return negate(partials.lower), oracle.hvp(point.x, point.y, sample, point.v or zeros_like(point.y))
 
@@ -141,6 +160,14 @@ class Averaged:
 
     Args:
         weight: Weight of the old matrices, in (0, 1).
+
+    Raises:
+        OptionError: The weight is out of range.
+
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> point = Point((torch.tensor([4.0]),), (torch.tensor([2.0]),))
+    >>> Averaged(0.5)(oracle, point, Sample()).hypergradient
+    (tensor([0.5000]),)
     """
 
     weight: float = 0.9

@@ -23,6 +23,12 @@ class ValueFunction:
 
     Args:
         normalise: Scale h by min(1 / lambda, 1), so that one step size serves all lambda (V-PBGD).
+
+    >>> import torch
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x, y, z = ((torch.tensor([entry]),) for entry in (4.0, 1.95, 2.0))
+    >>> ValueFunction()(oracle, Point(x, y, z=z, multiplier=10.0), Sample()).hypergradient[0].round(decimals=2)
+    tensor([0.5000])
     """
 
     normalise: bool = False

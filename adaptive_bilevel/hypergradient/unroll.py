@@ -33,6 +33,9 @@ class Unroll:
     Args:
         last: K of truncated unrolling; None: all steps. From y*(x) this is the Neumann sum of K - 1 with scale b.
 
+    Raises:
+        OptionError: An option is out of range.
+
     >>> from .estimate import descend
     >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
     >>> x, sample = (torch.tensor([4.0]),), Sample()
@@ -66,7 +69,15 @@ class Unroll:
 @final
 @dataclass(frozen=True)
 class UnrollForward:
-    """Forward mode: Z column by column; needs no iterates but d_x times the products. For small upper variables."""
+    """Forward mode: Z column by column; needs no iterates but d_x times the products. For small upper variables.
+
+    >>> from .estimate import descend
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x, sample = (torch.tensor([4.0]),), Sample()
+    >>> y, path = descend(oracle, x, (torch.tensor([0.0]),), 2, 0.25, sample)
+    >>> UnrollForward()(oracle, Point(x, y, path=path), sample).hypergradient
+    (tensor([0.1875]),)
+    """
 
     cost: ClassVar[str] = "1 gradient of f; d_x HVPs and d_x JVPs per lower step"
     needs_path: ClassVar[bool] = True

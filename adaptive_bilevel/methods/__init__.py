@@ -136,6 +136,14 @@ def row(name: str) -> Row:
 
     Raises:
         OptionError: There is none of that name.
+
+    Args:
+        name: One of `names()`.
+
+    >>> row("soba").order
+    'yvx'
+    >>> row("f2sa").multiplier
+    Growth(initial=1.0, increment=0.1, exponent=0.14285714285714285, largest=inf)
     """
     if name not in ROWS:
         near = difflib.get_close_matches(str(name).lower().replace("_", "-"), ROWS, n=3, cutoff=0.3)
@@ -152,6 +160,15 @@ def describe(name: str) -> str:
 
     Raises:
         OptionError: There is no row of that name.
+
+    Args:
+        name: One of `names()`.
+
+    >>> _ = describe("soba")  # doctest: +ELLIPSIS
+    soba: y, v and x at once, one product of each kind
+      source     Dagréou et al., 2022, arXiv 2201.13409
+      estimator  Amortised()
+      ...
     """
     text = _Description(f"{row(name)}\n  cost       {_measured_cost(row(name))}")
     print(text)

@@ -24,6 +24,9 @@ class Pair(NamedTuple):
         lower: Batch of the lower loss.
         upper_id: Index of the upper batch in a fixed partition, or None if it is not known. SAGA needs it.
         lower_id: Index of the lower batch, likewise.
+
+    >>> Pair(upper="images", lower="labels").lower
+    'labels'
     """
 
     upper: Batch = None

@@ -104,6 +104,9 @@ class Momentum:
 
     Args:
         weight: Weight of the old direction, in [0, 1), a number or a function of k.
+
+    Raises:
+        OptionError: An option is out of range.
     """
 
     weight: Weight = 0.9
@@ -130,6 +133,9 @@ class Adam:
     Args:
         betas: Decay of the first and of the second moment, in [0, 1).
         eps: Added to the root.
+
+    Raises:
+        OptionError: An option is out of range.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -161,6 +167,9 @@ class Storm:
 
     Args:
         weight: Weight of the old direction (eta of (21)), in [0, 1), a number or a function of k.
+
+    Raises:
+        OptionError: An option is out of range.
     """
 
     weight: Weight = 0.9
@@ -185,6 +194,9 @@ class Spider:
 
     Args:
         period: Number of iterations between restarts, at least 1.
+
+    Raises:
+        OptionError: An option is out of range.
     """
 
     period: int = 10

@@ -63,7 +63,14 @@ class Field(Protocol):
 
 @dataclass(frozen=True)
 class LowerLoss:
-    """y: grad_y g(x, y)."""
+    """y: grad_y g(x, y).
+
+    >>> import torch
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x, y = ((torch.tensor([entry]),) for entry in (4.0, 1.5))
+    >>> LowerLoss()(oracle, Point(x, y), Sample()).total
+    (tensor([-1.]),)
+    """
 
     cost: ClassVar[str] = "1 gradient of g"
 
@@ -79,6 +86,12 @@ class PenalisedLoss:
 
     Args:
         normalise: Scale by min(1 / lambda, 1), as `ValueFunction` does.
+
+    >>> import torch
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x, y = ((torch.tensor([entry]),) for entry in (4.0, 1.5))
+    >>> PenalisedLoss()(oracle, Point(x, y, multiplier=2.0), Sample()).total
+    (tensor([-1.5000]),)
     """
 
     normalise: bool = False
@@ -105,7 +118,14 @@ class PenalisedLoss:
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """v: H v - f_y, the gradient of R(v) = <v, H v> / 2 - <v, f_y>."""
+    """v: H v - f_y, the gradient of R(v) = <v, H v> / 2 - <v, f_y>.
+
+    >>> import torch
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x, y, v = ((torch.tensor([entry]),) for entry in (4.0, 1.5, 0.4))
+    >>> LinearSystem()(oracle, Point(x, y, v), Sample()).total
+    (tensor([0.3000]),)
+    """
 
     cost: ClassVar[str] = "1 HVP (and f_y once per point)"
 
@@ -127,6 +147,15 @@ class SecondLower:
 
     Args:
         ridge: a_1 >= 0 of (26).
+
+    Raises:
+        OptionError: An option is out of range.
+
+    >>> import torch
+    >>> oracle = Oracle(lambda x, y, _: (y[0] - 1).square().sum() / 2, lambda x, y, _: (y[0] ** 2 - x[0] * y[0]).sum())
+    >>> x, y, z = ((torch.tensor([entry]),) for entry in (4.0, 1.5, 1.0))
+    >>> SecondLower(ridge=0.1)(oracle, Point(x, y, z=z), Sample()).total
+    (tensor([-1.9000]),)
     """
 
     ridge: float = 0.0

@@ -45,6 +45,17 @@ class Growth:
         increment: At or above 0.
         exponent: At or above 0.
         largest: Where it stops; inf: nowhere.
+
+    Raises:
+        OptionError: An option is out of range.
+
+    >>> import torch
+    >>> from adaptive_bilevel import methods
+    >>> problem = methods.BilevelProblem(lambda x, y, _: (y - 1).square().sum(), lambda x, y, _: (y - x).square().sum())
+    >>> start = torch.tensor([4.0]), torch.tensor([4.0])
+    >>> *_, last = methods.run("f2sa", problem, *start, iterations=3, multiplier=Growth(increment=0.5))
+    >>> round(last.multiplier, 2)
+    2.0
     """
 
     initial: float = 1.0
@@ -75,6 +86,18 @@ class Balance:
 
     Args:
         eta: At or above 0.
+        initial: lambda_0 >= 0.
+
+    Raises:
+        OptionError: An option is out of range.
+
+    >>> import torch
+    >>> from adaptive_bilevel import methods
+    >>> problem = methods.BilevelProblem(lambda x, y, _: (y - 1).square().sum(), lambda x, y, _: (y - x).square().sum())
+    >>> start = torch.tensor([4.0]), torch.tensor([4.0])
+    >>> *_, last = methods.run("bome", problem, *start, iterations=3, multiplier=Balance(eta=0.1))
+    >>> round(last.multiplier, 2)
+    2.32
     """
 
     eta: float = 0.5
@@ -108,6 +131,17 @@ class Ascent:
         ridge: a_1 >= 0, that of `SecondLower`.
         slack: a_2 >= 0.
         initial: lambda_0 >= 0.
+
+    Raises:
+        OptionError: An option is out of range.
+
+    >>> import torch
+    >>> from adaptive_bilevel import methods
+    >>> problem = methods.BilevelProblem(lambda x, y, _: (y - 1).square().sum(), lambda x, y, _: (y - x).square().sum())
+    >>> start = torch.tensor([4.0]), torch.tensor([4.0])
+    >>> *_, last = methods.run("primal-dual", problem, *start, iterations=3, multiplier=Ascent(step=0.5))
+    >>> round(last.multiplier, 2)
+    1.17
     """
 
     step: float = 0.1

@@ -72,6 +72,10 @@ class BoundModule:
     Attributes:
         module: The module.
         parameters: Its trainable parameters by name.
+
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> float(BoundModule(module, {"weight": torch.tensor([[3.0]])})(torch.ones(1)))
+    3.0
     """
 
     module: nn.Module

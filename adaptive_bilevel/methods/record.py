@@ -53,6 +53,16 @@ class IterationRecord:
         multiplier: lambda of the step of x; 0 if there is none.
         directions: Last direction of each variable, arranged like the variable.
         records: The records of all steps, by variable.
+
+    >>> import torch
+    >>> from adaptive_bilevel import methods
+    >>> problem = methods.BilevelProblem(lambda x, y, _: (y - 1).square().sum(), lambda x, y, _: (y - x).square().sum())
+    >>> start, steps = (torch.tensor([4.0]), torch.tensor([0.0])), {"upper_step": 0.25, "lower_step": 0.5}
+    >>> *_, last = methods.run("ba", problem, *start, iterations=3, **steps)
+    >>> last.iteration, last.steps, last.x
+    (2, Steps(upper=0.25, lower=0.0), tensor([1.3750]))
+    >>> last.evaluations.upper
+    Counts(values=0, gradients=1, hvps=0, jvps=0)
     """
 
     iteration: int

@@ -71,6 +71,21 @@ class Row:
         carry: For response="tangent", whether y moves with x: "auto", True or False.
         curvature: For response="tangent", the tolerance of its check.
         momentum: Whether the step is along the mean of the hypergradients.
+
+    >>> import torch
+    >>> from adaptive_bilevel import methods
+    >>> problem = methods.BilevelProblem(lambda x, y, _: (y - 1).square().sum(), lambda x, y, _: (y - x).square().sum())
+    >>> own = dataclasses.replace(methods.row("stocbio"), name="own", estimator=methods.row("ba").estimator)
+    >>> start, steps = (torch.tensor([4.0]), torch.tensor([0.0])), {"upper_step": 0.2, "lower_step": 0.5}
+    >>> for direction in (methods.Plain(), methods.Momentum(0.5), methods.Adam(), methods.Storm(0.5)):
+    ...     *_, last = methods.run(own, problem, *start, iterations=40, upper_direction=direction, **steps)
+    ...     print(type(direction).__name__, round(float(last.x), 1))
+    Plain 1.0
+    Momentum 1.0
+    Adam 0.9
+    Storm 1.0
+    >>> methods.row("saba").upper_direction, methods.row("vrbo").upper_direction
+    (Saga(), Spider(period=10))
     """
 
     name: str

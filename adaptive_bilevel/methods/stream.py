@@ -53,6 +53,16 @@ class Run(Iterator[IterationRecord]):
 
     Attributes:
         row: The composition.
+
+    >>> import torch
+    >>> from adaptive_bilevel import methods
+    >>> problem = methods.BilevelProblem(lambda x, y, _: (y - 1).square().sum(), lambda x, y, _: (y - x).square().sum())
+    >>> given = {"iterations": 6, "upper_step": 0.5, "lower_step": 0.5}
+    >>> run = methods.run("ba", problem, torch.tensor([4.0]), torch.tensor([0.0]), **given)
+    >>> record, state = next(run), run.state_dict()
+    >>> resumed = methods.run("ba", problem, torch.tensor([4.0]), torch.tensor([0.0]), **given, resume=state)
+    >>> len(list(run)), len(list(resumed))
+    (5, 5)
     """
 
     def __init__(

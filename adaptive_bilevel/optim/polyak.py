@@ -234,6 +234,13 @@ class DecSPS(DecreasingPolyak):
 
     Raises:
         OptionError: An option is out of range. It is also a ValueError.
+
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
+    >>> optimizer = DecSPS([x], lr=1.0)
+    >>> for _ in range(10):
+    ...     loss = optimizer.step(lambda: 0.5 * (x**2).sum())
+    >>> bool(loss < 0.5)
+    True
     """
 
     def __init__(

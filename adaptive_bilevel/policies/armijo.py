@@ -59,6 +59,16 @@ def armijo_ceiling(
 
     This follows from ``lower_bound <= f(x - a d) <= f(x) - c a slope``. The result caps every search, and is the first
     trial or bound if the user gives none.
+
+    Args:
+        loss: f(x).
+        slope: <g, d>.
+        lower_bound: A lower bound of f.
+        c: The constant of sufficient decrease, in (0, 1).
+        most: The longest length. The result is inf where the ratio is above it.
+
+    >>> armijo_ceiling(loss=6.0, slope=20.0, lower_bound=0.0, c=0.5)
+    0.6
     """
     return polyak_ratio(loss, slope, lower_bound, c, most)
 

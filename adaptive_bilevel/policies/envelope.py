@@ -27,6 +27,9 @@ class Constant(Bounded, Policy[BoundState]):
         decay: "constant", "inverse_sqrt", "inverse", or a callable k -> factor.
         lower_bound: Not used. All policies have this option.
 
+    Raises:
+        OptionError: An option is out of range.
+
     >>> policy = Constant(bound=0.5, decay="inverse")
     >>> record, state = policy.step(policy.init(), loss=1.0, slope=4.0)
     >>> policy.step(state, loss=1.0, slope=4.0)[0].step_size
@@ -66,6 +69,9 @@ class Envelope(Bounded, Policy[BoundState]):
         lower_bound: l, a lower bound of the loss. If None, give it to each step.
         floor: low_0, which is omega in (9) and alpha_l,0 in (10); 0 for no floor. The bound limits the floor.
         floor_decay: Schedule of the floor.
+
+    Raises:
+        OptionError: An option is out of range.
 
     >>> policy = Envelope(bound=0.5, decay="inverse_sqrt", floor=0.3)
     >>> policy.step(policy.init(), loss=6.0, slope=20.0, raw=0.125)[0].step_size

@@ -16,7 +16,12 @@ COUPLINGS = ("none", "max", "product")
 
 
 class GradientNormState(NamedTuple):
-    """State: the number of steps, and the accumulator initial^2 + sum of squared norms."""
+    """State of `GradientNorm`.
+
+    Attributes:
+        count: The number of steps.
+        squares: initial^2 + the sum of the squared norms.
+    """
 
     count: Scalar = 0
     squares: Scalar = 0.0
@@ -33,6 +38,9 @@ class GradientNorm(Policy[GradientNormState]):
 
     All accumulators are updated before any is used: `shared` takes the states of the coupled variables after their step
     of this iteration. For the cold start of D-TFBO, call `init` again.
+
+    Raises:
+        OptionError: An option is out of range.
 
     >>> policy = GradientNorm(initial=1.0)
     >>> policy.step(policy.init(), loss=0.0, slope=16.0)[0].step_size ** -2

@@ -56,6 +56,9 @@ class DecSPS(Bounded, Policy[DecSPSState]):
         lower_bound: l, a lower bound of the loss.
         decay: "constant" only; the rule decays without a schedule.
 
+    Raises:
+        OptionError: An option is out of range.
+
     >>> policy = DecSPS(bound=1.0)
     >>> policy.step(policy.init(), loss=6.0, slope=20.0)[0].step_size
     0.3

@@ -27,6 +27,10 @@ ESTIMATED = ("inverse_sqrt", "inverse_cbrt")
 def decay_factor(decay: Decay, k: Scalar) -> Scalar:
     """Return the factor of step k. The first step has k = 0; named schedules then have the factor 1.
 
+    Args:
+        decay: A name, or a callable k -> factor.
+        k: Number of steps before this one.
+
     >>> [decay_factor("inverse", k) for k in range(3)]
     [1.0, 0.5, 0.3333333333333333]
     """
@@ -39,6 +43,9 @@ class PowerDecay:
 
     Args:
         exponent: At or above 0.
+
+    Raises:
+        OptionError: An option is out of range.
 
     >>> round(PowerDecay(0.4)(31), 12)
     0.25

@@ -37,6 +37,9 @@ class SLS(Search):
         max_step: The largest trial, or None for no limit.
         max_trials: Number of trials after which a search fails. If None, it fails at 1e-12 of its first trial.
 
+    Raises:
+        OptionError: An option is out of range.
+
     >>> policy = SLS(start=1.0)
     >>> record, state = policy.step(policy.init(), loss=1.0, slope=4.0, trial=lambda a: (1.0 - 2.0 * a) ** 2)
     >>> record.step_size, record.trials

@@ -41,7 +41,13 @@ class BoundState(NamedTuple):
 
 
 class DecSPSState(NamedTuple):
-    """State of DecSPS: as `BoundState`, with `product` = c_{k-1} gamma_{k-1}, 0 before the first step."""
+    """State of `DecSPS`.
+
+    Attributes:
+        count: As in `BoundState`.
+        found: As in `BoundState`.
+        product: c_{k-1} gamma_{k-1}; 0 before the first step.
+    """
 
     count: Scalar = 0
     found: Scalar = 0.0

@@ -123,7 +123,17 @@ def _solver_of(problem: Problem, ours: list[Problem], given: LinearSolver | None
 
 
 class AdaptiveEngine(Engine):  # type: ignore[misc]
-    """Betty's engine with `bind`: ``AdaptiveEngine(...)`` is ``bind(Engine(...))``."""
+    """Betty's engine with `bind`: ``AdaptiveEngine(...)`` is ``bind(Engine(...))``.
+
+    Args:
+        problems: As in Betty's ``Engine``.
+        config: Likewise.
+        dependencies: Likewise.
+        env: Likewise.
+
+    Raises:
+        OptionError: As `bind`.
+    """
 
     def initialize(self) -> None:
         """Initialize as Betty does, then bind."""

@@ -32,22 +32,65 @@ __all__ = ["FuncOptimizer", "chain", "decsps", "sls", "slsb", "spsb", "spsmax"]
 
 
 def spsmax(bound: float | None = None, **options: Any) -> GradientTransformationExtraArgs:
-    """Gradient descent with SPS_max steps, in the place of ``torchopt.sgd(lr)``."""
+    """Gradient descent with SPS_max steps, in the place of ``torchopt.sgd(lr)``.
+
+    Args:
+        bound: As in `scale_by_spsmax`.
+        options: Likewise.
+
+    >>> optimizer = FuncOptimizer(spsmax())
+    >>> params = (torch.tensor([3.0, 2.0], requires_grad=True),)
+    >>> loss = lambda params: (params[0] ** 2).sum() / 2
+    >>> for _ in range(10):
+    ...     params = optimizer.step(loss(params), params, value_fn=loss)
+    >>> bool(loss(params) < 0.1)
+    True
+    """
     return chain(torchopt.sgd(lr=1.0), scale_by_spsmax(bound, **options))
 
 
 def spsb(bound: float | None = None, **options: Any) -> GradientTransformationExtraArgs:
-    """Gradient descent with SPSB steps, in the place of ``torchopt.sgd(lr)``."""
+    """Gradient descent with SPSB steps, in the place of ``torchopt.sgd(lr)``.
+
+    Args:
+        bound: As in `scale_by_spsb`.
+        options: Likewise.
+
+    >>> optimizer = FuncOptimizer(spsb())
+    >>> params = (torch.tensor([3.0, 2.0], requires_grad=True),)
+    >>> loss = lambda params: (params[0] ** 2).sum() / 2
+    >>> for _ in range(10):
+    ...     params = optimizer.step(loss(params), params, value_fn=loss)
+    >>> bool(loss(params) < 0.1)
+    True
+    """
     return chain(torchopt.sgd(lr=1.0), scale_by_spsb(bound, **options))
 
 
 def decsps(bound: float | None = None, **options: Any) -> GradientTransformationExtraArgs:
-    """Gradient descent with DecSPS steps, in the place of ``torchopt.sgd(lr)``."""
+    """Gradient descent with DecSPS steps, in the place of ``torchopt.sgd(lr)``.
+
+    Args:
+        bound: As in `scale_by_decsps`.
+        options: Likewise.
+
+    >>> optimizer = FuncOptimizer(decsps())
+    >>> params = (torch.tensor([3.0, 2.0], requires_grad=True),)
+    >>> loss = lambda params: (params[0] ** 2).sum() / 2
+    >>> for _ in range(10):
+    ...     params = optimizer.step(loss(params), params, value_fn=loss)
+    >>> bool(loss(params) < 0.1)
+    True
+    """
     return chain(torchopt.sgd(lr=1.0), scale_by_decsps(bound, **options))
 
 
 def sls(start: float | None = None, **options: Any) -> GradientTransformationExtraArgs:
     """Gradient descent with SLS steps, in the place of ``torchopt.sgd(lr)``.
+
+    Args:
+        start: As in `scale_by_sls`.
+        options: Likewise.
 
     >>> optimizer = sls()
     >>> loss = lambda params: (params[0] ** 2 * torch.tensor([1.0, 10.0])).sum()
@@ -67,7 +110,20 @@ def sls(start: float | None = None, **options: Any) -> GradientTransformationExt
 
 
 def slsb(bound: float | None = None, **options: Any) -> GradientTransformationExtraArgs:
-    """Gradient descent with SLSB steps, in the place of ``torchopt.sgd(lr)``."""
+    """Gradient descent with SLSB steps, in the place of ``torchopt.sgd(lr)``.
+
+    Args:
+        bound: As in `scale_by_slsb`.
+        options: Likewise.
+
+    >>> optimizer = FuncOptimizer(slsb())
+    >>> params = (torch.tensor([3.0, 2.0], requires_grad=True),)
+    >>> loss = lambda params: (params[0] ** 2).sum() / 2
+    >>> for _ in range(10):
+    ...     params = optimizer.step(loss(params), params, value_fn=loss)
+    >>> bool(loss(params) < 0.1)
+    True
+    """
     return chain(torchopt.sgd(lr=1.0), scale_by_slsb(bound, **options))
 
 
@@ -82,6 +138,15 @@ def chain(*transformations: Transformation) -> GradientTransformationExtraArgs:
 
     Raises:
         OptionError: One is no GradientTransformation.
+
+    >>> transformation = chain(torchopt.adam(lr=1.0), scale_by_slsb())
+    >>> optimizer = FuncOptimizer(transformation)
+    >>> params = (torch.tensor([3.0, 2.0], requires_grad=True),)
+    >>> loss = lambda params: (params[0] ** 2).sum() / 2
+    >>> for _ in range(30):
+    ...     params = optimizer.step(loss(params), params, value_fn=loss)
+    >>> bool(loss(params) < 0.1)
+    True
     """
     for given in transformations:
         if not isinstance(given, torchopt.base.GradientTransformation):
@@ -112,6 +177,10 @@ def chain(*transformations: Transformation) -> GradientTransformationExtraArgs:
 
 class FuncOptimizer(torchopt.FuncOptimizer):
     """``torchopt.FuncOptimizer`` that passes the loss and its gradients on to the transformation.
+
+    Args:
+        impl: The transformation, e.g. `spsmax()` or a `chain`.
+        inplace: As in ``torchopt.FuncOptimizer``.
 
     >>> optimizer = FuncOptimizer(spsmax())
     >>> params = (torch.tensor([3.0, 2.0], requires_grad=True),)

@@ -74,6 +74,16 @@ class Transformed:
 
     Raises:
         OptionError: No GradientTransformation.
+
+    >>> import torch
+    >>> from adaptive_bilevel import BiSLS
+    >>> x = torch.tensor([3.0], requires_grad=True)
+    >>> outer = BiSLS([x], direction=Transformed(torchopt.rmsprop(lr=1.0)))
+    >>> for _ in range(20):
+    ...     x.grad = 2 * x.detach()
+    ...     _ = outer.step(lambda: (x**2).sum())
+    >>> bool(abs(x) < 0.1)
+    True
     """
 
     kind = "transformation"

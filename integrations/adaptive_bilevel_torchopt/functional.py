@@ -45,20 +45,27 @@ class FunctionalLowerStep(SolvedLevel):
     For a meta-batch of tasks, call the solver once for each task before the upper step. The k-th call continues with
     the step size of the k-th task before. For an evaluation, use another object, or call `rewind` afterwards.
 
-    ::
+    Raises:
+        OptionError: As `LowerStep`.
 
-        lower = FunctionalLowerStep(objective, SLS)
-
-        @custom_root(torch.func.grad(objective), argnums=1)
-        def solve(params, x, batch):
-            params, step = lower.attach(params, x, batch)
-            for _ in range(T):
-                step()
-            return params
-
-        meta = UpperStep([x], lower=lower)
-        y = solve(y, x, batch)
-        meta.step(lambda: val(y), solution=y)
+    >>> import torch
+    >>> from torchopt.diff.implicit import custom_root
+    >>> from adaptive_bilevel_torchopt import UpperStep
+    >>> objective = lambda y, x: ((y - x / 2) ** 2).sum()
+    >>> lower = FunctionalLowerStep(objective, SLS)
+    >>> @custom_root(torch.func.grad(objective), argnums=1)
+    ... def solve(y, x):
+    ...     y, step = lower.attach(y, x)
+    ...     for _ in range(10):
+    ...         step()
+    ...     return y
+    >>> x, y = torch.tensor([4.0], requires_grad=True), torch.tensor([0.0])
+    >>> meta = UpperStep([x], lower=lower)
+    >>> for _ in range(10):
+    ...     y = solve(y.detach(), x)
+    ...     _ = meta.step(lambda: ((y - 1) ** 2).sum(), solution=y)
+    >>> round(x.item(), 2)
+    2.0
     """
 
     def __init__(

@@ -81,7 +81,12 @@ class UpdateExtraArgs(Protocol):
 
 
 class GradientTransformationExtraArgs(torchopt.base.GradientTransformation):
-    """A GradientTransformation whose ``update`` also takes ``value``, ``grad`` and ``value_fn``."""
+    """A GradientTransformation whose ``update`` also takes ``value``, ``grad`` and ``value_fn``.
+
+    Args:
+        init: params -> state.
+        update: See the module.
+    """
 
     update: UpdateExtraArgs
 
@@ -109,6 +114,14 @@ def scale_by_policy(policy: AnyPolicy, *, differentiable: bool = False) -> Gradi
 
     Raises:
         OptionError: Not a policy, or a search that is to be differentiated.
+
+    >>> from adaptive_bilevel_torchopt import FuncOptimizer, chain
+    >>> optimizer = FuncOptimizer(chain(torchopt.sgd(lr=1.0), scale_by_policy(policies.SPSB())))
+    >>> params = (torch.tensor([3.0, 2.0], requires_grad=True),)
+    >>> for _ in range(10):
+    ...     params = optimizer.step((params[0] ** 2).sum() / 2, params)
+    >>> bool(params[0].norm() < 0.1)
+    True
     """
     check_policy("scale_by_policy", policy, differentiable)
     searches = isinstance(policy, _SEARCHES)
@@ -163,31 +176,74 @@ def scale_by_policy(policy: AnyPolicy, *, differentiable: bool = False) -> Gradi
 def scale_by_spsmax(
     bound: float | None = None, *, differentiable: bool = False, **options: Any
 ) -> GradientTransformationExtraArgs:
-    """Scale by min{(value - lower_bound) / (c slope), bound}: `adaptive_bilevel.policies.SPSMax`, eq. (5)."""
+    """Scale by min{(value - lower_bound) / (c slope), bound}: `adaptive_bilevel.policies.SPSMax`, eq. (5).
+
+    Args:
+        bound: As in `adaptive_bilevel.policies.SPSMax`.
+        differentiable: As in `scale_by_policy`.
+        options: The other options of that policy.
+
+    >>> from adaptive_bilevel_torchopt import FuncOptimizer, chain
+    >>> optimizer = FuncOptimizer(chain(torchopt.adam(lr=1.0), scale_by_spsmax()))
+    """
     return scale_by_policy(policies.SPSMax(bound=bound, **options), differentiable=differentiable)
 
 
 def scale_by_spsb(
     bound: float | None = None, *, differentiable: bool = False, **options: Any
 ) -> GradientTransformationExtraArgs:
-    """Scale by Polyak's ratio under a decaying bound: `adaptive_bilevel.policies.SPSB`, eq. (7)."""
+    """Scale by Polyak's ratio under a decaying bound: `adaptive_bilevel.policies.SPSB`, eq. (7).
+
+    Args:
+        bound: As in `adaptive_bilevel.policies.SPSB`.
+        differentiable: As in `scale_by_policy`.
+        options: The other options of that policy.
+
+    >>> from adaptive_bilevel_torchopt import FuncOptimizer, chain
+    >>> optimizer = FuncOptimizer(chain(torchopt.adam(lr=1.0), scale_by_spsb()))
+    """
     return scale_by_policy(policies.SPSB(bound=bound, **options), differentiable=differentiable)
 
 
 def scale_by_decsps(
     bound: float | None = None, *, differentiable: bool = False, **options: Any
 ) -> GradientTransformationExtraArgs:
-    """Scale by Polyak's ratio, never increasing: `adaptive_bilevel.policies.DecSPS`, eq. (6)."""
+    """Scale by Polyak's ratio, never increasing: `adaptive_bilevel.policies.DecSPS`, eq. (6).
+
+    Args:
+        bound: As in `adaptive_bilevel.policies.DecSPS`.
+        differentiable: As in `scale_by_policy`.
+        options: The other options of that policy.
+
+    >>> from adaptive_bilevel_torchopt import FuncOptimizer, chain
+    >>> optimizer = FuncOptimizer(chain(torchopt.adam(lr=1.0), scale_by_decsps()))
+    """
     return scale_by_policy(policies.DecSPS(bound=bound, **options), differentiable=differentiable)
 
 
 def scale_by_sls(start: float | None = None, **options: Any) -> GradientTransformationExtraArgs:
-    """Scale by the step of a line search: `adaptive_bilevel.policies.SLS`, eq. (8)."""
+    """Scale by the step of a line search: `adaptive_bilevel.policies.SLS`, eq. (8).
+
+    Args:
+        start: As in `adaptive_bilevel.policies.SLS`.
+        options: The other options of that policy.
+
+    >>> from adaptive_bilevel_torchopt import FuncOptimizer, chain
+    >>> optimizer = FuncOptimizer(chain(torchopt.adam(lr=1.0), scale_by_sls()))
+    """
     return scale_by_policy(policies.SLS(start=start, **options))
 
 
 def scale_by_slsb(bound: float | None = None, **options: Any) -> GradientTransformationExtraArgs:
-    """Scale by the step of a line search under a decaying bound: `adaptive_bilevel.policies.SLSB`."""
+    """Scale by the step of a line search under a decaying bound: `adaptive_bilevel.policies.SLSB`.
+
+    Args:
+        bound: As in `adaptive_bilevel.policies.SLSB`.
+        options: The other options of that policy.
+
+    >>> from adaptive_bilevel_torchopt import FuncOptimizer, chain
+    >>> optimizer = FuncOptimizer(chain(torchopt.adam(lr=1.0), scale_by_slsb()))
+    """
     return scale_by_policy(policies.SLSB(bound=bound, **options))
 
 
