@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -32,6 +32,9 @@ _INSIDE = (
 class Hooked(torch.optim.Optimizer):
     """An optimizer whose `step` passes torch's wrapper by, unless there is a hook or a profiler."""
 
+    steps_uncompiled: ClassVar[bool] = False
+    """Whether a step that torch.compile meets is taken as it is, outside of compiled code, instead of refused."""
+
     @staticmethod
     def profile_hook_step(func: Callable[P, T]) -> Callable[P, T]:
         """Wrap `step` as torch does, for hooks and profilers; without them past that wrapper.
@@ -47,6 +50,9 @@ class Hooked(torch.optim.Optimizer):
             optimizer = args[0]
             assert isinstance(optimizer, Hooked)
             if _is_compiled():
+                if optimizer.steps_uncompiled:
+                    outside: Callable[P, T] = torch.compiler.disable(observed if optimizer._is_observed() else func)
+                    return outside(*args, **kwargs)
                 raise OptionError(
                     f"{type(optimizer).__name__}.step is compiled by torch.compile: a step evaluates closures and "
                     "decides by what they return, which compiled code cannot. Compile the model (or the loss), and "

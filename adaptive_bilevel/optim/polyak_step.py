@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ __all__ = ["PolyakOptimizer"]
 
 class PolyakOptimizer(AdaptiveOptimizer):
     """The step that the Polyak rules share: no trial, and on an accelerator no wait for the device."""
+
+    steps_uncompiled: ClassVar[bool] = True
 
     @property
     def clock(self) -> int:

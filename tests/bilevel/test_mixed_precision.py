@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
+from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS, SPSMax
 from adaptive_bilevel.errors import AdaptiveBilevelWarning, ClosureError, OptionError, SolverError
 from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, Neumann, assign, implicit, implicit_with_info
 
@@ -207,8 +208,46 @@ def test_a_scaler_that_is_off_or_steps_itself() -> None:
 # ------------------------------------------------------------------------------------------ torch.compile
 
 
-@pytest.mark.parametrize("rule", [SPSB, SLS, SLSB, AutoSLS, BiSPS, BiSLS])
-def test_a_compiled_step_is_refused(rule: Any) -> None:
+def polyak_steps(make: Any, form: str, wrap: Callable[[Any], Any]) -> tuple[float, float, int]:
+    torch.compiler.reset()
+    p, seen = Problem(), []
+    optimizer = make(p.y)
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
+
+    def around() -> None:
+        loss = p.lower()
+        loss.backward()
+        optimizer.step(loss=loss)
+
+    step = wrap(around if form == "a function around it" else optimizer.step)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if form == "a function around it":
+            step()
+        elif form == "closure":
+            p.lower().backward()  # for BiSPS, whose closure only returns the loss
+            step(p.lower)
+        else:
+            loss = p.lower()
+            loss.backward()
+            step(loss=loss)
+    return float(p.lower().detach()), optimizer.record.step_size, len(seen)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at that of the loss
+@pytest.mark.parametrize("form", ["closure", "loss", "a function around it"])
+@pytest.mark.parametrize(
+    "make", [SPSB, partial(SPSB, direction="adam"), SPSMax, BiSPS], ids=["SPSB", "SPSB Adam", "SPSMax", "BiSPS"]
+)
+def test_a_compiled_polyak_step_is_as_without(make: Any, form: str) -> None:
+    """It is taken outside of compiled code."""
+    found = polyak_steps(make, form, lambda step: torch.compile(step, backend="eager"))
+    assert found == polyak_steps(make, form, lambda step: step)
+    assert found[1] > 0.0 and found[2] == 3
+
+
+@pytest.mark.parametrize("rule", [SLS, SLSB, AutoSLS, BiSLS])
+def test_a_compiled_search_is_refused(rule: Any) -> None:
     torch.compiler.reset()
     x = torch.ones(2, requires_grad=True)
     optimizer = rule([x])
