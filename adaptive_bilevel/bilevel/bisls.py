@@ -51,6 +51,13 @@ class UpperSearch(SearchingOptimizer):
         """Set the lower level. Its hypergradients share their products with the next upper step."""
         refuse_products("BiSLS", self.options.products, (*self._parameters(), *level.tensors()))
         super()._follow(level)
+        self._expect_products()
+
+    def _restored(self) -> None:
+        super()._restored()
+        self._expect_products()
+
+    def _expect_products(self) -> None:
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())
 

@@ -99,6 +99,7 @@ def estimated(
     lower: Any,
     counts: Evaluations,
     group: Group,
+    products: str,
 ) -> list[Tensor | None]:
     """Return the hypergradient that an estimator or a callable gives. A callable has a process group of its own.
 
@@ -125,7 +126,9 @@ def estimated(
     with torch.enable_grad():
         if not isinstance(source, Implicit):
             return matched(owner, upper, source(closure, lower_closure, upper, lower))
-        h, info = implicit_with_info(closure, lower_closure, upper, lower, source.solver, process_group=group)
+        h, info = implicit_with_info(
+            closure, lower_closure, upper, lower, source.solver, products=products, process_group=group
+        )
     counts.upper.gradients += 1
     counts.lower.gradients += info.gradients - 1
     counts.lower.hvps += info.hvps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class UpperOptimizer(AdaptiveOptimizer):
     takes_offers = False
     lower: Lower
     _source: Source = None
+    _lengths: Mapping[str, Any] = {}
 
     @property
     def hypergradient(self) -> Source:
@@ -114,6 +115,8 @@ class UpperOptimizer(AdaptiveOptimizer):
     def _restored(self) -> None:
         super()._restored()
         self._between.forget()
+        if self._lengths:  # of a copy
+            restore_lengths(self.lower.tensors(), self._lengths)
 
     @property
     def _own_counts(self) -> Counts:
@@ -121,8 +124,7 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is saved, as `AdaptiveOptimizer.state_dict` does; also the lengths of differences below."""
-        known = {str(i): saved_lengths(p) for i, p in enumerate(self.lower.tensors())}
-        entries, lengths = self._entries(), {i: saved for i, saved in known.items() if saved}
+        entries, lengths = self._entries(), saved_lengths(self.lower.tensors())
         if lengths:
             entries[_LENGTHS] = lengths
         try:
@@ -133,13 +135,13 @@ class UpperOptimizer(AdaptiveOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state_dict)
-        lengths: Any = self._entries().pop(_LENGTHS, {})
-        for i, p in enumerate(self.lower.tensors()):
-            restore_lengths(p, lengths.get(str(i), {}))
+        self._lengths = self._entries().pop(_LENGTHS, {})
+        restore_lengths(self.lower.tensors(), self._lengths)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
-        return {**super().__getstate__(), "lower": self.lower, "_source": self._source}
+        kept = {"lower": self.lower, "_source": self._source, "_lengths": saved_lengths(self.lower.tensors())}
+        return {**super().__getstate__(), **kept}
 
     def _one_closure(self, upper_closure: UpperLoss | None, closure: UpperLoss | None) -> UpperLoss | None:
         """Return the closure of a step, under either of its names."""
@@ -208,6 +210,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         level = FunctionalLower.of(owner, lower)
         level.refuse_shared(params)
         level.require_form(owner, before)
+        restore_lengths(level.tensors(), saved_lengths(before.tensors()) or self._lengths)
         return level
 
     def _sourced(
@@ -232,7 +235,8 @@ class UpperOptimizer(AdaptiveOptimizer):
                 y = self.lower.tensors()
             with Guard(params, Workspace(group=self.process_group)) as guard:
                 problems = self.lower.problems(lower_closure, guard)
-            return closure, estimated(owner, source, closure, problems, params, y, self.evaluations, self.process_group)
+            counts, group, products = self.evaluations, self.process_group, self.defaults.get("products", "auto")
+            return closure, estimated(owner, source, closure, problems, params, y, counts, group, products)
         if self.lower.tensors() or isinstance(closure, Objective):
             raise OptionError(
                 f"{owner}(hypergradient='direct'): the upper loss is a function of the upper parameters alone, so "

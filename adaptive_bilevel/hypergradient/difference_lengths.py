@@ -17,7 +17,7 @@ known for each kind of product.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -63,16 +63,18 @@ def known_lengths(lower: Tensor) -> dict[str, Known]:
     return found
 
 
-def saved_lengths(lower: Tensor) -> dict[str, dict[str, Any]]:
-    """Return `known_lengths` as plain numbers; {} if no difference was taken."""
-    return {kind: known._asdict() for kind, known in sorted(_known.get(lower, {}).items())}
+def saved_lengths(lower: Sequence[Tensor]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return `known_lengths` of tensors as plain numbers, by their places; {} if no difference was taken."""
+    found = {str(i): _known[p] for i, p in enumerate(lower) if p in _known}
+    return {i: {kind: known._asdict() for kind, known in sorted(kinds.items())} for i, kinds in found.items() if kinds}
 
 
-def restore_lengths(lower: Tensor, saved: Mapping[str, Mapping[str, Any]]) -> None:
+def restore_lengths(lower: Sequence[Tensor], saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Put what `saved_lengths` returned in the place of what is known."""
-    _known.pop(lower, None)
-    if saved:
-        _known[lower] = {kind: Known(**known) for kind, known in saved.items()}
+    for i, p in enumerate(lower):
+        _known.pop(p, None)
+        if kinds := saved.get(str(i)):
+            _known[p] = {kind: Known(**known) for kind, known in kinds.items()}
 
 
 class Measured(NamedTuple):
