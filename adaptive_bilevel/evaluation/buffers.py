@@ -141,7 +141,7 @@ class _Thread(threading.local):
     """Whose modules' calls are seen on this thread.
 
     Attributes:
-        buffers: What is told of them; None: nothing.
+        buffers: Receives their buffers; None: no calls are recorded.
     """
 
     buffers: Buffers | None = None

@@ -246,7 +246,7 @@ def ready() -> None:
 
 
 def _attempted(evaluate: Callable[[], T], numbers: int = 0) -> tuple[T | None, Exception | None]:
-    """Return what is evaluated, or its error; raise what `ready` has raised, since nobody waits for this process."""
+    """Return what is evaluated, or its error; raise what `ready` has raised, since no process waits for this one."""
     before, _here.numbers = _here.numbers, numbers
     result: T | None = None
     error: Exception | None = None

@@ -115,7 +115,7 @@ class LowerCurvature:
     One object serves the hypergradient, ``h = f_x - C v`` with ``v = P f_y``, and the response ``w = P C^T d``. A lower
     level of several losses is their sum; that of several processes is their mean, so that the gradient and each product
     take one all-reduce of their size. Products see the parameters as they were at the evaluation; changing one in place
-    afterwards makes autograd refuse.
+    afterwards is an error of autograd.
 
     Args:
         loss: g(x, y), an attached scalar with its graph.

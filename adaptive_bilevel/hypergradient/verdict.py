@@ -175,7 +175,7 @@ def _name_the_fault(
 ) -> tuple[Verdict, str]:
     size = float(truth.norm())
     # A gradient is compared with what right code gives at the present y, and that with the truth: so a fault is named
-    # although y is not solved exactly, and an unsolved y is told from a fault.
+    # although y is not solved exactly, and an unsolved y is not taken for a fault.
     basis = torch.stack(m.basis)
     direct, implicit = basis @ m.direct, basis @ m.implicit
     reference = basis @ (m.solved_direct - m.solved_implicit)

@@ -1,4 +1,4 @@
-"""What is refused before a run starts: combinations that the mathematics does not allow, each with its reason."""
+"""Errors before a run starts: combinations that the mathematics does not allow, each with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a step ends: its record, what is told of it, and what may not go on."""
+"""How a step ends: its record, its warnings, and the error after too many steps that are not finite."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ConcludingOptimizer(PolicyOptimizer):
         return self._closure_checks
 
     def _conclude(self, record: Record, state: State, loss: Any, hessian: Any = None) -> None:
-        """Keep the record, tell what should be told, and count what may not go on."""
+        """Keep the record, give the warnings, and count the steps that are not finite."""
         self.record = record
         self.history.append(Past(record, loss.detach() if isinstance(loss, Tensor) else loss, hessian))
         for message in self._closure_checks.take():

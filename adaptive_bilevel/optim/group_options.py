@@ -62,7 +62,7 @@ def refuse_options(owner: str, group: Mapping[str, Any], defaults: Mapping[str, 
 
 
 def refuse_lr(owner: str, lr: Any, check: Callable[[Any], None]) -> None:
-    """Reject a rate that the constructor would refuse; 0 is a rate of groups: they stand still.
+    """Reject a rate that the constructor rejects. 0 is allowed: such a group does not move.
 
     Args:
         owner: Name of the optimizer's class.

@@ -1,4 +1,4 @@
-"""A problem of a bound engine: the host of its optimizer, and what hypergradients through it are told."""
+"""A problem of a bound engine: the host of its optimizer, and the source of hypergradients through it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def as_differentiated(module: Module, random: RandomState | None) -> Iterator[No
     """While TorchOpt's backward evaluates the module again, let it see what the last lower step saw.
 
     Its objective draws the dropout masks of that step (and leaves the random state alone), and BatchNorm in train mode
-    leaves its running statistics alone, which no derivative depends on and TorchOpt's transforms refuse to change.
+    leaves its running statistics alone, which no derivative depends on and TorchOpt's transforms cannot change.
     """
     name = "optimality" if type(module)._custom_optimality else "objective"
     original: Callable[..., object] = getattr(module, name)

@@ -101,7 +101,7 @@ def upper_recipe(
 
 
 def made_once(recipe: Recipe[O]) -> Recipe[O]:
-    """Return a recipe whose options an optimizer has taken: wrong ones are refused here, not inside ``solve()``."""
+    """Return a recipe whose options an optimizer has taken: wrong ones raise an error here, not inside ``solve()``."""
     recipe.make([torch.zeros(1, requires_grad=True)])
     return recipe
 

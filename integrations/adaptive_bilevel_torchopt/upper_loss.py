@@ -73,7 +73,7 @@ def differentiate(
     searching: bool,
     first: bool,
 ) -> Differentiated:
-    """Evaluate an upper loss, refuse what would make its hypergradient a wrong one, and differentiate it.
+    """Evaluate an upper loss, raise an error if its hypergradient would be wrong, and differentiate it.
 
     Args:
         guard: The step's guard; buffers and random state after the evaluation are marked.
