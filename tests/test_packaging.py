@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -90,7 +91,8 @@ def test_sdist_has_what_a_checkout_has(tmp_path: Path) -> None:
 
 
 def test_wheel_imports_outside_the_checkout(installed: Path) -> None:
-    for name in sorted(NAMES):
+    absent = {f"adaptive_bilevel_{host}" for host in ("torchopt", "betty") if importlib.util.find_spec(host) is None}
+    for name in sorted(NAMES - absent):
         assert Path(python(f"import {name}; print({name}.__file__)", installed).strip()).is_relative_to(installed)
 
 
@@ -183,6 +185,7 @@ def test_files_hold_one_idea_each() -> None:
 
 
 def test_everything_that_is_installed_is_pinned() -> None:
+    pytest.importorskip("torchopt")  # a part of the extra dev
     lines = [line.split(";")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     pins = {normal(line.split("==")[0]) for line in lines if line and not line.startswith("#")}
     if f"torch=={importlib.metadata.version('torch').split('+')[0]}" not in lines:
