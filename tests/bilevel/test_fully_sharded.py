@@ -33,12 +33,28 @@ class Penalized(nn.Module):
         return self.layers(features), torch.stack([p.square().sum() for p in self.parameters()]).sum()
 
 
+class Stacked(nn.Module):
+    """Layers one after another, and the sum of what they add."""
+
+    def __init__(self, *layers: Penalized) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        penalties = []
+        for layer in self.layers:
+            features, penalty = layer(features)
+            penalties.append(penalty)
+        return features, torch.stack(penalties).sum()
+
+
 class Problem:
     """A feature map x above a small network y; no dimension is divisible by four, and some parts are empty.
 
     Args:
         shares: Of the data.
-        sharded: "", "lower", "upper" or "both"; "both, copied": each half of the processes has all parts.
+        sharded: "", "lower", "upper" or "both"; "both, copied": each half of the processes has all parts; "lower,
+            nested": the layers of the network, too.
         linear: Whether the network has one layer, so that the lower loss is convex.
     """
 
@@ -48,9 +64,12 @@ class Problem:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.outer = Penalized(nn.Linear(3, 3))
-            layers = [nn.Linear(3, 1)] if linear else [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)]
-            self.inner = Penalized(*layers)
+            first = [] if linear else [Penalized(nn.Linear(3, 5), nn.Tanh())]
+            self.inner = Stacked(*first, Penalized(nn.Linear(3 if linear else 5, 1)))
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")) if "copied" in sharded else None
+        if "nested" in sharded:
+            for layer in self.inner.layers:
+                fully_shard(layer)
         if "lower" in sharded or "both" in sharded:
             fully_shard(self.inner, mesh=mesh)
         if "upper" in sharded or "both" in sharded:
@@ -142,7 +161,7 @@ RUNS: dict[str, Run] = {
     "BiSLS CG": steps_above(searched(momentum=False), AutoSLS, CG(5)),
 }
 """Products are differences in all processes, so that what is compared is the parts."""
-SHARDED = {name: ("lower", "upper", "both") if name == "BiSLS" else ("lower", "both") for name in RUNS}
+SHARDED = {name: ("lower", "both") for name in RUNS} | {"BiSLS": ("lower", "lower, nested", "upper", "both")}
 COPIED = ("both, copied",)
 """With four processes only."""
 
@@ -230,7 +249,7 @@ def fails(rank: int, where: str, when: str, call: int) -> str:
 
 
 FEW: dict[int, dict[str, tuple[str, ...]]] = {
-    2: {"SLS": ("lower",), "SPSB": ("both",), "BiSLS": ("lower", "upper"), "BiSLS Adam": ("both",)},
+    2: {"SLS": ("lower",), "SPSB": ("both",), "BiSLS": ("lower, nested", "upper"), "BiSLS Adam": ("both",)},
     4: {"SLS Adam": ("both",), "BiSLS": COPIED, "BiSLS Adam": ("both",)},
 }
 """What runs without --slow, by number of processes."""
