@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from adaptive_bilevel import SLS, BiSLS
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import Lanczos, assign, implicit
-from tests.bilevel.test_processes import Problem, steps_below
+from tests.bilevel.test_processes import Problem, below
 from tests.processes import results_of
 
 WORLD, HALF, STEPS = 4, 5, 10
@@ -65,7 +65,7 @@ def four(folder: str, rank: int) -> Any:
     training.run(range(HALF))
     dcp.save(training.state(), checkpoint_id=folder)
     ends = training.run(range(HALF, STEPS))
-    return [t.tolist() for t in (*ends, *steps_below(SLS, sizes=SIZES)([rank], "plain"))]
+    return [t.tolist() for t in (*ends, *below(SLS, sizes=SIZES)([rank], "plain"))]
 
 
 def two(folder: str, rank: int) -> Any:
@@ -90,7 +90,7 @@ def test_four_processes_are_one_and_their_checkpoint_goes_on_in_two(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shares = list(range(WORLD))
-        upper, lower = Training(shares).run(range(STEPS)), steps_below(SLS, sizes=SIZES)(shares, "plain")
+        upper, lower = Training(shares).run(range(STEPS)), below(SLS, sizes=SIZES)(shares, "plain")
     of_two = results_of(partial(two, folder), 2)
     assert of_two[0] == of_two[1]
     for found, expected in ((of_four[0], [*upper, *lower]), (of_two[0], upper)):

@@ -15,11 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, Box
-from adaptive_bilevel.hypergradient import CG, Lanczos, assign, check, implicit
+from adaptive_bilevel.hypergradient import CG, Lanczos, check, implicit
+from tests.bilevel import loops
+from tests.bilevel.loops import Run
 from tests.processes import results_of
-
-Run = Callable[[list[int], str], list[Tensor]]
-"""From the shares of the data (one for each process) and what is sharded, to the tensors of the end."""
 
 
 class Penalized(nn.Module):
@@ -104,33 +103,8 @@ class Problem:
         return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in (*self.x, *self.y)]
 
 
-def steps_below(make: Callable[..., Any]) -> Run:
-    def run(shares: list[int], sharded: str) -> list[Tensor]:
-        problem = Problem(shares, sharded)
-        optimizer = make(problem.y)
-        for k in range(10):
-            optimizer.step(partial(problem.lower, k))
-        return problem.tensors
-
-    return run
-
-
-def steps_above(make: Callable[..., Any], below: Callable[..., Any], solver: Any = None) -> Run:
-    solver = Lanczos(4) if solver is None else solver
-
-    def run(shares: list[int], sharded: str) -> list[Tensor]:
-        problem = Problem(shares, sharded)
-        inner = below(problem.y)
-        outer = make(problem.x, inner, solver)
-        for k in range(10):
-            for j in range(2):
-                inner.step(partial(problem.lower, 2 * k + j))
-            upper, lower = partial(problem.upper, k), partial(problem.lower, 2 * k + 1)
-            assign(problem.x, implicit(upper, lower, problem.x, problem.y, solver, products="difference"))
-            outer.step(upper)
-        return problem.tensors
-
-    return run
+below = partial(loops.steps_below, Problem)
+above = partial(loops.steps_above, Problem, products="difference")
 
 
 def searched(**options: Any) -> Callable[..., Any]:
@@ -149,16 +123,16 @@ def estimated(shares: list[int], sharded: str) -> list[Tensor]:
 
 
 RUNS: dict[str, Run] = {
-    "SLS": steps_below(SLS),
-    "SLS Adam": steps_below(partial(SLS, direction="adam")),
-    "SLSB": steps_below(SLSB),
-    "SPSB": steps_below(SPSB),
-    "AutoSLS": steps_below(AutoSLS),
-    "BiSPS": steps_above(lambda x, inner, _: BiSPS(x, lower=inner), SPSB),
-    "BiSLS": steps_above(searched(), SLS),
-    "BiSLS Adam": steps_above(searched(direction="adam", carry=True), partial(SLS, direction="adam")),
+    "SLS": below(SLS),
+    "SLS Adam": below(partial(SLS, direction="adam")),
+    "SLSB": below(SLSB),
+    "SPSB": below(SPSB),
+    "AutoSLS": below(AutoSLS),
+    "BiSPS": above(lambda x, inner, _: BiSPS(x, lower=inner), SPSB),
+    "BiSLS": above(searched(), SLS),
+    "BiSLS Adam": above(searched(direction="adam", carry=True), partial(SLS, direction="adam")),
     "implicit and check": estimated,
-    "BiSLS CG": steps_above(searched(momentum=False), AutoSLS, CG(5)),
+    "BiSLS CG": above(searched(momentum=False), AutoSLS, CG(5)),
 }
 """Products are differences in all processes, so that what is compared is the parts."""
 SHARDED = {name: ("lower", "both") for name in RUNS} | {"BiSLS": ("lower", "lower, nested", "upper", "both")}

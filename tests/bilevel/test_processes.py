@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
-from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, Neumann, assign, check, implicit
+from adaptive_bilevel.hypergradient import CG, Identity, Neumann, check, implicit
+from tests.bilevel import loops
+from tests.bilevel.loops import Run
 from tests.processes import results_of
-
-Run = Callable[[list[int], str], list[Tensor]]
-"""From the shares of the data (one for each process) and how modules are wrapped, to the tensors of the end."""
 
 
 class Problem:
@@ -66,36 +65,8 @@ class Problem:
         return [p.detach().clone() for p in (*self.x, *self.y)]
 
 
-def steps_below(make: Callable[..., Any], **sizes: Any) -> Run:
-    def run(shares: list[int], wrapped: str) -> list[Tensor]:
-        problem = Problem(shares, wrapped, **sizes)
-        optimizer = make(problem.y)
-        for k in range(10):
-            optimizer.step(partial(problem.lower, k))
-        return problem.tensors
-
-    return run
-
-
-def steps_above(
-    make: Callable[..., Any], below: Callable[..., Any], solver: Any = None, products: str = "auto", **sizes: Any
-) -> Run:
-    solver = Lanczos(4) if solver is None else solver
-
-    def run(shares: list[int], wrapped: str) -> list[Tensor]:
-        problem = Problem(shares, wrapped, **sizes)
-        inner = below(problem.y)
-        outer = make(problem.x, inner, solver)
-        for k in range(10):
-            for j in range(2):
-                inner.step(partial(problem.lower, 2 * k + j))
-            upper, lower = partial(problem.upper, k), partial(problem.lower, 2 * k + 1)
-            h = implicit(upper, lower, problem.x, problem.y, solver, products=products)
-            assign(problem.x, h)
-            outer.step(partial(problem.upper, k))
-        return problem.tensors
-
-    return run
+below = partial(loops.steps_below, Problem)
+above = partial(loops.steps_above, Problem)
 
 
 def accumulated(shares: list[int], wrapped: str) -> list[Tensor]:
@@ -137,21 +108,21 @@ def checked(shares: list[int], wrapped: str) -> list[Tensor]:
 
 
 RUNS: dict[str, Run] = {
-    "SLS": steps_below(SLS),
-    "SLSB": steps_below(SLSB),
-    "SPSB": steps_below(SPSB),
-    "AutoSLS": steps_below(AutoSLS),
-    "BiSPS": steps_above(lambda x, inner, _: BiSPS(x, lower=inner), SPSB),
-    "BiSLS": steps_above(searched(), SLS),
-    "BiSLS Adam": steps_above(searched(direction="adam", carry=True), SLS),
-    "BiSLS CG": steps_above(searched(momentum=False), SLS, CG(5)),
-    "BiSLS Neumann": steps_above(searched(carry=False), SLS, Neumann(3)),
-    "BiSLS Identity": steps_above(searched(), SLS, Identity(0.1)),
-    "OneStepBiSLS": steps_above(lambda x, inner, _: OneStepBiSLS(x, lower=inner), SLS),
-    "uneven": steps_above(searched(), SLS, sizes=(8, 3, 5, 8)),
-    "NaN below": steps_above(searched(), SLS, poison=8),
-    "NaN above": steps_above(searched(), SLS, poison=5),
-    "differences": steps_above(searched(products="difference"), SLS, products="difference"),
+    "SLS": below(SLS),
+    "SLSB": below(SLSB),
+    "SPSB": below(SPSB),
+    "AutoSLS": below(AutoSLS),
+    "BiSPS": above(lambda x, inner, _: BiSPS(x, lower=inner), SPSB),
+    "BiSLS": above(searched(), SLS),
+    "BiSLS Adam": above(searched(direction="adam", carry=True), SLS),
+    "BiSLS CG": above(searched(momentum=False), SLS, CG(5)),
+    "BiSLS Neumann": above(searched(carry=False), SLS, Neumann(3)),
+    "BiSLS Identity": above(searched(), SLS, Identity(0.1)),
+    "OneStepBiSLS": above(lambda x, inner, _: OneStepBiSLS(x, lower=inner), SLS),
+    "uneven": above(searched(), SLS, sizes=(8, 3, 5, 8)),
+    "NaN below": above(searched(), SLS, poison=8),
+    "NaN above": above(searched(), SLS, poison=5),
+    "differences": above(searched(products="difference"), SLS, products="difference"),
     "no_sync": accumulated,
     "check": checked,
 }
