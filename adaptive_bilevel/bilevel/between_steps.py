@@ -1,7 +1,7 @@
-"""What happens to x and y between two upper steps, as far as it makes the upper search pointless.
+"""Changes of x and y between two upper steps that make the upper search pointless.
 
-* Somebody else moves x: a clamp after each step, say. The step that was searched then is not the one that was taken.
-* Somebody else steps y: the inner optimizer was made anew, and the upper one still is bound to the old one.
+* Other code moves x, for example a clamp after each step. The step that was taken then is not the searched one.
+* Another optimizer steps y: the inner optimizer was made anew, and the upper one is still bound to the old one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BetweenSteps:
         self._times["replaced"] = self._times["replaced"] + 1 if replaced else 0
 
     def end(self, upper: Sequence[Tensor], lower: Lower | None, remedy: str | None) -> list[str]:
-        """Take note of where the step has ended, and return what is to be said.
+        """Record where the step has ended, and return the warning to give.
 
         Args:
             upper: The upper parameters.

@@ -57,9 +57,9 @@ class Diagnoses:
 class SolveDiagnosis:
     """Reports once a solver that is no inverse here: solves that `SolverStatus.ended_by_curvature`.
 
-    It does when there were 10 more such steps than others, for solvers that know their error. `Lanczos` holds there, so
-    that nothing is said of it but that there is no curvature; `SearchingOptimizer.hessian` has what it saw. The state
-    has that difference, "unsolved", in 0 to 10; at 10 it stays.
+    It does when there were 10 more such steps than others, for solvers that measure their error. `Lanczos` holds
+    there, so only the absence of curvature is reported; `SearchingOptimizer.hessian` has the details. The
+    state has that difference, "unsolved", in 0 to 10; at 10 it stays.
     """
 
     _STEPS = 10

@@ -1,4 +1,4 @@
-"""The inverse P of a response: which solver it is, and whether it can be trusted, is decided here only."""
+"""The inverse P of a response: the choice of its solver, and whether that solver measures its error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Solved(NamedTuple):
 
     Attributes:
         tensors: w.
-        residual: ||b - H w|| / ||b||. A solver that does not know it gets no allowance for it: 0.
+        residual: ||b - H w|| / ||b||. 0 for a solver that does not measure it.
         remainder: b - H w; None: not known.
     """
 
@@ -39,7 +39,7 @@ class Inverse(abc.ABC):
     """P of one upper step.
 
     Attributes:
-        certified: Whether the solver given knows its error, so that its slope can be compared with the user's.
+        certified: Whether the solver given measures its error, so that its slope can be compared with the user's.
         report: What the last solve has shown of H; None: there was none.
     """
 
@@ -152,7 +152,7 @@ class SharedInverse(Inverse):
 
 @final
 class IterativeInverse(Inverse):
-    """P of any other solver, or of `CG` in the place of one that does not know its error.
+    """P of any other solver, or of `CG` in the place of one that does not measure its error.
 
     Args:
         solver: The solver given.

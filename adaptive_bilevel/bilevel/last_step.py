@@ -1,4 +1,4 @@
-"""Whether the upper loss still falls along the last searched step, as the present hypergradient sees it."""
+"""Whether the upper loss still falls along the last searched step, by the present hypergradient."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def plot(rows: Sequence[Row], file: str | PathLike[str] | None = None, *, title:
 
     Args:
         rows: What `monitor` returned after each step, in order.
-        file: Where the picture is saved (its ending says the format); None: it is not.
+        file: Where the picture is saved, in the format of its suffix; None: it is not.
         title: A line above it.
 
     Returns:

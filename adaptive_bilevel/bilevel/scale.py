@@ -1,4 +1,4 @@
-"""What earlier searches have shown of the right step length: whether the scale is known is decided here only."""
+"""What earlier searches have shown of the right step length, and whether that is enough to know it."""
 
 from __future__ import annotations
 

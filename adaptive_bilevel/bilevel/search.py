@@ -108,7 +108,7 @@ class Found(NamedTuple):
 
 
 def nothing_to_search(point: Point, path: SearchPath) -> Record | None:
-    """Return the record of a step that is not even tried, or None. Whether there is a search is decided here only."""
+    """Return the record of a step without a trial, or None if there is a search."""
     promised = path.promised
     if path.cut and abs(promised) * path.longest <= max(point.rounding * abs(point.value), path.rounding):
         # The set leaves nothing of the path, or less than f could tell.

@@ -88,11 +88,11 @@ class Recorder:
         self._scaled: list[tuple[Tensor, Tensor]] = []
 
     def hide(self) -> None:
-        """Take notice that a part of the graph (a reentrant checkpoint) hides which tensors are in it."""
+        """Record that a part of the graph (a reentrant checkpoint) hides which tensors are in it."""
         self._hides = True
 
     def scaled(self, outputs: Any, found: Any) -> None:
-        """Take notice that a GradScaler has multiplied a loss."""
+        """Record that a GradScaler has multiplied a loss."""
         if isinstance(outputs, Tensor) and found is not outputs:  # a scaler that is not enabled returns what it got
             self._scaled.append((outputs, found))
 

@@ -2,7 +2,7 @@
 
 This thread's ``backward()`` goes to whoever listens to the closure, and its ``zero_grad()`` does nothing, since every
 ``.grad`` has been put aside. Under `in_full_precision`, autocast does nothing. Other threads, and code outside of
-closures, notice nothing.
+closures, are not affected.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Listener(Protocol):
         ...
 
     def hide(self) -> None:
-        """Take notice that a part of the graph is hidden: what its tensors are, only its backward knows."""
+        """Record that a part of the graph is hidden: only its backward shows its tensors."""
         ...
 
     def scaled(self, outputs: Any, found: Any) -> None:
-        """Take notice that a GradScaler has multiplied a loss."""
+        """Record that a GradScaler has multiplied a loss."""
         ...
 
 

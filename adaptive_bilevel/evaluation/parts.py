@@ -143,7 +143,7 @@ def refuse_parts(owner: str, tensor: Any, what: str = "parameter") -> None:
     """Raise for a DTensor that is laid out as `fully_shard` lays out none.
 
     Raises:
-        TensorError: As said.
+        TensorError: As described.
     """
     if not in_parts(tensor):
         return
@@ -170,7 +170,7 @@ def require_whole(owner: str, tensors: Iterable[object], why: str) -> None:
         why: Why they cannot be, and what can.
 
     Raises:
-        TensorError: As said.
+        TensorError: As described.
     """
     for t in tensors:
         if isinstance(t, Tensor) and in_parts(t):
@@ -185,7 +185,7 @@ def require_mesh(tensors: Sequence[Any], count: int) -> None:
         count: The number of processes that step together.
 
     Raises:
-        ProcessError: As said.
+        ProcessError: As described.
     """
     for t in tensors:
         if in_parts(t) and t.device_mesh.size() != count:

@@ -74,7 +74,7 @@ def checked(owner: str, group: Group) -> Group:
     """Return a process group, or raise where it is none, or has gone.
 
     Raises:
-        OptionError: As said.
+        OptionError: As described.
     """
     if group is None or group == ALONE:
         return group

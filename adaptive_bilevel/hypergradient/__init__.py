@@ -1,4 +1,4 @@
-"""Hypergradients for code that brings none, the linear solvers behind them, and a check of anyone's hypergradient.
+"""Hypergradients for code that has none, the linear solvers behind them, and a check of any hypergradient.
 
 >>> import torch
 >>> from adaptive_bilevel import hypergradient

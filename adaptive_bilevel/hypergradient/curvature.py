@@ -44,7 +44,7 @@ class PartialGradients(NamedTuple):
 
 
 def unconnected(direct: bool) -> str:
-    """Return what is to be said where the lower gradient has no path to x.
+    """Return the text of the warning for a lower gradient without a path to x.
 
     Args:
         direct: Whether the upper loss has one.

@@ -77,7 +77,7 @@ class _Probing:
 
     Args:
         directions: Number m of random probes.
-        radius: mu > 0. Too small a one drowns in the rounding of the dtype.
+        radius: mu > 0. If it is too small, the rounding of the dtype dominates.
         probes: "random", or "axes": all sqrt(d_x) e_j in the place of random ones, for small x and for tests.
     """
 

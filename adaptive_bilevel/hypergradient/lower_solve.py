@@ -37,7 +37,7 @@ def resolve(
 ) -> Resolved:
     """Move ``lower`` in place to a minimizer of the lower loss, as near as the dtype allows.
 
-    Far away, Newton's direction with an Armijo search on the loss. Once the predicted decrease drowns in the rounding
+    Far away, Newton's direction with an Armijo search on the loss. Once the predicted decrease is below the rounding
     of the loss, full steps as long as the gradient halves: gradients keep their digits where losses have lost them.
 
     Args:

@@ -226,7 +226,7 @@ def refuse_products(owner: str, products: str, tensors: Sequence[Tensor]) -> Non
     """Raise where products by autograd are asked for, and parameters are in parts.
 
     Raises:
-        OptionError: As said.
+        OptionError: As described.
     """
     if products == "autograd" and any_in_parts(tensors):
         raise OptionError(
@@ -261,6 +261,6 @@ def say_unresolved(lower: Sequence[Tensor], error: float) -> None:
         _said[lower[0]] = True
         warn(
             f"products by differences are wrong by {error:.0%} here, as two differences of the lower gradient show: "
-            f"its change drowns in rounding (of {rounding(lower):.0e}), or it has kinks. Take float64, or a lower loss "
-            "with second derivatives (products='autograd')."
+            f"its change is close to rounding (of {rounding(lower):.0e}), or it has kinks. Take float64, or a lower "
+            "loss with second derivatives (products='autograd')."
         )

@@ -55,7 +55,7 @@ class SolverStatus(IntEnum):
 
     @property
     def ended_by_curvature(self) -> bool:
-        """Whether the solver is no inverse of this H, for want of positive curvature."""
+        """Whether the solver is no inverse of this H, because no positive curvature was found."""
         return self in _NO_INVERSE
 
 

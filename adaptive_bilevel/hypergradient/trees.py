@@ -1,4 +1,4 @@
-"""Tensors at the edge: flattening what the user passes, refusing what cannot be differentiated, evaluating closures."""
+"""Tensors at the edge: flattening arguments, rejecting what cannot be differentiated, evaluating closures."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ schedule-free methods, and the level above sees xbar.
 
 The solution of a lower problem moves with the upper variable, and a mean is late. Each step therefore compares both
 points on its sample: once the mean of f(xbar) - f(z) is above 0 by two standard errors, the mean begins anew at z.
-Parameters that somebody else has moved (a cold start, a projection) begin anew, too; a prediction (`offer`) moves both
+Parameters that other code has moved (a cold start, a projection) begin anew, too; a prediction (`offer`) moves both
 points.
 """
 
@@ -90,7 +90,7 @@ class Average(NamedTuple):
 
     @classmethod
     def read(cls, state: Any, params: Sequence[Tensor], *, offered: bool) -> Average | None:
-        """Return what the state holds; None if that is nothing, or if somebody has moved the parameters since.
+        """Return what the state holds; None if that is nothing, or if other code has moved the parameters since.
 
         Args:
             state: The optimizer's.

@@ -100,7 +100,7 @@ class ClosureChecks:
             self._messages.append(message)
 
     def take(self) -> list[str]:
-        """Return what is to be said now."""
+        """Return the warnings to give now."""
         messages, self._messages = self._messages, []
         return messages
 

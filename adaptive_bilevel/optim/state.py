@@ -2,7 +2,7 @@
 
 The state of a role is plain data: numbers and tensors by name, those of the role and those of each parameter. A role
 reads it in ``propose``, and returns from ``commit`` what is new in it; nothing is changed in place, since an old state
-may be part of a ``state_dict`` that somebody holds.
+may be part of a ``state_dict`` that other code holds.
 """
 
 from __future__ import annotations

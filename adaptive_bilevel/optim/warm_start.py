@@ -88,7 +88,7 @@ class Share(NamedTuple):
 class WarmStart:
     """The point before a prediction. It is an entry of the state: per parameter "point", and shared "at".
 
-    "at" is ||y||^2 at the prediction: it tells whether somebody has moved the parameters since, in whichever way
+    "at" is ||y||^2 at the prediction: it tells whether other code has moved the parameters since, in whichever way
     (versions of tensors do not count changes through ``.data``).
     """
 

@@ -6,8 +6,8 @@ random state and buffers of each evaluation. One step has ``gradient_accumulatio
 
 | problem | objective | .grad holds |
 |---|---|---|
-| looks ahead into none | `LowerObjective` | the gradient of the loss |
-| looks ahead into others | `UpperObjective` | a hypergradient: the partial gradients are not known |
+| has no lower problem | `LowerObjective` | the gradient of the loss |
+| has lower problems | `UpperObjective` | a hypergradient: the partial gradients are not known |
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class EvaluationLog:
 
 @final
 class LowerObjective(Objective):
-    """The loss of a problem that looks ahead into none.
+    """The loss of a problem without a lower one.
 
     Args:
         log: The problem's evaluations.
@@ -185,7 +185,7 @@ class LowerObjective(Objective):
 
 @final
 class UpperObjective(Objective):
-    """The loss of a problem that looks ahead into others.
+    """The loss of a problem with lower ones.
 
     Args:
         log: The problem's evaluations.

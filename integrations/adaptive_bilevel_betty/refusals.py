@@ -1,4 +1,4 @@
-"""What no step size can be found for, refused before anything is bound, with the cause and the way out."""
+"""Configurations without a step size: an error before anything is bound, with the cause and the remedy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Transformations one after another, with the loss for those that take it, and the optimizers that are such chains.
 
-TorchOpt's own ``chain`` has no way for the extra arguments ``value``, ``grad`` and ``value_fn``; `chain` here passes
+TorchOpt's own ``chain`` does not pass the extra arguments ``value``, ``grad`` and ``value_fn``; `chain` here passes
 them to those that take them, and so does `FuncOptimizer`.
 """
 

@@ -1,4 +1,4 @@
-"""Modules, lower tensors and arguments with which TorchOpt's hypergradient would be wrong: refused by name."""
+"""Modules, lower tensors and arguments with which TorchOpt's hypergradient would be wrong: an error that names them."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ are a descent direction, as ``torchopt.sgd(lr=1.0)`` or ``torchopt.adam(lr=1.0)`
 step size; the slope is the true one, -<grad, u>. Where it is not positive, or the loss is not
 finite, or a search fails, the updates leave as zeros, and `state.record` says why. After a loss or gradients that are
 not finite, a `chain` also keeps the memories of its other parts, whatever the number of such steps: a transformation
-does not count them, so look at ``record.outcome`` where training may have gone bad for good.
+does not count them, so look at ``record.outcome`` if training may have failed.
 
-TorchOpt's own ``chain`` has no way for the extra arguments; `chain` here passes them to those that take them.
+TorchOpt's own ``chain`` does not pass the extra arguments; `chain` here passes them to those that take them.
 
 Differentiating through the updates (``torchopt.FuncOptimizer``, ``inplace=False``): a Polyak step enters the graph as
 a constant, unless ``differentiable=True``; then its dependence on loss and gradients is differentiated too. A search's

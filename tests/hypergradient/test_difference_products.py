@@ -278,7 +278,7 @@ def test_what_float32_cannot_resolve_is_said() -> None:
     found: list[Any] = []
     said = heard(lambda: found.extend(run()))
     assert found[1].error > 0.1
-    assert sum("are wrong by" in text and "drowns in rounding" in text for text in said) == 1
+    assert sum("are wrong by" in text and "close to rounding" in text for text in said) == 1
     assert not any("are wrong by" in text for text in heard(run))
 
 
