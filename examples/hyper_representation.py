@@ -14,7 +14,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from tqdm import tqdm
 
 from adaptive_bilevel import SLS, BiSLS
 from adaptive_bilevel.hypergradient import assign, implicit
@@ -142,16 +144,18 @@ def load(folder: str | None) -> Data:
     return Data(content.name, (x[:n], y[:n]), (x[n : 2 * n], y[n : 2 * n]), test)
 
 
-def progress(name: str, iterations: int) -> Callable[[int, float], None]:
-    """Shows where a run is: in one line on a terminal, every fifth of it elsewhere."""
+@contextmanager
+def progress(name: str, iterations: int) -> Iterator[Callable[[int, float], None]]:
+    """Shows where a run is: a bar on a terminal, and a line at the end anywhere."""
+    with tqdm(total=iterations, desc=f"{name:<14}", leave=False, disable=None) as bar:
 
-    def show(iteration: int, loss: float) -> None:
-        last = iteration == iterations
-        if sys.stdout.isatty() or last:
-            line = f"{name:<14}  iteration {iteration:>4}/{iterations}   validation loss {loss:8.4f}"
-            print(f"\r{line}" if sys.stdout.isatty() else line, end="\n" if last else "", flush=True)
+        def show(iteration: int, loss: float) -> None:
+            bar.update(iteration - bar.n)
+            bar.set_postfix_str(f"validation loss {loss:.4f}", refresh=False)
+            if iteration == iterations:
+                tqdm.write(f"{name:<14}  iteration {iteration:>4}/{iterations}   validation loss {loss:8.4f}")
 
-    return show
+        yield show
 
 
 def table(histories: dict[str, History], target: float) -> str:
@@ -211,10 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{data.name}: {len(data.train[0])} training, {len(data.validation[0])} validation, {len(data.test[0])} test\n"
     )
-    histories = {
-        name: train(make_outer, data, options.iterations, options.seed, progress(name, options.iterations))
-        for name, make_outer in METHODS.items()
-    }
+    histories = {}
+    for name, make_outer in METHODS.items():
+        with progress(name, options.iterations) as show:
+            histories[name] = train(make_outer, data, options.iterations, options.seed, show)
     target = 1.05 * min(run.final for name, run in histories.items() if name.startswith("Adam"))
     print(table(histories, target))
     print("\nThe target is 1.05 times what the best fixed learning rate reached; only BiSLS-Adam was given no number.")

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 VARIABLE = "ADAPTIVE_BILEVEL_DATA"
 STANDARD = {"mnist": (0.1307, 0.3081), "fashion_mnist": (0.2860, 0.3530)}  # mean, standard deviation of the pixels
@@ -218,13 +219,13 @@ def download(where: Path, names: Sequence[str] = ()) -> None:
     from sklearn.datasets import fetch_openml
 
     where.mkdir(parents=True, exist_ok=True)
-    for name in names or DOWNLOADS:
+    for name in tqdm(names or DOWNLOADS, unit="data set", disable=None):
         title, rows, size = DOWNLOADS[name]
         files = [where / f"{name}_{part}.npz" for part in PARTS] if name in STANDARD else [where / f"{name}.npz"]
         if all(file.exists() for file in files):
-            print(f"{name}: already in {where}")
+            tqdm.write(f"{name}: already in {where}")
             continue
-        print(f"{name}: {title} of openml.org, about {size} MB ...", flush=True)
+        tqdm.write(f"{name}: {title} of openml.org, about {size} MB ...")
         bunch = fetch_openml(title, version=1, as_frame=False, parser="liac-arff")
         parts = slice(0, rows), slice(rows, None)
         if name in STANDARD:
@@ -238,7 +239,7 @@ def download(where: Path, names: Sequence[str] = ()) -> None:
                 table |= {f"{prefix}_{key}": getattr(x[part], key) for key in ("indptr", "indices", "data", "shape")}
                 table[f"{prefix}_y"] = y[part]
             np.savez_compressed(files[0], **table)
-        print(f"  wrote {', '.join(file.name for file in files)}", flush=True)
+        tqdm.write(f"  wrote {', '.join(file.name for file in files)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

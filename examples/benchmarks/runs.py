@@ -13,8 +13,6 @@ import os
 import platform
 import random
 import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import data
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
@@ -129,25 +128,22 @@ def _run_all(jobs: dict[Path, Job], folder: str | None, at_once: int) -> dict[st
     waiting, missing = list(jobs.items()), {}
     random.Random(0).shuffle(waiting)
     going: dict[Path, tuple[Job, Options, Any, Iterator[Run]]] = {}
-    total, done, began = len(waiting), 0, time.perf_counter()
-    while waiting or going:
-        while waiting and len(going) < at_once:
-            path, job = waiting.pop()
-            try:
-                going[path] = (job, *job.start(folder))
-            except Unavailable as reason:
-                if job.method.name not in missing:
-                    print(f"skipped: {reason}", flush=True)
-                missing[job.method.name] = str(reason)
-        for path, (job, settings, task, training) in list(going.items()):
-            state = next(training)
-            if state.evaluations[-1]["iteration"] == settings["iterations"] or state.hopeless():
-                _write(path, _content(job, settings, task, state))
-                del going[path]
-                done += 1
-        _progress(f"{done} of {total} runs, {time.perf_counter() - began:.0f} s")
-    if total and sys.stderr.isatty():
-        print(file=sys.stderr)
+    with tqdm(total=len(waiting), unit="run", disable=None if waiting else True) as bar:
+        while waiting or going:
+            while waiting and len(going) < at_once:
+                path, job = waiting.pop()
+                try:
+                    going[path] = (job, *job.start(folder))
+                except Unavailable as reason:
+                    if job.method.name not in missing:
+                        tqdm.write(f"skipped: {reason}")
+                    missing[job.method.name] = str(reason)
+            for path, (job, settings, task, training) in list(going.items()):
+                state = next(training)
+                if state.evaluations[-1]["iteration"] == settings["iterations"] or state.hopeless():
+                    _write(path, _content(job, settings, task, state))
+                    del going[path]
+                    bar.update()
     return missing
 
 
@@ -183,11 +179,6 @@ def _lookup(table: dict[str, Any], name: str) -> Any:
     if name not in table:
         raise SystemExit(f"{name!r}: choose from {', '.join(table)}.")
     return table[name]
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
 
 
 def _write(path: Path, content: Options) -> None:
