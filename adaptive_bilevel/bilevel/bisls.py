@@ -13,6 +13,7 @@ from ..errors import OptionError
 from ..hypergradient import Lanczos, LinearSolver
 from ..hypergradient.products import refuse_products
 from ..hypergradient.shared_basis import expect
+from ..hypergradient.solution import described
 from ..optim.direction import Direction
 from ..optim.options import Conduct, refuse_unused_moments
 from ..optim.projection import Projection, as_projection
@@ -62,8 +63,7 @@ class UpperSearch(SearchingOptimizer):
             expect(self.lower.tensors())
 
     def _shared_options(self) -> dict[str, Any]:
-        known = dataclasses.is_dataclass(self.solver)  # others print with their address
-        return {**super()._shared_options(), "solver": repr(self.solver) if known else type(self.solver).__name__}
+        return {**super()._shared_options(), "solver": described(self.solver)}
 
     def _make_roles(self) -> None:
         chosen = self.options

@@ -156,6 +156,10 @@ class Recorder:
             )
         return _total(self._losses)
 
+    def differentiable(self, returned: Any) -> Any:
+        """Return a loss, or raise what `differentiated` would raise before its backward."""
+        return returned if self._own is not None else self.attached(returned)
+
     def differentiated(self, returned: Any) -> Differentiated:
         """Differentiate a loss on which no backward was called, and return what the closure left."""
         assert self._inputs is not None
@@ -203,8 +207,9 @@ def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> 
     recorder = Recorder(inputs, written=buffers.replicated.parts)
     with Watched(recorder, buffers, True):
         # The backward of parameters in parts is one of all processes, so none begins it where one has failed.
-        returned = processes.together(closure) if any_in_parts(inputs) else closure()
-        return recorder.differentiated(returned)
+        if any_in_parts(inputs):
+            return recorder.differentiated(processes.together(lambda: recorder.differentiable(closure())))
+        return recorder.differentiated(closure())
 
 
 def attached(closure: Closure, buffers: Buffers, stand_ins: StandIns) -> Tensor:

@@ -114,7 +114,8 @@ def check(
     for name, tensors in (("upper", x), ("lower", y)):
         if not all(tensor.is_leaf for tensor in tensors):
             raise TensorError(f"{name} holds a tensor that is no leaf: check() moves tensors in place, pass leaves.")
-    with guarded((*x, *y), process_group) as guard:
+    options = {"directions": directions, "seed": seed, "step": step, "max_iterations": max_iterations}
+    with guarded((*x, *y), process_group, products=products, **options) as guard:
         guard.copy()
         try:
             bench = _Bench(guard, upper_closure, lower_closure, x, y, max_iterations, products)

@@ -25,7 +25,7 @@ from .last_solution import recall, remember
 from .products import PRODUCTS, Curvature, Sampled, curvature_of, refuse_products, remember_without, say_unresolved
 from .second_derivatives import verify
 from .shared_basis import solve
-from .solution import LinearSolver, Solution, report
+from .solution import LinearSolver, Solution, described, report
 from .trees import Closure, Tree, check_callable, check_levels, evaluate, flatten, guarded, same_structure
 
 __all__ = ["ImplicitInfo", "implicit", "implicit_with_info", "upper_part"]
@@ -199,7 +199,7 @@ def _differentiate(
     check_callable(lower_closure, "lower_closure")
     choice("implicit", "products", products, PRODUCTS)
     refuse_products("implicit", products, (*x, *y))
-    with guarded((*x, *y), process_group) as guard:
+    with guarded((*x, *y), process_group, solver=described(solver), products=products) as guard:
         (direct, rhs), reaches, upper_loss = upper_part(guard, upper_closure, x, y, products)
         counts = Counts(gradients=1)
         lower_part = LowerLoss(guard, [(lower_closure, None)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -20,6 +21,7 @@ __all__ = [
     "Refinable",
     "Solution",
     "SolverStatus",
+    "described",
     "relative_residual",
     "report",
     "trivial_solution",
@@ -162,6 +164,15 @@ class Refinable(Protocol):
     def refined(self) -> LinearSolver | None:
         """Return the solver solving further, or None if that is not possible."""
         ...
+
+
+def described(solver: LinearSolver) -> str:
+    """Return a solver as a text that is the same in every process: without addresses, and without a generator."""
+    name = type(solver).__name__
+    if not dataclasses.is_dataclass(solver):
+        return name
+    values = [f"{f.name}={getattr(solver, f.name)!r}" for f in dataclasses.fields(solver) if f.compare]
+    return f"{name}({', '.join(values)})"
 
 
 def report(solver: LinearSolver, solution: Solution, hypergradient: Sequence[Tensor]) -> None:

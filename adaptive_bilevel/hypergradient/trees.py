@@ -12,6 +12,7 @@ from adaptive_bilevel.errors import ClosureError, TensorError
 from adaptive_bilevel.evaluation.guard import Guard, RandomState, Workspace
 from adaptive_bilevel.evaluation.parts import refuse_parts
 from adaptive_bilevel.evaluation.processes import Group, checked
+from adaptive_bilevel.evaluation.vectors import on_cpu
 
 __all__ = [
     "Closure",
@@ -97,9 +98,16 @@ def check_levels(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
             raise TensorError(f"No tensor of {name} requires a gradient: call requires_grad_() on what is optimized.")
 
 
-def guarded(tensors: Sequence[Tensor], process_group: Group = None) -> Guard:
-    """Return the guard under which closures run; used as a context it puts everything back after an exception."""
-    return Guard(tensors, Workspace(group=checked("process_group", process_group)))
+def guarded(tensors: Sequence[Tensor], process_group: Group = None, **options: object) -> Guard:
+    """Return the guard under which closures run; used as a context it puts everything back after an exception.
+
+    Args:
+        tensors: What may move.
+        process_group: The processes.
+        options: What has to be the same on all of them. It is compared on the CPU, where that waits for no device.
+    """
+    compared = options if on_cpu(tensors) else {}
+    return Guard(tensors, Workspace(group=checked("process_group", process_group), options=lambda: compared))
 
 
 def evaluate(guard: Guard, closure: Closure, name: str, random: RandomState | None = None) -> Tensor:

@@ -183,6 +183,11 @@ REFUSED = {
 }
 
 
+OTHERS: dict[str, Callable[[Tensor], Any]] = {
+    "text": lambda loss: "loss",
+    "vector": lambda loss: loss * torch.ones(2),
+    "number": lambda loss: loss.item(),
+}
 FAILING = {
     ("step", "after"): 1,
     ("step", "before"): 1,
@@ -194,6 +199,20 @@ FAILING = {
     ("product", "after"): 3,
 }
 """Where a closure raises on process 1, whether before or after its modules run, and at which call."""
+
+
+def returns(other: Callable[[Tensor], Any], rank: int) -> str:
+    """A closure that returns something else than a loss, on process 1."""
+    problem = Problem([rank], "lower")
+    before, optimizer = problem.tensors, SLS(problem.y)
+
+    def closure() -> Any:
+        loss = problem.lower(0)
+        return other(loss) if rank == 1 else loss
+
+    said = told(lambda: optimizer.step(closure))
+    assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors, strict=True))
+    return said
 
 
 def fails(rank: int, where: str, when: str, call: int) -> str:
@@ -234,7 +253,8 @@ def work(every: bool, rank: int) -> Any:
     chosen = {name: (*kinds, *COPIED[: count // 4]) for name, kinds in SHARDED.items()} if every else FEW[count]
     runs = [(name, what) for name, kinds in chosen.items() for what in kinds]
     found = {(name, what): [t.tolist() for t in RUNS[name]([rank], what)] for name, what in runs}
-    return found, refused(rank), {of: fails(rank, *of, call) for of, call in FAILING.items()}
+    others = {name: returns(other, rank) for name, other in OTHERS.items()}
+    return found, refused(rank), {of: fails(rank, *of, call) for of, call in FAILING.items()}, others
 
 
 SLOW = pytest.mark.slow
@@ -260,12 +280,21 @@ def test_parts_are_whole(processes: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name: str, processes: list[Any]) -> None:
-    for _, said, _ in processes:
+    for _, said, *_ in processes:
         assert said[name].startswith(REFUSED[name])
 
 
 @pytest.mark.parametrize("of", FAILING, ids=" ".join)
 def test_an_error_of_one_is_one_of_all(of: tuple[str, str], processes: list[Any]) -> None:
     assert processes[1][2][of] == "RuntimeError: boom"
-    for rank, (*_, said) in enumerate(processes):
+    for rank, (*_, said, _) in enumerate(processes):
         assert rank == 1 or "process 1 raised RuntimeError: boom" in said[of]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_loss_on_one_is_an_error_of_all(name: str, processes: list[Any]) -> None:
+    for rank, (*_, said) in enumerate(processes):
+        assert said[name].startswith(
+            "ClosureError: the closure returned" if rank == 1 else "ProcessError: this process"
+        )
+        assert "return" in said[name] and (rank == 1 or "process 1 raised ClosureError" in said[name])

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from adaptive_bilevel import SLS, SPSB, BiSLS
 from adaptive_bilevel.errors import OptionError, ProcessError
-from adaptive_bilevel.hypergradient import Implicit, Lanczos, assign, implicit
+from adaptive_bilevel.hypergradient import Implicit, Lanczos, Neumann, assign, implicit
 from tests.bilevel.test_processes import Problem
 from tests.processes import results_of
 
@@ -122,6 +122,24 @@ def bilevel_options_apart(rank: int) -> str:
     return ""
 
 
+def implicit_apart(options: Callable[[int], Any], rank: int) -> str:
+    problem = Problem([rank], "plain")
+    implicit(partial(problem.upper, 0), partial(problem.lower, 0), problem.x, problem.y, **options(rank))
+    return ""
+
+
+def generators(rank: int) -> str:
+    """Each process has a generator of its own; the first one draws for all."""
+    problem = Problem([rank], "plain")
+    solver = Neumann(3, 0.1, random=True, generator=torch.Generator().manual_seed(rank))
+    inner = SLS(problem.y)
+    outer = BiSLS(problem.x, lower=inner, solver=solver)
+    inner.step(partial(problem.lower, 0))
+    assign(problem.x, implicit(partial(problem.upper, 0), partial(problem.lower, 0), problem.x, problem.y, solver))
+    outer.step(partial(problem.upper, 0))
+    return str([t.tolist() for t in problem.tensors])
+
+
 def skipped(rank: int) -> str:
     """A lower step that process 1 leaves out."""
     problem = Problem([rank], "plain")
@@ -150,6 +168,9 @@ FAILURES: dict[str, Callable[[int], str]] = {
     "lr": partial(options_apart, lambda x, rank: SLS(x, 0.1 + rank)),
     "direction": partial(options_apart, lambda x, rank: SPSB(x, direction=("sgd", "adam")[rank])),
     "solver": bilevel_options_apart,
+    "solver of implicit": partial(implicit_apart, lambda rank: {"solver": Lanczos(3 + rank)}),
+    "products of implicit": partial(implicit_apart, lambda rank: {"products": ("autograd", "difference")[rank]}),
+    "generators": generators,
     "skipped": skipped,
 }
 
@@ -193,6 +214,11 @@ def test_parameters_that_differ(name: str, told: str, processes: list[Any]) -> N
         assert "process_group" in failures[name]
 
 
+def test_generators_of_processes(processes: list[Any]) -> None:
+    one, two = processes
+    assert "Error" not in one["generators"] and one["generators"] == two["generators"]
+
+
 def test_groups(processes: list[Any]) -> None:
     one, two = processes
     assert one["alone"] != two["alone"]
@@ -211,6 +237,8 @@ def test_groups(processes: list[Any]) -> None:
         ("direction", "option direction is ['sgd'] on process 0 and ['adam'] on process 1"),
         ("skipped", "process 0 steps 4 tensors, process 1 steps 6. One has skipped a step"),
         ("solver", "option solver is 'Lanczos(k=4, dtype=None, device=None)' on process 0 and 'Lanczos(k=5,"),
+        ("solver of implicit", "option solver is 'Lanczos(k=3, dtype=None, device=None)' on process 0"),
+        ("products of implicit", "option products is 'autograd' on process 0 and 'difference' on process 1"),
     ],
 )
 def test_processes_that_do_not_do_the_same(name: str, told: str, processes: list[Any]) -> None:
