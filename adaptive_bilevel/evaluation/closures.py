@@ -21,7 +21,7 @@ from . import processes
 from .all_leaves import to_all_leaves
 from .buffers import Buffers
 from .interception import Watched, installed
-from .parts import any_in_parts, part
+from .parts import part
 
 __all__ = ["Closure", "Differentiated", "attached", "differentiated", "require_closure", "value", "value_of"]
 
@@ -114,6 +114,7 @@ class Recorder:
             for p, g in self._stand_ins():
                 p.grad = torch.zeros_like(p) if g is None else g.clone()
             return
+        processes.ready()
         asked = None if inputs is None else {id(p) for p in ((inputs,) if isinstance(inputs, Tensor) else inputs)}
         self._root = loss.grad_fn if not self._losses else None
         before = None
@@ -202,14 +203,15 @@ class Recorder:
                 )
 
 
-def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers) -> Differentiated:
-    """Call the closure, differentiate its loss into ``.grad`` of the inputs, and return what it left."""
+def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers, asks: bool) -> Differentiated:
+    """Call the closure, differentiate its loss into ``.grad`` of the inputs, and return what it left.
+
+    With `asks`, no process begins the backward, which may be one of all processes, where one has failed.
+    """
     recorder = Recorder(inputs, written=buffers.replicated.parts)
     with Watched(recorder, buffers, True):
-        # The backward of parameters in parts is one of all processes, so none begins it where one has failed.
-        if any_in_parts(inputs):
-            return recorder.differentiated(processes.together(lambda: recorder.differentiable(closure())))
-        return recorder.differentiated(closure())
+        returned = processes.together(lambda: recorder.differentiable(closure())) if asks else closure()
+        return recorder.differentiated(returned)
 
 
 def attached(closure: Closure, buffers: Buffers, stand_ins: StandIns) -> Tensor:

@@ -31,6 +31,7 @@ from .closures import Closure, Differentiated, StandIns, attached, differentiate
 from .interception import Watching, installed
 from .means import joined
 from .opened import opened
+from .parts import any_in_parts
 from .replicas import require_replicas
 from .snapshot import RandomState, Snapshot
 from .vectors import on_cpu
@@ -196,13 +197,16 @@ class Guard:
         The backward is a true one restricted to `inputs`, so hooks (DistributedDataParallel's among them) run. The
         gradients are means over the processes; the loss is this process's own.
         """
-        return joined(lambda: self._differentiated(closure, inputs, random), inputs, self._buffers.replicated)
+        replicated, workspace = self._buffers.replicated, self._workspace
+        found = joined(lambda: self._differentiated(closure, inputs, random), inputs, replicated)
+        workspace.wrapped = bool(workspace.wrapped) or replicated.found
+        return found
 
     def _differentiated(self, closure: Closure, inputs: Sequence[Tensor], random: RandomState | None) -> Differentiated:
         wanted = [p for p in inputs if p.requires_grad]
         with self._gradients_aside(inputs):
             self._prepare(random)
-            found = differentiated(closure, wanted, self._buffers)
+            found = differentiated(closure, wanted, self._buffers, self._asks(wanted))
         if len(wanted) < len(inputs):
             found = found._replace(
                 gradients=_spread(inputs, wanted, found.gradients),
@@ -210,6 +214,15 @@ class Guard:
             )
         self._stand_ins = list(zip(inputs, found.gradients, strict=True)) if found.looked else []
         return found
+
+    def _asks(self, wanted: Sequence[Tensor]) -> bool:
+        """Return whether a gradient may begin an exchange, and it is worth to ask first whether a process has failed.
+
+        On an accelerator this would wait for the device; there it is done for tensors in parts only.
+        """
+        if processes.count() == 1:
+            return False
+        return any_in_parts(wanted) or (self._workspace.wrapped is not False and processes.home().type == "cpu")
 
     def _in_the_place_of_gradients(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return what a closure that calls backward finds in ``.grad`` where nothing is differentiated."""

@@ -5,7 +5,7 @@ derivatives are the means of theirs, and what is computed from means is the same
 by one all-reduce of their size; `reductions.agree` takes scalars.
 
 A closure may raise on one process. Others wait for that process at the mean that follows the evaluation, so it takes
-part in it, with a flag: all processes raise then. `means_of` and `value_of` do so. See `ready` for modules in parts.
+part in it, with a flag: all processes raise then. `means_of` and `value_of` do so. See `ready` for wrapped modules.
 
 Which processes: those of the process group of the guard that is open, see `Workspace.group`; all of them by default.
 """
@@ -56,7 +56,7 @@ ARITHMETIC = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
 
 
 class _Here(threading.local):
-    """The process group on this thread, and how many numbers an evaluation ends with that `ready` is to exchange."""
+    """The process group on this thread, and how many numbers `ready` is to exchange."""
 
     group: Group = None
     numbers: int = 0
@@ -231,14 +231,13 @@ def packed(values: Sequence[Tensor | float]) -> Tensor:
 
 
 def ready() -> None:
-    """Raise where another process has failed already; modules in parts that are about to run call it.
+    """Raise where another process has failed already; whatever is about to exchange something by itself calls it.
 
-    The first call exchanges as many numbers as the end of the evaluation, where a process that has failed is already.
+    It exchanges as many numbers as the end of the evaluation, where a process that has failed is already.
     """
     if _here.stopped is None and _here.numbers > 0:
-        numbers, _here.numbers = _here.numbers, 0
         try:
-            _conclude(float(summed(packed([0.0] * numbers))[-1]), None)
+            _conclude(float(summed(packed([0.0] * _here.numbers))[-1]), None)
         except ProcessError as error:
             _here.stopped = error
     if _here.stopped is not None:

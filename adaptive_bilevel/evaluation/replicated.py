@@ -41,17 +41,25 @@ class Replicated:
 
         Raises:
             ClosureError: Its backward is not to take means, though its parameters are in parts.
-            ProcessError: Its parameters are in parts, and another process has failed.
+            ProcessError: It exchanges something in its forward, and another process has failed.
         """
         if isinstance(module, Wrapped):
             self._synced[module] = bool(module.require_backward_grad_sync)
+            if module.will_sync_module_buffers():
+                processes.ready()
         elif hasattr(module, "_get_fsdp_state"):
             _require_means(module)
-            processes.ready()
+            if cast(Any, module)._get_fsdp_state()._is_root is not False:  # of inner ones, the outermost has asked
+                processes.ready()
             self._sharding[module] = None
             if module not in _parameters:
                 cast(Any, module).reshard()
                 _parameters[module] = [p for p in module.parameters() if in_parts(p)]
+
+    @property
+    def found(self) -> bool:
+        """Whether such a module has run."""
+        return bool(self._synced or self._sharding)
 
     def forget(self) -> None:
         """Forget all modules."""

@@ -23,6 +23,7 @@ class Workspace:
 
     Attributes:
         compared: Whether that was looked at.
+        wrapped: Whether modules that exchange something have run (`replicated`); None: there was no gradient yet.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Workspace:
     ) -> None:
         self._lasting, self.group, self.options = lasting, group, options
         self.compared = False
+        self.wrapped: bool | None = None
         self.copies: list[Tensor] = []
         self.trials_need_grad = False
 

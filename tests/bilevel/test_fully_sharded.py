@@ -197,8 +197,13 @@ FAILING = {
     ("first gradient", "before"): 2,
     ("product", "before"): 3,
     ("product", "after"): 3,
+    ("step", "between"): 1,
+    ("trial", "between"): 2,
+    ("step on x", "before"): 1,
+    ("step on x", "after"): 1,
+    ("own backward", "after"): 1,
 }
-"""Where a closure raises on process 1, whether before or after its modules run, and at which call."""
+"""Where a closure raises on process 1, whether before, between or after its modules run, and at which call."""
 
 
 def returns(other: Callable[[Tensor], Any], rank: int) -> str:
@@ -217,23 +222,28 @@ def returns(other: Callable[[Tensor], Any], rank: int) -> str:
 
 def fails(rank: int, where: str, when: str, call: int) -> str:
     """A closure that raises at a call, on process 1; then it does not."""
-    problem, before = Problem([rank], "lower"), Problem([rank], "lower").tensors
-    optimizer, calls = SLS(problem.y), 0
+    problem = Problem([rank], "both" if when == "between" else "lower")
+    before, calls = problem.tensors, 0
+    optimizer = SLS(problem.x if where == "step on x" else problem.y)
 
     def closure(loss: Callable[[int], Tensor]) -> Tensor:
         nonlocal calls
         calls += 1
         broken = rank == 1 and calls == call
-        if broken and when == "before":
+        if broken and when == "between":
+            problem.outer(torch.ones(2, 3))
+        if broken and when != "after":
             raise RuntimeError("boom")
         found = loss(0)
         if broken:
             raise RuntimeError("boom")
+        if where == "own backward" and found.requires_grad:
+            found.backward()
         return found
 
     lower, upper = partial(closure, problem.lower), partial(closure, problem.upper)
     attempt: Callable[[], Any] = partial(implicit, upper, lower, problem.x, problem.y, Lanczos(2))
-    if where in ("step", "trial"):
+    if where not in ("upper loss", "first gradient", "product"):
         attempt = partial(optimizer.step, lower)
     said = told(attempt)
     assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors, strict=True))

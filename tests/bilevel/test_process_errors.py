@@ -42,6 +42,32 @@ def fail_at(call: int, error: Exception) -> Callable[[int], str]:
     return attempt
 
 
+def fail_in_wrapped(when: str, rank: int) -> str:
+    """Raise on process 1 in a lower step below DistributedDataParallel; then do not."""
+    problem = Problem([rank], "lower")
+    before, optimizer, broken = problem.tensors, SLS(problem.y), rank == 1
+
+    def closure() -> Tensor:
+        if broken and when == "before":
+            raise RuntimeError("boom")
+        loss = problem.lower(0)
+        if broken and when == "after":
+            raise RuntimeError("boom")
+        if "backward" in when and loss.requires_grad and not (broken and when == "before backward"):
+            loss.backward()
+        if broken:
+            raise RuntimeError("boom")
+        return loss
+
+    try:
+        optimizer.step(closure)
+    finally:
+        assert all(torch.equal(a, b) for a, b in zip(before, problem.tensors, strict=True))
+        broken = False
+        optimizer.step(closure)
+    return ""
+
+
 def other_form(rank: int) -> str:
     SLS([torch.zeros(2 + rank, requires_grad=True)]).step(lambda: torch.zeros((), requires_grad=True))
     return ""
@@ -159,6 +185,7 @@ def skipped(rank: int) -> str:
 
 FAILURES: dict[str, Callable[[int], str]] = {
     **{f"call {n}": fail_at(n, RuntimeError("boom")) for n in (1, 2, 4, 5, 6, 8)},
+    **{f"call {w}": partial(fail_in_wrapped, w) for w in ("before", "after", "before backward", "after backward")},
     "shape": other_form,
     "value": other_value,
     "alone": on_its_own,
