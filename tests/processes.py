@@ -1,6 +1,7 @@
 """Tests in several processes of one group.
 
 The processes are started once, since that takes seconds, and wait for the next test. Each test has a group of its own.
+They are forks of one that has imported what they need, and has done nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import distributed, multiprocessing
 WORLD = 2
 LIMIT = timedelta(seconds=30)  # processes that disagree wait for each other
 
-_waiting: list[tuple[SpawnProcess, Connection]] = []
+_PRELOADED = ["adaptive_bilevel", "pytest", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+
+_waiting: list[tuple[BaseProcess, Connection]] = []
 
 
 def results_of(work: Callable[[int], Any], world: int = WORLD) -> list[Any]:
@@ -52,8 +55,10 @@ def results_of(work: Callable[[int], Any], world: int = WORLD) -> list[Any]:
     return [results[rank] for rank in range(world)]
 
 
-def _started() -> tuple[SpawnProcess, Connection]:
-    context = multiprocessing.get_context("spawn")
+def _started() -> tuple[BaseProcess, Connection]:
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload(_PRELOADED)
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there,), daemon=True)
     process.start()
