@@ -49,7 +49,8 @@ class Replicated:
                 processes.ready()
         elif hasattr(module, "_get_fsdp_state"):
             _require_means(module)
-            if cast(Any, module)._get_fsdp_state()._is_root is not False:  # of inner ones, the outermost has asked
+            state = cast(Any, module)._get_fsdp_state()
+            if getattr(state, "_is_root", None) is not False:  # of inner ones, the outermost has asked
                 processes.ready()
             self._sharding[module] = None
             if module not in _parameters:
