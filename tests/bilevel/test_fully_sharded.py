@@ -253,7 +253,7 @@ def fails(rank: int, where: str, when: str, call: int) -> str:
 
 FEW: dict[int, dict[str, tuple[str, ...]]] = {
     2: {"SLS": ("lower",), "SPSB": ("both",), "BiSLS": ("lower, nested", "upper"), "BiSLS Adam": ("both",)},
-    4: {"SLS Adam": ("both",), "BiSLS": COPIED, "BiSLS Adam": ("both",)},
+    4: {"SLS Adam": COPIED, "BiSLS Adam": ("both",)},
 }
 """What runs without --slow, by number of processes."""
 
