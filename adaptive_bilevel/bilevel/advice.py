@@ -44,6 +44,10 @@ _OUTCOMES = {
         "steps whose length was kept were undone in {of}, since the loss did not fall: search in every step, "
         'pace="every"'
     ),
+    Outcome.returned: (
+        "both levels went back to an earlier point in {of}, since the loss had left all of its recent values. Take "
+        "more lower steps, or see whether the upper variable can take all curvature from the lower loss"
+    ),
     Outcome.below_lower_bound: (
         "the loss was at or below lower_bound in {of}. Give lower_bound= a number that it never falls below"
     ),

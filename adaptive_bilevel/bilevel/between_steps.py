@@ -50,6 +50,11 @@ class BetweenSteps:
         """Compare the next step with nothing: the parameters were moved by those who may."""
         self._upper, self._lower = None, None
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether x is not where the last step has left it, as far as that is known. Waits for the device."""
+        return self._moved is not None and bool(self._moved)
+
     def begin(self, upper: Sequence[Tensor], lower: Lower | None) -> None:
         """Look where a step begins; on an accelerator, nothing is waited for.
 
@@ -72,9 +77,9 @@ class BetweenSteps:
             lower: As in `begin`.
             remedy: How a constraint of x is given; None: there is one, so that x is moved by those who may.
         """
-        moved = remedy is not None and self._moved is not None and bool(self._moved)
+        moved = remedy is not None and self.elsewhere
         self._times["moved"] = self._times["moved"] + 1 if moved else 0
-        self._upper = None if remedy is None else ([id(p) for p in upper], _place(upper))
+        self._upper = ([id(p) for p in upper], _place(upper))
         self._lower, self._moved = _steps_and_versions(lower), None
         said = [MOVED.format(times=_TIMES, remedy=remedy)] if self._times["moved"] == _TIMES else []
         return said + [REPLACED] * (self._times["replaced"] == _TIMES)

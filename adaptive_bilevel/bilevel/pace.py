@@ -176,7 +176,7 @@ class AsLengthsAgree:
         """Return the state with this step in it."""
         saved, f, promised = state.shared, context.value, context.path.promised
         news: dict[str, Any] = {"at": _NOWHERE, "decrease": 0.0, "promise": record.step_size * promised}
-        if record.outcome == Outcome.undone:
+        if record.outcome in (Outcome.undone, Outcome.returned):
             return RoleState({**news, "promise": 0.0, "gap": 1, "since": 0, "undone": True})
         news["undone"] = False
         sums = _compared(context, saved)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..errors import warn
-from ..evaluation import foreach
 from ..evaluation.closures import Closure, require_closure
 from ..evaluation.guard import Guard
 from ..evaluation.means import averaged
@@ -20,13 +19,14 @@ from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
-from ..policies import GuardedSLS, Outcome, Record, validation
+from ..policies import GuardedSLS, Outcome, validation
 from ..policies.margin import shortened
 from .between_steps import PROJECT
 from .context import MomentumContext, PaceContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis, motion
 from .functional import UpperLoss
 from .last_step import departed, onward
+from .retreat import Retreat
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .scale import visible
 from .search import Answer, Found, Limits, nothing_to_search, search
@@ -89,7 +89,10 @@ class SearchingOptimizer(StartingOptimizer):
     def _make_policy(self, rule: Any) -> Any:
         self._make_roles()  # whenever the options have changed, as the policy
         direction, roles = self.conduct.direction, self.roles._asdict().items()
-        self._first_states = {name: role.init() for name, role in roles} | {"last_step": RoleState()}
+        self._first_states = {name: role.init() for name, role in roles} | {
+            "last_step": RoleState(),
+            "retreat": Retreat.init(),
+        }
         self._first_states["direction"] = RoleState() if isinstance(direction, str) else direction.init()
         return super()._make_policy(rule)
 
@@ -157,10 +160,8 @@ class SearchingOptimizer(StartingOptimizer):
             due = self.roles.pace.due(paced, states["pace"])
             point = self._point(guard, objective, lower_closure, params, hypergradient, gradient, lower, due)
             paced = paced._replace(due=due, value=point.value, rounding=point.rounding)
-            before = self.roles.pace.regrets(paced, states["pace"])
-            if before is not None:
-                found = self._undone(point, paced, before, states)
-            else:
+            found = self._went_back(self.roles.pace, point, paced, states, messages)
+            if found is None:
                 check = self.roles.check.propose(point, states["check"])
                 found = self._find(point, paced, section, check, states)
                 guard.put_back()
@@ -229,20 +230,6 @@ class SearchingOptimizer(StartingOptimizer):
         kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
         return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian))
 
-    def _undone(
-        self, point: Point, paced: PaceContext, before: Sequence[Tensor], states: Mapping[str, RoleState]
-    ) -> Found:
-        """Put x to where it was before a step that was kept, and everything else to before this one."""
-        record = Record(0.0, 0.0, math.inf, Outcome.undone, slope=paced.path.promised)
-        point.guard.put_back()
-        point.guard.withdraw()
-        tensors = paced.path.gradient.tensors
-        foreach.copy_([*tensors, *point.lower], before)
-        self.lower.upper_moved()
-        write_states(self.state, {"pace": self.roles.pace.commit(paced, record, states["pace"])}, tensors)
-        self._save_rule_state(point.scale.state, kept=0)
-        return Found(record, paced.path, point.scale.state)
-
     # ------------------------------------------------------------------------------------------ what is left behind
 
     def _take(
@@ -259,6 +246,7 @@ class SearchingOptimizer(StartingOptimizer):
             mix = mix._replace(along=None, weight=0.0)
         searched = moved and answer is not None and isinstance(self.policy, GuardedSLS)
         news = {"last_step": departed(path.gradient)} if searched else {}
+        news["retreat"] = self._retreat.commit(point, paced.before, states["retreat"])
         if moved:
             path.take(step, mix.along)
         direction, messages = self._direction(), list[str]()

@@ -1,14 +1,16 @@
-"""Where a searched upper step begins: f, f_x and f_y at (x, y), and the convex set of x."""
+"""Where a searched upper step begins: f, f_x and f_y at (x, y), the convex set of x, and whether to go back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..evaluation import foreach
 from ..evaluation.closures import Closure
 from ..evaluation.guard import Guard, RandomState
 from ..evaluation.means import averaged
@@ -20,10 +22,16 @@ from ..hypergradient.shared_basis import waits
 from ..optim.direction import Gradient
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath
+from ..optim.state import RoleState, write_states
+from ..policies import Outcome, Record
 from ..policies.scalars import resolution
 from .context import PaceContext, Point
+from .last_step import departed
 from .lower import Lower, LowerLevel
+from .retreat import Retreat
+from .roles import Pace
 from .scale import Scale
+from .search import Found
 from .source import DirectLoss
 from .upper import UpperOptimizer
 
@@ -44,6 +52,14 @@ class StartingOptimizer(UpperOptimizer):
     """
 
     project: Any = None
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._retreat = Retreat()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._retreat.forget()
 
     def _follow(self, level: Lower) -> None:
         """Take a lower level; whether the options fit the parameters is known then."""
@@ -130,6 +146,33 @@ class StartingOptimizer(UpperOptimizer):
             closure_checks=self._closure_checks,
             differentiated=partials is not None,
         )
+
+    def _went_back(
+        self, pace: Pace, point: Point, paced: PaceContext, states: Mapping[str, RoleState], messages: list[str]
+    ) -> Found | None:
+        """Put x and y to an earlier point where f says so, and return what is left of the step; None: it goes on."""
+        state, after = states["retreat"], point.scale.state
+        outcome, before = Outcome.undone, pace.regrets(paced, states["pace"])
+        if before is None:
+            anchor = self._retreat.propose(point, self._between, state)
+            if anchor is None:
+                return None
+            outcome, before = Outcome.returned, anchor.tensors
+            messages.append(self._retreat.message(point.value, state))
+            length = self._retreat.length(anchor, float(after.previous), paced.policy.shrink)
+            after = after._replace(previous=length, last_gain=0.0)
+        record = Record(0.0, 0.0, math.inf, outcome, slope=paced.path.promised)
+        point.guard.put_back()
+        point.guard.withdraw()
+        tensors = paced.path.gradient.tensors
+        foreach.copy_([*tensors, *point.lower], before)
+        self.lower.upper_moved()
+        news = {"pace": pace.commit(paced, record, states["pace"])}
+        if any(states["last_step"].each):
+            news["last_step"] = departed(paced.path.gradient)
+        write_states(self.state, news, tensors)
+        self._save_rule_state(after, kept=0)
+        return Found(record, paced.path, after)
 
     def _paced(self, guard: Guard, path: SearchPath, objective: Closure, lower_closure: Any) -> PaceContext:
         """Return what the pace is given before f is evaluated."""

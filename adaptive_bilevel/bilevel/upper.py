@@ -81,7 +81,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         level = as_lower(lower)
         refuse_shared(level, self._parameters())
         self._follow(level)
-        self._between.forget()
+        self._forget()
 
     def _follow(self, level: Lower) -> None:
         """Take a lower level."""
@@ -101,6 +101,10 @@ class UpperOptimizer(AdaptiveOptimizer):
                 del self.param_groups[-1]
                 raise
 
+    def _forget(self) -> None:
+        """Compare the next step with nothing: x or y were moved by those who may."""
+        self._between.forget()
+
     def _prepare(self) -> None:
         super()._prepare()
         self._between = BetweenSteps()
@@ -110,11 +114,11 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     def displaced(self) -> None:
         """Take note that a level above, or a host, has moved the parameters."""
-        self._between.forget()
+        self._forget()
 
     def _restored(self) -> None:
         super()._restored()
-        self._between.forget()
+        self._forget()
         if self._lengths:  # of a copy
             restore_lengths(self.lower.tensors(), self._lengths)
 

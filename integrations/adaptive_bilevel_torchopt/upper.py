@@ -174,8 +174,8 @@ class UpperStep:
             outcome = self.record.outcome if searching and self.record is not None else None
             if outcome == Outcome.non_finite:
                 guard.undo()
-            elif outcome == Outcome.undone:
-                guard.withdraw()  # the optimizer has put the parameters to before its last step
+            elif outcome in (Outcome.undone, Outcome.returned):
+                guard.withdraw()  # the optimizer has put the parameters to an earlier point
         for level in self._levels:
             level.done()
         return loss

@@ -75,15 +75,16 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
 @pytest.mark.parametrize(
     ("direction", "options", "upper", "lower", "both"),
     [
-        # C^T d and the adjoint, while CG runs; x where the last searched step began, for the search's guard.
-        ("sgd", {"momentum": False}, 1, 2, 3),
+        # C^T d and the adjoint, while CG runs; x where the last searched step began, for the search's guard; x and y
+        # where the run would go back to.
+        ("sgd", {"momentum": False}, 2, 3, 5),
         # Also the means of hypergradients and tangents, and the last hypergradient.
-        ("sgd", {}, 3, 3, 6),
-        ("sgd", {"pace": "auto"}, 4, 4, 8),  # x before a kept step, and the tangent that y follows there
-        ("sgd", {"carry": False}, 3, 2, 5),  # no tangents
+        ("sgd", {}, 4, 4, 8),
+        ("sgd", {"pace": "auto"}, 5, 5, 10),  # x before a kept step, and the tangent that y follows there
+        ("sgd", {"carry": False}, 4, 3, 7),  # no tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
-        ("adam", {"momentum": False}, 1, 2, 4),
-        ("adam", {}, 3, 3, 7),
+        ("adam", {"momentum": False}, 2, 3, 6),
+        ("adam", {}, 4, 4, 9),
     ],
 )
 def test_the_peak_beyond_that_of_constant_steps(
@@ -106,5 +107,5 @@ def test_nothing_grows_over_200_iterations() -> None:
     assert later <= peak + 0.01
     # Of x: the gradient, the one before and their mean, Adam's second moment, and where the last searched step began.
     # Of y: what the lower search goes back to, the mean of the tangents, and the point that the next lower step may
-    # prefer to the prediction.
-    assert held <= 8 + SMALL_THINGS
+    # prefer to the prediction. Of both, where the run would go back to.
+    assert held <= 10 + SMALL_THINGS

@@ -22,7 +22,7 @@ from tests.policies.helpers import (
 
 def test_every_outcome_has_its_own_sentence() -> None:
     sentences = [outcome.sentence for outcome in Outcome]
-    assert len(set(sentences)) == len(Outcome) == 11
+    assert len(set(sentences)) == len(Outcome) == 12
     assert [outcome.name for outcome in Outcome] == [
         "accepted",
         "at_bound",
@@ -35,6 +35,7 @@ def test_every_outcome_has_its_own_sentence() -> None:
         "at_lower_bound",
         "kept",
         "undone",
+        "returned",
     ]
     for outcome in (Outcome.search_failed, Outcome.no_descent, Outcome.zero_gradient, Outcome.non_finite):
         assert "nothing moved" in outcome.sentence

@@ -1,0 +1,166 @@
+"""A loss that leaves all of its recent values: both levels go back, to the bit, and the next step is shorter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptive_bilevel import BiSLS
+from adaptive_bilevel.policies import Outcome
+from loop import Run as Recorded
+from runs import Job, Method
+from tests.bilevel.test_kept_steps import Run
+
+LEFT = "left the minimum"
+
+
+def run_of(steps: int, **options: Any) -> Run:
+    """A run with a search in every step, whose y stays where the lower steps put it, and whose f falls."""
+    run = Run(pace="every", carry=False, **options)
+    run.step(count=steps)
+    assert set(run.outcomes) == {Outcome.accepted}
+    return run
+
+
+def tensors(run: Run) -> list[Tensor]:
+    return [run.x.detach().clone(), run.y.detach().clone()]
+
+
+def losses(run: Run) -> list[float]:
+    known: list[float] = run.outer.state["retreat"]["losses"]
+    return known
+
+
+class Elsewhere:
+    """The upper loss, which is as high as `value` wherever x is not as it was `at` a point."""
+
+    def __init__(self, run: Run, value: float, at: list[Tensor]) -> None:
+        self.run, self.value, self.at = run, value, at
+        self.offset: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        loss = self.run.upper()
+        if torch.equal(self.run.x.detach(), self.at[0]):
+            return loss
+        if self.offset is None:
+            self.offset = self.value - loss.detach()
+        return loss + self.offset
+
+
+def after_steps(count: int, **options: Any) -> tuple[Run, list[Tensor]]:
+    """A run, and the point where its last step began; f has fallen in each step, so it is the one to go back to."""
+    run = run_of(count - 1, **options)
+    run.prepare()
+    point = tensors(run)
+    run.outer.step(run.upper)
+    return run, point
+
+
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+def test_both_levels_go_back_and_the_next_step_is_shorter(direction: str) -> None:
+    run, point = after_steps(9, direction=direction)
+    length = run.outer.state["policy"]["previous"]
+    with pytest.warns(UserWarning, match=LEFT):
+        assert run.step(Elsewhere(run, 2.0 * losses(run)[0], point)) == Outcome.returned
+    assert all(map(torch.equal, tensors(run), point))
+    record = run.outer.record
+    assert record is not None and record.step_size == 0.0 and record.trials == 0 and not record.moved
+    assert run.step() == Outcome.accepted
+    assert run.outer.record is not None and 0.0 < run.outer.record.step_size < length
+
+
+@pytest.mark.parametrize(
+    ("steps", "value"),
+    [
+        (9, lambda known: known[0]),  # within the spread
+        (8, lambda known: 1e6),  # seven values before the last step, and that one: too few
+        (30, lambda known: known[-1] + 2.0 * (known[-16] - known[-1])),  # less than half of the fall
+    ],
+    ids=["within the spread", "too few values", "little of the fall"],
+)
+def test_what_is_not_much_is_not_taken_back(steps: int, value: Any) -> None:
+    run, point = after_steps(steps)
+    if steps == 8:
+        losses(run).pop()
+    assert run.step(Elsewhere(run, value(losses(run)), point)) == Outcome.accepted
+
+
+def test_losses_that_have_changed_are_no_reason() -> None:
+    run = run_of(12)
+    values = run.outer.evaluations.upper.values
+    assert run.step(lambda: run.upper() + 1e3) == Outcome.accepted
+    assert run.outer.record is not None
+    assert run.outer.evaluations.upper.values == values + 1 + run.outer.record.trials  # one at the point
+
+
+def test_a_move_of_entries_without_a_hypergradient_is_no_reason() -> None:
+    run, point = after_steps(9)
+    run.prepare()
+    assert run.x.grad is not None
+    largest = (run.x.detach() - point[0]).abs().argmax()
+    run.x.grad[largest] = 0.0
+    run.outer.step(Elsewhere(run, 1e6, point))
+    assert run.outer.record is not None and run.outer.record.outcome == Outcome.accepted
+
+
+def test_what_somebody_else_has_moved_does_not_go_back() -> None:
+    run, point = after_steps(9)
+    with torch.no_grad():
+        run.x += 1e-3
+    upper = Elsewhere(run, 1e6, point)
+    assert run.step(upper, count=2) == Outcome.accepted  # nor does the next step
+    assert Outcome.returned not in run.outcomes
+
+
+@pytest.mark.parametrize("changed", ["loaded", "bound"])
+def test_a_new_start_has_no_point(changed: str) -> None:
+    run, point = after_steps(9)
+    if changed == "loaded":
+        run.outer.load_state_dict(run.outer.state_dict())
+    else:
+        run.outer.bind(run.inner)
+    assert run.step(Elsewhere(run, 1e6, point)) == Outcome.accepted
+
+
+def test_other_tensors_do_not_go_back() -> None:
+    """A group may be given other tensors, of another size."""
+    x = torch.tensor([3.0], requires_grad=True)
+    outer = BiSLS([x], hypergradient="direct", momentum=False)
+    for _ in range(9):
+        outer.step(lambda: (x**2).sum())
+    z = torch.tensor([3.0, 3.0], requires_grad=True)
+    outer.param_groups[0]["params"] = [z]
+    outer.step(lambda: (z**2).sum() + 1e3)
+    assert outer.record is not None and outer.record.moved
+
+
+def test_an_interrupt_at_the_point_leaves_everything_as_it_was() -> None:
+    run, point = after_steps(9)
+    upper = Elsewhere(run, 1e6, point)
+    run.prepare()
+    before, state = tensors(run), copy.deepcopy(run.outer.state_dict())
+
+    def interrupted() -> Tensor:
+        if torch.equal(run.x.detach(), point[0]):
+            raise KeyboardInterrupt
+        return upper()
+
+    with pytest.raises(KeyboardInterrupt):
+        run.outer.step(interrupted)
+    assert all(map(torch.equal, tensors(run), before))
+    assert str(run.outer.state_dict()) == str(state)
+
+
+@pytest.mark.parametrize("seed", [2, 7])
+def test_a_meta_weight_net_keeps_its_network(seed: int) -> None:
+    """All weights vanish, y goes to 0 within a lower loop, and no hypergradient leads back: f was 2.30."""
+    torch.set_default_dtype(torch.float32)  # as the benchmark; the fixture restores it
+    job = Job("meta-weight", {"iterations": 40}, Method("bisls-sgd", {}), seed)
+    with pytest.warns(UserWarning, match=LEFT):
+        state: Recorded = list(job.start(None)[2])[-1]
+    assert state.outcomes["returned"] >= 1
+    assert state.evaluations[-1]["loss"] < 0.5
