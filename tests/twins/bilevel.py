@@ -12,6 +12,7 @@ from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient
 from .line_search import SLS, backtrack, is_start
 from .pace import Pace
 from .polyak import Bound, polyak_step
+from .retreat import Retreat
 from .tangent import Function, Lower, Tangent
 
 __all__ = ["BiSLS", "BiSPS", "hypergradient"]
@@ -108,7 +109,9 @@ class Guard:
             return math.inf
         before, gain, start = self.last
         a = float(h @ (start - x))
-        M, A, squares = self.M + before - f - 0.05 * gain + EPS * abs(before), self.onward + a, self.onward2 + a * a
+        M, A, squares = self.M, self.onward + a, self.onward2 + a * a
+        if gain > 0:
+            M += before - f - 0.05 * gain + EPS * abs(before)
         self.seen = M, A, squares
         return self.bounded(M, A, squares)
 
@@ -116,6 +119,11 @@ class Guard:
         if M >= 0 or A >= 0.05 * self.gains or A >= 2 * squares**0.5:
             return math.inf
         return float((max(self.bound.D2, self.bound.sum_gamma2_n) / self.bound.G / (self.k + 1)) ** 0.5)
+
+    def forget(self, x: Tensor) -> None:
+        """Compare the next f with nothing; x is where the run went back to."""
+        if self.last is not None:
+            self.last = self.last[0], 0.0, x
 
     def take(self, f: float, slope: float, a: float, x: Tensor) -> None:
         if self.last is not None:
@@ -158,6 +166,7 @@ class BiSLS:
         self.previous, self.step_size, self.rejected, self.shortest = 0.0, 0.0, False, math.inf
         self.ratio, self.excused = 1.0, False
         self.guard = Guard()
+        self.retreat = Retreat()
         self.pace, self.kept, self.last = Pace(), 0, (torch.zeros_like(lower.x), 0.0)
 
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
@@ -176,6 +185,14 @@ class BiSLS:
         if self.pace.was_bad(value):
             (self.x, self.lower.x), self.kept = self.pace.undo(), 0
             return
+        point = self.retreat.back(f, value, x, h)
+        if point is not None:
+            self.pace.give_up()
+            self.x, self.lower.x, length = point
+            self.previous, self.kept = min(length, self.previous) / 4, 0
+            self.guard.forget(self.x)
+            return
+        self.retreat.see(value, x, y, self.previous)
         share, searched = self.support.share(h), h
         self.pace.see(value)
         a, w = None if self.shared else self.pace.length(value, promised, h, self.rejected), None

@@ -58,9 +58,13 @@ class Pace:
     def undo(self) -> tuple[Tensor, Tensor]:
         before = self.before
         assert before is not None
+        self.give_up()
+        return before
+
+    def give_up(self) -> None:
+        """Search in the next step; f was not one of the run."""
         self.before, self.promise, self.phi, self.gap, self.since = None, 0.0, None, 1, 0
         self.undone = True
-        return before
 
     def see(self, f: float) -> None:
         """Compare f with what the last step has promised."""
