@@ -78,10 +78,17 @@ class UpperOptimizer(AdaptiveOptimizer):
             OptionError: It is something else.
             TensorError: The levels share a tensor, or one is of a kind that cannot be stepped.
         """
+        before = self.__dict__.get("lower")
+        self.rebind(lower)
+        if before is None or list(map(id, before.tensors())) != list(map(id, self.lower.tensors())):
+            self._forget()
+
+    def rebind(self, lower: Any) -> None:
+        """Do what `bind` does, if the new tensors continue the old ones: for hosts that make them anew in each step."""
         level = as_lower(lower)
         refuse_shared(level, self._parameters())
         self._follow(level)
-        self._forget()
+        self._between.forget()
 
     def _follow(self, level: Lower) -> None:
         """Take a lower level."""

@@ -184,7 +184,7 @@ class UpperStep:
         """Bind the upper optimizer to the optimizers of the solutions, where they are not those of the last step."""
         level = self.optimizer.lower
         if not isinstance(level, LowerLevel) or [id(o) for o in optimizers] != [id(o) for o in level.optimizers]:
-            self.optimizer.bind(optimizers)
+            self.optimizer.rebind(optimizers)
 
     def _look(self, found: Differentiated, problems: Sequence[SolvedProblem]) -> None:
         """At the first step: take the declared solver, and look at what TorchOpt takes for granted."""

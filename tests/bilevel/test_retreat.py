@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptive_bilevel import BiSLS
+from adaptive_bilevel import SLS, BiSLS
 from adaptive_bilevel.policies import Outcome
 from loop import Run as Recorded
 from runs import Job, Method
@@ -116,14 +116,22 @@ def test_what_somebody_else_has_moved_does_not_go_back() -> None:
     assert Outcome.returned not in run.outcomes
 
 
-@pytest.mark.parametrize("changed", ["loaded", "bound"])
+@pytest.mark.parametrize("changed", ["loaded", "another model", "another optimizer"])
 def test_a_new_start_has_no_point(changed: str) -> None:
     run, point = after_steps(9)
     if changed == "loaded":
         run.outer.load_state_dict(run.outer.state_dict())
-    else:
+    elif changed == "another model":
+        run.y = run.y.detach().clone().requires_grad_()
+    if changed != "loaded":
+        run.inner = SLS([run.y])
         run.outer.bind(run.inner)
-    assert run.step(Elsewhere(run, 1e6, point)) == Outcome.accepted
+    upper = Elsewhere(run, 1e6, point)
+    if changed != "another optimizer":
+        assert run.step(upper) == Outcome.accepted
+        return
+    with pytest.warns(UserWarning, match=LEFT):
+        assert run.step(upper) == Outcome.returned
 
 
 def test_other_tensors_do_not_go_back() -> None:

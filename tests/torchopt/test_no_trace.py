@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptive_bilevel import BiSLS, BiSPS
 from adaptive_bilevel.policies import Outcome
 from tests.problems import b2, ridge_hpo
-from tests.torchopt.modules import SOLVE, iterate, pair, snapshot
+from tests.torchopt.modules import SOLVE, iterate, pair, snapshot, stock
 
 
 @pytest.mark.parametrize("at", range(5))
@@ -74,3 +74,27 @@ def test_the_number_of_live_tensors_is_constant(upper: Any) -> None:
         if k in (59, 99, 199):  # the history holds the losses of 50 steps
             counts.append(len(live_tensors()) - len(of_others))
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("made", [pair, stock], ids=["ours below", "stock below"])
+def test_both_levels_go_back_where_the_loss_leaves_its_recent_values(made: Any) -> None:
+    inner, meta, x = made(ridge_hpo(), rule=BiSLS, carry=False)
+    for _ in range(9):
+        inner.solve()
+        point = [t.detach().clone() for t in (x, inner.y)]  # f has fallen so far: the point to go back to
+        meta.step(inner.val)
+    inner.solve()
+    far = inner.y.detach().clone()
+
+    def left() -> Tensor:
+        loss: Tensor = inner.val()
+        return loss if torch.equal(x.detach(), point[0]) else loss + 1e3
+
+    with pytest.warns(UserWarning, match="left the minimum"):
+        meta.step(left)
+    assert Outcome(meta.record.outcome) == Outcome.returned
+    assert torch.equal(x.detach(), point[0]) and torch.equal(inner.y.detach(), point[1])
+    assert not torch.equal(far, point[1])
+    inner.solve()
+    meta.step(inner.val)
+    assert meta.record.moved
