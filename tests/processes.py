@@ -50,7 +50,7 @@ def results_of(work: Callable[[int], Any], world: int = WORLD) -> list[Any]:
                 if failed:
                     raise RuntimeError(f"process {rank}: {results[rank]}")
     except BaseException:
-        _end()  # others may wait for the one that has failed
+        end()  # others may wait for the one that has failed
         raise
     return [results[rank] for rank in range(world)]
 
@@ -66,7 +66,8 @@ def _started() -> tuple[BaseProcess, Connection]:
     return process, here
 
 
-def _end() -> None:
+def end() -> None:
+    """End the processes that wait; the next test starts new ones."""
     for process, connection in _waiting:
         process.kill()
         process.join()

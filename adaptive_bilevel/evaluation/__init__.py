@@ -9,6 +9,7 @@
 * `reductions`: from tensors to scalars, over all tensors of a level and over all processes.
 * `tensors`, `vectors`, `foreach`: lists of tensors as one vector, and their arithmetic.
 * `processes`, `parts`: several processes, each with a copy of all parameters, or with a part of each.
+* `causes`: an error of one process, told to the others.
 """
 
 from .counts import Counts, Evaluations

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..errors import AdaptiveBilevelError, ProcessError
-from .processes import ARITHMETIC
+from .causes import ARITHMETIC
 
 __all__ = ["Attempts"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -158,9 +159,12 @@ def enter_module(module: nn.Module, args: Any) -> None:
 
 
 def leave_module(module: nn.Module, args: Any, output: Any) -> None:
-    """Be torch's hook after every module's call."""
+    """Be torch's hook after every module's call, also after one that raises, without an output."""
     if not torch.compiler.is_compiling() and watching.buffers is not None:
         watching.buffers.leave()
+        error = sys.exc_info()[1] if output is None else None
+        if error is not None:
+            watching.buffers.replicated.broken(module, error)
 
 
 def _copied(value: Any) -> Any:

@@ -22,6 +22,7 @@ from .all_leaves import to_all_leaves
 from .buffers import Buffers
 from .interception import Watched, installed
 from .parts import part
+from .replicated import Replicated
 
 __all__ = ["Closure", "Differentiated", "attached", "differentiated", "require_closure", "value", "value_of"]
 
@@ -74,13 +75,11 @@ class Recorder:
     Args:
         inputs: What to differentiate by, into ``.grad``; None: nothing is differentiated.
         stand_ins: Without `inputs`: what a closure finds after a backward, to read and change to no effect.
-        written: Returns parameters whose ``.grad`` each backward writes to, whatever it is asked for.
+        of: The modules that run.
     """
 
-    def __init__(
-        self, inputs: list[Tensor] | None, stand_ins: StandIns = tuple, written: Callable[[], list[Tensor]] = list
-    ) -> None:
-        self._inputs, self._stand_ins, self._written = inputs, stand_ins, written
+    def __init__(self, inputs: list[Tensor] | None, stand_ins: StandIns = tuple, of: Replicated | None = None) -> None:
+        self._inputs, self._stand_ins, self._replicated = inputs, stand_ins, of or Replicated()
         self._losses: list[Tensor] = []  # of the backwards that ran, in parts; without inputs, with their graphs
         self._root: Any = None  # of the graph of the first of them
         self._own: list[Tensor | None] | None = None  # None: no backward of the closure's ran
@@ -130,8 +129,8 @@ class Recorder:
         self, loss: Tensor, inputs: list[Tensor], retain_graph: bool | None = None, create_graph: bool = False
     ) -> None:
         if inputs:  # an empty list would mean all leaves
-            with Watched(None, None, True):  # a backward may call backward (checkpointing does), or run modules again
-                written = self._written()
+            with Watched(None, None, True), self._replicated.exchanging():  # checkpointing runs modules again
+                written = self._replicated.parts()
                 if self._hides or written:
                     to_all_leaves(loss, inputs, written, retain_graph, create_graph)
                 else:
@@ -208,7 +207,7 @@ def differentiated(closure: Closure, inputs: list[Tensor], buffers: Buffers, ask
 
     With `asks`, no process begins the backward, which may be one of all processes, where one has failed.
     """
-    recorder = Recorder(inputs, written=buffers.replicated.parts)
+    recorder = Recorder(inputs, of=buffers.replicated)
     with Watched(recorder, buffers, True):
         returned = processes.together(lambda: recorder.differentiable(closure())) if asks else closure()
         return recorder.differentiated(returned)

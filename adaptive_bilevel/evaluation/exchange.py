@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, distributed
 
 from ..errors import ProcessError
+from . import causes
 
-__all__ = ["exchanged"]
+__all__ = ["exchanged", "failed"]
 
 
 def exchanged(block: Tensor, group: Any, op: Any = None) -> Tensor:
@@ -20,13 +21,20 @@ def exchanged(block: Tensor, group: Any, op: Any = None) -> Tensor:
         op: A `torch.distributed.ReduceOp`; None: the sum.
 
     Raises:
-        ProcessError: torch could not: a process has ended, is elsewhere in its program, or the time is over.
+        ProcessError: torch could not: a process has failed or ended, is elsewhere in its program, or the time is over.
     """
     try:
         distributed.all_reduce(block, op=distributed.ReduceOp.SUM if op is None else op, group=group)
     except RuntimeError as error:
-        raise ProcessError(
-            f"the {distributed.get_world_size(group)} processes could not exchange {block.numel()} numbers: one has "
-            f"ended, has skipped a step, or has other parameters. torch says: {error}"
-        ) from error
+        raise failed(error, group, f"{block.numel()} numbers") from error
     return block
+
+
+def failed(error: Exception, group: Any, what: str = "what modules do") -> ProcessError:
+    """Return the error that says what another process has raised, for torch's error of an exchange."""
+    if cause := causes.left(group):
+        return ProcessError(f"this process stopped, since the processes step together and {cause}")
+    return ProcessError(
+        f"the {distributed.get_world_size(group)} processes could not exchange {what}, and none has left a cause: one "
+        f"has ended, has skipped a step, or has other parameters. torch says: {error}"
+    )

@@ -5,7 +5,8 @@ derivatives are the means of theirs, and what is computed from means is the same
 by one all-reduce of their size; `reductions.agree` takes scalars.
 
 A closure may raise on one process. Others wait for that process at the mean that follows the evaluation, so it takes
-part in it, with a flag: all processes raise then. `means_of` and `value_of` do so. See `ready` for wrapped modules.
+part in it, with a flag: all processes raise then. `means_of` and `value_of` do so. See `ready` for wrapped modules, and
+`amid` for errors inside of these.
 
 Which processes: those of the process group of the guard that is open, see `Workspace.group`; all of them by default.
 """
@@ -14,24 +15,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
-from ..errors import AdaptiveBilevelError, OptionError, ProcessError
-from .exchange import exchanged
+from ..errors import OptionError, ProcessError
+from . import causes
+from .exchange import exchanged, failed
 from .parts import in_parts
 from .vectors import Vector, widen
 
 __all__ = [
     "ALONE",
-    "ARITHMETIC",
     "Group",
+    "amid",
     "checked",
     "count",
     "first",
-    "heard",
     "home",
     "mean",
     "means_of",
@@ -51,23 +52,26 @@ Group = Any
 ALONE = "alone"
 """In the place of a process group: this process has parameters of its own."""
 
-ARITHMETIC = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
-"""How Python, NumPy and torch (linear algebra, distributions) say that something cannot be computed there."""
-
 
 class _Here(threading.local):
-    """The process group on this thread, and how many numbers `ready` is to exchange."""
+    """What is so on this thread.
+
+    Attributes:
+        group: The processes.
+        numbers: How many numbers `ready` is to exchange.
+        stopped: What it has raised.
+        evaluated: The group of the evaluation that runs; ALONE: none does.
+        apart: Whether no process waits for this one at the end of that.
+    """
 
     group: Group = None
     numbers: int = 0
     stopped: Exception | None = None
+    evaluated: Group = ALONE
+    apart: bool = False
 
 
 _here = _Here()
-
-
-class _ArithmeticElsewhere(ProcessError, ArithmeticError):
-    """Another process could not compute something there."""
 
 
 def checked(owner: str, group: Group) -> Group:
@@ -117,7 +121,11 @@ def home() -> torch.device:
 
 def summed(block: Tensor, op: Any = None) -> Tensor:
     """Reduce a block over the processes, in place, and return it; see `exchanged`."""
-    return exchanged(block, _here.group, op)
+    try:
+        return exchanged(block, _here.group, op)
+    except ProcessError:
+        _here.apart = True
+        raise
 
 
 def mean(tensors: Sequence[Tensor]) -> Vector:
@@ -244,9 +252,18 @@ def ready() -> None:
         raise _here.stopped
 
 
+def amid() -> None:
+    """Take note of an error between exchanges of torch's: no process waits for this one at the end."""
+    _here.apart = True
+
+
 def _attempted(evaluate: Callable[[], T], numbers: int = 0) -> tuple[T | None, Exception | None]:
-    """Return what is evaluated, or its error; raise what `ready` has raised, since no process waits for this one."""
-    before, _here.numbers = _here.numbers, numbers
+    """Return what is evaluated, or its error; raise that where the others do not wait for this process, see `ready`."""
+    before = _here.numbers, _here.evaluated
+    if _here.evaluated is not _here.group:
+        _here.apart = False
+        causes.begin(_here.group)
+    _here.numbers, _here.evaluated = numbers, _here.group
     result: T | None = None
     error: Exception | None = None
     try:
@@ -254,10 +271,17 @@ def _attempted(evaluate: Callable[[], T], numbers: int = 0) -> tuple[T | None, E
     except Exception as raised:  # whatever it is: the other processes wait
         error = raised
     finally:
-        _here.numbers = before
+        _here.numbers, _here.evaluated = before
         stopped, _here.stopped = _here.stopped, None
     if stopped is not None:
         raise stopped
+    if error is not None and causes.is_of_an_exchange(error):
+        _here.apart = True
+        raise failed(error, _here.group) from error
+    if error is not None:
+        causes.leave(_here.group, error)
+        if _here.apart:
+            raise error
     return result, error
 
 
@@ -273,27 +297,4 @@ def _exchanged(error: Exception | None, exchange: Callable[[], T]) -> T:
 
 def _conclude(failed: float, error: Exception | None) -> None:
     if failed > 0.0 or error is not None:
-        _raise(error)
-
-
-def heard(said: object) -> list[Any]:
-    """Return what every process says; for errors only, since it takes several exchanges."""
-    everything: list[Any] = [None] * count()
-    distributed.all_gather_object(everything, said, group=_here.group)
-    return everything
-
-
-def _raise(error: Exception | None) -> NoReturn:
-    """Raise this process's error, or one that names another process and its error."""
-    own = error if not isinstance(error, ProcessError) else None
-    said = None
-    if own is not None:
-        arithmetic = isinstance(own, ARITHMETIC) and not isinstance(own, AdaptiveBilevelError)
-        said = (distributed.get_rank(), f"{type(own).__name__}: {own}", arithmetic)
-    everything = heard(said)
-    if error is not None:
-        raise error
-    failed = [one for one in everything if one is not None]
-    text = "; ".join(f"process {rank} raised {what}" for rank, what, _ in failed)
-    kind = _ArithmeticElsewhere if failed and all(arithmetic for *_, arithmetic in failed) else ProcessError
-    raise kind(f"this process stopped, since the processes step together and {text or 'another one failed'}")
+        causes.tell(_here.group, error)

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ProcessError
 from . import processes
+from .causes import heard
 from .parts import require_mesh
 from .vectors import fingerprint
 from .workspace import Workspace
@@ -58,7 +59,7 @@ def require_replicas(tensors: Sequence[Tensor], workspace: Workspace) -> None:
     most, least, large, small = processes.summed(numbers, distributed.ReduceOp.MAX).tolist()
     if most != ~least or large != ~small:
         told = _Told(distributed.get_rank(), forms, len(new), options, square)
-        raise ProcessError(_difference(processes.heard(told)))
+        raise ProcessError(_difference(heard(told, workspace.group)))
     for t in new:
         _known[t] = True
     workspace.compared = True

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..errors import ClosureError, TensorError
+from ..errors import ClosureError, ProcessError, TensorError
 from . import processes
 from .parts import in_parts
 
@@ -57,6 +57,15 @@ class Replicated:
                 cast(Any, module).reshard()
                 _parameters[module] = [p for p in module.parameters() if in_parts(p)]
 
+    def broken(self, module: nn.Module, error: BaseException) -> None:
+        """Take note of a module that an error leaves.
+
+        Where it has parts that gather their parameters themselves, the other processes are in these.
+        """
+        if module in self._sharding and not isinstance(error, ProcessError):
+            if sum(hasattr(one, "_get_fsdp_state") for one in module.modules()) > 1:
+                processes.amid()
+
     @property
     def found(self) -> bool:
         """Whether such a module has run."""
@@ -77,6 +86,16 @@ class Replicated:
                 with contextlib.suppress(AttributeError, RuntimeError):  # old versions of torch, inner modules
                     cast(Any, module).reset_iter_state()
             cast(Any, module).reshard()
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Take note of an error of a backward, in which modules may exchange something."""
+        try:
+            yield
+        except Exception:
+            if self._sharding or any(self._synced.values()):
+                processes.amid()
+            raise
 
     def parts(self) -> list[Tensor]:
         """Return the parameters in parts, whose ``.grad`` every backward writes to."""
