@@ -17,6 +17,9 @@ from .projection import Box, Section
 
 __all__ = ["SearchPath", "scaled"]
 
+_KEPT = 0.5
+"""A direction that keeps this share of its slope in the convex set is searched; else that of -h may be."""
+
 
 def scaled(tensors: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:
     """Return each tensor times its factor."""
@@ -90,9 +93,10 @@ class SearchPath:
         Steps up to a along it stay in the convex set, so the tangent is needed for one direction only, and the test of
         sufficient decrease is that of the projected displacement. The parameters are not touched.
 
-        If that of d is shorter than it need be, -h (times the factors), scaled to the same <h, d>, is projected
-        instead: a projection is the nearest point in the norm it was made for, so along d = A^{-1} h it may not
-        descend at all, or stop at points that are no minimizers. A box is nearest in every diagonal metric.
+        If less than half of <h, d> is left of it, -h (times the factors), scaled to the same <h, d>, is projected too,
+        and the path that promises more is taken: a projection is the nearest point in the norm it was made for, so
+        along d = A^{-1} h it may not descend at all, or stop at points that are no minimizers. A box is nearest in
+        every diagonal metric.
         """
         constrained, longest = (params, project), min(longest, self._representable())
         along = self._cut(self.along, constrained, longest)
@@ -102,7 +106,8 @@ class SearchPath:
         rounding = self._rounding(along)
         path = replace(self, along=along, constrained=constrained, longest=longest, cut=True, rounding=rounding)
         h = self.gradient.values
-        if isinstance(project.project, Box) or all(d is g for d, g in zip(self.along, h, strict=True)):
+        kept = path.promised >= _KEPT * self.promised
+        if kept or isinstance(project.project, Box) or all(d is g for d, g in zip(self.along, h, strict=True)):
             return path
         weighted = [g * w for g, w in zip(h, self.gradient.factors, strict=True)]
         square = float(agree(inner(h, weighted))[0])

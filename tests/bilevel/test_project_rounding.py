@@ -83,3 +83,17 @@ def test_many_entries_of_a_short_dtype_move(kind: str, direction: str) -> None:
     x.grad = torch.full_like(x.detach(), 20.0)
     outer.step(lambda: 20.0 * (x.float() + 1.0).sum())
     assert outer.record.moved
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_projection_that_only_rounds_leaves_adams_direction() -> None:
+    """As U diag(s) V of a singular value decomposition: it returns every point of the set changed by rounding."""
+    ends = []
+    for project in (None, lambda tensors: [t.mul_(3.0).div_(3.0) for t in tensors]):
+        x = torch.tensor([1.0, -0.7, 0.3], dtype=torch.float64, requires_grad=True)
+        scale = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+        outer: Any = BiSLS([x], direction="adam", hypergradient="direct", project=project)
+        for _ in range(15):
+            outer.step(lambda x=x, scale=scale: (scale * (x - 0.1).square()).sum() + (x.sum() - 1.0).square())
+        ends.append(x.detach().clone())
+    assert torch.allclose(ends[0], ends[1], rtol=1e-6, atol=0.0)
