@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
-from adaptive_bilevel.hypergradient import CG, Identity, Neumann, check, implicit
+from adaptive_bilevel.hypergradient import CG, Identity, Neumann, assign, check, implicit
+from adaptive_bilevel.policies import Outcome
 from tests.bilevel import loops
 from tests.bilevel.loops import Run
 from tests.processes import results_of
@@ -89,6 +90,27 @@ def accumulated(shares: list[int], wrapped: str) -> list[Tensor]:
     return problem.tensors
 
 
+def gone_back(shares: list[int], wrapped: str) -> list[Tensor]:
+    """The upper loss of the tenth step is high, except at the point where the step before began."""
+    problem = Problem(shares, wrapped)
+    inner = SLS(problem.y)
+    outer = BiSLS(problem.x, lower=inner, carry=False)
+    point: list[Tensor] = []
+
+    def upper(k: int) -> Tensor:
+        there = all(map(torch.equal, problem.tensors[:2], point[:2]))
+        return problem.upper(0) + (0.0 if k != 9 or there else 1e3)
+
+    for k in range(12):
+        inner.step(partial(problem.lower, 0))
+        assign(problem.x, implicit(partial(upper, k), partial(problem.lower, 0), problem.x, problem.y))
+        here = problem.tensors
+        outer.step(partial(upper, k))
+        assert outer.record is not None and (outer.record.outcome == Outcome.returned) == (k == 9)
+        point = here
+    return problem.tensors
+
+
 def searched(**options: Any) -> Callable[..., Any]:
     return lambda x, inner, solver: BiSLS(x, lower=inner, solver=solver, **options)
 
@@ -123,12 +145,14 @@ RUNS: dict[str, Run] = {
     "NaN below": above(searched(), SLS, poison=8),
     "NaN above": above(searched(), SLS, poison=5),
     "differences": above(searched(products="difference"), SLS, products="difference"),
+    "gone back": gone_back,
     "no_sync": accumulated,
     "check": checked,
 }
 CLOSE = {"differences": 1e-4}
 WRAPPED = {
-    name: ("plain", "lower", "both") if name in ("SLS", "BiSLS", "uneven", "no_sync") else ("plain",) for name in RUNS
+    name: ("plain", "lower", "both") if name in ("SLS", "BiSLS", "uneven", "gone back", "no_sync") else ("plain",)
+    for name in RUNS
 }
 
 
