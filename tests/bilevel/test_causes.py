@@ -182,16 +182,21 @@ def test_the_others_name_the_cause(name: str) -> None:
     assert first == (
         "ProcessError: this process stopped, since the processes step together and process 1 raised RuntimeError: boom"
     )
-    assert "gloo" in cause or name in AT_ONCE
+    assert torch_failed(cause) or name in AT_ONCE
     for *_, seconds, same in found:
-        assert seconds < (1.0 if name in AT_ONCE else 2.0) * LIMIT
+        assert seconds < (1.0 if name in AT_ONCE else 4.0) * LIMIT  # no hang
         assert same
+
+
+def torch_failed(cause: str) -> bool:
+    """Whether it is what torch says of an exchange that failed, which differs by where the process had got to."""
+    return any(text in cause for text in ("gloo", "Application timeout", "Connection closed"))
 
 
 def test_no_process_has_left_a_cause() -> None:
     (said, cause, _, same), _ = results_of(partial(work, ("replicated", "forward", 0, Problem.absent)))
     assert said.startswith("ProcessError: the 2 processes could not exchange 4 numbers, and none has left a cause: ")
-    assert "gloo" in cause and same
+    assert torch_failed(cause) and same
 
 
 def left(rank: int) -> list[str]:
