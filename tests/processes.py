@@ -99,3 +99,12 @@ def _work(work: Callable[[int], Any], rank: int, world: int, port: int) -> Any:
     distributed.barrier()  # a group that ends while others still connect is an error of theirs
     distributed.destroy_process_group()
     return result
+
+
+def told(attempt: Callable[[], Any]) -> str:
+    """The error of an attempt, as a line."""
+    try:
+        attempt()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -3,7 +3,7 @@
 A search certifies a step for a y that stays on its tangent. The lower level of a network can have other minima, and a
 step of x can open the way to one: then y leaves within one lower loop, and f with it. A meta-weight-net, say, can give
 all samples that the network does not fit the weight 0; what is left of the lower loss is its ridge, y goes to 0, and no
-hypergradient leads back from there. A bad value of f is the first that an upper step can see of it.
+hypergradient leads back from there. The upper step sees it by the next value of f.
 
 In ``examples/benchmarks/NOTES.md``, 2 of 24 runs of a meta-weight-net ended at the loss of a constant network, 2.30.
 Now all end at .15 to .24.
@@ -56,11 +56,11 @@ class Retreat:
 
         f > high + (high - low),    f > (f_0 + low) / 2,    f - f' > high - low,
 
-    where f' is the loss of the present sample at that point. The first condition tells of f what is unusual, the second
-    what loses half of all that was gained. The third is evaluated only then: where the sample is merely harder than the
-    last ones, or the losses have changed, that point is no better. Nor is x at fault if h is zero in the entries that
-    make up half of the move since then, as where each sample has its own part of x. Searches go on from shrink^2 times
-    the shorter of the lengths there and now.
+    where f' is the loss of the present sample at that point. The first condition finds an unusual f. The second asks
+    that half of the decrease since f_0 is lost. The third costs one value, and is evaluated only if the others hold: it
+    fails if this sample is harder than the last ones, or if the losses have changed. The step also goes on if h is zero
+    in the entries that make up half of the move of x since that point, which happens where each sample depends on its
+    own part of x. After a return, the search starts from shrink^2 times the shorter of the two lengths, there and now.
 
     The state has "losses", the recent values, and "first". The point is no part of it, and not saved: a run that is
     resumed has one from the next f on that is at or below the median.
@@ -75,7 +75,7 @@ class Retreat:
         return RoleState({"losses": []})
 
     def forget(self) -> None:
-        """Drop the point: x or y were moved by those who may."""
+        """Drop the point, since a host or a level above has moved x or y."""
         self._anchor = None
 
     def propose(self, point: Point, between: BetweenSteps, state: RoleState) -> Anchor | None:

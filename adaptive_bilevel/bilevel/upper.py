@@ -109,7 +109,7 @@ class UpperOptimizer(AdaptiveOptimizer):
                 raise
 
     def _forget(self) -> None:
-        """Compare the next step with nothing: x or y were moved by those who may."""
+        """Drop what is known of the last step, since a host or a level above has moved x or y."""
         self._between.forget()
 
     def _prepare(self) -> None:

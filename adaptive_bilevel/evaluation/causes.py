@@ -3,7 +3,7 @@
 An error inside of a wrapped module or of a backward finds the other processes in exchanges of torch's, until these fail
 at the time limit. The process cannot take part in them, and an exchange of another kind meanwhile would end all
 processes. So it leaves the error in the store of the process group, under the number of the evaluation, which is the
-same on all; whoever has an exchange that failed looks there.
+same on all processes. A process whose exchange has failed reads it there.
 """
 
 from __future__ import annotations

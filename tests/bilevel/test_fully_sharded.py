@@ -18,7 +18,7 @@ from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, Box
 from adaptive_bilevel.hypergradient import CG, Lanczos, check, implicit
 from tests.bilevel import loops
 from tests.bilevel.loops import Run
-from tests.processes import results_of
+from tests.processes import results_of, told
 
 
 class Penalized(nn.Module):
@@ -141,14 +141,6 @@ COPIED = ("both, copied",)
 
 
 # ------------------------------------------------------------------------------------------ what cannot be done
-
-
-def told(attempt: Callable[[], Any]) -> str:
-    try:
-        attempt()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def refused(rank: int) -> dict[str, str]:

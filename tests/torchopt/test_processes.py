@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from adaptive_bilevel import SLS, SPSB, BiSLS, policies
 from adaptive_bilevel_torchopt import FunctionalLowerStep, LowerStep, PolyakLR, UpperStep, sls
-from tests.processes import results_of
+from tests.processes import results_of, told
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -86,14 +86,6 @@ def upper_steps(rank: int, alone: bool) -> list[float]:
         inner.solve(data([rank], k))
         meta.step(lambda: fit(inner.y, data([rank], 7)))
     return x.tolist()
-
-
-def told(attempt: Callable[[], Any]) -> str:
-    try:
-        attempt()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def refused(rank: int) -> dict[str, str]:
