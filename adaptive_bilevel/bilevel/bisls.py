@@ -122,10 +122,12 @@ class BiSLS(UpperSearch):
             its first four arguments, `Implicit(solver)`, or "direct" (the gradient of the upper loss, whose closure
             runs the inner loop). See `adaptive_bilevel.bilevel.source`.
         direction: "sgd", "adam" (the search is along A^{-1} h, the step along A^{-1} m), or a `Direction`.
-        momentum: How much of the mean of the hypergradients the step contains. The search is always along the last
-            hypergradient. "auto": as much as predicts the next hypergradient. True: the mean. False: nothing, so that
-            the search certifies every step, and F cannot rise if y and the hypergradient are exact. Or a `Momentum`.
-            A `Direction` has its own momentum. See `adaptive_bilevel.bilevel.momentum`.
+        momentum: How much of the mean of the hypergradients the step contains. The search is along the last
+            hypergradient. "auto": as much as predicts the next hypergradient; without a lower level, and where the
+            losses show that f is one function of x, the direction of L-BFGS is searched and stepped along
+            (`adaptive_bilevel.bilevel.secant`). True: the mean. False: nothing, so that the search certifies every
+            step, and F cannot rise if y and the hypergradient are exact. Or a `Momentum`. A `Direction` has its own
+            momentum. See `adaptive_bilevel.bilevel.momentum`.
         response: How y answers to a move of x: "tangent", or a `Response`. See `adaptive_bilevel.bilevel.response`.
         solver: P of the tangent. Give the solver of the hypergradient. `Identity` and a random draw do not estimate
             their error; `CG` replaces them if d descends along its tangent.

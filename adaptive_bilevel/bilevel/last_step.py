@@ -8,9 +8,10 @@ from ..evaluation.vectors import inner
 from ..optim.direction import Gradient
 from ..optim.state import RoleState
 
-__all__ = ["departed", "onward"]
+__all__ = ["FROM", "departed", "onward"]
 
-_FROM = "from"
+FROM = "from"
+"""Name of x before the step."""
 
 
 def onward(gradient: Gradient, state: RoleState) -> float | None:
@@ -20,9 +21,9 @@ def onward(gradient: Gradient, state: RoleState) -> float | None:
     step, its expected value is that of the whole: the step was not chosen by this sample.
     """
     known = [
-        (p, h, own[_FROM])
+        (p, h, own[FROM])
         for p, h, own in zip(gradient.tensors, gradient.values, state.each, strict=True)
-        if _FROM in own
+        if FROM in own
     ]
     if not known:
         return None
@@ -33,4 +34,4 @@ def onward(gradient: Gradient, state: RoleState) -> float | None:
 def departed(gradient: Gradient) -> RoleState:
     """Return what is kept of a step that begins here: per parameter "from", a copy of it."""
     before = [p.detach().clone() for p in gradient.tensors]
-    return RoleState(deferred={_FROM: lambda: before})
+    return RoleState(deferred={FROM: lambda: before})

@@ -9,6 +9,9 @@ of the noise, and worse where h is exact and turns, since m is late; and nothing
 | True | `Full` | A^{-1} m |
 | "auto" | `Predictive` | A^{-1} ((1 - theta) h + theta m) |
 
+With "auto", another direction is searched and stepped along where f is one function of x in every step, see
+`adaptive_bilevel.bilevel.secant`.
+
 Measured (``examples/benchmarks/NOTES.md``): hyper-cleaning with full batches .21 -> .16 in validation loss, with
 minibatches of hyper-representation as good as m alone and far better than h alone; along the plain hypergradient too.
 """

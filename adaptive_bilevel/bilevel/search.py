@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ..policies import Context, Outcome, Record
 from ..policies.armijo import armijo_threshold
 from .context import Point
 from .roles import ResponseModel, StepCheck
+from .secant import Lead, Seen
 
 __all__ = ["Answer", "Found", "Limits", "nothing_to_search", "search"]
 
@@ -44,6 +46,18 @@ class Limits(NamedTuple):
     rounding: float
     onward: float | None = None
     baseline: bool = False
+
+    def led(self, point: Point, lead: Lead | None, section: Section | None) -> tuple[SearchPath, Limits] | None:
+        """Return the path of a lead, and the limits of a search along it from its own first trial.
+
+        There is none if the set leaves less than half of its slope: such a path need not descend at all.
+        """
+        if lead is None:
+            return None
+        policy = dataclasses.replace(self.policy, reset="keep")
+        limits = self._replace(policy=policy, state=self.state._replace(previous=lead.start))
+        path = lead.path if section is None else limits.within(point, lead.path, section)
+        return (path, limits) if path.keeps(lead.path) else None
 
     def within(self, point: Point, path: SearchPath, section: Section) -> SearchPath:
         """Return the path that stays in the convex set up to the first trial."""
@@ -99,12 +113,14 @@ class Found(NamedTuple):
         path: The path of the step.
         state: The policy's state after it.
         answer: Of y; None if there was no search.
+        seen: Of f and h in the steps so far; None if it was not looked at.
     """
 
     record: Record
     path: SearchPath
     state: Any
     answer: Answer | None = None
+    seen: Seen | None = None
 
 
 def nothing_to_search(point: Point, path: SearchPath) -> Record | None:

@@ -30,6 +30,7 @@ from .retreat import Retreat
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .scale import visible
 from .search import Answer, Found, Limits, nothing_to_search, search
+from .secant import Secants
 from .starting import StartingOptimizer
 
 __all__ = ["Roles", "SearchingOptimizer"]
@@ -92,6 +93,7 @@ class SearchingOptimizer(StartingOptimizer):
         self._first_states = {name: role.init() for name, role in roles} | {
             "last_step": RoleState(),
             "retreat": Retreat.init(),
+            "secants": Secants.init(),
         }
         self._first_states["direction"] = RoleState() if isinstance(direction, str) else direction.init()
         return super()._make_policy(rule)
@@ -212,13 +214,20 @@ class SearchingOptimizer(StartingOptimizer):
         def redirect(hypergradient: list[Tensor]) -> SearchPath:
             return within(self._path(point.gradient._replace(values=point.processed(hypergradient)), states))
 
-        step, path = roles.pace.propose(paced, states["pace"]), within(path)
-        if step is not None:
-            return limits.keep(path, point.value, step)
+        secants = Secants(paced.policy.c)
+        path = within(path)
+        seen = secants.propose(point, path, states) if secants.apply(point, roles.momentum, roles.pace) else None
+        led = None if seen is None else limits.led(point, seen.lead, section)
+        if led is not None:
+            path, limits = led
+        else:
+            step = roles.pace.propose(paced, states["pace"])
+            if step is not None:
+                return limits.keep(path, point.value, step)._replace(seen=seen)
         self._differentiate(point)
         record = nothing_to_search(point, path) if path.cut else None
         if record is not None:
-            return Found(record, path, limits.state)
+            return Found(record, path, limits.state, seen=seen)
         model = roles.response.propose(point, path, redirect, states["response"])
         point.release()
         if model.path is not path and limits.onward is not None:  # along another hypergradient than the user's
@@ -228,7 +237,9 @@ class SearchingOptimizer(StartingOptimizer):
             record = record._replace(outcome=Outcome.no_descent)
             point.closure_checks.say("blind", _BLIND)
         kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
-        return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian))
+        if led is not None and seen is not None and seen.lead is not None:
+            after = after._replace(previous=seen.lead.length)
+        return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian), seen)
 
     # ------------------------------------------------------------------------------------------ what is left behind
 
@@ -244,8 +255,12 @@ class SearchingOptimizer(StartingOptimizer):
         mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:
             mix = mix._replace(along=None, weight=0.0)
-        searched = moved and answer is not None and isinstance(self.policy, GuardedSLS)
-        news = {"last_step": departed(path.gradient)} if searched else {}
+        looks, searched = Secants.apply(point, roles.momentum, roles.pace), answer is not None
+        departs = moved and searched and (looks or isinstance(self.policy, GuardedSLS))
+        news = {"last_step": departed(path.gradient)} if departs else {}
+        if looks:
+            whole = mix.along is None and step == record.step_size
+            news["secants"] = Secants(paced.policy.c).commit(found.seen, point, record, searched, whole)
         news["retreat"] = self._retreat.commit(point, paced.before, states["retreat"])
         if moved:
             path.take(step, mix.along)

@@ -32,6 +32,7 @@ from .retreat import Retreat
 from .roles import Pace
 from .scale import Scale
 from .search import Found
+from .secant import Secants
 from .source import DirectLoss
 from .upper import UpperOptimizer
 
@@ -170,6 +171,8 @@ class StartingOptimizer(UpperOptimizer):
         news = {"pace": pace.commit(paced, record, states["pace"])}
         if any(states["last_step"].each):
             news["last_step"] = departed(paced.path.gradient)
+        if not point.lower:
+            news["secants"] = Secants.nothing()
         write_states(self.state, news, tensors)
         self._save_rule_state(after, kept=0)
         return Found(record, paced.path, after)

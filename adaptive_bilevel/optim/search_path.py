@@ -37,7 +37,7 @@ class SearchPath:
         constrained: All tensors of x, if there is a convex set for them, and the projection to it.
         longest: No step above it stays in that set.
         cut: Whether the set has shortened d.
-        replaced: Whether d is not the direction that was proposed, but that of -h, for the set's sake.
+        replaced: Whether d is not A^{-1} h: it is that of -h, for the set's sake, or of another making.
         rounding: Of a path that was cut: how much of <h, x - P(x - a d)> may be rounding.
         promised: <h, d>, the slope that the (hyper)gradient promises.
     """
@@ -72,7 +72,7 @@ class SearchPath:
 
     def rest(self) -> None:
         """Drop d, where `take` can compute it again."""
-        if not self.cut:
+        if not (self.cut or self.replaced):
             self.along = []
 
     def go(self, step: float) -> None:
@@ -106,13 +106,17 @@ class SearchPath:
         rounding = self._rounding(along)
         path = replace(self, along=along, constrained=constrained, longest=longest, cut=True, rounding=rounding)
         h = self.gradient.values
-        kept = path.promised >= _KEPT * self.promised
-        if kept or isinstance(project.project, Box) or all(d is g for d, g in zip(self.along, h, strict=True)):
+        settled = self.replaced or all(d is g for d, g in zip(self.along, h, strict=True))
+        if settled or path.keeps(self) or isinstance(project.project, Box):
             return path
         weighted = [g * w for g, w in zip(h, self.gradient.factors, strict=True)]
         square = float(agree(inner(h, weighted))[0])
-        plain = self._cut(foreach.mul(weighted, self.promised / square), constrained, longest) if square else None
-        return path if plain is None else max(path, replace(path, along=plain, replaced=True), key=_promised)
+        other = self._cut(foreach.mul(weighted, self.promised / square), constrained, longest) if square else None
+        return path if other is None else max(path, replace(path, along=other, replaced=True), key=_promised)
+
+    def keeps(self, before: SearchPath) -> bool:
+        """Return whether the set has left half of the slope of the path before."""
+        return self.promised >= _KEPT * before.promised
 
     def _representable(self) -> float:
         """Return the longest step of which entries are finite, and their squares' sum in a dtype wide enough for it."""

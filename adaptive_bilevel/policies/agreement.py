@@ -10,7 +10,9 @@ is 0 on full batches, up to rounding. Samples agree while it is at most 1/2: the
 
 from __future__ import annotations
 
-__all__ = ["agreeing", "unconfirmed"]
+import math
+
+__all__ = ["agreeing", "identical", "unconfirmed"]
 
 _UNCONFIRMED = 0.5
 
@@ -39,3 +41,17 @@ def agreeing(differing: float, decreases: float) -> bool:
     (True, False)
     """
     return differing <= _UNCONFIRMED * decreases
+
+
+def identical(differing: float, decreases: float, rounding: float) -> bool:
+    """Return whether all samples are one function: nothing differs, to half of the digits; False before a decrease.
+
+    Args:
+        differing: The sum of what was not confirmed.
+        decreases: The sum of the decreases.
+        rounding: Relative rounding unit of the loss.
+
+    >>> identical(1e-12, 1.0, 1e-16), identical(1e-3, 1.0, 1e-16)
+    (True, False)
+    """
+    return decreases > 0.0 and differing <= math.sqrt(rounding) * decreases
