@@ -186,7 +186,8 @@ class PredictionContext(NamedTuple):
         mix: Direction of the step.
         beta: Decay of means, ``betas[0]``.
         lower: The lower level.
-        keeps: Whether there may be steps without a search, so that the tangent is wanted again.
+        gradient: The hypergradient of the step, with its tensors.
+        along: d, if w is wanted again, since steps without a search may follow; else None.
     """
 
     offsets: Sequence[Tensor] | None
@@ -194,7 +195,8 @@ class PredictionContext(NamedTuple):
     mix: Mix
     beta: float
     lower: Lower
-    keeps: bool = True
+    gradient: Gradient
+    along: Sequence[Tensor] | None = None
 
 
 class Taken(NamedTuple):

@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from torch import Tensor
 
 from ..evaluation import foreach
 from ..evaluation.parts import scattered
+from ..evaluation.reductions import agree
+from ..evaluation.vectors import inner
 from ..optim.state import RoleState
 from .context import PredictionContext
 from .roles import Prediction
@@ -48,11 +50,17 @@ class Never:
 class Always:
     """y moves along.
 
-    Where the length of the step was kept, there is no tangent of its own. The last one, of another direction, takes its
-    place, in units of the lengths of the directions: w_s sqrt(<h, d> / <h, d>_s).
+    Where the length of the step was kept, there is no tangent of its own, and the last one, w_s, is that of another
+    direction, d_s. A tangent is linear in its direction, so y follows the part of d that is along d_s, in the metric of
+    the direction (where <d, d_s> = <h, d_s>):
+
+        w = theta w_s,    theta = <h, d_s> / <h, d>_s    in +-sqrt(<h, d> / <h, d>_s).
+
+    (With the whole w_s, y was moved to where it does not belong as often as d had turned: along small eigenvalues of
+    the lower Hessian, few lower steps bring it back, and the next hypergradients are wrong.)
 
     The state holds "mean", the mean of the tangents, and "count", the number of them in it; and "last", the last
-    tangent, with "promised", its <h, d>_s.
+    tangent, with "promised", its <h, d>_s, and per parameter "along", its d_s.
     """
 
     def init(self) -> RoleState:
@@ -111,27 +119,38 @@ def _mixed(context: PredictionContext, state: RoleState) -> list[Tensor] | None:
 
 
 def _tangent(context: PredictionContext, state: RoleState) -> list[Tensor] | None:
-    """Return the tangent of this step, or the last one in its place; None if there is none."""
+    """Return the tangent of this step, or what the last one tells of it; None if there is none."""
     if context.offsets is not None:
         return list(context.offsets)
     last, tensors = state.shared.get("last", ()), context.lower.tensors()
     if [w.shape for w in last] != [y.shape for y in tensors] or not last:
         return None
+    if not all("along" in own for own in state.each):  # a parameter that has just begun
+        return None
     last = list(map(scattered, last, tensors))  # a checkpoint that was read whole has whole ones
-    return foreach.mul(last, math.sqrt(context.promised / state.shared["promised"]))
+    return foreach.mul(last, _share(context, state))
+
+
+def _share(context: PredictionContext, state: RoleState) -> float:
+    """Return theta of `Always`."""
+    before = state.shared["promised"]
+    (along,) = agree(inner(context.gradient.values, [own["along"] for own in state.each]))
+    most = math.sqrt(context.promised / before)
+    return min(max(float(along) / before, -most), most)
 
 
 def _averaged(context: PredictionContext, state: RoleState) -> RoleState:
     """Return the tangent, and the mean with it in it, which is computed when it is written."""
     if context.offsets is None:
         return RoleState()
-    news: dict[str, Any] = {}
-    if context.keeps:
+    news, deferred, along = dict[str, Any](), dict[str, Callable[[], list[Tensor]]](), context.along
+    if along is not None:
         news = {"last": list(context.offsets), "promised": context.promised}
-    if not context.mix.averages:
-        return RoleState(news)
-    mean = _TangentMean(context, state, context.offsets)
-    return RoleState({**news, "count": mean.count, "mean": mean.compute})
+        deferred = {"along": lambda: [d.clone() for d in along]}
+    if context.mix.averages:
+        mean = _TangentMean(context, state, context.offsets)
+        news |= {"count": mean.count, "mean": mean.compute}
+    return RoleState(news, deferred=deferred)
 
 
 class _TangentMean:

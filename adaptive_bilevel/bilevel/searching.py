@@ -251,6 +251,8 @@ class SearchingOptimizer(StartingOptimizer):
         change, gain = motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
         moved, step, excused = record.moved, self._scheduled(record).step_size, bool(getattr(check, "excused", False))
         context = MomentumContext(path.gradient, path.descent, point.beta)
+        kept = roles.pace.keeps and not paced.solved and answer is not None
+        along = list(path.along) if kept else None
         path.rest()
         mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:
@@ -282,11 +284,11 @@ class SearchingOptimizer(StartingOptimizer):
         if moved:
             self.lower.upper_moved()
         if offsets is not None or (answer is None and visible(step * path.promised, point.value, point.rounding)):
-            follows = PredictionContext(offsets, path.promised, mix, point.beta, self.lower, roles.pace.keeps)
+            follows = PredictionContext(offsets, path.promised, mix, point.beta, self.lower, path.gradient, along)
             news["prediction"] = self._predict(follows, step, states["prediction"])
         path.release()
         states.clear()
-        del mix, context  # what is written takes the place of what these hold
+        del mix, context, along  # what is written takes the place of what these hold
         write_states(self.state, news, path.gradient.tensors)
         if moved or record.trials > 1:
             after = shortened(found.state, step / record.step_size) if moved else point.scale.state

@@ -80,7 +80,8 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
         ("sgd", {"momentum": False}, 2, 3, 5),
         # Also the means of hypergradients and tangents, and the last hypergradient.
         ("sgd", {}, 4, 4, 8),
-        ("sgd", {"pace": "auto"}, 5, 5, 10),  # x before a kept step, and the tangent that y follows there
+        # x before a kept step, and the tangent that y follows there with its direction.
+        ("sgd", {"pace": "auto"}, 6, 5, 11),
         ("sgd", {"carry": False}, 4, 3, 7),  # no tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
         ("adam", {"momentum": False}, 2, 3, 6),

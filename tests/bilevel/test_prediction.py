@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptive_bilevel.bilevel import Mix, PredictionContext, RoleState
 from adaptive_bilevel.bilevel.prediction import Always, Never, Offered, prediction_of
+from adaptive_bilevel.optim.direction import Gradient
 from adaptive_bilevel.optim.state import advanced
 
 BETA = 0.9
@@ -34,15 +35,24 @@ class Level:
         self.calls.append(("follow", step))
 
 
-def context(tangent: Tensor | None, mix: Mix, level: Any = None, promised: float = 1.0) -> PredictionContext:
+def context(
+    tangent: Tensor | None,
+    mix: Mix,
+    level: Any = None,
+    promised: float = 1.0,
+    h: Sequence[float] = (0.0,),
+    along: Sequence[float] | None = (0.0,),
+) -> PredictionContext:
+    gradient = Gradient([torch.zeros(len(h))], [torch.tensor(h)], [1.0])
+    d = None if along is None else [torch.tensor(along)]
     lower: Any = level or Level()
-    return PredictionContext(None if tangent is None else [tangent], promised, mix, BETA, lower)
+    return PredictionContext(None if tangent is None else [tangent], promised, mix, BETA, lower, gradient, d)
 
 
 @pytest.mark.parametrize("role", [Always(), Offered()], ids=["always", "offered"])
 def test_along_the_mean_of_hypergradients_it_is_the_mean_of_tangents(role: Any) -> None:
     torch.manual_seed(0)
-    state, mean, count = role.init(), torch.zeros(3), 0
+    state, mean, count = RoleState({}, [{}]), torch.zeros(3), 0
     for k, weight in enumerate((0.0, 1.0, 0.3, 0.7, 1.0)):
         tangent, restarted = torch.randn(3), k == 3
         mean, count = (torch.zeros(3), 0) if restarted else (mean, count)
@@ -57,30 +67,52 @@ def test_along_the_mean_of_hypergradients_it_is_the_mean_of_tangents(role: Any) 
 @pytest.mark.parametrize("role", [Always(), Offered()], ids=["always", "offered"])
 def test_without_a_mean_it_is_the_tangent(role: Any) -> None:
     tangent = torch.ones(2)
-    given = context(tangent, Mix(), promised=4.0)
+    given = context(tangent, Mix(), promised=4.0, along=(2.0,))
     assert role.propose(given, role.init())[0] is tangent
-    assert role.commit(given, [tangent], role.init()).shared == {"last": [tangent], "promised": 4.0}
+    state = advanced(RoleState({}, [{}]), role.commit(given, [tangent], role.init()))
+    assert state == RoleState({"last": [tangent], "promised": 4.0}, [{"along": torch.tensor([2.0])}])
+    assert role.commit(given._replace(along=None), [tangent], role.init()) == RoleState()  # none is wanted again
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_without_a_tangent_it_is_the_last_one(weight: float) -> None:
-    """In units of the lengths of both directions; the mean of the tangents stays as it is."""
+@pytest.mark.parametrize(
+    ("h", "share"),
+    [
+        ((2.0, 0.0), 1.0),  # the direction of then
+        ((1.0, 0.0), 0.5),
+        ((0.0, 1.0), 0.0),  # a tangent of another direction tells nothing of it
+        ((-1.0, 3.0), -0.5),
+        ((1.2, 1.6), 0.6),
+    ],
+)
+def test_without_a_tangent_it_is_what_the_last_one_tells(h: tuple[float, float], share: float, weight: float) -> None:
+    """The part of the direction that is along that of then; the mean of the tangents stays as it is."""
     role, mix = Always(), Mix(weight=weight, averages=True)
     first, second = torch.tensor([1.0, 2.0]), torch.tensor([-3.0, 1.0])
-    state = role.init()
+    state = RoleState({}, [{}])
     for tangent in (first, second):
-        state = advanced(state, role.commit(context(tangent, mix, promised=4.0), None, state))
-    kept = context(None, mix, promised=1.0)
+        then = context(tangent, mix, promised=4.0, along=(2.0, 0.0))
+        state = advanced(state, role.commit(then, None, state))
+    kept = context(None, mix, promised=h[0] ** 2 + h[1] ** 2, h=h)
     (response,) = role.propose(kept, state) or []
-    mean = (BETA * (BETA * (1 - BETA) * first + (1 - BETA) * second) + (1 - BETA) * 0.5 * second) / (1 - BETA**3)
-    torch.testing.assert_close(response, (1 - weight) * 0.5 * second + weight * mean)
+    mean = (BETA * (BETA * (1 - BETA) * first + (1 - BETA) * second) + (1 - BETA) * share * second) / (1 - BETA**3)
+    torch.testing.assert_close(response, (1 - weight) * share * second + weight * mean)
     assert role.commit(kept, [response], state) == RoleState()
     assert role.propose(kept, role.init()) is None  # there was none yet
+    assert role.propose(kept, state._replace(each=[{}])) is None  # or not of this parameter
+
+
+def test_it_is_no_longer_than_the_direction() -> None:
+    """Where a convex set has cut the direction, the last one may promise more of this step than the step does."""
+    state = RoleState({"last": [torch.ones(2)], "promised": 4.0}, [{"along": torch.tensor([9.0])}])
+    for sign in (1.0, -1.0):
+        (response,) = Always().propose(context(None, Mix(), promised=1.0, h=(sign,)), state) or []
+        torch.testing.assert_close(response, torch.full((2,), 0.5 * sign))
 
 
 def test_a_level_of_other_shapes_begins_anew() -> None:
     role, mix = Always(), Mix(weight=1.0, averages=True)
-    state = advanced(role.init(), role.commit(context(torch.ones(2), mix), None, role.init()))
+    state = advanced(RoleState({}, [{}]), role.commit(context(torch.ones(2), mix), None, role.init()))
     (response,) = role.propose(context(torch.full((3,), 2.0), mix), state) or []
     torch.testing.assert_close(response, torch.full((3,), 2.0))
 

@@ -152,8 +152,9 @@ class BiSLS:
     y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` keeps a share of that.
     No a is above that of `Guard`. Once a trial was rejected, a last step that promises less than the rounding of f is
     taken again without a trial; it promises a <h, d>, or as much more as the slope of the last search was steeper.
-    So are steps that `Pace` keeps, and y moves along with the last w, times sqrt(<h, d> / <h, d> of then). After k of
-    them, a search starts at 1.2^(k+1) times the last searched step.
+    So are steps that `Pace` keeps, and y moves along with the last w, w_s, of the direction d_s, as far as d is along
+    it: with <h, d_s> / <h, d>_s w_s, and that factor at most sqrt(<h, d> / <h, d>_s). After k of them, a search starts
+    at 1.2^(k+1) times the last searched step.
     """
 
     tangent: type[Tangent] = Tangent
@@ -167,7 +168,7 @@ class BiSLS:
         self.ratio, self.excused = 1.0, False
         self.guard = Guard()
         self.retreat = Retreat()
-        self.pace, self.kept, self.last = Pace(), 0, (torch.zeros_like(lower.x), 0.0)
+        self.pace, self.kept, self.last = Pace(), 0, (torch.zeros_like(lower.x), 0.0, torch.zeros_like(x))
 
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
         """Return the moments with h in them, d and e."""
@@ -207,7 +208,9 @@ class BiSLS:
             self.guard.keep(value, promised, a)
             if a * promised > EPS * value:
                 self.kept += 1
-                w = self.last[0] * math.sqrt(promised / self.last[1])
+                w_s, s_s, d_s = self.last
+                most = math.sqrt(promised / s_s)
+                w = w_s * min(max(float(h @ d_s) / s_s, -most), most)
                 mean = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
         else:
             tangent = self.tangent(f_y, Lower(g, x, y), share, self.previous > 0)
@@ -222,7 +225,7 @@ class BiSLS:
             self.ratio = ratio if a > 0 else self.ratio
             w = tangent.w
             mean = self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
-            self.last = w, float(h @ d)
+            self.last = w, float(h @ d), d
             self.pace.search(a, promised, phi, searched)
         self.second, self.momentum = second, momentum
         if a > 0:
