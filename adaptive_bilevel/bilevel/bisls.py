@@ -191,7 +191,7 @@ class BiSLS(UpperSearch):
         carry: str | bool | Prediction = "auto",
         curvature: float | ModelCheck = 0.5,
         project: Projection | None = None,
-        pace: str | Pace = "every",
+        pace: str | Pace = "auto",
         search: SLS | SLSB | None = None,
         **options: Unpack[SearchOptions],
     ) -> None:

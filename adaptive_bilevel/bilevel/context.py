@@ -128,6 +128,7 @@ class PaceContext(NamedTuple):
         closures: The known closures of both levels.
         before: Returns x at the start of the step, for the tensors of the path, and then y.
         solved: Whether the hypergradient has left its inverse, so that a search needs no solve of its own.
+        part: The part of the step that a scheduler lets be taken.
         due: The result of `Pace.due`. This and the next attributes are known after the evaluation of f.
         value: f(x, y).
         rounding: Relative rounding unit of f.
@@ -140,6 +141,7 @@ class PaceContext(NamedTuple):
     closures: Any
     before: Callable[[], list[Tensor]]
     solved: bool = False
+    part: float = 1.0
     due: bool = True
     value: float = math.nan
     rounding: float = 0.0

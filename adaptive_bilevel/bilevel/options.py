@@ -46,7 +46,7 @@ class RoleOptions:
     carry: str | bool | Prediction = "auto"
     curvature: float | ModelCheck = 0.5
     response: str | Response = "tangent"
-    pace: str | Pace = "every"
+    pace: str | Pace = "auto"
     products: str = "auto"
 
     def __post_init__(self) -> None:

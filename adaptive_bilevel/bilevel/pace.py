@@ -112,7 +112,9 @@ class AsLengthsAgree:
     (`adaptive_bilevel.policies.margin`). The right length then differs from sample to sample.
 
     A search is due at once, too, if it needs no solve of its own; if no trial was rejected yet; if f is not finite or
-    above all of the last 16 values, or <h, d> above four times that of the last search; if lr, or the number of entries
+    above all of the last 16 values, or <h, d> above four times that of the last search; if <h, d> was not, up to
+    1/shrink, the slope that the last search found (h and the tangent disagree, so its length says nothing of h; far
+    from a solution of the linear systems, or along a wrong hypergradient); if lr, or the number of entries
     of h that are not zero, has changed by more than 1/shrink since then; and if the closures of either level have other
     code or tensors of other sizes (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
 
@@ -175,7 +177,7 @@ class AsLengthsAgree:
     def commit(self, context: PaceContext, record: Record, state: RoleState) -> RoleState:
         """Return the state with this step in it."""
         saved, f, promised = state.shared, context.value, context.path.promised
-        news: dict[str, Any] = {"at": _NOWHERE, "decrease": 0.0, "promise": record.step_size * promised}
+        news: dict[str, Any] = {"at": _NOWHERE, "decrease": 0.0, "promise": context.part * record.step_size * promised}
         if record.outcome in (Outcome.undone, Outcome.returned):
             return RoleState({**news, "promise": 0.0, "gap": 1, "since": 0, "undone": True})
         news["undone"] = False
@@ -184,7 +186,8 @@ class AsLengthsAgree:
         news["losses"] = [*saved["losses"], f][-_RECENT:]
         fallen = [(saved["losses"][-1] - f) / saved["promise"]] if saved["promise"] > 0.0 else []
         news["falls"] = [*saved["falls"], *fallen][-_RECENT:]
-        if not record.moved or context.solved:
+        along_h = _alike(record.slope_ratio, 1.0, context.policy.shrink)
+        if not record.moved or context.solved or (record.outcome != Outcome.kept and not along_h):
             return RoleState({**news, "gap": 1, "since": 0})
         if record.outcome == Outcome.kept:
             news |= {"since": saved["since"] + 1, "at": fingerprint(context.path.gradient.tensors)}
@@ -194,7 +197,8 @@ class AsLengthsAgree:
         gap = self._gap(record.step_size, context, saved) if _agree(sums) else 1
         news |= {"gap": gap, "since": 0, "step": record.step_size, "promised": promised}
         news |= {"lr": context.lr, "entries": entries, "sample": sample}
-        return RoleState({**news, "expected": record.value, "decrease": max(f - record.value, 0.0)})
+        seen = max(f - record.value, 0.0) if context.part == 1.0 else 0.0  # else that step was not taken
+        return RoleState({**news, "expected": record.value, "decrease": seen})
 
     @staticmethod
     def _gap(found: float, context: PaceContext, saved: Mapping[str, Any]) -> int:

@@ -187,7 +187,8 @@ class StartingOptimizer(UpperOptimizer):
             return [copies[id(p)] for p in [*path.gradient.tensors, *self.lower.tensors()]]
 
         closures, solved = (objective, below), waits(self.lower.tensors())
-        return PaceContext(path, self._scale(), self.policy, self._reference_lr(), closures, before, solved)
+        part = self._schedule()[1] if self._unbounded else 1.0
+        return PaceContext(path, self._scale(), self.policy, self._reference_lr(), closures, before, solved, part)
 
     def _scale(self) -> Scale:
         """Return what earlier searches have shown of the right step length."""

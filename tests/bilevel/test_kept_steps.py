@@ -32,7 +32,7 @@ class Run:
         self.x = torch.tensor([4.0, -3.0, 8.0], dtype=torch.float64, requires_grad=True)
         self.y = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         self.inner = SLS([self.y])
-        options = {"solver": EXACT, "pace": "auto", **options} if optimizer is BiSLS else options
+        options = {"solver": EXACT, **options} if optimizer is BiSLS else options
         self.outer = optimizer([self.x], lower=self.inner, **options)
         self.noise, self.rng = noise, torch.Generator().manual_seed(0)
         self.outcomes: list[int] = []
@@ -169,6 +169,33 @@ def test_a_searched_step_is_not_undone() -> None:
     before = run.x.detach().clone()
     assert run.step(lambda: run.upper() * math.nan) == Outcome.non_finite
     assert torch.equal(run.x.detach(), before)
+
+
+def test_along_a_hypergradient_of_the_wrong_sign_every_step_is_searched() -> None:
+    """The search goes along another path, and what it finds there says nothing of a step along h."""
+    run = Run()
+    prepare = run.prepare
+
+    def turned() -> None:
+        prepare()
+        assert run.x.grad is not None
+        run.x.grad.neg_()
+
+    run.prepare = turned  # type: ignore[method-assign]
+    run.step(count=15)
+    assert set(run.outcomes) == {Outcome.accepted}
+    assert run.upper().item() < 1.1
+
+
+@pytest.mark.parametrize("part", [1.0, 0.1])
+def test_a_scheduled_step_promises_the_part_that_is_taken(part: float) -> None:
+    """Else f would seem to fall by too little, as where samples disagree."""
+    run = Run()
+    schedule = torch.optim.lr_scheduler.LambdaLR(run.outer, lambda k: part if k else 1.0)
+    for _ in range(40):
+        run.step()
+        schedule.step()
+    assert run.outcomes.count(Outcome.kept) > 20
 
 
 def test_what_somebody_else_has_moved_is_not_undone() -> None:

@@ -113,7 +113,7 @@ def test_the_options(direction: str) -> None:
     def trajectory(steps: int, **options: Any) -> list[Tensor]:
         point = random_qb(3).instance()
         inner = lower_search(point.y)
-        outer: Any = BiSLS([point.x], lower=inner, direction=direction, c=0.1, **options)
+        outer: Any = BiSLS([point.x], lower=inner, direction=direction, c=0.1, pace="every", **options)
         found = []
         for _ in range(steps):
             inner.step(point.lower)
@@ -173,7 +173,7 @@ def test_nothing_is_mixed_into_a_direction_of_ones_own(direction: Any, c: float)
     """So steps along the gradient itself are all certified, and have that Armijo constant."""
     point = random_qb(3).instance()
     inner = lower_search(point.y)
-    outer: Any = BiSLS([point.x], lower=inner, direction=direction)
+    outer: Any = BiSLS([point.x], lower=inner, direction=direction, pace="every")
     for _ in range(6):
         inner.step(point.lower)
         assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], CG(tolerance=1e-10)))

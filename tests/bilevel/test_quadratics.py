@@ -126,7 +126,8 @@ def test_descent_if_y_is_exact(seed: int, mu: float, lr: float | None, direction
     problem = random_qb(seed, mu)
     point = problem.instance()
     inner = lower_search(point.y)
-    outer: Any = BiSLS([point.x], lr, lower=inner, direction=direction, betas=(0.0, 0.999), solver=EXACT, carry=False)
+    options: dict[str, Any] = {"betas": (0.0, 0.999), "pace": "every", "solver": EXACT, "carry": False}
+    outer: Any = BiSLS([point.x], lr, lower=inner, direction=direction, **options)
     inner.step(point.lower)
     value = problem.F(point.x.detach())
     for _ in range(8):

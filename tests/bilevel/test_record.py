@@ -47,7 +47,7 @@ def both(seed: int = 1, lr: float | None = 1.0, **options: Any) -> tuple[Instanc
 )
 def test_evaluations_are_counted(options: dict[str, Any], curvature: float) -> None:
     """One gradient and a value per trial of the upper closure; the lower one as often as it is counted."""
-    check: dict[str, Any] = {} if "step" in options else {"curvature": curvature}
+    check: dict[str, Any] = {} if "step" in options else {"curvature": curvature, "pace": "every"}
     point, inner, outer = both(lr=30.0, **check, **options)
     trials, looks = 0, 0
     for _ in range(6):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from adaptive_bilevel import SLS, SLSB, SPSB, AutoSLS, BiSLS, BiSPS, OneStepBiSLS
 from adaptive_bilevel.bilevel.options import SearchOptions
@@ -51,6 +52,11 @@ def made(case: str, lower: str, seed: int = 1, x: Any = None, y: Any = None, **m
     return point, inner, cls([point.x], **{"lr": 1.0, **options, **more}, lower=inner)
 
 
+def over(x: Tensor, y: Tensor) -> Instance:
+    problem = random_qb(1)
+    return Instance(x, y, lambda: problem.f(x, y), lambda: problem.g(x, y))
+
+
 def trace(point: Instance, inner: Any, outer: Any, iterations: int) -> list[str]:
     states = []
     for _ in range(iterations):
@@ -83,6 +89,7 @@ def test_save_load_continue(case: str, lower: str) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_alike(case: str, how: str) -> None:
     point, inner, outer = made(case, "SLS")
+    point = over(point.x, point.y)
     trace(point, inner, outer, 3)
     whole = (point.x, point.y, inner, outer)
     x, y, inner2, outer2 = copy.deepcopy(whole) if how == "deepcopy" else pickle.loads(pickle.dumps(whole))
@@ -90,8 +97,7 @@ def test_copies_go_on_alike(case: str, how: str) -> None:
     assert outer2.param_groups[0]["params"][0] is x
     assert inner2.param_groups[0]["params"][0] is y
     assert outer2.evaluations.upper is not outer2.evaluations.lower
-    problem = random_qb(1)
-    again = Instance(x, y, lambda: problem.f(x, y), lambda: problem.g(x, y))
+    again = over(x, y)
     if CASES[case][0] is BiSLS:
         x.grad = torch.ones_like(x)
         with pytest.raises(LowerLevelError, match="no sample"):
