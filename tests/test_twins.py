@@ -287,7 +287,7 @@ def test_two_levels(rule: str, problem: Callable[[int], Bilevel], seed: int, lr:
     inner = inner_cls(lower)
     tangent = getattr(outer_twin, "tangent", None)
     solver = Lanczos() if tangent is SpectralTangent else CG()
-    searched: dict[str, Any] = {} if tangent is None else {"solver": solver}
+    searched: dict[str, Any] = {} if tangent is None else {"solver": solver, "pace": "auto"}
     outer = outer_cls(upper, lr=lr, lower=inner, direction=direction, **searched)
     twin = outer_twin(x, inner_twin(y), direction, *([] if lr is None else [lr]))
     tolerance = 1e-6 if tangent is SpectralTangent else None

@@ -191,7 +191,7 @@ class BiSLS(UpperSearch):
         carry: str | bool | Prediction = "auto",
         curvature: float | ModelCheck = 0.5,
         project: Projection | None = None,
-        pace: str | Pace = "auto",
+        pace: str | Pace = "every",
         search: SLS | SLSB | None = None,
         **options: Unpack[SearchOptions],
     ) -> None:

@@ -46,7 +46,7 @@ class RoleOptions:
     carry: str | bool | Prediction = "auto"
     curvature: float | ModelCheck = 0.5
     response: str | Response = "tangent"
-    pace: str | Pace = "auto"
+    pace: str | Pace = "every"
     products: str = "auto"
 
     def __post_init__(self) -> None:

@@ -39,6 +39,9 @@ _RECENT = 2 * _MOST
 _STEEPER = 4.0
 """A search is due where <h, d> is above this multiple of that of the last search."""
 
+_LATE = 0.25
+"""f falls late where kept steps have less than this multiple of the falls of searched ones, for the same promise."""
+
 _NOWHERE = -1.0
 """No ||x||^2."""
 
@@ -111,6 +114,10 @@ class AsLengthsAgree:
     seen (`adaptive_bilevel.policies.agreement`), or f falls by less than the tests of the steps require
     (`adaptive_bilevel.policies.margin`). The right length then differs from sample to sample.
 
+    Where the lower steps are few, y lags: f falls later than the step of x that is the cause. A search moves y along by
+    its tangent, a kept step by a part of an old one. So a search is due while, over the last 16 steps, the falls of f
+    after kept steps are less than a quarter of those after searched steps, each sum over the sum of its promises.
+
     A search is due at once, too, if it needs no solve of its own; if no trial was rejected yet; if f is not finite or
     above all of the last 16 values, or <h, d> above four times that of the last search; if <h, d> was not, up to
     1/shrink, the slope that the last search found (h and the tangent disagree, so its length says nothing of h; far
@@ -119,8 +126,8 @@ class AsLengthsAgree:
     code or tensors of other sizes (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
 
     The state has, of the last search, "step" (a_s), "promised" (<h, d>_s), "lr", "entries" and "sample"; "gap", and
-    "since", the steps kept since; "losses" and "falls" (relative to the promise), the last 16; "differing"
-    and "decreases", the sums of `agreement`, and "margin"; of the last step, "expected" and "decrease" for them,
+    "since", the steps kept since; "losses", "falls" (relative to the promise), "promises" and "kept" (whether it was) of the last 16;
+    "differing" and "decreases", the sums of `agreement`, and "margin"; of the last step, "expected" and "decrease" for them,
     "promise" (a <h, d>), "undone", whether it was, and, if it was kept, "at" (||x||^2 after it), "below", y before it,
     and per parameter "before", x before it.
     """
@@ -130,14 +137,14 @@ class AsLengthsAgree:
     def init(self) -> RoleState:
         """Return the state before the first step: a search is due."""
         sums = {"differing": 0.0, "decreases": 0.0, "margin": 0.0, "decrease": 0.0, "promise": 0.0}
-        return RoleState({"gap": 1, "since": 0, "losses": [], "falls": [], "undone": False, **sums})
+        return RoleState({"gap": 1, "since": 0, "losses": [], "falls": [], "promises": [], "kept": [], "undone": False, **sums})
 
     def due(self, context: PaceContext, state: RoleState) -> bool:
         """Return whether a search is due whatever f is."""
         saved, promised = state.shared, context.path.promised
         if context.solved or "step" not in saved or saved["undone"] or saved["since"] + 1 >= saved["gap"]:
             return True
-        if not (context.scale.rejected and _agree(saved)):
+        if not (context.scale.rejected and _agree(saved)) or _late(saved):
             return True
         if not 0.0 < promised <= _STEEPER * saved["promised"]:
             return True
@@ -184,8 +191,12 @@ class AsLengthsAgree:
         sums = _compared(context, saved)
         news |= sums
         news["losses"] = [*saved["losses"], f][-_RECENT:]
-        fallen = [(saved["losses"][-1] - f) / saved["promise"]] if saved["promise"] > 0.0 else []
-        news["falls"] = [*saved["falls"], *fallen][-_RECENT:]
+        step: dict[str, Any] = {}
+        if saved["promise"] > 0.0:
+            promise, kept = saved["promise"], saved["at"] != _NOWHERE
+            step = {"falls": (saved["losses"][-1] - f) / promise, "promises": promise, "kept": kept}
+        for name in ("falls", "promises", "kept"):
+            news[name] = [*saved[name], *([step[name]] if step else [])][-_RECENT:]
         along_h = _alike(record.slope_ratio, 1.0, context.policy.shrink)
         if not record.moved or context.solved or (record.outcome != Outcome.kept and not along_h):
             return RoleState({**news, "gap": 1, "since": 0})
@@ -244,6 +255,17 @@ def _compared(context: PaceContext, saved: Mapping[str, Any]) -> dict[str, float
 def _agree(sums: Mapping[str, float]) -> bool:
     """Return whether samples agree."""
     return agreeing(sums["differing"], sums["decreases"]) and sums["margin"] >= 0.0
+
+
+def _late(saved: Mapping[str, Any]) -> bool:
+    """Return whether f falls later than kept steps."""
+    falls, promises = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+    for fall, promise, kept in zip(saved["falls"], saved["promises"], saved["kept"], strict=True):
+        falls[kept] += fall * promise
+        promises[kept] += promise
+    if min(promises.values()) == 0.0:
+        return False
+    return falls[True] / promises[True] < _LATE * falls[False] / promises[False]
 
 
 def _signs(context: PaceContext) -> tuple[float, float]:

@@ -32,7 +32,7 @@ class Run:
         self.x = torch.tensor([4.0, -3.0, 8.0], dtype=torch.float64, requires_grad=True)
         self.y = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         self.inner = SLS([self.y])
-        options = {"solver": EXACT, **options} if optimizer is BiSLS else options
+        options = {"solver": EXACT, "pace": "auto", **options} if optimizer is BiSLS else options
         self.outer = optimizer([self.x], lower=self.inner, **options)
         self.noise, self.rng = noise, torch.Generator().manual_seed(0)
         self.outcomes: list[int] = []
@@ -185,6 +185,16 @@ def test_along_a_hypergradient_of_the_wrong_sign_every_step_is_searched() -> Non
     run.step(count=15)
     assert set(run.outcomes) == {Outcome.accepted}
     assert run.upper().item() < 1.1
+
+
+@pytest.mark.parametrize(("after_kept", "due"), [(1.0, False), (0.26, False), (0.24, True), (-1.0, True)])
+def test_where_f_falls_later_than_kept_steps_a_search_is_due(after_kept: float, due: bool) -> None:
+    """A quarter of the falls after searched steps is asked for, for the same promise."""
+    run = Run()
+    run.until_kept()
+    falls = [after_kept * 0.8, 0.8, after_kept * 0.8]
+    run.outer.state["pace"].update(falls=falls, promises=[1e-3, 4e-3, 2e-3], kept=[True, False, True])
+    assert (run.step() != Outcome.kept) == due
 
 
 @pytest.mark.parametrize("part", [1.0, 0.1])

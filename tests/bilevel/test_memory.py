@@ -79,13 +79,14 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
         # where the run would go back to.
         ("sgd", {"momentum": False}, 2, 3, 5),
         # Also the means of hypergradients and tangents, and the last hypergradient.
-        ("sgd", {"pace": "every"}, 4, 4, 8),
-        ("sgd", {}, 6, 5, 11),  # x before a kept step, and the tangent that y follows there with its direction
-        ("sgd", {"pace": "every", "carry": False}, 4, 3, 7),  # no tangents
+        ("sgd", {}, 4, 4, 8),
+        # x before a kept step, and the tangent that y follows there with its direction.
+        ("sgd", {"pace": "auto"}, 6, 5, 11),
+        ("sgd", {"carry": False}, 4, 3, 7),  # no tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
         ("adam", {"momentum": False}, 2, 3, 6),
-        ("adam", {"pace": "every"}, 4, 4, 9),
-        ("adam", {}, 6, 5, 12),
+        ("adam", {}, 4, 4, 9),
+        ("adam", {"pace": "auto"}, 6, 5, 12),
     ],
 )
 def test_the_peak_beyond_that_of_constant_steps(

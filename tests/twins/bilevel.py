@@ -215,7 +215,7 @@ class BiSLS:
         else:
             tangent = self.tangent(f_y, Lower(g, x, y), share, self.previous > 0)
             slope = tangent.along(d, f_x)
-            ratio = abs(slope / promised)
+            found, ratio = slope, abs(slope / promised)
             for refined in (1, 2):
                 if slope <= 0:
                     h = tangent.hypergradient(f_x, refined)
@@ -226,7 +226,7 @@ class BiSLS:
             w = tangent.w
             mean = self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
             self.last = w, float(h @ d), d
-            self.pace.search(a, promised, phi, searched)
+            self.pace.search(a, promised, phi, searched, found)
         self.second, self.momentum = second, momentum
         if a > 0:
             self.x, self.step_size = x.add(e, alpha=-a), a

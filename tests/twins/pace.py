@@ -22,6 +22,9 @@ class Pace:
     searches unconfirmed, or the sum M of f_k - f_{k+1} - .1 a_k s_k is negative. So is one at which f is above the last
     16, s above 4 times s_s, or h has more than 2 times or less than 1/2 of the nonzero entries of before.
 
+    So is every step while, of the last 16, the kept ones have sum (f_k - f_{k+1}) / sum a_k s_k less than 1/4 of what
+    the searched ones have. Nor is one kept after a search whose slope is not .5 to 2 times s.
+
     A kept step is undone, x and y, if f falls by less than .1 a s, and as a part r of a s by less than 2 min - max of
     the last 16 r.
     """
@@ -33,6 +36,7 @@ class Pace:
     entries: int = 0
     losses: list[float] = field(default_factory=list)
     falls: list[float] = field(default_factory=list)
+    steps: list[tuple[bool, float, float]] = field(default_factory=list)
     unconfirmed: float = 0.0
     decreases: float = 0.0
     M: float = 0.0
@@ -40,11 +44,20 @@ class Pace:
     phi: float | None = None
     before: tuple[Tensor, Tensor] | None = None
     agreed: bool = True
+    late: bool = False
     undone: bool = False
 
     @property
     def agree(self) -> bool:
         return self.unconfirmed <= self.decreases / 2 and self.M >= 0
+
+    @property
+    def is_late(self) -> bool:
+        kept, searched = ([s for s in self.steps if s[0] == kind] for kind in (True, False))
+        if not kept or not searched:
+            return False
+        rate, usual = (sum(fall for _, fall, _ in s) / sum(a for _, _, a in s) for s in (kept, searched))
+        return rate < usual / 4
 
     def was_bad(self, f: float) -> bool:
         """Return whether the last step is to be undone."""
@@ -68,11 +81,12 @@ class Pace:
 
     def see(self, f: float) -> None:
         """Compare f with what the last step has promised."""
-        self.agreed = self.agree
+        self.agreed, self.late = self.agree, self.is_late
         if self.promise > 0:
             last = self.losses[-1]
             self.M += last - f - 0.1 * self.promise + EPS * abs(last)
             self.falls = [*self.falls, (last - f) / self.promise][-16:]
+            self.steps = [*self.steps, (self.before is not None, last - f, self.promise)][-16:]
         if self.phi is not None and self.losses[-1] > self.phi:
             A = self.losses[-1] - self.phi
             self.unconfirmed += min(max(abs(f - self.phi) - EPS * max(abs(f), abs(self.phi)), 0.0), A)
@@ -81,7 +95,9 @@ class Pace:
     def length(self, f: float, s: float, h: Tensor, rejected: bool) -> float | None:
         """Return the length to keep, None for a search."""
         entries = int(h.count_nonzero())
-        if self.a == 0 or self.undone or self.since + 1 >= self.gap or not (rejected and self.agreed and self.agree):
+        if self.a == 0 or self.undone or self.since + 1 >= self.gap or self.late:
+            return None
+        if not (rejected and self.agreed and self.agree):
             return None
         if f > max(self.losses) or s > 4 * self.s or not self.entries / 2 <= entries <= 2 * self.entries:
             return None
@@ -100,9 +116,12 @@ class Pace:
         """Take note of a kept step from (x, y)."""
         self.since, self.before, self.promise = self.since + 1, (x, y), a * s
 
-    def search(self, a: float, s: float, phi: float, h: Tensor) -> None:
-        """Take note of a search that ended at a, where f is phi; 0 if it failed."""
+    def search(self, a: float, s: float, phi: float, h: Tensor, slope: float) -> None:
+        """Take note of a search along a slope that ended at a, where f is phi; 0 if it failed."""
         self.since = 0
+        if not 0.5 * (1 - 1e-6) <= slope / s <= 2 * (1 + 1e-6):
+            self.gap, self.promise = 1, a * s
+            return
         ratio = a / self.kept(s) if self.a > 0 else 0.0
         if a == 0 or not self.agree or ratio < 0.5 * (1 - 1e-6):
             self.gap = 1
