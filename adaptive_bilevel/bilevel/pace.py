@@ -119,17 +119,17 @@ class AsLengthsAgree:
     after kept steps are less than a quarter of those after searched steps, each sum over the sum of its promises.
 
     A search is due at once, too, if it needs no solve of its own; if no trial was rejected yet; if f is not finite or
-    above all of the last 16 values, or <h, d> above four times that of the last search; if <h, d> was not, up to
-    1/shrink, the slope that the last search found (h and the tangent disagree, so its length says nothing of h; far
-    from a solution of the linear systems, or along a wrong hypergradient); if lr, or the number of entries
-    of h that are not zero, has changed by more than 1/shrink since then; and if the closures of either level have other
-    code or tensors of other sizes (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
+    above all of the last 16 values, or <h, d> above four times that of the last search; if the slope that this found
+    was not <h, d>, up to 1/shrink (h and the tangent disagree, along a wrong hypergradient or far from a solution of
+    the linear systems, so its length says nothing of h); if lr, or the number of entries of h that are not zero, has
+    changed by more than 1/shrink since then; and if the closures of either level have other code or tensors of other
+    sizes (`adaptive_bilevel.bilevel.sample_signature`), or the parameters are others.
 
     The state has, of the last search, "step" (a_s), "promised" (<h, d>_s), "lr", "entries" and "sample"; "gap", and
-    "since", the steps kept since; "losses", "falls" (relative to the promise), "promises" and "kept" (whether it was) of the last 16;
-    "differing" and "decreases", the sums of `agreement`, and "margin"; of the last step, "expected" and "decrease" for them,
-    "promise" (a <h, d>), "undone", whether it was, and, if it was kept, "at" (||x||^2 after it), "below", y before it,
-    and per parameter "before", x before it.
+    "since", the steps kept since; of the last 16 steps, "losses", "falls" (relative to the promise), "promises" and
+    "kept" (whether it was); "differing" and "decreases", the sums of `agreement`, and "margin"; of the last step,
+    "expected" and "decrease" for them, "promise" (a <h, d>), "undone", whether it was, and, if it was kept, "at"
+    (||x||^2 after it), "below", y before it, and per parameter "before", x before it.
     """
 
     keeps = True
@@ -137,7 +137,8 @@ class AsLengthsAgree:
     def init(self) -> RoleState:
         """Return the state before the first step: a search is due."""
         sums = {"differing": 0.0, "decreases": 0.0, "margin": 0.0, "decrease": 0.0, "promise": 0.0}
-        return RoleState({"gap": 1, "since": 0, "losses": [], "falls": [], "promises": [], "kept": [], "undone": False, **sums})
+        recent: dict[str, Any] = {"losses": [], "falls": [], "promises": [], "kept": []}
+        return RoleState({"gap": 1, "since": 0, "undone": False, **recent, **sums})
 
     def due(self, context: PaceContext, state: RoleState) -> bool:
         """Return whether a search is due whatever f is."""

@@ -133,7 +133,7 @@ def _tangent(context: PredictionContext, state: RoleState) -> list[Tensor] | Non
 
 def _share(context: PredictionContext, state: RoleState) -> float:
     """Return theta of `Always`."""
-    before = state.shared["promised"]
+    before: float = state.shared["promised"]
     (along,) = agree(inner(context.gradient.values, [own["along"] for own in state.each]))
     most = math.sqrt(context.promised / before)
     return min(max(float(along) / before, -most), most)
