@@ -61,6 +61,7 @@ class UpperSearch(SearchingOptimizer):
     def _expect_products(self) -> None:
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())
+            self._handover.expect(self.lower.tensors())
 
     def _shared_options(self) -> dict[str, Any]:
         return {**super()._shared_options(), "solver": described(self.solver)}

@@ -18,6 +18,7 @@ from ..evaluation.objective import Objective
 from ..evaluation.parts import any_in_parts
 from ..evaluation.reductions import agree
 from ..evaluation.tensors import gradients_of
+from ..hypergradient.same_point import Handover
 from ..hypergradient.shared_basis import waits
 from ..optim.direction import Gradient
 from ..optim.projection import Section
@@ -57,10 +58,18 @@ class StartingOptimizer(UpperOptimizer):
     def _prepare(self) -> None:
         super()._prepare()
         self._retreat = Retreat()
+        self._handover = Handover()
 
     def _forget(self) -> None:
         super()._forget()
         self._retreat.forget()
+
+    def advance(self, *args: Any, **options: Any) -> Tensor | float:
+        """Do what `step` does, and drop what the hypergradient has left for it."""
+        try:
+            return super().advance(*args, **options)
+        finally:
+            self._handover.release()
 
     def _follow(self, level: Lower) -> None:
         """Take a lower level; whether the options fit the parameters is known then."""
@@ -114,17 +123,21 @@ class StartingOptimizer(UpperOptimizer):
         """Return f at (x, y), with f_x and f_y if they are wanted already, or known."""
         tensors = [*params, *lower]
         known = objective.evaluated(tensors) if isinstance(objective, Objective) else None
+        partials: list[Tensor] | None
         if known is not None:
             loss, found = known.loss, averaged(known.gradients, tensors)
             partials = self._partials(gradient, lower, tensors, found)
-        elif differentiated:
+        elif differentiated and not self._handover.has_upper:
             loss, partials = self._differentiated(guard, objective, gradient, lower, tensors)
         else:
+            random = guard.random_state()
             self.evaluations.upper.values += 1
             value = guard.value(objective)
             wide = torch.promote_types(params[0].dtype, torch.float32)
             loss = value if isinstance(value, Tensor) else torch.tensor(value, dtype=wide)
-            partials = None
+            partials = self._handover.take_upper(value, [*gradient.tensors, *lower]) if differentiated else None
+            if differentiated and partials is None:
+                loss, partials = self._differentiated(guard, objective, gradient, lower, tensors, random)
         guard.mark()
         parts = zip(params, hypergradient, self._each_factor(), strict=True)
         return Point(
@@ -201,11 +214,14 @@ class StartingOptimizer(UpperOptimizer):
         if point.differentiated:
             return
         tensors, width = [*point.params, *point.lower], len(point.gradient.tensors)
-        point.loss, partials = self._differentiated(
-            point.guard, point.objective, point.gradient, point.lower, tensors, point.guard.entry
-        )
-        point.guard.mark()
-        point.value, point.differentiated = float(agree(point.loss)[0]), True
+        partials = self._handover.take_upper(point.loss, [*point.gradient.tensors, *point.lower])
+        if partials is None:
+            point.loss, partials = self._differentiated(
+                point.guard, point.objective, point.gradient, point.lower, tensors, point.guard.entry
+            )
+            point.guard.mark()
+            point.value = float(agree(point.loss)[0])
+        point.differentiated = True
         point.f_x, point.f_y = partials[:width], partials[width:]
 
     def _differentiated(
@@ -220,7 +236,9 @@ class StartingOptimizer(UpperOptimizer):
         """Return f, and f_x and f_y in a row."""
         self.evaluations.upper.gradients += 1
         loss, found = guard.gradient(objective, tensors, random)
-        return loss, self._partials(gradient, lower, tensors, found)
+        partials = self._partials(gradient, lower, tensors, found)
+        self._handover.compare_upper(loss, [*gradient.tensors, *lower], partials)
+        return loss, partials
 
     def _partials(
         self, gradient: Gradient, lower: list[Tensor], tensors: list[Tensor], found: list[Tensor | None]

@@ -17,7 +17,8 @@ from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, inners
 from ..hypergradient.difference_products import LowerLoss
 from ..hypergradient.lanczos import Lanczos, SpectralInverse
-from ..hypergradient.products import Curvature, Sampled, curvature_of, say_unresolved
+from ..hypergradient.products import Curvature, Sampled, curvature_of, resumed, say_unresolved
+from ..hypergradient.same_point import handover
 from ..hypergradient.shared_basis import expect, random_state, take
 from ..hypergradient.solution import HessianReport
 from ..optim.search_path import SearchPath
@@ -155,13 +156,32 @@ class JointTangent(TangentModel):
         super().__init__(point, problems, inverse, products)
         self._upper = point.gradient.tensors
         self._problems = _under(random_state(point.lower), problems)
-        self._curvature = self._differentiated()
+        self._curvature = self._taken_over() or self._differentiated()
         self._pushed = False
         inverse.observe(point.f_y, self._curvature.hvp, self._left)
 
     def _differentiated(self) -> Curvature:
         self._loss, curvature, _ = self._curvature_of(self._problems, self._upper, self._lower)
+        if (left := handover(self._lower)) is not None and curvature.exact:
+            left.compare_lower(self._loss, self._upper, self._lower, curvature.gradient)
         return curvature
+
+    def _taken_over(self) -> Curvature | None:
+        """Return products with the graph that the hypergradient left, if it is that of this point and sample."""
+        left, replayed = handover(self._lower), all(problem.random is not None for problem in self._problems)
+        if left is None or not replayed or self._products == "difference":
+            return None
+
+        def value() -> Tensor:
+            self._counts.values += 1
+            return torch.stack([torch.as_tensor(self._guard.value(p.closure, p.random)) for p in self._problems]).sum()
+
+        taken = left.take_lower(value, self._upper, self._lower)
+        if taken is None:
+            return None
+        self._loss, exact = taken
+        loss = LowerLoss(self._guard, [(p.closure, p.random) for p in self._problems])
+        return resumed(self._products, exact, loss, self._upper, self._lower)
 
     def _left(self, solver: Lanczos) -> SpectralInverse | None:
         """Return the inverse that the hypergradient left for this point and sample."""

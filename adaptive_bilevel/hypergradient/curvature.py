@@ -189,6 +189,10 @@ class LowerCurvature:
         """
         self._loss, self._upper_slopes = None, None
 
+    def by_autograd(self) -> LowerCurvature:
+        """Return these products."""
+        return self
+
     def pull_back(self, vector: Sequence[Tensor]) -> tuple[Vector, Vector]:
         """Return ``(C v, H v)`` with one backward: an adjoint step through ``grad_y g``."""
         self.hvps += 1

@@ -153,6 +153,10 @@ class DifferenceCurvature:
     def forget_loss(self) -> None:
         """Do nothing: no graph is kept."""
 
+    def by_autograd(self) -> None:
+        """Return None."""
+        return
+
     def _product(self, kind: str, move: Sequence[Tensor], inputs: Sequence[Tensor], here: Sequence[Tensor]) -> Vector:
         """Return the derivative of the gradient by ``inputs`` along a move of all tensors."""
         moves = [(p, m.detach()) for p, m in zip((*self._upper, *self._lower), move, strict=True) if p.requires_grad]

@@ -23,6 +23,7 @@ from .difference_products import LowerLoss
 from .lanczos import Lanczos
 from .last_solution import recall, remember
 from .products import PRODUCTS, Curvature, Sampled, curvature_of, refuse_products, remember_without, say_unresolved
+from .same_point import following
 from .second_derivatives import verify
 from .shared_basis import solve
 from .solution import LinearSolver, Solution, described, report
@@ -200,12 +201,13 @@ def _differentiate(
     choice("implicit", "products", products, PRODUCTS)
     refuse_products("implicit", products, (*x, *y))
     with guarded((*x, *y), process_group, solver=described(solver), products=products) as guard:
+        step = following(solver, x, y)
         (direct, rhs), reaches, upper_loss = upper_part(guard, upper_closure, x, y, products)
         counts = Counts(gradients=1)
         lower_part = LowerLoss(guard, [(lower_closure, None)])
 
         def sample() -> Sampled:
-            return curvature_of(products, lower_part, x, y, evaluated=guard.mark)
+            return curvature_of(products, lower_part, x, y, moves=step.wants_graph, evaluated=guard.mark)
 
         def sampled(v: Vector) -> Vector:
             curvature = sample().curvature
@@ -236,6 +238,7 @@ def _differentiate(
                 _count(counts, curvature)
             elif wrong is not None:
                 warn(str(wrong))
+        step.leave(solution, (upper_loss, direct, rhs), (lower_loss, curvature))
     say_unresolved(y, curvature.error)
     if not curvature.mixed:
         warn(f"implicit: {unconnected(reaches)}.")

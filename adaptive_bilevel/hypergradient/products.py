@@ -31,6 +31,7 @@ __all__ = [
     "known_without",
     "refuse_products",
     "remember_without",
+    "resumed",
     "say_unresolved",
 ]
 
@@ -100,6 +101,10 @@ class Curvature(Protocol):
         """Drop what only products with C^T need."""
         ...
 
+    def by_autograd(self) -> LowerCurvature | None:
+        """Return the products by autograd, without what replaces them where they fail; None: they are differences."""
+        ...
+
 
 @final
 class _AutogradFirst:
@@ -153,6 +158,9 @@ class _AutogradFirst:
 
     def forget_loss(self) -> None:
         self._now.forget_loss()
+
+    def by_autograd(self) -> LowerCurvature | None:
+        return self._exact
 
     def _either(self, product: Callable[[Curvature], T]) -> T:
         if self._exact is None:
@@ -220,6 +228,24 @@ def curvature_of(
         return Sampled(agreed(differences.loss), differences, None)
     curvature = exact if products == "autograd" else _AutogradFirst(exact, again, upper, lower)
     return Sampled(agreed(value), curvature, value)
+
+
+def resumed(
+    products: str, exact: LowerCurvature, loss: LowerLoss, upper: Sequence[Tensor], lower: Sequence[Tensor]
+) -> Curvature | None:
+    """Return products with a graph that is there already, for another caller, whose count begins at 0.
+
+    Args:
+        products: As the caller takes them. None is returned where it takes differences.
+        exact: Products with that graph.
+        loss: g, under random states that are known.
+        upper: The tensors of x.
+        lower: The tensors of y.
+    """
+    if products == "difference":
+        return None
+    exact.gradients = exact.hvps = exact.jvps = 0
+    return exact if products == "autograd" else _AutogradFirst(exact, loss, upper, lower)
 
 
 def refuse_products(owner: str, products: str, tensors: Sequence[Tensor]) -> None:
