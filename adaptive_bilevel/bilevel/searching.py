@@ -121,7 +121,7 @@ class SearchingOptimizer(StartingOptimizer):
 
         Args:
             upper_closure: Returns the upper loss f(x, y) on the sample of the hypergradient. It is evaluated once with
-                gradients for x and y, and once for each trial.
+                gradients for x and y (or without, if they are the hypergradient's), and once for each trial.
             lower_closure: Returns the lower loss g(x, y); a list for several lower optimizers. By default, the last
                 closure of the lower optimizer. Optimizers of `torch.optim` do not store theirs and need it here.
             closure: Another name of `upper_closure`, as in `torch.optim`.

@@ -116,7 +116,8 @@ def implicit(
             objects that the closures use, not copies. Frozen and unused tensors have a hypergradient of zero.
         lower: The tensors of y, likewise.
         solver: `Lanczos`, `CG`, `Neumann`, `Identity`, or any `LinearSolver`. `BiSLS` uses the products of `Lanczos`
-            again for its response, with the same random numbers in the lower loss.
+            again for its response, with the same random numbers in the lower loss. If losses have the same values in
+            its step, it uses their derivatives again, too; until then, the graph of the lower gradient is kept.
         initial: Start of the solver, arranged like ``lower``. By default zero, and for ``CG(warm_start=True)`` the last
             solution for these lower tensors in this process. To resume bitwise from a checkpoint, save
             ``info.solution.tensors`` of `implicit_with_info` and pass them here.
