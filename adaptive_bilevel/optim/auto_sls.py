@@ -21,13 +21,14 @@ class AutoSLS(LineSearch):
     * **Samples agree**: the next samples confirm at least half of the decreases of the searches. Each step is that of
       `SLS`.
     * **Samples disagree** (minibatches): the step is lr decay(k), without a search, along the mean of the gradients m
-      (for Adam along A^{-1} m). The parameters hold a mean of the iterates. Gradients are evaluated at another point,
-      which the optimizer stores between steps; ``step`` returns the loss at that point. See
-      `adaptive_bilevel.optim.averaging`.
+      (for Adam along A^{-1} m). Below an upper optimizer of this package, the length is searched for, up to
+      lr decay(k), as by `SLSB`: longer steps overfit the lower loss before x has moved. The parameters hold a mean of
+      the iterates. Gradients are evaluated at another point, which the optimizer stores between steps; ``step`` returns
+      the loss at that point. See `adaptive_bilevel.optim.averaging`.
 
     `adaptive_bilevel.policies.AutoSLS` has the formulas. The first phase costs one evaluation more than `SLS` at the
     first step, and with direction="adam" at each step. The second phase costs two evaluations a step, one of them with
-    gradients.
+    gradients, and the trials of a search.
 
     Args:
         params: Parameters or groups.

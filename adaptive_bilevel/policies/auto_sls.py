@@ -16,14 +16,16 @@ at most, mostly the shortest. M may then become negative, most of all in short l
 
 Where samples disagree, a search says little: the longest step that lowers one sample is too long for all of them if
 the sample can be fitted alone (batches with wrong labels), and the lengths that pass follow the worst samples if
-curvatures differ (networks: ten times too short on LeNet). There the step is the bound itself,
+curvatures differ (networks: ten times too short on LeNet). On a single level the step there is the bound itself,
 
     gamma_k = min{gamma_b,0 / cbrt(k + 1), (f_k - l) / (c n_k)},
 
 gamma_b,0 from the distance to the solution, see `adaptive_bilevel.policies.distance`; no trial is made. Such steps are
 longer than the last iterate bears, and made for a mean of the iterates, which is what the optimizer
-`adaptive_bilevel.AutoSLS` leaves in the parameters. Samples that have disagreed are taken to disagree from then on.
-``examples/benchmarks/NOTES.md`` has what was measured, the exponent included.
+`adaptive_bilevel.AutoSLS` leaves in the parameters. Once an upper variable has moved (`AutoSLS.displaced`), the step is
+searched below that bound: what trains the lower loss fastest overfits it before the upper variable has moved. Samples
+that have disagreed are taken to disagree from then on. ``examples/benchmarks/NOTES.md`` has what was measured, the
+exponent included.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ __all__ = ["AutoSLS"]
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSLS(SLSB):
-    """Line search while samples agree. Afterwards, the step is the bound, without a search.
+    """Line search while samples agree. Afterwards, the step is the bound, or searched below it in a lower level.
 
-    The options are those of `SLSB`. `bound` is also the first trial. After samples have disagreed, no step exceeds the
-    longest step that a search has accepted. If `bound` is None, it is estimated from the first step on, see `Envelope`.
-    The default of `decay` is for averaged iterates.
+    The options are those of `SLSB`. `bound` is also the first trial. After samples have disagreed, no step without a
+    search exceeds the longest step that a search has accepted. If `bound` is None, it is estimated from the first step
+    on, see `Envelope`. The default of `decay` is for averaged iterates.
 
     >>> policy, f = AutoSLS(), lambda x: x * x
     >>> record, state = policy.step(policy.init(), loss=f(1.0), slope=4.0, trial=lambda a: f(1.0 - 2.0 * a))
@@ -88,8 +90,8 @@ class AutoSLS(SLSB):
                 If it is not finite, the next sample is compared with nothing.
         """
         if change is None:
-            return state._replace(loop_ends=1)
-        return self.shifted(state, change)._replace(loop_ends=1)
+            return state._replace(loop_ends=1, nested=1)
+        return self.shifted(state, change)._replace(loop_ends=1, nested=1)
 
     def shifted(self, state: SearchState, change: float) -> SearchState:
         """Return the state after the loss has changed by so much for a reason that is neither a step nor the sample."""
@@ -119,6 +121,10 @@ class AutoSLS(SLSB):
             )
             return record, promised(after, loss, step * slope)
 
+        if seen.nested:
+            record, after = super().propose(seen, context)
+            return (record, after) if record.moved else (record, state)
+
         def tangent(step: float) -> float:
             return loss - step * slope
 
@@ -140,10 +146,11 @@ class AutoSLS(SLSB):
         return after._replace(loops_differing=state.loops_differing + differing)
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
+        if self.agrees(state):
+            return initial, math.inf if context.cap is None else context.cap
         limits = super()._limits(state, initial, context)
-        if not self.agrees(state):
-            # Nothing is searched, so a length that was given is held to what searches have accepted.
-            given = self.bound is not None or context.bound is not None
-            most = state.longest if given and state.longest else math.inf
-            return min(limits[0], most), min(limits[1], most)
-        return initial, math.inf if context.cap is None else context.cap
+        given = self.bound is not None or context.bound is not None
+        if state.nested or not (given and state.longest):
+            return limits
+        # Nothing is searched, so a length that was given is held to what searches have accepted.
+        return min(limits[0], state.longest), min(limits[1], state.longest)

@@ -77,6 +77,7 @@ class SearchState(NamedTuple):
         decreases: The sum of the decreases that were compared.
         loop_decrease: The sum of the decreases since the upper variable last moved.
         loop_ends: Whether it has moved since the last step, 0 or 1.
+        nested: Whether it has moved at all, 0 or 1: the steps are those of a lower level.
         loops_differing: As `differing`, of whole loops.
         loops_decreases: As `decreases`, of whole loops.
         last_loss: f_{k-1}, the loss before the last step.
@@ -106,6 +107,7 @@ class SearchState(NamedTuple):
     decreases: float = 0.0
     loop_decrease: float = 0.0
     loop_ends: int = 0
+    nested: int = 0
     loops_differing: float = 0.0
     loops_decreases: float = 0.0
     last_loss: float = 0.0

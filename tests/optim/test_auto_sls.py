@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -233,6 +234,37 @@ def test_where_samples_disagree_the_bound_is_the_step_and_nothing_is_tried() -> 
     assert (record.trials, after.count) == (0, 8)
     record, _ = policy.step(state, loss=1e-6, slope=1.0, trial=trial)
     assert record.step_size == pytest.approx(1e-5)  # no step above loss / (c slope)
+
+
+@pytest.mark.parametrize("passes, expected, trials", [(1.0, 0.125, 1), (0.05, 0.03125, 3)])
+def test_below_an_upper_level_steps_are_searched_up_to_the_bound(passes: float, expected: float, trials: int) -> None:
+    """What trains fastest overfits before the upper variable has moved, so each step has to lower its own sample."""
+    policy = policies.AutoSLS(bound=0.25)
+    state = policy.displaced(SearchState(count=7, previous=1.0, margin=-1.0), None)
+    record, after = policy.step(state, loss=1.0, slope=1e-3, trial=lambda a: 0.0 if a <= passes else 2.0)
+    assert record.step_size == pytest.approx(expected)  # from .25 / cbrt(7 + 1)
+    assert (record.trials, after.count, after.nested) == (trials, 8, 1)
+
+
+def test_an_upper_step_makes_the_rule_search() -> None:
+    training = [loss_of(*data(seed, 0.5)) for seed in range(10)]
+    x, w = leaf(0.0), torch.nn.Parameter(torch.zeros(10))
+    inner = AutoSLS([w])
+    outer = BiSLS([x], lower=inner)
+    trials = []
+
+    def loss(k: int) -> Tensor:
+        return training[k % 10](x.squeeze(), w)
+
+    for k in range(40):
+        inner.step(partial(loss, k))
+        assert inner.record is not None
+        trials.append((agrees(inner), inner.record.trials))
+        if k == 20:
+            assign([x], implicit(partial(loss, 0), partial(loss, 1), [x], [w]))
+            outer.step(partial(loss, 0))
+    assert {trials for agree, trials in trials[5:21] if not agree} == {0}
+    assert min(trials for _, trials in trials[21:]) >= 1
 
 
 def test_a_step_that_does_not_move_leaves_no_trace() -> None:
