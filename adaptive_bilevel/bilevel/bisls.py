@@ -114,8 +114,8 @@ class BiSLS(UpperSearch):
 
     Args:
         params: Upper parameters or groups.
-        lr: The first trial of the first search, > 0. If None, it is (f - lower_bound)/(c s), which no step that passes
-            exceeds. It then also caps later searches.
+        lr: The first trial of the first search, > 0. If it passes, the search goes on with longer ones while they pass.
+            If None, it is (f - lower_bound)/(c s), which no step that passes exceeds. It then also caps later searches.
         lower: The optimizer of the lower level (any torch optimizer), a list of them (several children, a meta-batch of
             tasks), a `Lower`, or None. None is for an f that does not depend on a lower variable, and for a lower level
             that each ``step`` is given.

@@ -37,9 +37,8 @@ __all__ = ["Roles", "SearchingOptimizer"]
 
 _BLIND = (
     "the hypergradient is of entries of the upper variable that neither the upper loss nor the last lower sample "
-    "depends on, so nothing moved. The last lower step was on another sample: "
-    "compute the hypergradient on the sample of the last lower step, or pass that of the hypergradient "
-    "as step(..., lower_closure=...)"
+    "depends on, so nothing moved. The last lower step was on another sample: compute the hypergradient on the sample "
+    "of the last lower step, or pass that of the hypergradient as step(..., lower_closure=...)"
 )
 
 
@@ -90,12 +89,9 @@ class SearchingOptimizer(StartingOptimizer):
     def _make_policy(self, rule: Any) -> Any:
         self._make_roles()  # whenever the options have changed, as the policy
         direction, roles = self.conduct.direction, self.roles._asdict().items()
-        self._first_states = {name: role.init() for name, role in roles} | {
-            "last_step": RoleState(),
-            "retreat": Retreat.init(),
-            "secants": Secants.init(),
-        }
-        self._first_states["direction"] = RoleState() if isinstance(direction, str) else direction.init()
+        own = {"last_step": RoleState(), "retreat": Retreat.init(), "secants": Secants.init()}
+        own["direction"] = RoleState() if isinstance(direction, str) else direction.init()
+        self._first_states = {name: role.init() for name, role in roles} | own
         return super()._make_policy(rule)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -251,8 +247,7 @@ class SearchingOptimizer(StartingOptimizer):
         change, gain = motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
         moved, step, excused = record.moved, self._scheduled(record).step_size, bool(getattr(check, "excused", False))
         context = MomentumContext(path.gradient, path.descent, point.beta)
-        kept = roles.pace.keeps and not paced.solved and answer is not None
-        along = list(path.along) if kept else None
+        along = list(path.along) if roles.pace.keeps and not paced.solved and answer is not None else None
         path.rest()
         mix = roles.momentum.propose(context, states["momentum"])
         if path.replaced or mix.along is None:

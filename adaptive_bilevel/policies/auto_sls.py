@@ -146,9 +146,9 @@ class AutoSLS(SLSB):
         return after._replace(loops_differing=state.loops_differing + differing)
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
+        limits = super()._limits(state, initial, context)  # which reads the schedule
         if self.agrees(state):
             return initial, math.inf if context.cap is None else context.cap
-        limits = super()._limits(state, initial, context)
         given = self.bound is not None or context.bound is not None
         if state.nested or not (given and state.longest):
             return limits

@@ -40,6 +40,9 @@ class GuardedSLS(SLS):
     become longer, for example where x saturates; S keeps the bound at the root mean square of the steps so far. The
     guard needs no evaluation and no option. The options are those of `SLS`.
 
+    A first search whose first trial passes goes on with start / w, start / w^2, ... while they pass, so that a first
+    trial that is far too short costs evaluations and no steps (with reset="grow" and grow > 1).
+
     In ``examples/benchmarks/NOTES.md``, the start of few-shot networks diverged in 2 of 3 runs with `SLS`.
 
     >>> policy, f = GuardedSLS(start=1.0), lambda x: x * x
@@ -75,6 +78,9 @@ class GuardedSLS(SLS):
         gain = step * slope
         together = estimated._replace(last_gain=state.last_gain + gain, gains=state.gains + gain)
         return super().kept(together, loss, slope, step)
+
+    def _goes_up(self, state: SearchState) -> bool:
+        return state.previous == 0.0 and self.reset == "grow" and self.grow > 1.0
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         initial, largest = super()._limits(state, initial, context)

@@ -144,6 +144,8 @@ class Search(Policy[SearchState]):
         cap = min(largest, ceiling)
         start = reset(state.previous, initial, option=self.reset, grow=self.grow, cap=cap)
         step, outcome, trials, value = self._backtrack(start, point, context)
+        if self._goes_up(state) and outcome == Outcome.accepted and trials == 1:
+            step, trials, value = self._go_up(step, value, cap, point, context)
         if outcome != Outcome.accepted:
             return Record(0.0, step, cap, outcome, before + trials, value, slope), state
         if step == cap:
@@ -184,6 +186,26 @@ class Search(Policy[SearchState]):
         if outcome == Outcome.accepted and asked * step <= rounding * abs(loss) < asked * self.shrink * promising:
             outcome = Outcome.search_failed
         return step, outcome, trials, value
+
+    def _goes_up(self, state: SearchState) -> bool:
+        """Return whether a search whose first trial passes goes on with longer ones."""
+        return False
+
+    def _go_up(self, step: float, value: float, cap: float, point: Point, context: Context) -> tuple[float, int, float]:
+        """Return the last of step, step / w, step / w^2, ... that passes, trials, and its value.
+
+        The last one tried does not pass, so the one that does is tried again at the end: it is where a search ends.
+        """
+        trials, longer, passes = 1, step / self.shrink, True
+        while passes and longer <= cap and trials < self._most_trials():
+            trials += 1
+            tried, _, passes = self._try(longer, point, context)
+            if passes:
+                step, value, longer = longer, tried, longer / self.shrink
+        if not passes:
+            trials += 1
+            self._try(step, point, context)
+        return step, trials, value
 
     def _try(self, step: float, point: Point, context: Context) -> tuple[float, bool, bool]:
         """Return the value at a step, whether it is a sufficient decrease, and whether the step passes all tests."""

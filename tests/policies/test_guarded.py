@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def walk(policy: SLS, losses: list[float], curvatures: list[float]) -> tuple[lis
 def test_on_one_function_the_steps_are_those_of_sls(curvature: float, start: float | None) -> None:
     runs = []
     for rule in (SLS, GuardedSLS):
-        policy, x, steps = rule(start=start), 3.0, []
+        policy, x, steps = rule(start=start, reset="grow" if start is None else "keep"), 3.0, []
         state = policy.init()
         for _ in range(30):
             f, g = curvature * x * x, 2.0 * curvature * x
@@ -44,6 +45,30 @@ def test_on_one_function_the_steps_are_those_of_sls(curvature: float, start: flo
         runs.append(steps)
         assert state.margin >= 0.0
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [0.01 * 2.0**k for k in (*range(9), 7)]),  # steps up to 1.8 pass; the search ends at 1.28
+        ({"max_step": 0.2}, [0.01, 0.02, 0.04, 0.08, 0.16]),
+        ({"max_trials": 4}, [0.01, 0.02, 0.04, 0.08]),
+        ({"reset": "keep"}, [0.01]),
+        ({"grow": 1.0}, [0.01]),
+    ],
+    ids=repr,
+)
+def test_a_first_search_goes_up_from_a_trial_that_passes(options: dict[str, Any], expected: list[float]) -> None:
+    policy, tried = GuardedSLS(start=0.01, **options), list[float]()
+
+    def trial(step: float) -> float:
+        tried.append(step)
+        return (2.0 - 2.0 * step) ** 2 / 2.0
+
+    record, state = policy.step(policy.init(), loss=2.0, slope=4.0, trial=trial)
+    assert tried == pytest.approx(expected)
+    assert (record.step_size, record.trials) == (tried[-1], len(tried))
+    assert policy.step(state, loss=2.0, slope=4.0, trial=trial)[0].trials <= 2  # later ones do not
 
 
 def test_steps_that_only_fit_their_own_sample_become_shorter() -> None:

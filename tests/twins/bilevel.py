@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import EPS, Direction, Mean, Momentum, SecondMoment, gradient
-from .line_search import SLS, backtrack, is_start
+from .line_search import SLS, backtrack, climb, is_start
 from .pace import Pace
 from .polyak import Bound, polyak_step
 from .retreat import Retreat
@@ -249,6 +249,8 @@ class BiSLS:
             grow = math.exp((1 + self.kept) * math.log(grow))
         start = min(first if self.previous == 0 else grow * self.previous, longest)
         a, trials = backtrack(phi, value, slope, start, c, tangent.believed)
+        if self.previous == 0 and trials == 1:
+            a, trials = climb(phi, value, slope, a, longest, c, tangent.believed)
         if a > 0 and is_start(self.previous, trials, c * a * slope, value):
             self.previous = a
         if a > 0:

@@ -34,6 +34,26 @@ def backtrack(
     return 0.0, 40
 
 
+def climb(
+    phi: Callable[[float], float],
+    f: float,
+    slope: float,
+    start: float,
+    longest: float,
+    c: float,
+    believed: Callable[[float, float], bool],
+) -> tuple[float, int]:
+    """Return the last of start, 2 start, 4 start, ... up to longest that passes, and the trials."""
+    a, trials = start, 1
+    while 2 * a <= longest:
+        trials += 1
+        if backtrack(phi, f, slope, 2 * a, c, believed) != (2 * a, 1):
+            break
+        a *= 2
+    believed(a, f + EPS * abs(f) - c * a * slope - phi(a))  # where the search ends
+    return a, trials
+
+
 def is_start(previous: float, trials: int, decrease: float, f: float) -> bool:
     """Return whether the next search starts from this step: not if, after rejections, rounding accepted it."""
     return previous == 0 or trials == 1 or decrease > EPS * abs(f)
