@@ -41,7 +41,7 @@ class GuardedSLS(SLS):
     guard needs no evaluation and no option. The options are those of `SLS`.
 
     A first search whose first trial passes goes on with start / w, start / w^2, ... while they pass, so that a first
-    trial that is far too short costs evaluations and no steps (with reset="grow" and grow > 1).
+    trial that is far too short costs evaluations and no steps (with reset="grow").
 
     In ``examples/benchmarks/NOTES.md``, the start of few-shot networks diverged in 2 of 3 runs with `SLS`.
 
@@ -80,7 +80,7 @@ class GuardedSLS(SLS):
         return super().kept(together, loss, slope, step)
 
     def _goes_up(self, state: SearchState) -> bool:
-        return state.previous == 0.0 and self.reset == "grow" and self.grow > 1.0
+        return state.previous == 0.0 and self.reset == "grow"
 
     def _limits(self, state: SearchState, initial: float, context: Context) -> tuple[float, float]:
         initial, largest = super()._limits(state, initial, context)

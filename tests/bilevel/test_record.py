@@ -226,19 +226,19 @@ def test_where_cg_does_not_descend_a_blind_solver_has_its_own_response() -> None
     assert outer.record.slope == pytest.approx(float(h @ h))
 
 
-@pytest.mark.parametrize("cls", [BiSLS, BiSPS])
-def test_the_record_in_words(cls: Any) -> None:
+@pytest.mark.parametrize("cls, step", [(BiSLS, 0.4), (BiSPS, 0.1)])
+def test_the_record_in_words(cls: Any, step: float) -> None:
     x = torch.tensor([2.0], requires_grad=True)
-    outer: Any = cls([x], 0.1)
+    outer: Any = cls([x], step)
     assert not outer.record
     x.grad = torch.tensor([4.0])
     loss = outer.step(lambda: x.square().sum())
     assert float(loss) == 4.0
-    assert "step 0.1 (proposed" in outer.record.describe()
+    assert f"step {step} (proposed" in outer.record.describe()
     assert Outcome(outer.record.outcome).sentence in outer.record.describe()
     assert outer.record.describe() in repr(outer)
-    assert outer.param_groups[0]["step_size"] == 0.1
+    assert outer.param_groups[0]["step_size"] == step
     x.grad = torch.zeros(1)
     outer.step(lambda: x.square().sum())
     assert "the gradient is zero" in outer.record.describe()
-    assert outer.param_groups[0]["step_size"] == 0.1
+    assert outer.param_groups[0]["step_size"] == step

@@ -54,7 +54,6 @@ def test_on_one_function_the_steps_are_those_of_sls(curvature: float, start: flo
         ({"max_step": 0.2}, [0.01, 0.02, 0.04, 0.08, 0.16]),
         ({"max_trials": 4}, [0.01, 0.02, 0.04, 0.08]),
         ({"reset": "keep"}, [0.01]),
-        ({"grow": 1.0}, [0.01]),
     ],
     ids=repr,
 )
