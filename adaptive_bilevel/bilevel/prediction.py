@@ -56,8 +56,8 @@ class Always:
 
         w = theta w_s,    theta = <h, d_s> / <h, d>_s    in +-sqrt(<h, d> / <h, d>_s).
 
-    (With the whole w_s, y was moved to where it does not belong as often as d had turned: along small eigenvalues of
-    the lower Hessian, few lower steps bring it back, and the next hypergradients are wrong.)
+    The whole w_s would move y wrongly where d has turned. Along small eigenvalues of the lower Hessian, few lower steps
+    do not correct that, and the next hypergradients are wrong.
 
     The state holds "mean", the mean of the tangents, and "count", the number of them in it; and "last", the last
     tangent, with "promised", its <h, d>_s, and per parameter "along", its d_s.

@@ -47,17 +47,17 @@ class Limits(NamedTuple):
     onward: float | None = None
     baseline: bool = False
 
-    def led(self, point: Point, lead: Lead | None, section: Section | None) -> tuple[SearchPath, Limits] | None:
-        """Return the path of a lead, and the limits of a search along it from its own first trial.
+    def led(self, point: Point, lead: Lead | None, section: Section | None) -> tuple[Lead, Limits] | None:
+        """Return a lead whose path stays in the convex set, and the limits of a search from its first trial.
 
-        There is none if the set leaves less than half of its slope: such a path need not descend at all.
+        Return None if the set leaves less than half of its slope: such a path need not descend at all.
         """
         if lead is None:
             return None
         policy = dataclasses.replace(self.policy, reset="keep")
         limits = self._replace(policy=policy, state=self.state._replace(previous=lead.start))
         path = lead.path if section is None else limits.within(point, lead.path, section)
-        return (path, limits) if path.keeps(lead.path) else None
+        return (lead._replace(path=path), limits) if path.keeps(lead.path) else None
 
     def within(self, point: Point, path: SearchPath, section: Section) -> SearchPath:
         """Return the path that stays in the convex set up to the first trial."""

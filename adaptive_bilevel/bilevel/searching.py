@@ -215,7 +215,7 @@ class SearchingOptimizer(StartingOptimizer):
         seen = secants.propose(point, path, states) if secants.apply(point, roles.momentum, roles.pace) else None
         led = None if seen is None else limits.led(point, seen.lead, section)
         if led is not None:
-            path, limits = led
+            path, limits = led[0].path, led[1]
         else:
             step = roles.pace.propose(paced, states["pace"])
             if step is not None:
@@ -233,8 +233,8 @@ class SearchingOptimizer(StartingOptimizer):
             record = record._replace(outcome=Outcome.no_descent)
             point.closure_checks.say("blind", _BLIND)
         kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
-        if led is not None and seen is not None and seen.lead is not None:
-            after = after._replace(previous=seen.lead.length)
+        if led is not None:
+            after = after._replace(previous=led[0].length)
         return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian), seen)
 
     # ------------------------------------------------------------------------------------------ what is left behind

@@ -232,18 +232,16 @@ def curvature_of(
 
 def resumed(
     products: str, exact: LowerCurvature, loss: LowerLoss, upper: Sequence[Tensor], lower: Sequence[Tensor]
-) -> Curvature | None:
+) -> Curvature:
     """Return products with a graph that is there already, for another caller, whose count begins at 0.
 
     Args:
-        products: As the caller takes them. None is returned where it takes differences.
+        products: As the caller takes them, "autograd" or "auto".
         exact: Products with that graph.
         loss: g, under random states that are known.
         upper: The tensors of x.
         lower: The tensors of y.
     """
-    if products == "difference":
-        return None
     exact.gradients = exact.hvps = exact.jvps = 0
     return exact if products == "autograd" else _AutogradFirst(exact, loss, upper, lower)
 

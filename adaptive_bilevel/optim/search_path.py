@@ -37,7 +37,7 @@ class SearchPath:
         constrained: All tensors of x, if there is a convex set for them, and the projection to it.
         longest: No step above it stays in that set.
         cut: Whether the set has shortened d.
-        replaced: Whether d is not A^{-1} h: it is that of -h, for the set's sake, or of another making.
+        replaced: Whether d is not A^{-1} h: it is that of -h, for the set's sake, or one that was given.
         rounding: Of a path that was cut: how much of <h, x - P(x - a d)> may be rounding.
         promised: <h, d>, the slope that the (hyper)gradient promises.
     """

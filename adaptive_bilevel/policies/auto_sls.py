@@ -23,7 +23,7 @@ curvatures differ (networks: ten times too short on LeNet). On a single level th
 gamma_b,0 from the distance to the solution, see `adaptive_bilevel.policies.distance`; no trial is made. Such steps are
 longer than the last iterate bears, and made for a mean of the iterates, which is what the optimizer
 `adaptive_bilevel.AutoSLS` leaves in the parameters. Once an upper variable has moved (`AutoSLS.displaced`), the step is
-searched below that bound: what trains the lower loss fastest overfits it before the upper variable has moved. Samples
+searched below that bound, since longer steps overfit the lower loss before the upper variable has moved far. Samples
 that have disagreed are taken to disagree from then on. ``examples/benchmarks/NOTES.md`` has what was measured, the
 exponent included.
 """

@@ -1,4 +1,4 @@
-"""A step takes over f_x, f_y and the graph of grad_y g from the hypergradient at its point, and goes where it went."""
+"""A step takes over f_x, f_y and the graph of grad_y g from the hypergradient at its point; the iterates stay."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def nothing(task: Task) -> None:
 def test_what_changes_between_the_calls_is_noticed(
     change: Between, upper: bool, lower: bool, apart: Callable[[], None]
 ) -> None:
-    """A step that has taken over before evaluates its own gradients, and the next one is on its guard."""
+    """A step that has taken over before evaluates its own gradients, and so does the next one."""
 
     def between(task: Task) -> None:
         if next(task.calls) in (2, 3):

@@ -238,7 +238,7 @@ def test_where_samples_disagree_the_bound_is_the_step_and_nothing_is_tried() -> 
 
 @pytest.mark.parametrize("passes, expected, trials", [(1.0, 0.125, 1), (0.05, 0.03125, 3)])
 def test_below_an_upper_level_steps_are_searched_up_to_the_bound(passes: float, expected: float, trials: int) -> None:
-    """What trains fastest overfits before the upper variable has moved, so each step has to lower its own sample."""
+    """Longer steps overfit before the upper variable has moved, so each step has to lower the loss of its sample."""
     policy = policies.AutoSLS(bound=0.25)
     state = policy.displaced(SearchState(count=7, previous=1.0, margin=-1.0), None)
     record, after = policy.step(state, loss=1.0, slope=1e-3, trial=lambda a: 0.0 if a <= passes else 2.0)
