@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ..errors import OptionError
 from ..hypergradient.solution import HessianReport, SolverStatus
 from ..optim.base import AdaptiveOptimizer
@@ -126,6 +128,8 @@ def diagnose(optimizer: Any) -> list[str]:
             if isinstance(lower, AdaptiveOptimizer) and lower.history:
                 found += _behind(lower, list(lower.history))
                 found += [f"lower level: {text}" for text in diagnose(lower)]
+            elif isinstance(lower, torch.optim.SGD):
+                found += _too_long(lower, past)
     return found
 
 
@@ -244,6 +248,21 @@ def _behind(lower: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     return [
         f"the lower level is behind: the last step of {type(lower).__name__} still promised to lower its loss by "
         f"{promised / loss:.0%}. Take more lower steps for each upper one"
+    ]
+
+
+def _too_long(lower: torch.optim.SGD, past: Sequence[Past]) -> list[str]:
+    """Return whether gradient descent below takes steps above 2 / L, with L the largest Ritz value of each solve."""
+    reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
+    largest = [max(abs(r.smallest), abs(r.largest)) for r in reports if math.isfinite(r.largest)]
+    lr = max(float(group["lr"]) for group in lower.param_groups)
+    above = [size for size in largest if lr * size > 2.0]
+    if len(above) <= _SOME * len(largest):
+        return []
+    return [
+        f"lower level: the lr of SGD, {lr:g}, was above 2 / L in {_of(len(above), largest, 'solves')} (L is the "
+        f"largest eigenvalue seen, {max(above):.3g}), and gradient descent diverges there. Take SLS or AutoSLS for the "
+        f"lower level, or an lr below {2.0 / max(above):.2g}"
     ]
 
 

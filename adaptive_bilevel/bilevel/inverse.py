@@ -11,14 +11,15 @@ from typing import NamedTuple, final
 from torch import Tensor
 
 from ..hypergradient.cg import CG, Adjoint, dual_correction
-from ..hypergradient.lanczos import Lanczos, SpectralInverse
+from ..hypergradient.lanczos import Lanczos
 from ..hypergradient.solution import HessianReport, LinearSolver, MatVec, Refinable
 from ..hypergradient.solvers import Identity, Neumann
+from ..hypergradient.spectral_inverse import SpectralInverse
 
 __all__ = ["Inverse", "IterativeInverse", "SharedInverse", "Solved", "certified", "inverse_of", "refined"]
 
-Left = Callable[[Lanczos], SpectralInverse | None]
-"""Returns what the hypergradient left behind for this point and sample, if it is that of the solver."""
+Left = Callable[[Lanczos], SpectralInverse]
+"""Returns what the hypergradient left behind for this point and sample, if it is that of the solver; else a new one."""
 
 
 class Solved(NamedTuple):
@@ -53,7 +54,7 @@ class Inverse(abc.ABC):
         Args:
             functional: f_y.
             product: v -> H v.
-            left: Returns what the hypergradient left behind.
+            left: Returns the basis that `Lanczos` has built from f_y.
         """
 
     @abc.abstractmethod
@@ -111,7 +112,7 @@ class SharedInverse(Inverse):
 
     def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
         """Take the basis that the hypergradient left, or build one."""
-        self._basis = left(self._solver) or self._solver.basis(product, functional)
+        self._basis = left(self._solver)
         self._dual, self.report = self._basis.solution.tensors, self._basis.report()
 
     def solve(

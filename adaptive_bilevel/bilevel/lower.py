@@ -13,6 +13,7 @@ from ..evaluation import foreach
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Replay
 from ..evaluation.tensors import refuse_unsupported
+from ..hypergradient.loop_time import watch
 from ..optim.base import AdaptiveOptimizer
 from ..optim.unwrap import unwrapped
 
@@ -138,6 +139,11 @@ class LowerLevel:
             tensors = [p for p in _parameters(optimizer) if p.requires_grad]
             found.append(LowerProblem(tensors, sample.closure, sample.random, sample.step_size))
         return found
+
+    def watch(self) -> None:
+        """Let hypergradients know how long the loop of a single stock optimizer lasts."""
+        if len(self.optimizers) == 1:
+            watch(self.optimizers[0], self.tensors())
 
     @property
     def closures(self) -> list[Closure | None]:

@@ -16,11 +16,12 @@ from ..evaluation.guard import RandomState
 from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, inners
 from ..hypergradient.difference_products import LowerLoss
-from ..hypergradient.lanczos import Lanczos, SpectralInverse
+from ..hypergradient.lanczos import Lanczos
 from ..hypergradient.products import Curvature, Sampled, curvature_of, resumed, say_unresolved
 from ..hypergradient.same_point import handover
-from ..hypergradient.shared_basis import expect, random_state, take
+from ..hypergradient.shared_basis import build, expect, random_state, take
 from ..hypergradient.solution import HessianReport
+from ..hypergradient.spectral_inverse import SpectralInverse
 from ..optim.search_path import SearchPath
 from .context import Change, Point
 from .inverse import Inverse
@@ -183,10 +184,11 @@ class JointTangent(TangentModel):
         loss = LowerLoss(self._guard, [(p.closure, p.random) for p in self._problems])
         return resumed(self._products, exact, loss, self._upper, self._lower)
 
-    def _left(self, solver: Lanczos) -> SpectralInverse | None:
-        """Return the inverse that the hypergradient left for this point and sample."""
+    def _left(self, solver: Lanczos) -> SpectralInverse:
+        """Return the inverse that the hypergradient left for this point and sample, or build one."""
         expect(self._lower)
-        return take(self._lower, solver, self._f_y, self._loss)
+        left = take(self._lower, solver, self._f_y, self._loss)
+        return left or build(solver, self._curvature.hvp, self._f_y, self._lower)
 
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
         if self._pushed:

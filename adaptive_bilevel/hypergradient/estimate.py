@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..evaluation.vectors import Vector, add
 from .curvature import PartialGradients
-from .lanczos import SpectralInverse
 from .oracle import Oracle
 from .sample import Sample
+from .spectral_inverse import SpectralInverse
 
 __all__ = ["Estimate", "Estimator", "Point", "Responding", "Visit", "descend"]
 

@@ -25,10 +25,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..evaluation.guard import RandomState
 from ..evaluation.vectors import rounding
-from .lanczos import Lanczos, SpectralInverse
+from .lanczos import Lanczos
+from .loop_time import loop_time
 from .solution import LinearSolver, MatVec, Solution
+from .spectral_inverse import SpectralInverse
 
-__all__ = ["expect", "leave", "random_state", "solve", "take", "waits"]
+__all__ = ["build", "expect", "leave", "random_state", "solve", "take", "waits"]
 
 
 class _Left(NamedTuple):
@@ -103,9 +105,21 @@ def solve(
     """
     if not isinstance(solver, Lanczos):
         return solver.solve(matvec, rhs, initial)
-    inverse = solver.basis(matvec, rhs)
+    inverse = build(solver, matvec, rhs, lower)
     leave(lower, solver, inverse, loss, random)
     return inverse.solution
+
+
+def build(solver: Lanczos, matvec: MatVec, rhs: Sequence[Tensor], lower: Sequence[Tensor]) -> SpectralInverse:
+    """Return P from a basis of its own, as long as the lower loop lasts.
+
+    Args:
+        solver: P.
+        matvec: The product with H.
+        rhs: f_y.
+        lower: The tensors of y.
+    """
+    return solver.basis(matvec, rhs, loop_time(lower))
 
 
 def take(

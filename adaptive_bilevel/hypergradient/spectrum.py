@@ -24,7 +24,7 @@ class Spectrum(NamedTuple):
         values: The Ritz values t, ascending: the eigenvalues of T = V^T H V.
         vectors: The eigenvectors of T, as columns.
         below: ``||H V - V T||``, 0 where the Krylov space is exhausted.
-        horizon: tau = k^2 / max |t|, infinite where no curvature was seen.
+        horizon: tau = min(k^2 / max |t|, longest), infinite where no curvature was seen.
         asymmetry: ``||T - T^T|| / ||T||`` before T was made symmetric.
         unit: What counts as rounding, relative to max |t|.
     """
@@ -37,7 +37,7 @@ class Spectrum(NamedTuple):
     unit: float
 
     @classmethod
-    def of(cls, columns: Sequence[Sequence[float]], k: int, unit: float) -> Spectrum:
+    def of(cls, columns: Sequence[Sequence[float]], k: int, unit: float, longest: float = math.inf) -> Spectrum:
         """Return the spectrum from the columns of V^T H V, each with the norm of what is left below it."""
         m = len(columns)
         full = torch.zeros(m + 1, m, dtype=torch.float64)
@@ -48,7 +48,7 @@ class Spectrum(NamedTuple):
         values, vectors = torch.linalg.eigh((T + T.T) / 2)
         largest = float(values.abs().max()) if norm > 0.0 else 0.0
         asymmetry = float((T - T.T).norm()) / norm if norm > 0.0 else 0.0
-        horizon = k**2 / largest if largest > 0.0 else math.inf
+        horizon = min(k**2 / largest, longest) if largest > 0.0 else math.inf
         return cls(values, vectors, float(full[m, -1]) if m else 0.0, horizon, asymmetry, unit)
 
     def phi(self, curvature: float) -> float:

@@ -227,3 +227,29 @@ def test_what_is_remembered_is_bounded_and_not_saved() -> None:
     for _ in range(70):
         optimizer.step(lambda: (w**2).sum() + 1.0)
     assert len(optimizer.history) == 50 and "history" not in str(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(("lr", "long"), [(0.4, False), (0.6, True)])
+def test_gradient_descent_below_with_too_long_a_step_is_named(lr: float, long: bool) -> None:
+    """The largest curvature is 4, so that steps above .5 diverge."""
+    x, y = leaf(1.0, 0.5), leaf(0.3, -0.2)
+    curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    inner = torch.optim.SGD([y], lr=lr)
+    outer = BiSLS([x], lower=inner)
+
+    def upper() -> Tensor:
+        return ((y - 1) ** 2).sum() + 0.1 * (x**2).sum()
+
+    def lower() -> Tensor:
+        return (curvature * y**2).sum() / 2 - (x * y).sum()
+
+    def iterate() -> None:
+        inner.zero_grad()
+        lower().backward()
+        inner.step()
+        assign([x], implicit(upper, lower, [x], [y]))
+        outer.step(upper, lower)
+
+    text = told(outer, iterate, 5)
+    assert ("the lr of SGD, 0.6, was above 2 / L" in text) is long
+    assert ("an lr below 0.5" in text) is long

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adaptive_bilevel.errors import OptionError
 from adaptive_bilevel.hypergradient import CG, SolverStatus
 from adaptive_bilevel.hypergradient.krylov import Layout, Rows
-from adaptive_bilevel.hypergradient.lanczos import Lanczos, SpectralInverse
+from adaptive_bilevel.hypergradient.lanczos import Lanczos
+from adaptive_bilevel.hypergradient.spectral_inverse import SpectralInverse
 
 SEEDS = st.integers(0, 10_000)
 SIZE = 24
