@@ -71,6 +71,7 @@ def bilevel(
     adam: tuple[float, ...],
     sgd: tuple[float, ...],
     lowers: tuple[float | str, ...] = (),
+    paper: str = "",
     others: tuple[str, ...] = (),
     spread: float = 1.25,
     resolved: bool = True,
@@ -78,10 +79,12 @@ def bilevel(
 ) -> Benchmark:
     """Ours with no number at either level; grids of Adam, SGD and decaying SGD; the peers by their own defaults.
 
-    The first of `lowers` is the rule that ours and the peers have at the lower level, without a number: "search", or
-    "slsb" where minibatches disagree. Without `lowers` the lower rule belongs to the task, and everybody has that one.
+    The first of `lowers` is the rule that ours and the peers have at the lower level, without a number: "auto" is
+    README's. Without `lowers` the lower rule belongs to the task, and everybody has that one. With `paper`, a solver
+    of the task's settings, all have the package's own hypergradient, and there are grids with that solver as well.
     """
     kinds = ("bisls-adam", "bisls-sgd")
+    both = {"adam": adam, "sgd": sgd}
     search, also = (f":lower={lowers[0]}", f":lower={lowers[0]},") if lowers else ("", ":")
     return Benchmark(
         title=title,
@@ -90,11 +93,11 @@ def bilevel(
         first_trials=tuple(f"{kind}{also}lr={lr}" for kind in kinds for lr in FIRST_TRIALS),
         others=(*others, *(() if task in NETWORKS else TUNING_FREE), *(f"{peer}{search}" for peer in PEERS)),
         grids=(
-            Grid("adam", adam, lowers),
-            Grid("sgd", sgd, lowers),
+            *(Grid(name, lrs, lowers) for name, lrs in both.items()),
             Grid("sgd", sgd, lowers[::2], options={"decay": "inverse_sqrt"}),
+            *([Grid(name, lrs, lowers, options={"solver": paper}) for name, lrs in both.items()] if paper else ()),
         ),
-        settings=settings,
+        settings={**settings, **({"solver": "default"} if paper else {})},
         spread=spread,
         resolved=resolved,
     )
@@ -120,25 +123,25 @@ def single(title: str, task: str, **settings: Any) -> Benchmark:
 
 
 def _cleaning(title: str, **settings: Any) -> Benchmark:
-    rule = "slsb" if "lower_batch" in settings else "search"
     return bilevel(
-        f"Data hyper-cleaning, 14x14, T=5, CG 10, {title}", "hyper-cleaning",
-        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1.0, 10.0, 1e2, 1e3, 1e4), lowers=(rule, 0.1, 1.0, 10.0), **settings,
+        f"Data hyper-cleaning, 14x14, T=5, {title}", "hyper-cleaning", paper="cg",
+        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1.0, 10.0, 1e2, 1e3, 1e4), lowers=("auto", 0.1, 1.0, 10.0), **settings,
     )  # fmt: skip
 
 
 def _penalties(title: str, **settings: Any) -> Benchmark:
     return bilevel(
-        f"Regularisation selection, T=10, CG 10, {title}", "regularisation",
-        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1e-1, 1.0, 10.0, 1e2, 1e3), lowers=("search", 0.01, 0.1, 1.0), **settings,
+        f"Regularisation selection, T=10, {title}", "regularisation", paper="cg",
+        adam=(1e-3, 1e-2, 1e-1, 1.0), sgd=(1e-1, 1.0, 10.0, 1e2, 1e3), lowers=("auto", 0.01, 0.1, 1.0), **settings,
     )  # fmt: skip
 
 
 def _representation(title: str, task: str = "hyper-representation", **settings: Any) -> Benchmark:
+    """Without `paper`, the paper's CG at all places and its search below."""
     return bilevel(
         f"Hyper-representation, MNIST, T=10, {title}", task,
-        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-3, 1e-2, 1e-1, 1.0), lowers=("search", 0.01, 0.1, 1.0),
-        spread=1.1, **settings,
+        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-3, 1e-2, 1e-1, 1.0), spread=1.1,
+        **{"lowers": ("search", 0.01, 0.1, 1.0), **settings},
     )  # fmt: skip
 
 
@@ -180,6 +183,7 @@ BELOW: dict[str, tuple[str, str, dict[str, Any]]] = {  # on digits, each by full
     "architecture": ("Architecture search, cell of three edges", "architecture", {}),
     "smoothing": ("Label smoothing and input noise, MLP 64-32-10", "smoothing", {}),
 }
+_OWN: dict[str, Any] = {"paper": "cg", "lowers": ("auto", 0.01, 0.1, 1.0)}
 _STEP = "response=step,baseline=matched,response_steps=20"
 BENCHMARKS: dict[str, Benchmark] = {
     "hyper-cleaning": _cleaning("MNIST, 40 % noise, full batch"),
@@ -196,9 +200,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "penalties-news20": _penalties(
         "softmax, a penalty per feature, news20", kind="softmax", name="news20_small", iterations=40
     ),
-    "hyper-representation": _representation("MLP, 14x14, batch 256, CG 3"),
+    "hyper-representation": _representation("MLP, 14x14, batch 256", **_OWN),
     "hyper-representation-cg10": _representation("MLP, 14x14, batch 256, CG 10", solver_steps=10),
-    "hyper-representation-lenet": _representation("LeNet, 28x28, batch 128, CG 3", "hyper-representation-lenet"),
+    "hyper-representation-lenet": _representation("LeNet, 28x28, batch 128", "hyper-representation-lenet", **_OWN),
     "hyper-representation-lenet-cg10": _representation(
         "LeNet, 28x28, batch 128, CG 10", "hyper-representation-lenet", solver_steps=10
     ),
@@ -211,8 +215,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "distillation-28": _distillation("28x28, T=20, Neumann", pooled=False, iterations=200),
     "few-shot": bilevel(
-        "Few-shot, Omniglot, 5-way 5-shot, T=5, CG 5", "few-shot",
-        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-2, 1e-1, 1.0, 10.0), lowers=("search", 0.01, 0.1, 1.0),
+        "Few-shot, Omniglot, 5-way 5-shot, T=5", "few-shot", paper="cg",
+        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-2, 1e-1, 1.0, 10.0), lowers=("auto", 0.01, 0.1, 1.0),
     ),
     **{
         name if batch == 0 else f"{name}-minibatch": _below(

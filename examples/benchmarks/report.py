@@ -19,6 +19,7 @@ from runs import Method, provenance
 from tables import RESOLVED, text
 
 Row = dict[str, Any]
+SEARCHED = (("lower", "search"), ("lower", "auto"))
 COPIED = ("accuracy", "test_loss", "last_resolved_accuracy", "last_resolved_test_loss")
 
 
@@ -165,6 +166,8 @@ def bilevel_bars(table: Table) -> list[Row]:
             _bar(f"{method.name}: share of iterations without a move", 1 - min(r["moved"] for r in rows), 0.05),
             _bar(f"{method.name} / a constant step at both levels: cost of an iteration",
                  rows[0]["cost_per_iteration"] / _constant_cost(table), 2.0),
+            _bar(f"{method.name} / its lower loop and hypergradient: cost of an iteration",
+                 median(_cost_ratio(run) for run in table.of(method)), 1.15),
         ]  # fmt: skip
     return found
 
@@ -195,6 +198,12 @@ def _constant_cost(table: Table) -> float:
     return math.nan
 
 
+def _cost_ratio(run: Row) -> float:
+    """Cost of all calls of a run over that of its lower loop and hypergradients."""
+    cost: dict[str, float] = run["cost"]
+    return sum(cost.values()) / (cost["lower"] + cost["hypergradient"])
+
+
 def _bar(text: str, measured: float, at_most: float) -> Row:
     return {"bar": text, "measured": measured, "at most": at_most, "holds": measured <= at_most}
 
@@ -209,7 +218,7 @@ def _ends(methods: Sequence[Method]) -> str:
 
 def label(method: Method) -> str:
     """A row's name; that ours search at the lower level too goes without saying."""
-    shown = {key: value for key, value in method.options.items() if (key, value) != ("lower", "search")}
+    shown = {key: value for key, value in method.options.items() if (key, value) not in SEARCHED}
     if method.name in ("adam", "sgd") and "lower" in method.options:
         shown = method.options
     words = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()]
