@@ -80,7 +80,7 @@ def bilevel(
     """Ours with no number at either level; grids of Adam, SGD and decaying SGD; the peers by their own defaults.
 
     The first of `lowers` is the rule that ours and the peers have at the lower level, without a number: "auto" is
-    README's. Without `lowers` the lower rule belongs to the task, and everybody has that one. With `paper`, a solver
+    README's, "search" that for loops that start anew. Without `lowers` the lower rule belongs to the task, and everybody has that one. With `paper`, a solver
     of the task's settings, all have the package's own hypergradient, and there are grids with that solver as well.
     """
     kinds = ("bisls-adam", "bisls-sgd")
@@ -216,7 +216,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "distillation-28": _distillation("28x28, T=20, Neumann", pooled=False, iterations=200),
     "few-shot": bilevel(
         "Few-shot, Omniglot, 5-way 5-shot, T=5", "few-shot", paper="cg",
-        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-2, 1e-1, 1.0, 10.0), lowers=("auto", 0.01, 0.1, 1.0),
+        adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-2, 1e-1, 1.0, 10.0), lowers=("search", 0.01, 0.1, 1.0),
     ),
     **{
         name if batch == 0 else f"{name}-minibatch": _below(
