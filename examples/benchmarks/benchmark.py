@@ -80,8 +80,9 @@ def bilevel(
     """Ours with no number at either level; grids of Adam, SGD and decaying SGD; the peers by their own defaults.
 
     The first of `lowers` is the rule that ours and the peers have at the lower level, without a number: "auto" is
-    README's, "search" that for loops that start anew. Without `lowers` the lower rule belongs to the task, and everybody has that one. With `paper`, a solver
-    of the task's settings, all have the package's own hypergradient, and there are grids with that solver as well.
+    README's, "search" that for loops that start anew. Without `lowers` the lower rule belongs to the task, and
+    everybody has that one. With `paper`, a solver of the task's settings, all have the package's own hypergradient, and
+    there are grids with that solver as well.
     """
     kinds = ("bisls-adam", "bisls-sgd")
     both = {"adam": adam, "sgd": sgd}
