@@ -254,7 +254,7 @@ def _behind(lower: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 def _too_long(lower: torch.optim.SGD, past: Sequence[Past]) -> list[str]:
     """Return whether gradient descent below takes steps above 2 / L, with L the largest Ritz value of each solve."""
     reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
-    largest = [max(abs(r.smallest), abs(r.largest)) for r in reports if math.isfinite(r.largest)]
+    largest = [report.norm for report in reports if math.isfinite(report.largest)]
     lr = max(float(group["lr"]) for group in lower.param_groups)
     above = [size for size in largest if lr * size > 2.0]
     if len(above) <= _SOME * len(largest):

@@ -140,6 +140,18 @@ class LowerLevel:
             found.append(LowerProblem(tensors, sample.closure, sample.random, sample.step_size))
         return found
 
+    def restart(self) -> None:
+        """Drop what stock optimizers remember of the way from an earlier point, to which y has gone back.
+
+        That is the velocity of `torch.optim.SGD`, and of others what is not finite.
+        """
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AdaptiveOptimizer):
+                continue
+            for parameter, state in list(optimizer.state.items()):
+                if isinstance(optimizer, torch.optim.SGD) or not _is_finite(state):
+                    del optimizer.state[parameter]
+
     def watch(self) -> None:
         """Let hypergradients know how long the loop of a single stock optimizer lasts."""
         if len(self.optimizers) == 1:
@@ -204,6 +216,10 @@ def refuse_shared(lower: Lower, upper: Sequence[Tensor]) -> None:
             f"the upper and the lower level share tensors of shapes {shapes}: each tensor belongs to one level; "
             "give the lower optimizer its own parameters only"
         )
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    return all(bool(value.isfinite().all()) for value in state.values() if isinstance(value, Tensor))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -11,6 +11,7 @@ Now all end at .15 to .24.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple, final
@@ -21,6 +22,8 @@ from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.reductions import on_host
 from ..evaluation.vectors import inner
+from ..hypergradient.loop_time import steepest
+from ..hypergradient.solution import HessianReport
 from ..optim.state import RoleState
 from .between_steps import BetweenSteps
 from .context import Point
@@ -32,7 +35,7 @@ _RECENT = 16
 """Number of values of f that count as recent."""
 
 _ENOUGH = 8
-"""Number of values below which nothing is judged."""
+"""Number of values below which their spread is taken for less than what f varies by."""
 
 
 class Anchor(NamedTuple):
@@ -41,26 +44,32 @@ class Anchor(NamedTuple):
     Attributes:
         tensors: Copies of those of x that had a hypergradient, and then of those of y.
         length: The step before it.
+        stable: Whether the lower loop does not diverge there, as far as is known.
     """
 
     tensors: Sequence[Tensor]
     length: float
+    stable: bool
 
 
 @final
 class Retreat:
     """Goes back where f is above all of its recent values by more than they differ from each other.
 
-    With low and high the least and the greatest f of the last 16 upper steps (8 at least), and f_0 the first of all,
-    x and y go back to the last point where f was at or below the median of the values before it, if
+    With low and high the least and the greatest f of the last n <= 16 upper steps, and f_0 the first of all, x and y go
+    back to the last point where f was at or below the median of the values before it, if
 
-        f > high + (high - low),    f > (f_0 + low) / 2,    f - f' > high - low,
+        f > high + s,    f > (f_0 + low) / 2,    f - f' > s,    s = max{1, 8 / n}^2 (high - low),
 
-    where f' is the loss of the present sample at that point. The first condition finds an unusual f. The second asks
-    that half of the decrease since f_0 is lost. The third costs one value, and is evaluated only if the others hold: it
-    fails if this sample is harder than the last ones, or if the losses have changed. The step also goes on if h is zero
-    in the entries that make up half of the move of x since that point, which happens where each sample depends on its
-    own part of x. After a return, the search starts from shrink^2 times the shorter of the two lengths, there and now.
+    where f' is the loss of the present sample at that point. The first condition finds an unusual f. The second
+    asks that half of the decrease since f_0 is lost. The third costs one value, and is evaluated only if the others
+    hold: it fails if this sample is harder than the last ones, or if the losses have changed. The step also goes on
+    if h is zero in the entries that make up half of the move of x since that point, which happens where each sample
+    depends on its own part of x. If f is not finite, it is enough that f' is. After a return, the search starts
+    from shrink^2 times the shorter of the two lengths, there and now.
+
+    A lower loop of `torch.optim.SGD` diverges where a step of x makes the lower loss too steep for it. So a point
+    with an eigenvalue of the lower Hessian above 2 (1 + momentum) / lr takes the place of another such point only.
 
     The state has "losses", the recent values, and "first". The point is no part of it, and not saved: a run that is
     resumed has one from the next f on that is at or below the median.
@@ -87,19 +96,23 @@ class Retreat:
             state: See the class.
         """
         anchor, losses, tensors = self._anchor, state.shared["losses"], [*point.gradient.tensors, *point.lower]
-        if anchor is None or len(losses) < _ENOUGH:
+        finite = math.isfinite(point.value)
+        if anchor is None or (finite and len(losses) < 2):
             return None
         low, high = min(losses), max(losses)
-        if not point.value > max(2.0 * high - low, 0.5 * (state.shared["first"] + low)):
+        spread = max(1.0, _ENOUGH / len(losses)) ** 2 * (high - low)
+        if finite and not point.value > max(high + spread, 0.5 * (state.shared["first"] + low)):
             return None
         if between.elsewhere or [t.shape for t in tensors] != [t.shape for t in anchor.tensors]:
             self.forget()
             return None
-        if not _concerns(point, anchor):
+        if finite and not _concerns(point, anchor):
             return None
         there = self._loss(point, anchor, tensors)
+        if not finite:
+            return anchor if math.isfinite(there) else None
         gained = point.value - there
-        return anchor if gained > high - low and visible(gained, point.value, point.rounding) else None
+        return anchor if gained > spread and visible(gained, point.value, point.rounding) else None
 
     @staticmethod
     def _loss(point: Point, anchor: Anchor, tensors: Sequence[Tensor]) -> float:
@@ -127,21 +140,25 @@ class Retreat:
         return (
             f"the upper loss was {value:.4g} after the lower steps, and {min(losses):.4g} to {max(losses):.4g} in the "
             f"{len(losses)} steps before, so the lower variable has left the minimum that it had followed. Both levels "
-            "went back to an earlier point, and the next upper step is shorter. If this comes again, take more lower "
-            "steps, or see whether the upper variable can take all curvature from the lower loss"
+            "went back to an earlier point, and the next upper step is shorter. If this comes again, let SLS find the "
+            "lower steps, take more of them, or see whether x can take all curvature from the lower loss"
         )
 
-    def commit(self, point: Point, before: Callable[[], list[Tensor]], state: RoleState) -> RoleState:
+    def commit(
+        self, point: Point, before: Callable[[], list[Tensor]], state: RoleState, hessian: HessianReport | None
+    ) -> RoleState:
         """Return what is new in the state after a step.
 
         Args:
             point: Where it began.
             before: Returns x at that point, for the tensors that have a hypergradient, and then y.
             state: See the class.
+            hessian: What the step has seen of the lower Hessian.
         """
         value, losses = point.value, state.shared["losses"]
-        if not losses or value <= median(losses):
-            self._anchor = Anchor(before(), float(point.scale.previous))
+        stable = hessian is None or not hessian.norm > steepest(point.lower)
+        if not losses or (value <= median(losses) and (stable or not (self._anchor and self._anchor.stable))):
+            self._anchor = Anchor(before(), float(point.scale.previous), stable)
         return RoleState({"losses": [*losses, value][-_RECENT:], **({} if losses else {"first": value})})
 
 

@@ -258,7 +258,7 @@ class SearchingOptimizer(StartingOptimizer):
         if looks:
             whole = mix.along is None and step == record.step_size
             news["secants"] = Secants(paced.policy.c).commit(found.seen, point, record, searched, whole)
-        news["retreat"] = self._retreat.commit(point, paced.before, states["retreat"])
+        news["retreat"] = self._retreat.commit(point, paced.before, states["retreat"], answer and answer.hessian)
         if moved:
             path.take(step, mix.along)
         direction, messages = self._direction(), list[str]()

@@ -181,6 +181,8 @@ class StartingOptimizer(UpperOptimizer):
         tensors = paced.path.gradient.tensors
         foreach.copy_([*tensors, *point.lower], before)
         self.lower.upper_moved()
+        if outcome == Outcome.returned and isinstance(self.lower, LowerLevel):
+            self.lower.restart()
         news = {"pace": pace.commit(paced, record, states["pace"])}
         if any(states["last_step"].each):
             news["last_step"] = departed(paced.path.gradient)

@@ -16,19 +16,25 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["LoopTime", "loop_time", "watch"]
+__all__ = ["LoopTime", "loop_time", "steepest", "watch"]
 
 
 @final
 class LoopTime:
-    """The sum of the step sizes of a lower loop. A loop ends when it was asked for and another step follows."""
+    """The sum of the step sizes of a lower loop. A loop ends when it was asked for and another step follows.
+
+    Attributes:
+        steepest: The largest curvature at which the last step does not diverge.
+    """
 
     def __init__(self) -> None:
         self._sum: Any = 0.0
         self._asked = False
+        self.steepest: Any = math.inf
 
-    def step(self, size: float | Tensor) -> None:
+    def step(self, size: float | Tensor, steepest: float | Tensor = math.inf) -> None:
         """Take a step."""
+        self.steepest = steepest
         self._sum = size if self._asked else self._sum + size
         self._asked = False
 
@@ -58,7 +64,11 @@ def watch(optimizer: torch.optim.Optimizer, lower: Sequence[Tensor]) -> None:
         return
     if optimizer not in _watched:
         time = _watched[optimizer] = LoopTime()
-        optimizer.register_step_post_hook(lambda sgd, _, __: time.step(max(map(_size, sgd.param_groups))))
+
+        def count(sgd: torch.optim.Optimizer, args: object, options: object) -> None:
+            time.step(max(map(_size, sgd.param_groups)), min(map(_steepest, sgd.param_groups)))
+
+        optimizer.register_step_post_hook(count)
     _times[lower[0]] = _watched[optimizer]
 
 
@@ -66,6 +76,16 @@ def loop_time(lower: Sequence[Tensor]) -> float:
     """Return how long the last lower loop lasted; infinite if that is not known."""
     time: LoopTime | None = _times.get(lower[0]) if lower else None
     return math.inf if time is None else time.ask()
+
+
+def steepest(lower: Sequence[Tensor]) -> float:
+    """Return the largest curvature at which the last lower step does not diverge; infinite if that is not known."""
+    time: LoopTime | None = _times.get(lower[0]) if lower else None
+    return math.inf if time is None else float(time.steepest)
+
+
+def _steepest(group: dict[str, Any]) -> Any:
+    return 2.0 * (1.0 + group["momentum"]) / group["lr"] if group["lr"] > 0.0 else math.inf
 
 
 def _size(group: dict[str, Any]) -> Any:

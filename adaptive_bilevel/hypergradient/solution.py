@@ -138,6 +138,11 @@ class HessianReport(NamedTuple):
     negative: float = math.nan
     error: float = math.nan
 
+    @property
+    def norm(self) -> float:
+        """The largest ``|t|`` of the Ritz values t; NaN if they are not known."""
+        return max(abs(self.smallest), abs(self.largest))
+
 
 class LinearSolver(Protocol):
     """A solver of ``H v = b`` that uses products with H only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import SLS, BiSLS
+from adaptive_bilevel.bilevel.lower import LowerLevel
+from adaptive_bilevel.hypergradient import implicit
 from adaptive_bilevel.policies import Outcome
 from loop import Run as Recorded
 from runs import Job, Method
@@ -78,16 +81,76 @@ def test_both_levels_go_back_and_the_next_step_is_shorter(direction: str) -> Non
     ("steps", "value"),
     [
         (9, lambda known: known[0]),  # within the spread
-        (8, lambda known: 1e6),  # seven values before the last step, and that one: too few
+        (4, lambda known: known[0] + 3.0 * (known[0] - known[-1])),  # four values: their spread counts four times
         (30, lambda known: known[-1] + 2.0 * (known[-16] - known[-1])),  # less than half of the fall
     ],
-    ids=["within the spread", "too few values", "little of the fall"],
+    ids=["within the spread", "few values", "little of the fall"],
 )
 def test_what_is_not_much_is_not_taken_back(steps: int, value: Any) -> None:
     run, point = after_steps(steps)
-    if steps == 8:
-        losses(run).pop()
     assert run.step(Elsewhere(run, value(losses(run)), point)) == Outcome.accepted
+
+
+def test_a_far_rise_is_taken_back_from_the_third_step_on() -> None:
+    run, point = after_steps(2)
+    with pytest.warns(UserWarning, match=LEFT):
+        assert run.step(Elsewhere(run, 1e6, point)) == Outcome.returned
+    assert all(map(torch.equal, tensors(run), point))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_taken_back_if_the_point_has_one(value: float) -> None:
+    run, point = after_steps(2)
+    with pytest.warns(UserWarning, match=LEFT):
+        assert run.step(Elsewhere(run, value, point)) == Outcome.returned
+    assert all(map(torch.equal, tensors(run), point))
+    before = tensors(run)
+    assert run.step(lambda: run.upper() * value) == Outcome.non_finite  # the sample is at fault
+    assert all(map(torch.equal, tensors(run)[:1], before[:1]))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("direction", ["sgd", "adam"])
+def test_gradient_descent_below_survives_what_x_makes_too_steep(direction: str, momentum: float) -> None:
+    """Weight decays grow, and with them the curvature, until lr is too long for it: f was infinite or above 1e3."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(40, 20, generator=generator, dtype=torch.float64)
+    b = a[:, 0] + torch.randn(40, generator=generator, dtype=torch.float64)
+    c = torch.randn(40, 20, generator=generator, dtype=torch.float64)
+    x = torch.full((20,), -2.0, dtype=torch.float64, requires_grad=True)
+    y = torch.zeros(20, dtype=torch.float64, requires_grad=True)
+
+    def upper() -> Tensor:
+        return ((c @ y - c[:, 0]) ** 2).mean()
+
+    def lower() -> Tensor:
+        return ((a @ y - b) ** 2).mean() + (x.exp() * y**2).sum()
+
+    inner = torch.optim.SGD([y], lr=0.1, momentum=momentum)
+    outer = BiSLS([x], lower=inner, direction=direction)
+    values = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{LEFT}", UserWarning)
+        for _ in range(40):
+            for _ in range(20):
+                inner.zero_grad()
+                lower().backward()
+                inner.step()
+            (x.grad,) = implicit(upper, lower, [x], [y])
+            values.append(float(outer.step(upper, lower)))
+    assert values[-1] < values[0]
+    assert bool(x.isfinite().all()) and bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize(("make", "left"), [(torch.optim.SGD, 0), (torch.optim.Adagrad, 1)])
+def test_a_stock_optimizer_forgets_velocities_and_what_is_not_finite(make: Any, left: int) -> None:
+    y, z = (torch.ones(1, requires_grad=True) for _ in range(2))
+    optimizer = make([y, z], lr=0.1, **({"momentum": 0.9} if make is torch.optim.SGD else {}))
+    for p, g in ((y, math.nan), (z, 1.0)):
+        p.grad = torch.full_like(p, g)
+    optimizer.step()
+    LowerLevel([optimizer]).restart()
+    assert [p is z for p in optimizer.state] == [True] * left
 
 
 def test_losses_that_have_changed_are_no_reason() -> None:

@@ -17,8 +17,9 @@ __all__ = ["Retreat"]
 class Retreat:
     """Back to the last (x, y) where f was at most the median of the last 16, with a quarter of the length.
 
-    So it does if f is above 2 max - min of the 16 (8 at least), nearer to the first f than to the min, and lower there
-    by more than max - min, and if at least half of the move of x since then is in entries where h is not 0.
+    So it does if f is above the n <= 16 by more than s = max{1, 8 / n}^2 (max - min), nearer to the first f than to
+    the min, and lower there by more than s, and if at least half of the move of x since then is in entries where h is
+    not 0.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -27,15 +28,16 @@ class Retreat:
 
     def back(self, f: Function, value: float, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """Return x, y and the length there, or None."""
-        if self.point is None or len(self.losses) < 8:
+        if self.point is None or len(self.losses) < 2:
             return None
         there, y, _ = self.point
         low, high = min(self.losses), max(self.losses)
+        spread = max(1.0, 8 / len(self.losses)) ** 2 * (high - low)
         moved = (x - there).square()
-        if value <= 2 * high - low or 2 * value <= self.first + low or not 0 < moved.sum() <= 2 * moved[h != 0].sum():
+        if value <= high + spread or 2 * value <= self.first + low or not 0 < moved.sum() <= 2 * moved[h != 0].sum():
             return None
         gained = value - float(f(there, y))
-        return self.point if gained > max(high - low, EPS * abs(value)) else None
+        return self.point if gained > max(spread, EPS * abs(value)) else None
 
     def see(self, value: float, x: Tensor, y: Tensor, length: float) -> None:
         """Take note of a step from (x, y)."""
