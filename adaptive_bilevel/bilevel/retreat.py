@@ -37,6 +37,9 @@ _RECENT = 16
 _ENOUGH = 8
 """Number of values below which their spread is taken for less than what f varies by."""
 
+_FEW = 4
+"""Number of values below which nothing is judged."""
+
 
 class Anchor(NamedTuple):
     """A point of the run.
@@ -56,8 +59,8 @@ class Anchor(NamedTuple):
 class Retreat:
     """Goes back where f is above all of its recent values by more than they differ from each other.
 
-    With low and high the least and the greatest f of the last n <= 16 upper steps, and f_0 the first of all, x and y go
-    back to the last point where f was at or below the median of the values before it, if
+    With low and high the least and the greatest f of the last n upper steps, 4 <= n <= 16, and f_0 the first of
+    all, x and y go back to the last point where f was at or below the median of the values before it, if
 
         f > high + s,    f > (f_0 + low) / 2,    f - f' > s,    s = max{1, 8 / n}^2 (high - low),
 
@@ -65,7 +68,7 @@ class Retreat:
     asks that half of the decrease since f_0 is lost. The third costs one value, and is evaluated only if the others
     hold: it fails if this sample is harder than the last ones, or if the losses have changed. The step also goes on
     if h is zero in the entries that make up half of the move of x since that point, which happens where each sample
-    depends on its own part of x. If f is not finite, it is enough that f' is. After a return, the search starts
+    depends on its own part of x. If y is not finite, it is enough that f' is. After a return, the search starts
     from shrink^2 times the shorter of the two lengths, there and now.
 
     A lower loop of `torch.optim.SGD` diverges where a step of x makes the lower loss too steep for it. So a point
@@ -97,7 +100,7 @@ class Retreat:
         """
         anchor, losses, tensors = self._anchor, state.shared["losses"], [*point.gradient.tensors, *point.lower]
         finite = math.isfinite(point.value)
-        if anchor is None or (finite and len(losses) < 2):
+        if anchor is None or (len(losses) < _FEW if finite else all(bool(y.isfinite().all()) for y in point.lower)):
             return None
         low, high = min(losses), max(losses)
         spread = max(1.0, _ENOUGH / len(losses)) ** 2 * (high - low)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import NamedTuple, final
 
 import torch
@@ -95,6 +96,30 @@ class _LowerPart(NamedTuple):
         return same and self.marks == _marks((*upper, *lower, *self.gradient))
 
 
+class _Trust(Enum):
+    """Whether derivatives of a level may be taken over.
+
+    They may once they were `agreed` upon. A value that then is another one is `missed`: if the derivatives are the same
+    all the same, without a graph the loss has another rounding, and they are `never` taken over.
+    """
+
+    unseen = 0
+    agreed = 1
+    missed = 2
+    never = 3
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is worth an evaluation."""
+        return self in (_Trust.agreed, _Trust.missed)
+
+    def compared(self, agrees: bool) -> _Trust:
+        """Return what holds after the derivatives were compared."""
+        if self is _Trust.never or (self is _Trust.missed and agrees):
+            return _Trust.never
+        return _Trust.agreed if agrees and processes.count() == 1 else _Trust.unseen
+
+
 @final
 class Handover:
     """What the next step of one optimizer may take over."""
@@ -102,9 +127,7 @@ class Handover:
     def __init__(self) -> None:
         self._upper: _UpperPart | None = None
         self._lower: _LowerPart | None = None
-        self._agreed = {"upper": False, "lower": False}
-        self._missed = {"upper": False, "lower": False}
-        self._never: set[str] = set()
+        self._trust = {"upper": _Trust.unseen, "lower": _Trust.unseen}
 
     def expect(self, lower: Sequence[Tensor]) -> None:
         """Take hypergradients for these lower tensors from now on."""
@@ -122,19 +145,20 @@ class Handover:
     @property
     def has_upper(self) -> bool:
         """Whether f_x and f_y were left that may be taken over."""
-        return self._upper is not None and self._agreed["upper"]
+        return self._upper is not None and self._trust["upper"].holds
 
     @property
     def wants_graph(self) -> bool:
         """Whether the graph of grad_y g is to be kept; not beside one of f, for the peak of memory."""
-        return self._agreed["lower"] and self._agreed["upper"]
+        return all(trust.holds for trust in self._trust.values())
 
     def compare_upper(self, loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Compare what was left with what a step has evaluated itself, and drop it."""
         left, self._upper = self._upper, None
         if left is not None:
             known = left.of(tensors) if _is_value(left.loss, loss) else None
-            self._compared("upper", known is not None and _equal(known, gradients))
+            agrees = known is not None and _equal(known, gradients)
+            self._trust["upper"] = self._trust["upper"].compared(agrees)
 
     def compare_lower(
         self, loss: Tensor, upper: Sequence[Tensor], lower: Sequence[Tensor], gradient: Sequence[Tensor]
@@ -143,7 +167,7 @@ class Handover:
         left, self._lower = self._lower, None
         if left is not None:
             fits = _is_value(left.loss, loss) and left.fits(upper, lower)
-            self._compared("lower", fits and _equal(left.gradient, gradient))
+            self._trust["lower"] = self._trust["lower"].compared(fits and _equal(left.gradient, gradient))
 
     def take_upper(self, value: Tensor | float, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the gradients of f by some tensors if f has this value, and drop them.
@@ -151,11 +175,11 @@ class Handover:
         With None, the step evaluates and compares them. The graph of grad_y g is dropped then, too.
         """
         left = self._upper
-        if left is None or not self._agreed["upper"]:
+        if left is None or not self._trust["upper"].holds:
             return None
         known = left.of(tensors) if _is_value(left.loss, value) else None
         if known is None:
-            self._missed["upper"] = True
+            self._trust["upper"] = _Trust.missed
             self._drop_graph()
         else:
             self._upper = None
@@ -166,19 +190,14 @@ class Handover:
     ) -> tuple[Tensor, LowerCurvature] | None:
         """Return g and its products likewise; it is evaluated only if the tensors are those."""
         left = self._lower
-        if left is None or left.curvature is None or not self._agreed["lower"]:
+        if left is None or left.curvature is None or not self._trust["lower"].holds:
             return None
         if left.fits(upper, lower) and _is_value(left.loss, evaluate()):
             self._lower = None
             return left.loss, left.curvature
-        self._missed["lower"] = True
+        self._trust["lower"] = _Trust.missed
         self._drop_graph()
         return None
-
-    def _compared(self, level: str, agrees: bool) -> None:
-        if agrees and self._missed[level]:
-            self._never.add(level)  # without a graph, the loss has another rounding
-        self._missed[level], self._agreed[level] = False, agrees and level not in self._never and processes.count() == 1
 
     def _drop_graph(self) -> None:
         """Keep of g what the next evaluation is compared with."""

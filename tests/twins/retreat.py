@@ -17,7 +17,7 @@ __all__ = ["Retreat"]
 class Retreat:
     """Back to the last (x, y) where f was at most the median of the last 16, with a quarter of the length.
 
-    So it does if f is above the n <= 16 by more than s = max{1, 8 / n}^2 (max - min), nearer to the first f than to
+    So it does if f is above the n in 4..16 by more than s = max{1, 8 / n}^2 (max - min), nearer to the first f than to
     the min, and lower there by more than s, and if at least half of the move of x since then is in entries where h is
     not 0.
     """
@@ -28,7 +28,7 @@ class Retreat:
 
     def back(self, f: Function, value: float, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """Return x, y and the length there, or None."""
-        if self.point is None or len(self.losses) < 2:
+        if self.point is None or len(self.losses) < 4:
             return None
         there, y, _ = self.point
         low, high = min(self.losses), max(self.losses)
