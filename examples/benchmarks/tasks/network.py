@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import data
-from adaptive_bilevel import SLS, SLSB
+from adaptive_bilevel import SLS, AutoSLS
 
 from .base import Evaluation, Settings, draw, lenet, uniform_layers
 
@@ -97,7 +97,7 @@ class NetworkBelow(abc.ABC):
         return scores
 
     def lower_rule(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        return SLSB(params) if self.settings.lower_batch else SLS(params)
+        return AutoSLS(params)
 
 
 def settings_of(overrides: dict[str, Any], *, lower_batch: int = 0) -> Settings:
