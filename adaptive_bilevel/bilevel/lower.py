@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
@@ -12,7 +13,9 @@ from ..errors import ClosureError, LowerLevelError, OptionError, TensorError
 from ..evaluation import foreach
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Replay
+from ..evaluation.reductions import on_host
 from ..evaluation.tensors import refuse_unsupported
+from ..evaluation.vectors import inner
 from ..hypergradient.loop_time import watch
 from ..optim.base import AdaptiveOptimizer
 from ..optim.unwrap import unwrapped
@@ -219,7 +222,9 @@ def refuse_shared(lower: Lower, upper: Sequence[Tensor]) -> None:
 
 
 def _is_finite(state: dict[str, Any]) -> bool:
-    return all(bool(value.isfinite().all()) for value in state.values() if isinstance(value, Tensor))
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    (size,) = on_host(inner(tensors, tensors))
+    return math.isfinite(size)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

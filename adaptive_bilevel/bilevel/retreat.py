@@ -100,7 +100,7 @@ class Retreat:
         """
         anchor, losses, tensors = self._anchor, state.shared["losses"], [*point.gradient.tensors, *point.lower]
         finite = math.isfinite(point.value)
-        if anchor is None or (len(losses) < _FEW if finite else all(bool(y.isfinite().all()) for y in point.lower)):
+        if anchor is None or (len(losses) < _FEW if finite else _are_finite(point.lower)):
             return None
         low, high = min(losses), max(losses)
         spread = max(1.0, _ENOUGH / len(losses)) ** 2 * (high - low)
@@ -163,6 +163,11 @@ class Retreat:
         if not losses or (value <= median(losses) and (stable or not (self._anchor and self._anchor.stable))):
             self._anchor = Anchor(before(), float(point.scale.previous), stable)
         return RoleState({"losses": [*losses, value][-_RECENT:], **({} if losses else {"first": value})})
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    (square,) = on_host(inner(tensors, tensors))
+    return math.isfinite(square)
 
 
 def _concerns(point: Point, anchor: Anchor) -> bool:
