@@ -34,7 +34,7 @@ TASKS = {
     "penalties-news20": "one penalty per feature",
     "logistic-a9a": "one penalty",
     "ridge-a9a": "one penalty",
-    "hyper-representation": "CG 3",
+    "hyper-representation": "MLP, 14x14",
     "hyper-representation-cg10": "CG 10",
     "hyper-representation-lenet": "28x28, CG 3",
     "hyper-representation-lenet-cg10": "28x28, CG 10",
