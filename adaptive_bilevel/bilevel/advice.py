@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+from ..hypergradient.loop_time import limit
 from ..hypergradient.solution import HessianReport, SolverStatus
 from ..optim.base import AdaptiveOptimizer
 from ..optim.conclusion import Past
@@ -252,17 +253,17 @@ def _behind(lower: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 
 
 def _too_long(lower: torch.optim.SGD, past: Sequence[Past]) -> list[str]:
-    """Return whether gradient descent below takes steps above 2 / L, with L the largest Ritz value of each solve."""
+    """Return whether gradient descent below diverges at the largest Ritz values of the solves."""
     reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
     largest = [report.norm for report in reports if math.isfinite(report.largest)]
-    lr = max(float(group["lr"]) for group in lower.param_groups)
-    above = [size for size in largest if lr * size > 2.0]
+    lr, most = max(float(group["lr"]) for group in lower.param_groups), float(limit(lower))
+    above = [size for size in largest if size > most]
     if len(above) <= _SOME * len(largest):
         return []
     return [
-        f"lower level: the lr of SGD, {lr:g}, was above 2 / L in {_of(len(above), largest, 'solves')} (L is the "
-        f"largest eigenvalue seen, {max(above):.3g}), and gradient descent diverges there. Take SLS or AutoSLS for the "
-        f"lower level, or an lr below {2.0 / max(above):.2g}"
+        f"lower level: the lr of SGD, {lr:g}, was too long in {_of(len(above), largest, 'solves')}: the lower Hessian "
+        f"had eigenvalues up to {max(above):.3g}, and gradient descent diverges above {most:.3g}. Take SLS or AutoSLS "
+        f"for the lower level, or an lr below {lr * most / max(above):.2g}"
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["LoopTime", "loop_time", "steepest", "watch"]
+__all__ = ["LoopTime", "limit", "loop_time", "steepest", "watch"]
 
 
 @final
@@ -66,7 +66,7 @@ def watch(optimizer: torch.optim.Optimizer, lower: Sequence[Tensor]) -> None:
         time = _watched[optimizer] = LoopTime()
 
         def count(sgd: torch.optim.Optimizer, args: object, options: object) -> None:
-            time.step(max(map(_size, sgd.param_groups)), min(map(_steepest, sgd.param_groups)))
+            time.step(max(map(_size, sgd.param_groups)), limit(sgd))
 
         optimizer.register_step_post_hook(count)
     _times[lower[0]] = _watched[optimizer]
@@ -84,8 +84,14 @@ def steepest(lower: Sequence[Tensor]) -> float:
     return math.inf if time is None else float(time.steepest)
 
 
-def _steepest(group: dict[str, Any]) -> Any:
-    return 2.0 * (1.0 + group["momentum"]) / group["lr"] if group["lr"] > 0.0 else math.inf
+def limit(optimizer: torch.optim.Optimizer) -> Any:
+    """Return the largest curvature at which steps of `torch.optim.SGD` do not diverge, 2 (1 + momentum) / lr.
+
+    >>> limit(torch.optim.SGD([torch.ones(1)], lr=0.5, momentum=0.5))
+    6.0
+    """
+    found = [2.0 * (1.0 + g["momentum"]) / g["lr"] if g["lr"] > 0.0 else math.inf for g in optimizer.param_groups]
+    return min(found)
 
 
 def _size(group: dict[str, Any]) -> Any:

@@ -229,12 +229,12 @@ def test_what_is_remembered_is_bounded_and_not_saved() -> None:
     assert len(optimizer.history) == 50 and "history" not in str(optimizer.state_dict())
 
 
-@pytest.mark.parametrize(("lr", "long"), [(0.4, False), (0.6, True)])
-def test_gradient_descent_below_with_too_long_a_step_is_named(lr: float, long: bool) -> None:
-    """The largest curvature is 4, so that steps above .5 diverge."""
+@pytest.mark.parametrize(("lr", "momentum", "long"), [(0.4, 0.0, False), (0.6, 0.0, True), (0.6, 0.5, False)])
+def test_gradient_descent_below_with_too_long_a_step_is_named(lr: float, momentum: float, long: bool) -> None:
+    """The largest curvature is 4, so that steps above .5 (1 + momentum) diverge."""
     x, y = leaf(1.0, 0.5), leaf(0.3, -0.2)
     curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
-    inner = torch.optim.SGD([y], lr=lr)
+    inner = torch.optim.SGD([y], lr=lr, momentum=momentum)
     outer = BiSLS([x], lower=inner)
 
     def upper() -> Tensor:
@@ -251,5 +251,5 @@ def test_gradient_descent_below_with_too_long_a_step_is_named(lr: float, long: b
         outer.step(upper, lower)
 
     text = told(outer, iterate, 5)
-    assert ("the lr of SGD, 0.6, was above 2 / L" in text) is long
+    assert ("the lr of SGD, 0.6, was too long in 5 of the last 5 solves" in text) is long
     assert ("an lr below 0.5" in text) is long
