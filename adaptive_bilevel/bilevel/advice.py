@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from ..hypergradient.loop_time import limit
+from ..hypergradient.loop_time import stability_limit
 from ..hypergradient.solution import HessianReport, SolverStatus
 from ..optim.base import AdaptiveOptimizer
 from ..optim.conclusion import Past
@@ -256,7 +256,7 @@ def _too_long(lower: torch.optim.SGD, past: Sequence[Past]) -> list[str]:
     """Return whether gradient descent below diverges at the largest Ritz values of the solves."""
     reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
     largest = [report.norm for report in reports if math.isfinite(report.largest)]
-    lr, most = max(float(group["lr"]) for group in lower.param_groups), float(limit(lower))
+    lr, most = max(float(group["lr"]) for group in lower.param_groups), float(stability_limit(lower))
     above = [size for size in largest if size > most]
     if len(above) <= _SOME * len(largest):
         return []

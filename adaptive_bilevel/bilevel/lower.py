@@ -144,9 +144,9 @@ class LowerLevel:
         return found
 
     def restart(self) -> None:
-        """Drop what stock optimizers remember of the way from an earlier point, to which y has gone back.
+        """Clear the state of stock optimizers that does not fit an earlier point, to which y has gone back.
 
-        That is the velocity of `torch.optim.SGD`, and of others what is not finite.
+        That is the momentum buffer of `torch.optim.SGD`, and of other optimizers what is not finite.
         """
         for optimizer in self.optimizers:
             if isinstance(optimizer, AdaptiveOptimizer):

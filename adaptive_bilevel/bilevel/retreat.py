@@ -22,7 +22,7 @@ from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.reductions import on_host
 from ..evaluation.vectors import inner
-from ..hypergradient.loop_time import steepest
+from ..hypergradient.loop_time import last_limit
 from ..hypergradient.solution import HessianReport
 from ..optim.state import RoleState
 from .between_steps import BetweenSteps
@@ -159,7 +159,7 @@ class Retreat:
             hessian: What the step has seen of the lower Hessian.
         """
         value, losses = point.value, state.shared["losses"]
-        stable = hessian is None or not hessian.norm > steepest(point.lower)
+        stable = hessian is None or not hessian.norm > last_limit(point.lower)
         if not losses or (value <= median(losses) and (stable or not (self._anchor and self._anchor.stable))):
             self._anchor = Anchor(before(), float(point.scale.previous), stable)
         return RoleState({"losses": [*losses, value][-_RECENT:], **({} if losses else {"first": value})})

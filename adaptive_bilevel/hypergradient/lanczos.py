@@ -11,10 +11,10 @@ T = V^T H V, whose eigenvalues t are the Ritz values. The inverse is
                                                      is outside of V
 
 phi(t) is the effect of gradient flow of duration tau on an eigenvector. s is the duration of the lower loop, the sum of
-its step sizes, where that is known (see ``loop_time``), else infinite: x must not count on what many more loops than k
-would do to y. With steps of 1 / max |t|, k of them make k s = k^2 / max |t|. The hypergradient's ``v = P f_y`` takes k
-products; the response's ``w = P C^T d`` takes one more, H u. Because v is in the span of V, the slope of the searched
-function, ``<f_x, d> - <f_y, w>``, is that of the hypergradient for any c.
+its step sizes, where that is known (see ``loop_time``), else infinite: the response leaves out what only more than k
+loops would do to y. With steps of 1 / max |t|, k of them make k s = k^2 / max |t|. The hypergradient's ``v = P f_y``
+takes k products; the response's ``w = P C^T d`` takes one more, H u. Because v is in the span of V, the slope of the
+searched function, ``<f_x, d> - <f_y, w>``, is that of the hypergradient for any c.
 
 Why not c = 1 / <u, H u>: positive and negative curvature of a network cancel in it, w is far too long, and the first
 searches are cut to steps of 1e-5, from which later ones do not recover. 1 / ||H u|| is too short where H is definite.

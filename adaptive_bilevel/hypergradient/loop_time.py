@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["LoopTime", "limit", "loop_time", "steepest", "watch"]
+__all__ = ["LoopTime", "last_limit", "loop_time", "stability_limit", "watch"]
 
 
 @final
@@ -24,17 +24,17 @@ class LoopTime:
     """The sum of the step sizes of a lower loop. A loop ends when it was asked for and another step follows.
 
     Attributes:
-        steepest: The largest curvature at which the last step does not diverge.
+        limit: `stability_limit` of the last step.
     """
 
     def __init__(self) -> None:
         self._sum: Any = 0.0
         self._asked = False
-        self.steepest: Any = math.inf
+        self.limit: Any = math.inf
 
-    def step(self, size: float | Tensor, steepest: float | Tensor = math.inf) -> None:
+    def step(self, size: float | Tensor, limit: float | Tensor = math.inf) -> None:
         """Take a step."""
-        self.steepest = steepest
+        self.limit = limit
         self._sum = size if self._asked else self._sum + size
         self._asked = False
 
@@ -66,7 +66,7 @@ def watch(optimizer: torch.optim.Optimizer, lower: Sequence[Tensor]) -> None:
         time = _watched[optimizer] = LoopTime()
 
         def count(sgd: torch.optim.Optimizer, args: object, options: object) -> None:
-            time.step(max(map(_size, sgd.param_groups)), limit(sgd))
+            time.step(max(map(_size, sgd.param_groups)), stability_limit(sgd))
 
         optimizer.register_step_post_hook(count)
     _times[lower[0]] = _watched[optimizer]
@@ -78,16 +78,16 @@ def loop_time(lower: Sequence[Tensor]) -> float:
     return math.inf if time is None else time.ask()
 
 
-def steepest(lower: Sequence[Tensor]) -> float:
-    """Return the largest curvature at which the last lower step does not diverge; infinite if that is not known."""
+def last_limit(lower: Sequence[Tensor]) -> float:
+    """Return `stability_limit` of the last lower step; infinite if that is not known."""
     time: LoopTime | None = _times.get(lower[0]) if lower else None
-    return math.inf if time is None else float(time.steepest)
+    return math.inf if time is None else float(time.limit)
 
 
-def limit(optimizer: torch.optim.Optimizer) -> Any:
+def stability_limit(optimizer: torch.optim.Optimizer) -> Any:
     """Return the largest curvature at which steps of `torch.optim.SGD` do not diverge, 2 (1 + momentum) / lr.
 
-    >>> limit(torch.optim.SGD([torch.ones(1)], lr=0.5, momentum=0.5))
+    >>> stability_limit(torch.optim.SGD([torch.ones(1)], lr=0.5, momentum=0.5))
     6.0
     """
     found = [2.0 * (1.0 + g["momentum"]) / g["lr"] if g["lr"] > 0.0 else math.inf for g in optimizer.param_groups]
