@@ -20,7 +20,7 @@ from ..optim.projection import Projection, as_projection
 from ..optim.search_path import SearchPath
 from ..policies import SLS, SLSB, GuardedSLS, validation
 from .context import Point
-from .lower import Lower, LowerLevel
+from .lower import Lower
 from .model_check import check_of
 from .momentum import momentum_of
 from .options import RoleOptions, SearchOptions
@@ -62,8 +62,7 @@ class UpperSearch(SearchingOptimizer):
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())
             self._handover.expect(self.lower.tensors())
-            if isinstance(self.lower, LowerLevel):
-                self.lower.watch()
+            self.lower.watch()
 
     def _shared_options(self) -> dict[str, Any]:
         return {**super()._shared_options(), "solver": described(self.solver)}

@@ -1,8 +1,9 @@
 """A lower level of functional code: tensors that an inner loop returns anew each time, and losses that take them.
 
 An upper step is given ``lower=(tensors, loss)``. The tensors may be a tensor, or lists, tuples and mappings of tensors,
-with or without a graph, with or without requires_grad. They are only read: the step works on leaves of its own, and
-hands these to both losses, arranged as the tensors were. A list of such pairs is a lower level of several problems (the
+with or without a graph, with or without requires_grad. They are only read, except where both levels go back to an
+earlier point (see ``retreat``): the step works on leaves of its own, and hands these to both losses, arranged as the
+tensors were. A list of such pairs is a lower level of several problems (the
 tasks of a meta-batch); the upper loss then takes the list of their variables.
 """
 
@@ -23,6 +24,7 @@ from ..evaluation.graph import nodes
 from ..evaluation.guard import Guard
 from ..evaluation.parts import require_whole
 from ..evaluation.tensors import refuse_unsupported
+from ..hypergradient.loop_time import hand_on, observe
 from ..hypergradient.trees import Tree, flatten, rebuilt
 from .lower import LowerProblem
 
@@ -213,6 +215,20 @@ class FunctionalLower:
 
     def upper_moved(self) -> None:
         """Do nothing: the lower steps are the user's."""
+
+    def watch(self) -> None:
+        """Let hypergradients know how long the loop lasts, see ``loop_time``."""
+        observe(self.tensors())
+        if len(self._problems) == 1:
+            hand_on(self.tensors(), list(self._problems[0].given))  # of a loop that writes to its tensors in place
+
+    def restart(self) -> None:
+        """Write the earlier point to leaves that were given, for loops that go on from these and not from `answer`."""
+        for problem in self._problems:
+            given = [t for t in problem.given if t.is_leaf]
+            leaves = [leaf for leaf, t in zip(problem.leaves, problem.given, strict=True) if t.is_leaf]
+            with torch.no_grad():
+                foreach.copy_(given, leaves)
 
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the leaves by step * response."""

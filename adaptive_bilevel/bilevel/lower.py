@@ -16,7 +16,7 @@ from ..evaluation.objective import Replay
 from ..evaluation.reductions import on_host
 from ..evaluation.tensors import refuse_unsupported
 from ..evaluation.vectors import inner
-from ..hypergradient.loop_time import watch
+from ..hypergradient.loop_time import observe, watch
 from ..optim.base import AdaptiveOptimizer
 from ..optim.unwrap import unwrapped
 
@@ -79,6 +79,14 @@ class Lower(Protocol):
 
     def follow(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable by step * response, and offer the point before to the next lower step."""
+        ...
+
+    def watch(self) -> None:
+        """Let hypergradients know how long the lower loop lasts, if its steps are not this package's."""
+        ...
+
+    def restart(self) -> None:
+        """Clear the state of stock optimizers that does not fit an earlier point, to which y has gone back."""
         ...
 
 
@@ -144,10 +152,7 @@ class LowerLevel:
         return found
 
     def restart(self) -> None:
-        """Clear the state of stock optimizers that does not fit an earlier point, to which y has gone back.
-
-        That is the momentum buffer of `torch.optim.SGD`, and of other optimizers what is not finite.
-        """
+        """Clear the momentum buffer of `torch.optim.SGD`, and of other stock optimizers what is not finite."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, AdaptiveOptimizer):
                 continue
@@ -156,9 +161,12 @@ class LowerLevel:
                     del optimizer.state[parameter]
 
     def watch(self) -> None:
-        """Let hypergradients know how long the loop of a single stock optimizer lasts."""
-        if len(self.optimizers) == 1:
-            watch(self.optimizers[0], self.tensors())
+        """Let hypergradients know how long the loop lasts, see ``loop_time``."""
+        descents = [optimizer for optimizer in self.optimizers if isinstance(optimizer, torch.optim.SGD)]
+        if len(descents) == len(self.optimizers) == 1:
+            watch(descents[0], self.tensors())
+        elif len(descents) == len(self.optimizers):
+            observe(self.tensors())
 
     @property
     def closures(self) -> list[Closure | None]:

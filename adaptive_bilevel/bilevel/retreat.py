@@ -22,7 +22,7 @@ from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.reductions import on_host
 from ..evaluation.vectors import inner
-from ..hypergradient.loop_time import last_limit
+from ..hypergradient.loop_time import last_limit, observed
 from ..hypergradient.solution import HessianReport
 from ..optim.state import RoleState
 from .between_steps import BetweenSteps
@@ -40,19 +40,24 @@ _ENOUGH = 8
 _FEW = 4
 """Number of values below which nothing is judged."""
 
+_CALMER = 3
+"""Number of earlier points that are kept where it is not known at which curvature the lower loop diverges."""
+
 
 class Anchor(NamedTuple):
     """A point of the run.
 
     Attributes:
         tensors: Copies of those of x that had a hypergradient, and then of those of y.
+        value: f there.
         length: The step before it.
-        stable: Whether the lower loop does not diverge there, as far as is known.
+        norm: The largest absolute eigenvalue of the lower Hessian there, as far as is known; 0 where it is not.
     """
 
     tensors: Sequence[Tensor]
+    value: float
     length: float
-    stable: bool
+    norm: float
 
 
 @final
@@ -72,14 +77,17 @@ class Retreat:
     from shrink^2 times the shorter of the two lengths, there and now.
 
     A lower loop of `torch.optim.SGD` diverges where a step of x makes the lower loss too steep for it. So a point
-    with an eigenvalue of the lower Hessian above 2 (1 + momentum) / lr takes the place of another such point only.
+    with an eigenvalue of the lower Hessian above 2 (1 + momentum) / lr takes the place of another such point only. If
+    the limit is not known, because the loop is of the user's code, up to three earlier points are kept as well, each
+    with at most half of the largest eigenvalue of the next one. If the last point is as steep as the present one, or
+    was gone back to before, x and y go back to the last of these with at most half of the present eigenvalue.
 
     The state has "losses", the recent values, and "first". The point is no part of it, and not saved: a run that is
     resumed has one from the next f on that is at or below the median.
     """
 
     def __init__(self) -> None:
-        self._anchor: Anchor | None = None
+        self.forget()
 
     @staticmethod
     def init() -> RoleState:
@@ -88,7 +96,9 @@ class Retreat:
 
     def forget(self) -> None:
         """Drop the point, since a host or a level above has moved x or y."""
-        self._anchor = None
+        self._anchor: Anchor | None = None
+        self._calmer: list[Anchor] = []
+        self._norm, self._used = 0.0, False
 
     def propose(self, point: Point, between: BetweenSteps, state: RoleState) -> Anchor | None:
         """Return the point to go back to, or None if the step goes on.
@@ -98,7 +108,7 @@ class Retreat:
             between: What has happened to x since the last step.
             state: See the class.
         """
-        anchor, losses, tensors = self._anchor, state.shared["losses"], [*point.gradient.tensors, *point.lower]
+        anchor, losses, tensors = self._chosen(), state.shared["losses"], [*point.gradient.tensors, *point.lower]
         finite = math.isfinite(point.value)
         if anchor is None or (len(losses) < _FEW if finite else _are_finite(point.lower)):
             return None
@@ -112,10 +122,20 @@ class Retreat:
         if finite and not _concerns(point, anchor):
             return None
         there = self._loss(point, anchor, tensors)
-        if not finite:
-            return anchor if math.isfinite(there) else None
         gained = point.value - there
-        return anchor if gained > spread and visible(gained, point.value, point.rounding) else None
+        if not (
+            math.isfinite(there) if not finite else gained > spread and visible(gained, point.value, point.rounding)
+        ):
+            return None
+        self._anchor, self._norm, self._used = anchor, anchor.norm, True
+        self._calmer = [earlier for earlier in self._calmer if earlier.norm <= anchor.norm]
+        return anchor
+
+    def _chosen(self) -> Anchor | None:
+        """Return the point to go back to, if any."""
+        if self._anchor is None or not self._calmer or (self._anchor.norm < self._norm and not self._used):
+            return self._anchor
+        return next((p for p in reversed(self._calmer) if 2.0 * p.norm <= self._norm), self._calmer[0])
 
     @staticmethod
     def _loss(point: Point, anchor: Anchor, tensors: Sequence[Tensor]) -> float:
@@ -135,6 +155,12 @@ class Retreat:
     def length(anchor: Anchor, previous: float, shrink: float) -> float:
         """Return the length from which searches go on after a return, `previous` being the last one."""
         return min(anchor.length, previous) * shrink**2
+
+    @staticmethod
+    def returned(anchor: Anchor, state: RoleState) -> RoleState:
+        """Return what is new in the state after a return: losses above that of the point do not count any more."""
+        known = [value for value in state.shared["losses"] if value <= anchor.value]
+        return RoleState({"losses": known or [anchor.value]})
 
     @staticmethod
     def message(value: float, state: RoleState) -> str:
@@ -159,10 +185,21 @@ class Retreat:
             hessian: What the step has seen of the lower Hessian.
         """
         value, losses = point.value, state.shared["losses"]
-        stable = hessian is None or not hessian.norm > last_limit(point.lower)
-        if not losses or (value <= median(losses) and (stable or not (self._anchor and self._anchor.stable))):
-            self._anchor = Anchor(before(), float(point.scale.previous), stable)
+        limit = last_limit(point.lower)
+        self._norm = 0.0 if hessian is None or math.isnan(hessian.norm) else hessian.norm
+        stable = self._norm <= limit
+        if not losses or (value <= median(losses) and (stable or not (self._anchor and self._anchor.norm <= limit))):
+            self._anchor, self._used = Anchor(before(), value, float(point.scale.previous), self._norm), False
+            if observed(point.lower) is not None and self._norm > 0.0:
+                self._keep(self._anchor)
         return RoleState({"losses": [*losses, value][-_RECENT:], **({} if losses else {"first": value})})
+
+    def _keep(self, anchor: Anchor) -> None:
+        """Keep the last points whose norms are each twice that of the one before, at most."""
+        while self._calmer and self._calmer[-1].norm >= anchor.norm:
+            self._calmer.pop()
+        if not self._calmer or anchor.norm >= 2.0 * self._calmer[-1].norm:
+            self._calmer = [*self._calmer, anchor][-_CALMER:]
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..evaluation.attempts import Attempts
+from ..hypergradient.observed_loop import Course
 from ..hypergradient.solution import HessianReport
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath
@@ -97,12 +98,14 @@ class Answer(NamedTuple):
         comparable: See `ResponseModel`.
         state: The response's state after the step.
         hessian: What the response's solve has shown of the lower Hessian; None: not known.
+        course: Where lower loops would move y along w; None: not asked for.
     """
 
     offsets: Sequence[Tensor] | None
     comparable: bool
     state: RoleState
     hessian: HessianReport | None = None
+    course: Course | None = None
 
 
 class Found(NamedTuple):

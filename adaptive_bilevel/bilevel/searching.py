@@ -232,10 +232,11 @@ class SearchingOptimizer(StartingOptimizer):
         if getattr(model, "blind", False):
             record = record._replace(outcome=Outcome.no_descent)
             point.closure_checks.say("blind", _BLIND)
-        kept, hessian = roles.response.commit(point, model, states["response"]), getattr(model, "hessian", None)
+        kept, shown = roles.response.commit(point, model, states["response"]), ("hessian", "course")
+        answer = Answer(model.offsets, model.comparable, kept, *(getattr(model, name, None) for name in shown))
         if led is not None:
             after = after._replace(previous=led[0].length)
-        return Found(record, model.path, after, Answer(model.offsets, model.comparable, kept, hessian), seen)
+        return Found(record, model.path, after, answer, seen)
 
     # ------------------------------------------------------------------------------------------ what is left behind
 
@@ -281,6 +282,7 @@ class SearchingOptimizer(StartingOptimizer):
         if offsets is not None or (answer is None and visible(step * path.promised, point.value, point.rounding)):
             follows = PredictionContext(offsets, path.promised, mix, point.beta, self.lower, path.gradient, along)
             news["prediction"] = self._predict(follows, step, states["prediction"])
+        self._expect_move(answer, path, mix, step if moved else 0.0)
         path.release()
         states.clear()
         del mix, context, along  # what is written takes the place of what these hold

@@ -16,8 +16,10 @@ from ..evaluation.guard import Guard, RandomState
 from ..evaluation.means import averaged
 from ..evaluation.objective import Objective
 from ..evaluation.parts import any_in_parts
-from ..evaluation.reductions import agree
+from ..evaluation.reductions import agree, on_host
 from ..evaluation.tensors import gradients_of
+from ..evaluation.vectors import inner
+from ..hypergradient.loop_time import observed
 from ..hypergradient.same_point import Handover
 from ..hypergradient.shared_basis import waits
 from ..optim.direction import Gradient
@@ -26,13 +28,13 @@ from ..optim.search_path import SearchPath
 from ..optim.state import RoleState, write_states
 from ..policies import Outcome, Record
 from ..policies.scalars import resolution
-from .context import PaceContext, Point
+from .context import Mix, PaceContext, Point
 from .last_step import departed
 from .lower import Lower, LowerLevel
 from .retreat import Retreat
 from .roles import Pace
 from .scale import Scale
-from .search import Found
+from .search import Answer, Found
 from .secant import Secants
 from .source import DirectLoss
 from .upper import UpperOptimizer
@@ -166,6 +168,7 @@ class StartingOptimizer(UpperOptimizer):
     ) -> Found | None:
         """Put x and y to an earlier point where f says so, and return what is left of the step; None: it goes on."""
         state, after = states["retreat"], point.scale.state
+        news = dict[str, RoleState]()
         outcome, before = Outcome.undone, pace.regrets(paced, states["pace"])
         if before is None:
             anchor = self._retreat.propose(point, self._between, state)
@@ -173,6 +176,7 @@ class StartingOptimizer(UpperOptimizer):
                 return None
             outcome, before = Outcome.returned, anchor.tensors
             messages.append(self._retreat.message(point.value, state))
+            news["retreat"] = self._retreat.returned(anchor, state)
             length = self._retreat.length(anchor, float(after.previous), paced.policy.shrink)
             after = after._replace(previous=length, last_gain=0.0)
         record = Record(0.0, 0.0, math.inf, outcome, slope=paced.path.promised)
@@ -181,9 +185,9 @@ class StartingOptimizer(UpperOptimizer):
         tensors = paced.path.gradient.tensors
         foreach.copy_([*tensors, *point.lower], before)
         self.lower.upper_moved()
-        if outcome == Outcome.returned and isinstance(self.lower, LowerLevel):
+        if outcome == Outcome.returned:
             self.lower.restart()
-        news = {"pace": pace.commit(paced, record, states["pace"])}
+        news = {"pace": pace.commit(paced, record, states["pace"]), **news}
         if any(states["last_step"].each):
             news["last_step"] = departed(paced.path.gradient)
         if not point.lower:
@@ -191,6 +195,18 @@ class StartingOptimizer(UpperOptimizer):
         write_states(self.state, news, tensors)
         self._save_rule_state(after, kept=0)
         return Found(record, paced.path, after)
+
+    def _expect_move(self, answer: Answer | None, path: SearchPath, mix: Mix, step: float) -> None:
+        """Leave what the step has done for the estimate of how long lower loops last, if there is one."""
+        lower = self.lower.tensors()
+        loop = observed(lower)
+        if loop is None:
+            return
+        course, gradient = None if answer is None else answer.course, path.gradient
+        if course is not None and mix.along is not None:
+            (part,) = on_host(inner(gradient.values, mix.along(), gradient.factors))
+            step *= part / path.promised
+        loop.expect(lower, course, step)
 
     def _paced(self, guard: Guard, path: SearchPath, objective: Closure, lower_closure: Any) -> PaceContext:
         """Return what the pace is given before f is evaluated."""

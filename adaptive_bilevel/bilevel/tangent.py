@@ -17,6 +17,8 @@ from ..evaluation.reductions import agree
 from ..evaluation.vectors import Vector, inners
 from ..hypergradient.difference_products import LowerLoss
 from ..hypergradient.lanczos import Lanczos
+from ..hypergradient.loop_time import observed
+from ..hypergradient.observed_loop import Course
 from ..hypergradient.products import Curvature, Sampled, curvature_of, resumed, say_unresolved
 from ..hypergradient.same_point import handover
 from ..hypergradient.shared_basis import build, expect, random_state, take
@@ -45,6 +47,7 @@ class TangentModel(abc.ABC):
     slope_ratio: float
     comparable: bool
     offsets: Sequence[Tensor] | None = None
+    course: Course | None = None
     _step = 0.0
 
     def __init__(
@@ -216,6 +219,8 @@ class JointTangent(TangentModel):
     def close(self) -> None:
         """Drop the graph and what only solves need."""
         self._gradient = self._curvature.gradient
+        if (loop := observed(self._lower)) is not None and self.offsets is not None:
+            self.course = self._inverse.course(loop, self.offsets, self._gradient, self._lower)
         super().close()
 
     def _drop_graph(self) -> None:

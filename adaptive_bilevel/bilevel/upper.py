@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..evaluation.guard import Closure, Guard, Workspace
 from ..evaluation.objective import Objective
 from ..evaluation.opened import closing
 from ..hypergradient.difference_lengths import restore_lengths, saved_lengths
+from ..hypergradient.loop_time import restore_loop, saved_loop
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
 from .functional import FunctionalLower, UpperLoss
@@ -24,7 +25,11 @@ from .source import DIRECT, DirectLoss, Source, checked_source, estimated, match
 
 __all__ = ["UpperOptimizer"]
 
-_LENGTHS = "difference_lengths"
+_BELOW: Mapping[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "difference_lengths": (saved_lengths, restore_lengths),
+    "lower_loop": (saved_loop, restore_loop),
+}
+"""What is known of the lower tensors and saved with the upper state: how to save it, and how to restore it."""
 
 
 class UpperOptimizer(AdaptiveOptimizer):
@@ -40,7 +45,7 @@ class UpperOptimizer(AdaptiveOptimizer):
     takes_offers = False
     lower: Lower
     _source: Source = None
-    _lengths: Mapping[str, Any] = {}
+    _below: Mapping[str, Any] = {}
 
     @property
     def hypergradient(self) -> Source:
@@ -126,32 +131,33 @@ class UpperOptimizer(AdaptiveOptimizer):
     def _restored(self) -> None:
         super()._restored()
         self._forget()
-        if self._lengths:  # of a copy
-            restore_lengths(self.lower.tensors(), self._lengths)
+        if self._below:  # of a copy
+            _restore(self.lower.tensors(), self._below)
 
     @property
     def _own_counts(self) -> Counts:
         return self.evaluations.upper
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is saved, as `AdaptiveOptimizer.state_dict` does; also the lengths of differences below."""
-        entries, lengths = self._entries(), saved_lengths(self.lower.tensors())
-        if lengths:
-            entries[_LENGTHS] = lengths
+        """Return what is saved, as `AdaptiveOptimizer.state_dict` does; also what is known of the lower tensors."""
+        entries, below = self._entries(), _saved(self.lower.tensors())
+        entries.update(below)
         try:
             return super().state_dict()
         finally:
-            entries.pop(_LENGTHS, None)
+            for name in below:
+                del entries[name]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state_dict)
-        self._lengths = self._entries().pop(_LENGTHS, {})
-        restore_lengths(self.lower.tensors(), self._lengths)
+        entries = self._entries()
+        self._below = {name: entries.pop(name) for name in _BELOW if name in entries}
+        _restore(self.lower.tensors(), self._below)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
-        kept = {"lower": self.lower, "_source": self._source, "_lengths": saved_lengths(self.lower.tensors())}
+        kept = {"lower": self.lower, "_source": self._source, "_below": _saved(self.lower.tensors())}
         return {**super().__getstate__(), **kept}
 
     def _one_closure(self, upper_closure: UpperLoss | None, closure: UpperLoss | None) -> UpperLoss | None:
@@ -221,7 +227,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         level = FunctionalLower.of(owner, lower)
         level.refuse_shared(params)
         level.require_form(owner, before)
-        restore_lengths(level.tensors(), saved_lengths(before.tensors()) or self._lengths)
+        _restore(level.tensors(), _saved(before.tensors()) or self._below)
         return level
 
     def _sourced(
@@ -287,3 +293,15 @@ class UpperOptimizer(AdaptiveOptimizer):
                 "moves. Call requires_grad_() on those that should"
             )
         return grads
+
+
+def _saved(lower: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what is known of lower tensors, without what is empty."""
+    found = {name: save(lower) for name, (save, _) in _BELOW.items()}
+    return {name: known for name, known in found.items() if known}
+
+
+def _restore(lower: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
+    """Put what `_saved` returned in the place of what is known."""
+    for name, (_, restore) in _BELOW.items():
+        restore(lower, saved.get(name, {}))

@@ -1,22 +1,41 @@
-"""How long the lower loop lasts: the sum of its step sizes, for loops of gradient descent that an upper step follows.
+"""How long the lower loop lasts: the sum of its step sizes.
 
 The time belongs to the lower tensors and is kept under the first of them, weakly, as a basis is (see
-``shared_basis``). Only an upper optimizer whose lower optimizer is `torch.optim.SGD` has it watched. The searches of
-this package take steps of at least the order of 1 / L, so that their loops are no limit.
+``shared_basis``), if an upper step follows them:
+
+| the lower steps are those of | the time is |
+|---|---|
+| one `torch.optim.SGD` | counted |
+| several, or code of the user's (``lower=(tensors, loss)``) | estimated, see ``observed_loop`` |
+| this package | no limit: searches take steps of at least the order of 1 / L |
+| Adam and other stock optimizers | no limit: their metric lengthens the steps where H is flat |
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["LoopTime", "last_limit", "loop_time", "stability_limit", "watch"]
+from .observed_loop import ObservedLoop
+
+__all__ = [
+    "LoopTime",
+    "hand_on",
+    "last_limit",
+    "loop_time",
+    "observe",
+    "observed",
+    "restore_loop",
+    "saved_loop",
+    "stability_limit",
+    "watch",
+]
 
 
 @final
@@ -38,7 +57,7 @@ class LoopTime:
         self._sum = size if self._asked else self._sum + size
         self._asked = False
 
-    def ask(self) -> float:
+    def ask(self, lower: Sequence[Tensor]) -> float:
         """Return the time of the loop; infinite before any step."""
         self._asked = True
         return float(self._sum) or math.inf
@@ -48,7 +67,7 @@ _times: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, LoopTime] = weakref.WeakKeyDictionary()
 
 
-def watch(optimizer: torch.optim.Optimizer, lower: Sequence[Tensor]) -> None:
+def watch(optimizer: torch.optim.SGD, lower: Sequence[Tensor]) -> None:
     """Let the steps of gradient descent count for these lower tensors.
 
     The size of a step is ``lr (1 - dampening) / (1 - momentum)``, the largest of the groups.
@@ -60,7 +79,7 @@ def watch(optimizer: torch.optim.Optimizer, lower: Sequence[Tensor]) -> None:
     >>> loop_time([y])
     1.5
     """
-    if not isinstance(optimizer, torch.optim.SGD) or not lower:
+    if not lower:
         return
     if optimizer not in _watched:
         time = _watched[optimizer] = LoopTime()
@@ -72,15 +91,49 @@ def watch(optimizer: torch.optim.Optimizer, lower: Sequence[Tensor]) -> None:
     _times[lower[0]] = _watched[optimizer]
 
 
+def observe(lower: Sequence[Tensor]) -> None:
+    """Let the time of these lower tensors be estimated from now on."""
+    if lower and observed(lower) is None:
+        _times[lower[0]] = ObservedLoop()
+
+
+def observed(lower: Sequence[Tensor]) -> ObservedLoop | None:
+    """Return the loop whose time is estimated; None: it is not."""
+    time = _times.get(lower[0]) if lower else None
+    return time if isinstance(time, ObservedLoop) else None
+
+
+def saved_loop(lower: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what is known of the time of an estimated loop, as numbers and tensors; {} of others."""
+    loop = observed(lower)
+    return {} if loop is None else loop.saved()
+
+
+def restore_loop(lower: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
+    """Put what `saved_loop` returned in the place of what is known of an estimated loop."""
+    if saved and lower and lower[0] not in _times:
+        observe(lower)
+    loop = observed(lower)
+    if loop is not None:
+        loop.restore(saved)
+
+
+def hand_on(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    """Let lower tensors that were made anew have the loop of those before."""
+    loop = observed(before)
+    if loop is not None and after:
+        _times[after[0]] = loop
+
+
 def loop_time(lower: Sequence[Tensor]) -> float:
     """Return how long the last lower loop lasted; infinite if that is not known."""
-    time: LoopTime | None = _times.get(lower[0]) if lower else None
-    return math.inf if time is None else time.ask()
+    time: LoopTime | ObservedLoop | None = _times.get(lower[0]) if lower else None
+    return math.inf if time is None else time.ask(lower)
 
 
 def last_limit(lower: Sequence[Tensor]) -> float:
-    """Return `stability_limit` of the last lower step; infinite if that is not known."""
-    time: LoopTime | None = _times.get(lower[0]) if lower else None
+    """Return the largest curvature at which lower steps do not diverge; infinite if that is not known."""
+    time: LoopTime | ObservedLoop | None = _times.get(lower[0]) if lower else None
     return math.inf if time is None else float(time.limit)
 
 

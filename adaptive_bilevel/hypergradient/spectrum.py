@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .solution import SolverStatus
 
-__all__ = ["Spectrum"]
+__all__ = ["Spectrum", "flowed"]
 
 ASYMMETRIC = 0.01
 """Products whose matrix differs from its transpose by this part of its norm are not those of one symmetric matrix."""
@@ -96,3 +96,10 @@ class Spectrum(NamedTuple):
         if float(size.min()) * self.horizon < 1.0:
             return SolverStatus.singular
         return SolverStatus.converged if self.below == 0.0 else SolverStatus.complete
+
+
+def flowed(durations: Tensor, curvatures: Tensor) -> Tensor:
+    """Return (1 - exp(-s |t|)) / |t| for each duration s, a row, and each curvature t, a column."""
+    sizes = curvatures.abs()
+    exponents = durations[:, None] * sizes
+    return torch.where(sizes > 0.0, -torch.expm1(-exponents) / sizes, durations[:, None].expand_as(exponents))

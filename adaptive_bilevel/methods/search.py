@@ -154,6 +154,8 @@ class _Level:
     def upper_moved(self) -> None:
         """Do nothing: the driver has no lower optimizer."""
 
+    watch = restart = upper_moved
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable along."""
         foreach.add_(self.leaves, response, alpha=step)

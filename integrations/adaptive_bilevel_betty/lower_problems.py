@@ -59,6 +59,14 @@ class LowerProblems:
         several = len(self._below) > 1
         return [_lower_problem(below, guard, answers if several else None) for below, answers in self._below]
 
+    def watch(self) -> None:
+        """Let hypergradients know how long lower loops last, see `LowerLevel.watch`."""
+        LowerLevel(self._optimizers()).watch()
+
+    def restart(self) -> None:
+        """Clear the state of stock optimizers that does not fit an earlier point."""
+        LowerLevel(self._optimizers()).restart()
+
     @property
     def follows(self) -> bool:
         """Whether an optimizer below can go back; a stock optimizer cannot."""

@@ -28,6 +28,10 @@ class Level:
 
     def upper_moved(self) -> None: ...
 
+    def watch(self) -> None: ...
+
+    def restart(self) -> None: ...
+
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         self.calls.append(("carry", step))
 

@@ -91,6 +91,16 @@ def test_what_is_not_much_is_not_taken_back(steps: int, value: Any) -> None:
     assert run.step(Elsewhere(run, value(losses(run)), point)) == Outcome.accepted
 
 
+def test_losses_on_the_way_to_where_it_goes_back_from_do_not_count() -> None:
+    run, point = after_steps(9)
+    known = losses(run)
+    assert run.step(Elsewhere(run, known[0], point)) == Outcome.accepted
+    assert losses(run) == [*known, known[0]]
+    with pytest.warns(UserWarning, match=LEFT):
+        assert run.step(Elsewhere(run, 2.0 * known[0], point)) == Outcome.returned
+    assert losses(run) == [value for value in known if value <= known[-1]]
+
+
 def test_a_far_rise_is_taken_back_from_the_fifth_step_on() -> None:
     run, point = after_steps(4)
     with pytest.warns(UserWarning, match=LEFT):
