@@ -23,7 +23,7 @@ from ..optim.state import RoleState
 from .context import PredictionContext
 from .roles import Prediction
 
-__all__ = ["Always", "Never", "Offered", "prediction_of"]
+__all__ = ["Always", "Never", "Offered", "predicted", "prediction_of"]
 
 
 @final
@@ -171,6 +171,15 @@ class _TangentMean:
         known = self._known["mean"] if self._known else foreach.mul(self._tangent, 0.0)
         mean = list(map(scattered, known, self._tangent))
         return foreach.lerp(mean, self._tangent, 1.0 - self._beta)
+
+
+def predicted(role: Prediction, context: PredictionContext, step: float, state: RoleState) -> RoleState:
+    """Let y move along if the step moved x, and return what is new in the prediction's state."""
+    response = role.propose(context, state)
+    news = role.commit(context, response, state)
+    if response is not None and step > 0.0:
+        role.deliver(context, response, step)
+    return news
 
 
 def prediction_of(option: Any) -> Prediction:

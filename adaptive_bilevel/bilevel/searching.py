@@ -26,6 +26,7 @@ from .context import MomentumContext, PaceContext, Point, PredictionContext, Tak
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis, motion
 from .functional import UpperLoss
 from .last_step import departed, onward
+from .prediction import predicted
 from .retreat import Retreat
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .scale import visible
@@ -281,7 +282,7 @@ class SearchingOptimizer(StartingOptimizer):
             self.lower.upper_moved()
         if offsets is not None or (answer is None and visible(step * path.promised, point.value, point.rounding)):
             follows = PredictionContext(offsets, path.promised, mix, point.beta, self.lower, path.gradient, along)
-            news["prediction"] = self._predict(follows, step, states["prediction"])
+            news["prediction"] = predicted(roles.prediction, follows, step, states["prediction"])
         self._expect_move(answer, path, mix, step if moved else 0.0)
         path.release()
         states.clear()
@@ -291,12 +292,3 @@ class SearchingOptimizer(StartingOptimizer):
             after = shortened(found.state, step / record.step_size) if moved else point.scale.state
             self._save_rule_state(after, **point.scale.after(record, self.policy, point.value, point.rounding, excused))
         return messages
-
-    def _predict(self, context: PredictionContext, step: float, state: RoleState) -> RoleState:
-        """Let y move along if the step moved x, and return what is new in the prediction's state."""
-        role = self.roles.prediction
-        response = role.propose(context, state)
-        news = role.commit(context, response, state)
-        if response is not None and step > 0.0:
-            role.deliver(context, response, step)
-        return news
