@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from ..evaluation.counts import Counts
 from ..evaluation.guard import Closure, Guard, Workspace
 from ..evaluation.objective import Objective
 from ..evaluation.opened import closing
-from ..hypergradient.difference_lengths import restore_lengths, saved_lengths
-from ..hypergradient.loop_time import restore_loop, saved_loop
+from ..hypergradient.known_below import NAMES, restore_below, saved_below
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
 from .functional import FunctionalLower, UpperLoss
@@ -24,12 +23,6 @@ from .lower import Lower, as_lower, refuse_shared
 from .source import DIRECT, DirectLoss, Source, checked_source, estimated, matched
 
 __all__ = ["UpperOptimizer"]
-
-_BELOW: Mapping[str, tuple[Callable[..., Any], Callable[..., None]]] = {
-    "difference_lengths": (saved_lengths, restore_lengths),
-    "lower_loop": (saved_loop, restore_loop),
-}
-"""What is known of the lower tensors and saved with the upper state: how to save it, and how to restore it."""
 
 
 class UpperOptimizer(AdaptiveOptimizer):
@@ -132,7 +125,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         super()._restored()
         self._forget()
         if self._below:  # of a copy
-            _restore(self.lower.tensors(), self._below)
+            restore_below(self.lower.tensors(), self._below)
 
     @property
     def _own_counts(self) -> Counts:
@@ -140,7 +133,7 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is saved, as `AdaptiveOptimizer.state_dict` does; also what is known of the lower tensors."""
-        entries, below = self._entries(), _saved(self.lower.tensors())
+        entries, below = self._entries(), saved_below(self.lower.tensors())
         entries.update(below)
         try:
             return super().state_dict()
@@ -152,12 +145,12 @@ class UpperOptimizer(AdaptiveOptimizer):
         """Load what `state_dict` returned."""
         super().load_state_dict(state_dict)
         entries = self._entries()
-        self._below = {name: entries.pop(name) for name in _BELOW if name in entries}
-        _restore(self.lower.tensors(), self._below)
+        self._below = {name: entries.pop(name) for name in NAMES if name in entries}
+        restore_below(self.lower.tensors(), self._below)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
-        kept = {"lower": self.lower, "_source": self._source, "_below": _saved(self.lower.tensors())}
+        kept = {"lower": self.lower, "_source": self._source, "_below": saved_below(self.lower.tensors())}
         return {**super().__getstate__(), **kept}
 
     def _one_closure(self, upper_closure: UpperLoss | None, closure: UpperLoss | None) -> UpperLoss | None:
@@ -227,7 +220,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         level = FunctionalLower.of(owner, lower)
         level.refuse_shared(params)
         level.require_form(owner, before)
-        _restore(level.tensors(), _saved(before.tensors()) or self._below)
+        restore_below(level.tensors(), saved_below(before.tensors()) or self._below)
         return level
 
     def _sourced(
@@ -293,15 +286,3 @@ class UpperOptimizer(AdaptiveOptimizer):
                 "moves. Call requires_grad_() on those that should"
             )
         return grads
-
-
-def _saved(lower: Sequence[Tensor]) -> dict[str, Any]:
-    """Return what is known of lower tensors, without what is empty."""
-    found = {name: save(lower) for name, (save, _) in _BELOW.items()}
-    return {name: known for name, known in found.items() if known}
-
-
-def _restore(lower: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
-    """Put what `_saved` returned in the place of what is known."""
-    for name, (_, restore) in _BELOW.items():
-        restore(lower, saved.get(name, {}))
