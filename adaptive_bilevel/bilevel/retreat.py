@@ -123,9 +123,8 @@ class Retreat:
             return None
         there = self._loss(point, anchor, tensors)
         gained = point.value - there
-        if not (
-            math.isfinite(there) if not finite else gained > spread and visible(gained, point.value, point.rounding)
-        ):
+        lower = gained > spread and visible(gained, point.value, point.rounding)
+        if not (lower if finite else math.isfinite(there)):
             return None
         self._anchor, self._norm, self._used = anchor, anchor.norm, True
         self._calmer = [earlier for earlier in self._calmer if earlier.norm <= anchor.norm]
