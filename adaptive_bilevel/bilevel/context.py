@@ -23,6 +23,7 @@ from .scale import Scale
 
 __all__ = [
     "Change",
+    "LowerLossChanged",
     "Mix",
     "MomentumContext",
     "PaceContext",
@@ -38,6 +39,10 @@ Redirect = Callable[[list[Tensor]], SearchPath]
 
 Place = Callable[[float], None]
 """Moves x and y to the candidate of a step size."""
+
+
+class LowerLossChanged(Exception):
+    """The lower loss is another one than that by which a model was made; the step begins again."""
 
 
 @dataclass

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..evaluation import foreach
 from ..hypergradient.products import Curvature
-from .context import Change, Point
+from .context import Change, Place, Point
 from .inverse import Inverse, Solved
 from .lower import LowerProblem
-from .tangent import TangentModel, change_between, effect_between, unanswered
+from .lower_change import change_between, effect_between, unanswered
+from .tangent import TangentModel
 
 __all__ = ["MultilevelTangent"]
 
@@ -113,6 +114,9 @@ class MultilevelTangent(TangentModel):
         for block in self._blocks:
             self._count(block.curvature)
             del block.curvature
+
+    def confirm(self, place: Place) -> None:
+        """Do nothing: every loss was evaluated at (x, y)."""
 
     def changes(self) -> list[Change]:
         """Return how far every lower gradient is from where it was."""

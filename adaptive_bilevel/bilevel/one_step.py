@@ -19,7 +19,7 @@ from ..optim.slope_rounding import most_ratio
 from ..optim.state import RoleState
 from ..policies import armijo_ceiling
 from ..policies.schedule import Decay
-from .context import Change, Point, Redirect
+from .context import Change, Place, Point, Redirect
 from .lower import LowerProblem
 from .model_check import NoCheck
 from .momentum import momentum_of
@@ -71,6 +71,9 @@ class SteppedModel:
     def changes(self) -> list[Change]:
         """Return nothing to compare."""
         return []
+
+    def confirm(self, place: Place) -> None:
+        """Do nothing."""
 
     def effects(self) -> list[Change]:
         """Return nothing to compare."""

@@ -21,7 +21,7 @@ from ..evaluation.vectors import inner
 from ..hypergradient.solution import LinearSolver
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
-from .context import Change, Point, Redirect
+from .context import Change, Place, Point, Redirect
 from .inverse import inverse_of
 from .multilevel import MultilevelTangent
 from .roles import ResponseModel
@@ -60,6 +60,9 @@ class Unanswered:
     def changes(self) -> list[Change]:
         """Return nothing to compare."""
         return []
+
+    def confirm(self, place: Place) -> None:
+        """Do nothing."""
 
     def effects(self) -> list[Change]:
         """Return nothing to compare."""

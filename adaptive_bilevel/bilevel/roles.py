@@ -61,6 +61,17 @@ class ResponseModel(Protocol):
         """Return the changes of the lower gradients from (x, y) to the candidate; [] if they are not known."""
         ...
 
+    def confirm(self, place: Place) -> None:
+        """Make sure that the model is that of the present lower loss, where a candidate's changes are too large.
+
+        Args:
+            place: Moves the parameters to a candidate. They are at the one of the last `answer` before and after.
+
+        Raises:
+            LowerLossChanged: It is not. The parameters are at (x, y), and the step begins again with another model.
+        """
+        ...
+
     def effects(self) -> list[Change]:
         """Return what the linear model ignores in the effect of x on the lower gradients at the candidate.
 

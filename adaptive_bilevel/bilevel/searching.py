@@ -22,7 +22,7 @@ from ..optim.state import RoleState, read_states, write_states
 from ..policies import GuardedSLS, Outcome, validation
 from ..policies.margin import shortened
 from .between_steps import PROJECT
-from .context import MomentumContext, PaceContext, Point, PredictionContext, Taken
+from .context import LowerLossChanged, MomentumContext, PaceContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis, motion
 from .functional import UpperLoss
 from .last_step import departed, onward
@@ -229,7 +229,11 @@ class SearchingOptimizer(StartingOptimizer):
         point.release()
         if model.path is not path and limits.onward is not None:  # along another hypergradient than the user's
             limits = limits._replace(onward=onward(model.path.gradient, states["last_step"]))
-        record, after = search(point, model, check, limits)
+        try:
+            record, after = search(point, model, check, limits)
+        except LowerLossChanged:
+            point.differentiated = False
+            return self._find(point, paced, section, check, states)
         if getattr(model, "blind", False):
             record = record._replace(outcome=Outcome.no_descent)
             point.closure_checks.say("blind", _BLIND)

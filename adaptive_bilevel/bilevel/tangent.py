@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -25,11 +24,12 @@ from ..hypergradient.shared_basis import build, expect, random_state, take
 from ..hypergradient.solution import HessianReport
 from ..hypergradient.spectral_inverse import SpectralInverse
 from ..optim.search_path import SearchPath
-from .context import Change, Point
+from .context import Change, LowerLossChanged, Place, Point
 from .inverse import Inverse
 from .lower import LowerProblem
+from .lower_change import change_between, effect_between, unanswered
 
-__all__ = ["JointTangent", "TangentModel", "change_between", "effect_between", "unanswered"]
+__all__ = ["JointTangent", "TangentModel"]
 
 
 class TangentModel(abc.ABC):
@@ -84,6 +84,10 @@ class TangentModel(abc.ABC):
     @abc.abstractmethod
     def _pushes(self) -> list[Tensor]:
         """Return C^T d of all problems."""
+
+    @abc.abstractmethod
+    def confirm(self, place: Place) -> None:
+        """Raise `LowerLossChanged` if g is no longer what the tangent was computed from."""
 
     def refine(self) -> bool:
         """Solve further from now on; False where that is not possible, or was asked for twice already."""
@@ -154,6 +158,8 @@ class TangentModel(abc.ABC):
 class JointTangent(TangentModel):
     """The tangent of the minimizer of the sum of all lower losses."""
 
+    _confirmed: bool
+
     def __init__(
         self, point: Point, problems: Sequence[LowerProblem], inverse: Inverse, products: str = "auto"
     ) -> None:
@@ -166,6 +172,7 @@ class JointTangent(TangentModel):
 
     def _differentiated(self) -> Curvature:
         self._loss, curvature, _ = self._curvature_of(self._problems, self._upper, self._lower)
+        self._confirmed = True
         if (left := handover(self._lower)) is not None and curvature.exact:
             left.compare_lower(self._loss, self._upper, self._lower, curvature.gradient)
         return curvature
@@ -175,15 +182,10 @@ class JointTangent(TangentModel):
         left, replayed = handover(self._lower), all(problem.random is not None for problem in self._problems)
         if left is None or not replayed or self._products == "difference":
             return None
-
-        def value() -> Tensor:
-            self._counts.values += 1
-            return torch.stack([torch.as_tensor(self._guard.value(p.closure, p.random)) for p in self._problems]).sum()
-
-        taken = left.take_lower(value, self._upper, self._lower)
+        taken = left.take_lower(self._upper, self._lower)
         if taken is None:
             return None
-        self._loss, exact = taken
+        self._confirmed, (self._loss, exact) = False, taken
         loss = LowerLoss(self._guard, [(p.closure, p.random) for p in self._problems])
         return resumed(self._products, exact, loss, self._upper, self._lower)
 
@@ -215,6 +217,19 @@ class JointTangent(TangentModel):
         with torch.enable_grad():
             v = self._inverse.dual(self._curvature.hvp, self._f_y)
             return foreach.sub(self._f_x, list(self._curvature.cross_vjp(v)))
+
+    def confirm(self, place: Place) -> None:
+        """Evaluate g at (x, y), once, if its derivatives were taken over."""
+        if self._confirmed:
+            return
+        self._confirmed, step = True, self._step
+        self._guard.put_back()
+        self._counts.values += 1
+        terms = [torch.as_tensor(self._guard.value(p.closure, p.random)) for p in self._problems]
+        left = handover(self._lower)
+        if left is not None and not left.confirms_lower(torch.stack(terms).sum(), self._upper, self._lower):
+            raise LowerLossChanged
+        place(step)
 
     def close(self) -> None:
         """Drop the graph and what only solves need."""
@@ -265,33 +280,3 @@ def _under(random: RandomState | None, problems: Sequence[LowerProblem]) -> Sequ
         problem if problem.random is None else problem._replace(random=state)  # without one, the closure sees to it
         for problem, state in zip(problems, states, strict=True)
     ]
-
-
-@contextmanager
-def unanswered(tensors: Sequence[Tensor], offsets: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Take back step * offsets within the context."""
-    foreach.add_(tensors, offsets, alpha=-step)
-    yield
-    foreach.add_(tensors, offsets, alpha=step)
-
-
-def effect_between(old: Sequence[Tensor], new: Sequence[Tensor], push: Sequence[Tensor], step: float) -> Change:
-    """Return the difference between a lower gradient where x has moved alone and old - step * push."""
-    return change_between(old, new, push, 0.0, foreach.sub(old, list(push), alpha=step))
-
-
-def change_between(
-    old: Sequence[Tensor],
-    new: Sequence[Tensor],
-    push: Sequence[Tensor],
-    residual: float,
-    expected: Sequence[Tensor] | None = None,
-) -> Change:
-    """Return the change from one lower gradient, or from what is expected in its place, to another."""
-    delta = foreach.sub(new, list(old if expected is None else expected))
-    *squares, mixed = torch.stack(inners((new, new), (old, old), (delta, delta), (push, push), (delta, push))).tolist()
-    after, before, change, pushed = (math.sqrt(square) if square > 0.0 else max(square, 0.0) for square in squares)
-    along = abs(mixed) / pushed if pushed > 0.0 else 0.0
-    rounding = 8.0 * max(torch.finfo(g.dtype).eps for g in old) * (after + before)
-    size, pushed, before, along = (float(v) for v in agree(change, pushed, before, along))
-    return Change(size, pushed, residual, rounding, before, along)

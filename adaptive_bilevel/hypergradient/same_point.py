@@ -9,8 +9,12 @@ grad_y g, if these are those of its own losses:
   evaluates them, and a loss that draws a new sample in each call is never evaluated once more than before. Nor is one
   whose value without a graph has another rounding, but for the first time.
 
-A value then takes the place of a gradient. Otherwise the step evaluates the gradients, as it does without a
-hypergradient of this package. With several processes, and with losses of half precision, it always does.
+A value of f then takes the place of its gradient. That of g is evaluated only if a candidate fails the model check,
+which compares grad_y g there with grad_y g here: on another sample it is another one. If the value is another one, the
+step begins again, with derivatives of its own. A candidate that passes shows by itself that the tangent holds.
+
+Otherwise the step evaluates the gradients, as it does without a hypergradient of this package. With several processes,
+and with losses of half precision, it always does.
 
 The optimizer owns what is left, and drops it when its step ends: a graph holds the tensors that it is looked up by.
 """
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple, final
 
@@ -185,19 +189,25 @@ class Handover:
             self._upper = None
         return known
 
-    def take_lower(
-        self, evaluate: Callable[[], Tensor | float], upper: Sequence[Tensor], lower: Sequence[Tensor]
-    ) -> tuple[Tensor, LowerCurvature] | None:
-        """Return g and its products likewise; it is evaluated only if the tensors are those."""
+    def take_lower(self, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> tuple[Tensor, LowerCurvature] | None:
+        """Return g and its products if the tensors are those; whether it is this g is for `confirms_lower`."""
         left = self._lower
         if left is None or left.curvature is None or not self._trust["lower"].holds:
             return None
-        if left.fits(upper, lower) and _is_value(left.loss, evaluate()):
-            self._lower = None
+        self._drop_graph()
+        if left.fits(upper, lower):
             return left.loss, left.curvature
         self._trust["lower"] = _Trust.missed
-        self._drop_graph()
         return None
+
+    def confirms_lower(self, value: Tensor | float, upper: Sequence[Tensor], lower: Sequence[Tensor]) -> bool:
+        """Return whether g has the value that was taken over, at (x, y), to which the step has returned."""
+        left = self._lower
+        if left is None or _is_value(left.loss, value):
+            return True
+        self._trust["lower"] = _Trust.missed
+        self._lower = left._replace(marks=_marks((*upper, *lower, *left.gradient)))
+        return False
 
     def _drop_graph(self) -> None:
         """Keep of g what the next evaluation is compared with."""

@@ -45,6 +45,8 @@ class Measured:
     def changes(self) -> list[Change]:
         return [next(self._changes)]
 
+    def confirm(self, place: Any) -> None: ...
+
     def effects(self) -> list[Change]:
         return [effect for effect in [next(self._effects, None)] if effect is not None]
 
