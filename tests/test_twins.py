@@ -290,11 +290,12 @@ def test_two_levels(rule: str, problem: Callable[[int], Bilevel], seed: int, lr:
     searched: dict[str, Any] = {} if tangent is None else {"solver": solver, "pace": "auto"}
     outer = outer_cls(upper, lr=lr, lower=inner, direction=direction, **searched)
     twin = outer_twin(x, inner_twin(y), direction, *([] if lr is None else [lr]))
+    twin.sizes = sizes[0]
     tolerance = 1e-6 if tangent is SpectralTangent else None
     # A Krylov space that is almost exhausted multiplies rounding, in `cleaning` by 1e8 within ten steps.
     few: dict[Any, int] = {cleaning: 6, hyper_quadratic: 60} if tangent is SpectralTangent else {}
-    # Solved after 80 steps; then what steps promise is below the rounding of f, which decides.
-    steps = few.get(problem, STEPS if lr is None else 80)
+    # Solved after 70 steps; then what steps promise is below the rounding of f, which decides.
+    steps = few.get(problem, STEPS if lr is None else 70)
     for k in range(steps):
         for _ in range(LOWER_STEPS):
             g = draw_lower()

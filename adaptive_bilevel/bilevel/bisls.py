@@ -123,7 +123,8 @@ class BiSLS(UpperSearch):
         hypergradient: Source of h: None (``.grad``), `adaptive_bilevel.hypergradient.implicit` or another function of
             its first four arguments, `Implicit(solver)`, or "direct" (the gradient of the upper loss, whose closure
             runs the inner loop). See `adaptive_bilevel.bilevel.source`.
-        direction: "sgd", "adam" (the search is along A^{-1} h, the step along A^{-1} m), or a `Direction`.
+        direction: "sgd", "adam" (the search is along A^{-1} h, the step along A^{-1} m, in the metric of
+            `adaptive_bilevel.optim.direction.AdamMetric`), or a `Direction`.
         momentum: How much of the mean of the hypergradients the step contains. The search is along the last
             hypergradient. "auto": as much as predicts the next hypergradient; without a lower level, and where the
             losses show that f is one function of x, the direction of L-BFGS is searched and stepped along

@@ -27,12 +27,13 @@ from torch import Tensor
 from ..evaluation import foreach
 from ..evaluation.reductions import agree, on_host
 from ..evaluation.vectors import cast_like, inner, inners, widen
+from ..optim.direction import AdamMetric, Direction
 from ..optim.moments import Moment, mean
 from ..optim.state import RoleState
 from .context import Mix, MomentumContext
 from .roles import Momentum
 
-__all__ = ["Certified", "Full", "Predictive", "momentum_of"]
+__all__ = ["Certified", "Full", "Predictive", "evened", "momentum_of"]
 
 
 @final
@@ -174,6 +175,17 @@ def _ratio(sums: dict[str, float]) -> float:
     """Return theta from the two sums."""
     agreement, spread = sums["agreement"], sums["spread"]
     return min(max(agreement / spread, 0.0), 1.0) if spread > 0.0 else 0.0
+
+
+def evened(direction: Direction, momentum: Momentum, state: RoleState) -> Direction:
+    """Return Adam's metric with the evenness 1 - theta, theta being that of `Predictive`; all else as it is.
+
+    Where hypergradients are exact, theta is 0, and a small entry says how much it matters as well as in which units it
+    is: only many steps tell these apart. Where they are noise, theta is 1, and one gradient shows the scale of each.
+    """
+    if isinstance(direction, AdamMetric) and isinstance(momentum, Predictive):
+        return direction.even(1.0 - _ratio(state.shared))
+    return direction
 
 
 def momentum_of(option: Any) -> Momentum:

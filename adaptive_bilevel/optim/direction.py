@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation import foreach
-from ..evaluation.vectors import cast_like, widen
+from ..evaluation.vectors import cast_like, products, widen
 from .moments import Moment, mean, mean_square
 from .state import RoleState
 
@@ -153,19 +153,28 @@ class Plain:
 
 @final
 class AdamMetric:
-    """Adam's metric alone: searched and stepped is A^{-1} g, A = sqrt(v / (1 - beta^n)) + eps.
+    """Adam's metric alone: searched and stepped is A^{-1} g, A = (1 - w) R + w rms(R) + eps.
+
+    R = sqrt(v / (1 - beta^n)), rms(R) is the root mean square of the entries of R in the same tensor, and
+
+        w = evenness / (1 + sqrt((1 - beta^n) / (1 - beta))),
+
+    so that rms(R) counts as much as the first gradient, and less and less beside later ones: v is a mean of
+    (1 - beta^n) / (1 - beta) gradients. With w = 0 it is the metric of Adam, whose first direction is sign(g): an entry
+    whose gradient is small moves as far as all others.
 
     Per parameter the state holds "step" (n) and "exp_avg_sq" (v).
 
     Args:
         beta: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment.
+        evenness: Twice the weight of rms(R) at the first gradient, in [0, 1].
     """
 
     kind = "adam"
 
-    def __init__(self, beta: float, eps: float) -> None:
-        self._beta, self._eps = beta, eps
+    def __init__(self, beta: float, eps: float, evenness: float = 0.0) -> None:
+        self._beta, self._eps, self._evenness = beta, eps, evenness
 
     def init(self) -> RoleState:
         """Return an empty state."""
@@ -188,8 +197,17 @@ class AdamMetric:
         root = second.moment()
         foreach.sqrt_(root)
         foreach.div_(root, [mass**0.5 for mass in second.mass])
+        if self._evenness > 0.0:
+            weights = [self._evenness / (1.0 + (mass / (1.0 - self._beta)) ** 0.5) for mass in second.mass]
+            means = [(square / r.numel()).sqrt() for square, r in zip(products(root, root, None), root, strict=True)]
+            foreach.mul_(root, [1.0 - w for w in weights])
+            foreach.add_(root, [w * mean for w, mean in zip(weights, means, strict=True)])
         foreach.add_(root, self._eps)
         return root, second
+
+    def even(self, evenness: float) -> AdamMetric:
+        """Return the metric with this `evenness`."""
+        return AdamMetric(self._beta, self._eps, evenness)
 
 
 @final

@@ -108,7 +108,10 @@ def test_a_mixture_that_ascends_is_not_taken() -> None:
 
 @pytest.mark.parametrize("direction", ["sgd", "adam"])
 def test_the_options(direction: str) -> None:
-    """momentum=False is a decay of 0; with a decay of 0, nothing is mixed; the first two steps are always certified."""
+    """momentum=False is a decay of 0; with a decay of 0, nothing is mixed; the first two steps are always certified.
+
+    Only with "auto", Adam's metric is drawn to its mean.
+    """
 
     def trajectory(steps: int, **options: Any) -> list[Tensor]:
         point = random_qb(3).instance()
@@ -127,8 +130,8 @@ def test_the_options(direction: str) -> None:
 
     beta2 = 0.999
     plain = trajectory(12, momentum=False)
-    assert same(plain, trajectory(12, momentum="auto", betas=(0.0, beta2)))
-    assert same(plain[:2], trajectory(2, momentum="auto"))
+    assert same(plain, trajectory(12, momentum="auto", betas=(0.0, beta2))) == (direction == "sgd")
+    assert same(plain[:2], trajectory(2, momentum="auto")) == (direction == "sgd")
     assert not same(plain[:2], trajectory(2, momentum=True))
     assert same(trajectory(12), trajectory(12, momentum="auto"))
 

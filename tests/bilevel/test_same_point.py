@@ -228,9 +228,7 @@ def test_a_loss_of_few_digits_tells_no_samples_apart() -> None:
 
 
 @pytest.mark.parametrize("level", ["upper", "lower"])
-def test_a_loss_with_another_rounding_without_a_graph_costs_one_value(
-    level: str, apart: Callable[[], None]
-) -> None:
+def test_a_loss_with_another_rounding_without_a_graph_costs_one_value(level: str, apart: Callable[[], None]) -> None:
     """A model check that fails asks for the value of g."""
     task, plain = Task(), Task()
     for each in (task, plain):

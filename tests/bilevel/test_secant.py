@@ -54,6 +54,11 @@ def pairs(outer: BiSLS) -> int:
     return count
 
 
+def evenness(outer: BiSLS) -> float:
+    sums: Any = outer.state.get("momentum", {"agreement": 0.0, "spread": 1.0})
+    return 1.0 - min(max(sums["agreement"] / sums["spread"], 0.0), 1.0)
+
+
 def test_the_direction_is_that_of_dense_updates() -> None:
     """Of the last five pairs, in either metric; the step d is the first trial."""
     for direction in ("sgd", "adam"):
@@ -65,7 +70,9 @@ def test_the_direction_is_that_of_dense_updates() -> None:
             second = 0.999 * second + 0.001 * g * g
             inverse = np.eye(12)
             if direction == "adam":
-                inverse = np.diag(1.0 / (np.sqrt(second / (1.0 - 0.999**k)) + 1e-8))
+                root = np.sqrt(second / (1.0 - 0.999**k))
+                w = evenness(outer) / (1.0 + np.sqrt((1.0 - 0.999**k) / 0.001))
+                inverse = np.diag(1.0 / ((1.0 - w) * root + w * np.sqrt(np.mean(root**2)) + 1e-8))
             if k > 1:
                 s, y = before - last[0], g - last[1]
                 known += [(s, y)] if s @ y > 0.0 else []

@@ -37,6 +37,7 @@ def trees() -> tuple[methods.BilevelProblem, dict[str, Any], dict[str, Any]]:
 def test_trees_of_tensors_give_what_one_tensor_gives(name: str) -> None:
     problem, x, y = trees()
     options: dict[str, Any] = {} if name == "d-tfbo" else {"lower_steps": 2}
+    options |= {"momentum": False} if name == "bisls-adam" else {}  # else its metric has a mean for each tensor
     whole = run(name, ridge_hpo(), 3, **options)
     parts = list(methods.run(name, problem, x, y, iterations=3, **options))
     for one, many in zip(whole, parts, strict=True):

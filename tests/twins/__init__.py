@@ -10,7 +10,7 @@ Where torch has a function for an update of torch.optim, twins call it: ``a.add(
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,11 @@ class Mean:
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """v_n = .999 v_{n-1} + .001 g_n^2 from v_0 = 0, and Adam's A = sqrt(v_n / (1 - .999^n)) + 1e-8."""
+    """v_n = .999 v_{n-1} + .001 g_n^2 from v_0 = 0, and Adam's A = R + 1e-8, R = sqrt(v_n / (1 - .999^n)).
+
+    Drawn to the root mean square r of R in each tensor of x, A = (1 - w) R + w r + 1e-8 with
+    w = evenness / (1 + sqrt((1 - .999^n) / .001)).
+    """
 
     v: Tensor
     n: int = 0
@@ -61,9 +65,12 @@ class SecondMoment:
     def add(self, g: Tensor) -> SecondMoment:
         return SecondMoment(torch.addcmul(0.999 * self.v, g, g, value=1 - 0.999), self.n + 1)
 
-    @property
-    def metric(self) -> Tensor:
-        return self.v.sqrt() / (1 - 0.999**self.n) ** 0.5 + 1e-8
+    def metric(self, evenness: float = 0.0, sizes: Sequence[int] = ()) -> Tensor:
+        root = self.v.sqrt() / (1 - 0.999**self.n) ** 0.5
+        w = evenness / (1 + ((1 - 0.999**self.n) / (1 - 0.999)) ** 0.5)
+        if w > 0:
+            root = torch.cat([R * (1 - w) + (R.dot(R) / len(R)).sqrt() * w for R in root.split(sizes)])
+        return root + 1e-8
 
 
 class Direction:
@@ -77,7 +84,7 @@ class Direction:
         """Return d and e, with g in the moments."""
         if not self.adam:
             return g, g
-        first, A = self.first.add(g), self.second.add(g).metric
+        first, A = self.first.add(g), self.second.add(g).metric()
         return g / A, first.m / A / first.mass
 
     def keep(self, g: Tensor) -> None:
@@ -108,15 +115,24 @@ class Momentum:
             lag, unit = self.mean.corrected - self.h, float(h @ (h / A)) + float(self.h @ (self.h / A))
             agreement += (1 - 0.9) * (float((h - self.h) @ (lag / A)) / unit - agreement)
             spread += (1 - 0.9) * (float(lag @ (lag / A)) / unit - spread)
-        theta = min(max(agreement / spread, 0.0), 1.0)
-        mixed = Momentum(self.mean.add(h), h, agreement, spread, theta)
+        mixed = Momentum(self.mean.add(h), h, agreement, spread, weight(agreement, spread))
         if float(h @ mixed.step(A)) > 0:
             return mixed
         return Momentum(Mean(torch.zeros_like(h)).add(h), h, agreement, spread, 0.0, restarted=True)
 
+    @property
+    def evenness(self) -> float:
+        """How far Adam's metric is drawn to its mean at the next h: 1 - theta, also where m started anew."""
+        return 1 - weight(self.agreement, self.spread)
+
     def step(self, A: Tensor) -> Tensor:
         """Return e."""
         return torch.lerp(self.h, self.mean.corrected, self.theta) / A
+
+
+def weight(agreement: float, spread: float) -> float:
+    """Return theta."""
+    return min(max(agreement / spread, 0.0), 1.0)
 
 
 def longest_without_increase(phi: Callable[[float], float], f: float, longest: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -158,6 +159,7 @@ class BiSLS:
     """
 
     tangent: type[Tangent] = Tangent
+    sizes: Sequence[int] = ()  # of the tensors of x, if it is several
     shared: bool = False  # whether h and the tangent have their products in common: then each step is searched
 
     def __init__(self, x: Tensor, lower: SLS, direction: str = "sgd", lr: float | None = None) -> None:
@@ -173,7 +175,7 @@ class BiSLS:
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
         """Return the moments with h in them, d and e."""
         second = self.second.add(h)
-        A = second.metric if self.adam else torch.ones_like(h)
+        A = second.metric(self.momentum.evenness, self.sizes or [len(h)]) if self.adam else torch.ones_like(h)
         momentum = self.momentum.add(h, A)
         return second, momentum, h / A, momentum.step(A)
 
