@@ -19,7 +19,7 @@ minibatches of hyper-representation as good as m alone and far better than h alo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, final
 
 from torch import Tensor
@@ -171,7 +171,7 @@ def _mixture(context: MomentumContext, average: Moment, theta: float) -> Callabl
     return step
 
 
-def _ratio(sums: dict[str, float]) -> float:
+def _ratio(sums: Mapping[str, float]) -> float:
     """Return theta from the two sums."""
     agreement, spread = sums["agreement"], sums["spread"]
     return min(max(agreement / spread, 0.0), 1.0) if spread > 0.0 else 0.0

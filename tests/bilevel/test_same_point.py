@@ -235,7 +235,7 @@ def test_a_loss_with_another_rounding_without_a_graph_costs_one_value(level: str
         closure = getattr(each, level)
         rounded = lambda closure=closure: closure() * (1.0 if torch.is_grad_enabled() else 1.0 + 1e-15)  # noqa: E731
         setattr(each, level, rounded)
-    options = {"curvature": 1e-9} if level == "lower" else {}
+    options: dict[str, Any] = {"curvature": 1e-9} if level == "lower" else {}
     found, _ = run(task, 8, **options)
     apart()
     expected, _ = run(plain, 8, **options)

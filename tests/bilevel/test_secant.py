@@ -55,7 +55,8 @@ def pairs(outer: BiSLS) -> int:
 
 
 def evenness(outer: BiSLS) -> float:
-    sums: Any = outer.state.get("momentum", {"agreement": 0.0, "spread": 1.0})
+    states: Any = outer.state
+    sums = states.get("momentum", {"agreement": 0.0, "spread": 1.0})
     return 1.0 - min(max(sums["agreement"] / sums["spread"], 0.0), 1.0)
 
 
