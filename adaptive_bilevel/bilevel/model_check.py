@@ -147,10 +147,10 @@ class TangentCheck:
         limits = [(self.tolerance + c.residual) * step * c.push + c.rounding for c in changes]
         if all(c.size <= limit for c, limit in zip(changes, limits, strict=True)):
             return True
-        model.confirm(place)
         followed = all(c.residual >= 1.0 or c.size <= (1.0 + c.residual) * step * c.push + c.rounding for c in changes)
         if self._resumed and followed and _harmless(model, surplus):
             return True
+        model.confirm(place)
         near = all(c.along <= limit for c, limit in zip(changes, limits, strict=True))
         if not (near or self._effective(step, model, place)):
             self._inside = True

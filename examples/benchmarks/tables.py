@@ -1,6 +1,6 @@
 """Tables of results: rows of a suite, in the terminal, on the site, and in `docs/benchmarks.md`. Plain Python.
 
-python examples/benchmarks/tables.py   # writes the table of all tasks into docs/benchmarks.md
+python examples/benchmarks/tables.py   # writes the tables of all tasks into docs/benchmarks.md and docs/speed.md
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-MARKED = re.compile(r"(<!-- tables.py: tasks -->\n).*(<!-- end -->)", re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
 RESOLVED = "last_resolved_loss"
 TASKS = {
     "hyper-cleaning": "40 % wrong labels",
@@ -41,6 +40,12 @@ TASKS = {
     "few-shot": "Omniglot, 5 ways, 5 shots",
 }
 """The bilevel tasks of the overview, in its order."""
+NETWORKS = (
+    "label-noise", "label-noise-minibatch", "label-noise-tanh", "label-noise-tanh-minibatch", "meta-weight",
+    "meta-weight-minibatch", "weight-decay-tensor", "weight-decay-tensor-minibatch", "weight-decay-layer",
+    "weight-decay-layer-minibatch", "smoothing", "smoothing-minibatch", "start-of-few-shot",
+)  # fmt: skip
+"""Those with a network at the lower level."""
 
 
 def number(value: float | None) -> float:
@@ -98,6 +103,46 @@ def overview(results: Path = RESULTS) -> str:
     return markdown(lines)
 
 
+def speed(names: Iterable[str], results: Path = RESULTS) -> str:
+    """Return the table of the time to the loss of the best grid point, over that point's own time.
+
+    The last line has the geometric means, and the tasks on which ours are as fast at least. A run that does not reach
+    the loss counts as slower, and is no part of the mean.
+    """
+    head = ["task (`NAME`)", "Adam: time", "whole grid", "iteration", "SGD: time", "whole grid", "iteration"]
+    lines, figures = [head], []
+    for name in names:
+        content = json.loads((results / f"{name}.json").read_text())
+        found = {entry["bar"]: number(entry["measured"]) for entry in content["bars"]}
+        figures.append([_bar(found, kind, *words) for kind in ("adam", "sgd") for words in _SPEED])
+        lines.append([f"[`{name}`](../examples/benchmarks/results/{name}.json)", *map(_short, figures[-1])])
+    last = []
+    for column in zip(*figures, strict=True):
+        known = [value for value in column if math.isfinite(value)]
+        last.append(_short(math.exp(sum(map(math.log, known)) / len(known))))
+    for place in (0, 3):
+        times = [row[place] for row in figures]
+        last[place] += f"; {sum(t <= 1.0 for t in times)} of {len(times)}"
+    return markdown([*lines, ["geometric mean", *last]])
+
+
+_SPEED = (
+    ("bisls-{0}, no number / best of the {0} grid: seconds to its final loss",),
+    ("the {0} grid / one run of bisls-{0}: seconds",),
+    ("bisls-{0} / its lower loop and hypergradient: cost of an iteration",
+     "bisls-{0} / a constant step at both levels: cost of an iteration"),
+)  # fmt: skip
+"""The bars of a column; the second is that of results which were made before the first was counted."""
+
+
+def _bar(found: dict[str, float], kind: str, *words: str) -> float:
+    return next(found[bar] for bar in (word.format(kind) for word in words) if bar in found)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}".removeprefix("0") if math.isfinite(value) else "-"
+
+
 def _least(rows: Sequence[Row], kind: str, method: str = "") -> float:
     """Return the least median loss of the rows of a kind whose method has this name."""
     of = [row for row in rows if row["kind"] == kind and method in ("", row["method"].split()[0])]
@@ -108,5 +153,22 @@ def _median(values: Sequence[float | None] | None) -> float:
     return median(map(number, values)) if values else math.nan
 
 
+MARKED = (
+    (DOCS / "benchmarks.md", "tasks", overview),
+    (DOCS / "speed.md", "tasks", lambda: speed(TASKS)),
+    (DOCS / "speed.md", "networks", lambda: speed(NETWORKS)),
+)
+"""Where the tables stand: page, mark, and what makes the table."""
+
+
+def between(page: str, mark: str) -> re.Match[str] | None:
+    """Return the part of a page that begins with a mark: (line of the mark, table, line of the end)."""
+    return re.search(rf"(<!-- tables\.py: {mark} -->\n)(.*?)(<!-- end -->)", page, re.DOTALL)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(MARKED.sub(lambda marks: f"{marks[1]}{overview()}\n{marks[2]}", PAGE.read_text()))
+    for path, mark, table in MARKED:
+        page = path.read_text()
+        found = between(page, mark)
+        assert found is not None, f"{path.name} has no mark {mark}"
+        path.write_text(f"{page[: found.start(2)]}{table()}\n{page[found.end(2) :]}")
