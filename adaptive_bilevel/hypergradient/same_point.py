@@ -9,9 +9,9 @@ grad_y g, if these are those of its own losses:
   evaluates them, and a loss that draws a new sample in each call is never evaluated once more than before. Nor is one
   whose value without a graph has another rounding, but for the first time.
 
-A value of f then takes the place of its gradient. That of g is evaluated only if a candidate fails the model check, which
-compares grad_y g there with grad_y g here: on another sample it is another one. If the value is another one, too, the
-step begins again, with derivatives of its own. A candidate that passes shows by itself that the tangent holds.
+A value of f then takes the place of its gradient. That of g is evaluated only if a candidate fails the model check,
+which compares grad_y g there with grad_y g here: on another sample it is another one. If the value is another one, too,
+the step begins again, with derivatives of its own. A candidate that passes shows by itself that the tangent holds.
 
 Otherwise the step evaluates the gradients, as it does without a hypergradient of this package. With several processes,
 and with losses of half precision, it always does.
