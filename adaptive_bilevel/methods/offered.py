@@ -7,7 +7,7 @@ from ..evaluation.vectors import Vector, inner
 from ..hypergradient.estimate import Point
 from ..hypergradient.oracle import Oracle
 from ..hypergradient.sample import Sample
-from ..optim.warm_start import Share
+from ..optim.warm_start import Parabola, Share, farther_end
 
 __all__ = ["choose"]
 
@@ -22,10 +22,13 @@ def choose(oracle: Oracle, moved: Point, stayed: Vector, sample: Sample, share: 
         sample: The sample of the next lower step.
         share: How much of the predictions before was kept.
     """
-    here = float(oracle.lower_value(moved.x, moved.y, sample))
-    there = oracle.lower_gradients(moved.x, stayed, sample)
     offset = foreach.sub(moved.y, stayed)
-    seen = share.after(float(inner(there.lower, offset)), float(there.loss), here)
-    if seen.value == 1.0:
-        return moved, seen
-    return moved._replace(y=tuple(foreach.add(stayed, offset, alpha=seen.value))), seen
+
+    def at(share: float) -> Vector:
+        return moved.y if share == 1.0 else tuple(foreach.add(stayed, offset, alpha=share)) if share else stayed
+
+    kept = share.value if share != Share() else 0.0
+    there = float(oracle.lower_value(moved.x, at(farther_end(kept)), sample))
+    here = oracle.lower_gradients(moved.x, at(kept), sample)
+    seen = share.after(Parabola.through(kept, float(here.loss), float(inner(here.lower, offset)), there))
+    return moved._replace(y=at(seen.value if share == Share() else kept)), seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -24,7 +25,7 @@ from .conclusion import ConcludingOptimizer
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain, Proposed
 from .options import merged
 from .state import RoleState, read_states, write_states
-from .warm_start import Start, WarmStart
+from .warm_start import Parabola, Start, WarmStart, farther_end
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -163,25 +164,32 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         if before is None:
             return Start(self._gradient(guard, closure, params, random) if known is None else Differentiated(*known))
         predicted = [p.clone() for p in guard.copy()]
-        moved = Attempts().value(lambda: guard.value(closure, random))
-        self._own_counts.values += 1
-        foreach.copy_(params, before)
-        guard.rebase()
-        found = self._gradient(guard, closure, params, guard.entry)
         offset = foreach.sub(predicted, before)
+
+        def go(share: float) -> None:
+            foreach.copy_(params, predicted if share == 1.0 else before)
+            if 0.0 < share < 1.0:
+                foreach.add_(params, offset, alpha=share)
+            guard.rebase()
+
+        def gradient(share: float) -> Differentiated:
+            go(share)
+            if share == 1.0 and known is not None:
+                return Differentiated(*known)
+            return self._gradient(guard, closure, params, guard.entry)
+
+        share = self._warm_start.share(self.state)
+        begun = share or 0.0
+        go(farther_end(begun))
+        value = Attempts().value(lambda: guard.value(closure, random))
+        self._own_counts.values += 1
+        found = gradient(begun)
         own = gradients_of(params, params, found.gradients if found.own is None else found.own)
-        slope, stayed, ahead = on_host(inner(own, offset), found.loss, moved)
-        kept = self._warm_start.look(self.state, slope, stayed, ahead)
-        if kept == 0.0:
-            return Start(found, kept, stayed)
-        if kept == 1.0:
-            foreach.copy_(params, predicted)
-        else:
-            foreach.add_(params, offset, alpha=kept)
-        guard.rebase()
-        if kept == 1.0 and known is not None:
-            return Start(Differentiated(*known), kept, stayed)
-        return Start(self._gradient(guard, closure, params, guard.entry), kept, stayed)
+        along, here, there = on_host(inner(own, offset), found.loss, value)
+        parabola = Parabola.through(begun, here, along, there)
+        after, finite = self._warm_start.look(self.state, parabola), math.isfinite(here) and math.isfinite(along)
+        kept = after if share is None else begun if finite else 0.0
+        return Start(found if kept == begun else gradient(kept), kept, parabola.stayed)
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
         """Return what the length of a step is found along, without the factors of groups."""

@@ -4,11 +4,15 @@ The level above has moved y by p, how it expects the solution to answer. Of that
 
     gamma = clip(-S / (2 Q), 0, 1),    S = sum of s,    Q = sum of q,
 
-s = <grad g(y), p> and q = g(y + p) - g(y) - s, each on the first sample after a prediction: the minimizer of the mean
-of g(y) + gamma s + gamma^2 q along p. The terms are in units of |s| + |q|, and both sums decay. One sample alone would
-not do. A minibatch's tangent says how y answers if the batch were the whole problem, and the whole answers by the
-batch's part of it; what one fresh sample says of p is noise. Where y follows by itself, or p leads nowhere, gamma is
-near 0, and on full batches with a tangent that holds near 1. It costs a value, and a gradient where gamma is not 0.
+the minimizer of the mean of g(y) + gamma s + gamma^2 q along the predictions before, each on the first sample after it.
+The terms are in units of |s| + |q|, and both sums decay. One sample alone would not do. A minibatch's tangent says how
+y answers if the batch were the whole problem, and the whole answers by the batch's part of it; what one fresh sample
+says of p is noise. Where y follows by itself, or p leads nowhere, gamma is near 0, and on full batches with a tangent
+that holds near 1.
+
+The parabola of this p is that through loss and gradient at y + gamma p, which the step takes anyway, and the loss at y
+or y + p, whichever is farther. So it costs a value. It counts for the next prediction; for the first one, the gradient
+is taken at y, and at y + gamma p again.
 
 Measured (``examples/benchmarks/NOTES.md``), against a choice between y and y + p on each sample: f on minibatches below
 networks .36 -> .27, .33 -> .17, .43 -> .21 (label noise, two models, and meta-weights; BiSLS-Adam).
@@ -26,7 +30,7 @@ from ..evaluation.closures import Differentiated
 from ..evaluation.vectors import fingerprint, unmoved
 from .state import RoleState, read_states, write_states
 
-__all__ = ["Share", "Start", "WarmStart"]
+__all__ = ["Parabola", "Share", "Start", "WarmStart", "farther_end"]
 
 _ENTRY, _SHARE = "warm_start", "predicted_share"
 _MEMORY = 0.9
@@ -47,6 +51,45 @@ class Start(NamedTuple):
     stayed: float = math.nan
 
 
+class Parabola(NamedTuple):
+    """g(y) + gamma s + gamma^2 q along a prediction p.
+
+    Attributes:
+        stayed: g(y).
+        slope: s.
+        bend: q. Infinite where the loss is not finite along p, and nan where it is not at y.
+    """
+
+    stayed: float
+    slope: float
+    bend: float
+
+    @classmethod
+    def through(cls, share: float, here: float, along: float, there: float) -> Parabola:
+        """Return the one through loss and slope at a share, and the loss at the farther end.
+
+        Args:
+            share: gamma.
+            here: g(y + gamma p).
+            along: <grad g(y + gamma p), p>.
+            there: g at y + `farther_end(gamma)` p.
+        """
+        end = farther_end(share)
+        distance = end - share
+        bend = (there - here - along * distance) / distance**2
+        slope = along - 2.0 * bend * share
+        stayed = there if end == 0.0 else here - share * (slope + share * bend) if share > 0.0 else here
+        if math.isfinite(bend):
+            return cls(stayed, slope, bend)
+        at_start = share == 0.0 and not (math.isfinite(here) and math.isfinite(along))
+        return cls(stayed, math.nan, math.nan if at_start else math.inf)
+
+
+def farther_end(share: float) -> float:
+    """Return 0 for y, or 1 for y + p, whichever is farther from y + share p."""
+    return 0.0 if share >= 0.5 else 1.0
+
+
 class Share(NamedTuple):
     """How much of a prediction is kept, from the predictions so far.
 
@@ -65,18 +108,12 @@ class Share(NamedTuple):
             return float(self.slope < 0.0)
         return min(max(-0.5 * self.slope / self.bend, 0.0), 1.0)
 
-    def after(self, slope: float, stayed: float, moved: float) -> Share:
-        """Return the share with a further prediction p in it.
-
-        Args:
-            slope: <grad g(y), p>.
-            stayed: g(y).
-            moved: g(y + p). One that is not finite counts as a bend without a slope.
-        """
-        if not (math.isfinite(slope) and math.isfinite(stayed)):
+    def after(self, parabola: Parabola) -> Share:
+        """Return the share with the parabola of a further prediction in it."""
+        _, slope, bend = parabola
+        if math.isnan(bend):
             return self
-        bend = moved - stayed - slope
-        if not math.isfinite(bend):
+        if math.isinf(bend):
             slope, bend = 0.0, 1.0
         size = abs(slope) + abs(bend)
         if size == 0.0:
@@ -118,16 +155,14 @@ class WarmStart:
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
         return [own["point"] if own and p.requires_grad else p.detach().clone() for p, own in pairs]
 
-    def look(self, state: Any, slope: float, stayed: float, moved: float) -> float:
-        """Return the share of the prediction to keep; `drop` ends the step that it was looked at for, and saves it.
+    def share(self, state: Any) -> float | None:
+        """Return the share that predictions so far have shown; None before the first one."""
+        saved = state.get(_SHARE)
+        return Share(**saved).value if saved else None
 
-        Args:
-            state: The optimizer's.
-            slope: <grad g(y), p>.
-            stayed: g(y).
-            moved: g(y + p).
-        """
-        self._seen = Share(**state.get(_SHARE, {})).after(slope, stayed, moved)
+    def look(self, state: Any, parabola: Parabola) -> float:
+        """Return the share with a prediction's parabola in it; `drop` ends the step that shows it, and saves it."""
+        self._seen = Share(**state.get(_SHARE, {})).after(parabola)
         return self._seen.value
 
     def drop(self, state: Any, params: Sequence[Tensor]) -> None:

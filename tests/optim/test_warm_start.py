@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_bilevel import SLS
-from adaptive_bilevel.optim.warm_start import Share
+from adaptive_bilevel.optim.warm_start import Parabola, Share, farther_end
 from tests.evaluation.helpers import Broken
 from tests.optim.helpers import OptimizerInfo, every_optimizer, plain
 
@@ -71,17 +71,72 @@ def test_the_share_is_that_of_the_mean_of_samples() -> None:
     """Minimizers along p at 0, 1, 0, 1, ...: the parabolas (0, 1) and (-2/3, 1/3) add up to one with its own at 1/4."""
     share = Share()
     for minimizer in [0.0, 1.0] * 40:
-        share = share.after(-2.0 * minimizer, minimizer**2, (1.0 - minimizer) ** 2)
+        share = after(share, -2.0 * minimizer, minimizer**2, (1.0 - minimizer) ** 2)
     assert 0.2 < share.value < 0.3
-    assert Share().after(-1.0, 0.0, -0.5).value == 1.0
-    assert Share().after(-1.0, 0.0, -2.0).value == 1.0  # concave along p, and p descends
-    assert Share().after(1.0, 0.0, 0.5).value == 0.0
-    assert Share().after(-1.0, 0.0, 0.0).value == 0.5
-    assert Share().after(-1.0, 0.0, torch.inf).value == 0.0
-    assert Share(-1.0, 1.0).after(torch.nan, 0.0, 1.0) == Share(-1.0, 1.0)
-    assert Share(-1.0, 1.0).after(0.0, 1.0, 1.0) == Share(-1.0, 1.0)
-    one, two = Share().after(-2.0, 5.0, 4.0), Share().after(-2e9, 5e9, 4e9)
+    assert after(Share(), -1.0, 0.0, -0.5).value == 1.0
+    assert after(Share(), -1.0, 0.0, -2.0).value == 1.0  # concave along p, and p descends
+    assert after(Share(), 1.0, 0.0, 0.5).value == 0.0
+    assert after(Share(), -1.0, 0.0, 0.0).value == 0.5
+    assert after(Share(), -1.0, 0.0, torch.inf).value == 0.0
+    assert after(Share(-1.0, 1.0), torch.nan, 0.0, 1.0) == Share(-1.0, 1.0)
+    assert after(Share(-1.0, 1.0), 0.0, torch.nan, 1.0) == Share(-1.0, 1.0)
+    assert after(Share(-1.0, 1.0), 0.0, 1.0, 1.0) == Share(-1.0, 1.0)
+    one, two = after(Share(), -2.0, 5.0, 4.0), after(Share(), -2e9, 5e9, 4e9)
     assert one == two  # no unit of the loss
+
+
+def after(share: Share, slope: float, stayed: float, moved: float) -> Share:
+    """The share after a prediction whose gradient was taken at y."""
+    return share.after(Parabola.through(0.0, stayed, slope, moved))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_the_parabola_is_the_same_from_each_share(share: float) -> None:
+    def loss(t: float) -> float:
+        return 3.0 - 2.0 * t + 5.0 * t * t
+
+    found = Parabola.through(share, loss(share), -2.0 + 10.0 * share, loss(farther_end(share)))
+    assert found == pytest.approx((3.0, -2.0, 5.0), rel=1e-12)
+    for broken in (torch.nan, torch.inf):
+        there = Parabola.through(share, loss(share), 1.0, broken)
+        here = Parabola.through(share, broken, 1.0, loss(farther_end(share)))
+        assert Share(-1.0, 1.0).after(there) == Share(-0.9, 1.9)
+        assert Share(-1.0, 1.0).after(here) == (Share(-1.0, 1.0) if share == 0.0 else Share(-0.9, 1.9))
+
+
+@pytest.mark.parametrize("minimizer", [0.0, 0.3, 0.8, 1.0])
+def test_later_steps_begin_at_the_share_of_those_before(minimizer: float) -> None:
+    """It costs a value: the parabola is that of the gradient of the step."""
+    x = nn.Parameter(torch.zeros(1))
+    optimizer, begun = SLS([x], 0.01), list[float]()
+
+    def closure() -> Tensor:
+        if torch.is_grad_enabled():
+            begun.append(x.item())
+        return (x - minimizer).square().sum() + 1.0
+
+    for k in range(4):
+        with torch.no_grad():
+            x.fill_(1.0)
+        optimizer.offer([torch.zeros(1)])
+        counts = optimizer.evaluations.lower
+        before = counts.gradients
+        optimizer.step(closure)
+        assert counts.gradients - before == (2 if k == 0 and minimizer > 0.0 else 1)
+        assert begun[-1] == pytest.approx(minimizer, abs=1e-12)
+
+
+def test_a_share_that_leads_out_of_the_domain_is_not_kept() -> None:
+    x = nn.Parameter(torch.zeros(1))
+    optimizer, edge = SLS([x], 0.01), [2.0]
+    for _ in range(2):
+        with torch.no_grad():
+            x.fill_(1.0)
+        optimizer.offer([torch.zeros(1)])
+        optimizer.step(lambda: (edge[0] - x).log().sum().square() + 1.0)
+        edge[0] = 0.5
+    assert shared(optimizer)["predicted_share"]["bend"] > 1.0
+    assert abs(x.item()) < 0.1  # it began at 0
 
 
 def test_the_share_is_saved_and_a_failed_step_leaves_none() -> None:
