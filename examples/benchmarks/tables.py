@@ -40,12 +40,22 @@ TASKS = {
     "few-shot": "Omniglot, 5 ways, 5 shots",
 }
 """The bilevel tasks of the overview, in its order."""
-NETWORKS = (
-    "label-noise", "label-noise-minibatch", "label-noise-tanh", "label-noise-tanh-minibatch", "meta-weight",
-    "meta-weight-minibatch", "weight-decay-tensor", "weight-decay-tensor-minibatch", "weight-decay-layer",
-    "weight-decay-layer-minibatch", "smoothing", "smoothing-minibatch", "start-of-few-shot",
-)  # fmt: skip
-"""Those with a network at the lower level."""
+NETWORKS = {
+    "label-noise": "40 % wrong labels",
+    "label-noise-minibatch": "",
+    "label-noise-tanh": "two tanh layers",
+    "label-noise-tanh-minibatch": "",
+    "meta-weight": "a network that weighs losses",
+    "meta-weight-minibatch": "",
+    "weight-decay-tensor": "",
+    "weight-decay-tensor-minibatch": "",
+    "weight-decay-layer": "",
+    "weight-decay-layer-minibatch": "",
+    "smoothing": "of labels, and noise of inputs",
+    "smoothing-minibatch": "",
+    "start-of-few-shot": "Omniglot",
+}
+"""Those with a network at the lower level, in the order of their table."""
 
 
 def number(value: float | None) -> float:
@@ -96,11 +106,57 @@ def overview(results: Path = RESULTS) -> str:
         rows = json.loads((results / f"{name}.json").read_text())["rows"]
         ours = [_least(rows, "ours", method) for method in ("bisls-adam", "bisls-sgd", "bisps")]
         losses = [*ours, _least(rows, "grid", "adam"), _least(rows, "grid", "sgd"), _least(rows, "other")]
-        shown = [f"{loss:#.3g}".removeprefix("0").removesuffix(".") for loss in losses]
+        shown = list(map(_short, losses))
         best = shown[losses.index(min(losses))]
         link = f"[`{name}`](../examples/benchmarks/results/{name}.json)"
         lines.append([f"{link}, {note}", *(f"**{loss}**" if loss == best else loss for loss in shown)])
     return markdown(lines)
+
+
+def networks(results: Path = RESULTS) -> str:
+    """Return the table of tasks with a network below: f / F of ours, and the least f and F of all grids."""
+    lines = [["task", "BiSLS-Adam", "BiSLS-SGD", "best f of all grids", "best F of all grids"]]
+    ratios: dict[str, list[float]] = {}
+    for name, note in NETWORKS.items():
+        rows = json.loads((results / f"{name}.json").read_text())["rows"]
+        grid = [row for row in rows if row["kind"] == "grid"]
+        best = [min(grid, key=_loss), min(grid, key=_resolved)]
+        least = _loss(best[0]), _resolved(best[1])
+        line = [f"`{name}`, {note}" if note else f"`{name}`"]
+        for method in ("bisls-adam", "bisls-sgd"):
+            (row,) = (row for row in rows if row["kind"] == "ours" and row["method"].split()[0] == method)
+            own = _loss(row), _resolved(row)
+            shown = [f"**{_short(a)}**" if a <= b else _short(a) for a, b in zip(own, least, strict=True)]
+            line.append(" / ".join(shown))
+            for figure, a, b in zip("fF", own, least, strict=True):
+                ratios.setdefault(f"{method} {figure}", []).append(a / b)
+        shown = [_point(row["label"]) for row in best]
+        if best[0] is best[1]:
+            shown[1] = "the same"
+        lines.append([*line, *(f"{_short(a)} ({point})" for a, point in zip(least, shown, strict=True))])
+    means = [_short(math.exp(sum(map(math.log, of)) / len(of))) for of in ratios.values()]
+    lines.append(["geometric mean over the best", " / ".join(means[:2]), " / ".join(means[2:]), "", ""])
+    return markdown(lines)
+
+
+def _loss(row: Row) -> float:
+    return number(row["median"])
+
+
+def _resolved(row: Row) -> float:
+    return _median(row[RESOLVED])
+
+
+def _point(label: str) -> str:
+    """Return a grid point in words: 'adam lr=0.01 lower=1 solver=unroll' is 'Adam .01, unrolled, SGD 1 below'."""
+    name, *options = label.split()
+    given = dict(option.split("=", 1) for option in options)
+    words = [f"{'Adam' if name == 'adam' else 'SGD'} {given['lr'].removeprefix('0')}"]
+    if "solver" in given:
+        words.append({"neumann": "Neumann", "unroll": "unrolled"}[given["solver"]])
+    if "lower" in given:
+        words.append(f"SGD {given['lower'].removeprefix('0')} below")
+    return ", ".join(words)
 
 
 def speed(names: Iterable[str], results: Path = RESULTS) -> str:
@@ -140,7 +196,7 @@ def _bar(found: dict[str, float], kind: str, *words: str) -> float:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}".removeprefix("0") if math.isfinite(value) else "-"
+    return f"{value:#.3g}".removeprefix("0").removesuffix(".") if math.isfinite(value) else "-"
 
 
 def _least(rows: Sequence[Row], kind: str, method: str = "") -> float:
@@ -155,6 +211,7 @@ def _median(values: Sequence[float | None] | None) -> float:
 
 MARKED = (
     (DOCS / "benchmarks.md", "tasks", overview),
+    (DOCS / "benchmarks.md", "networks", networks),
     (DOCS / "speed.md", "tasks", lambda: speed(TASKS)),
     (DOCS / "speed.md", "networks", lambda: speed(NETWORKS)),
 )

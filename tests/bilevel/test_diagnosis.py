@@ -131,17 +131,20 @@ def test_a_network_below(solver: CG | Lanczos) -> None:
     inner = SLS(net.parameters())
     outer = BiSLS([x], lower=inner, solver=solver)
     assert outer.hessian is None
+    indefinite = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(40):
             inner.step(lower)
             assign([x], implicit(upper, lower, [x], list(net.parameters()), solver))
             outer.step(upper)
+            if outer.hessian is not None and outer.hessian.status is SolverStatus.indefinite:
+                indefinite.append(outer.hessian)
     said = [str(w.message) for w in caught if "positive definite" in str(w.message)]
     assert outer.hessian is not None
     if isinstance(solver, Lanczos):
-        assert not caught and outer.hessian.status is SolverStatus.indefinite
-        assert outer.hessian.smallest < 0.0 < outer.hessian.largest and 0.0 < outer.hessian.negative < 1.0
+        assert not caught and len(indefinite) > 10
+        assert all(h.smallest < 0.0 < h.largest and 0.0 < h.negative < 1.0 for h in indefinite)
     else:
         assert math.isnan(outer.hessian.smallest) and len(said) == 1
         assert any("implicit" not in str(w.message) and "curvature" in str(w.message) for w in caught)
