@@ -131,7 +131,7 @@ def test_a_network_below(solver: CG | Lanczos) -> None:
     inner = SLS(net.parameters())
     outer = BiSLS([x], lower=inner, solver=solver)
     assert outer.hessian is None
-    indefinite = []
+    indefinite = list[HessianReport]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(40):
