@@ -58,6 +58,7 @@ class Buffers:
 
     Args:
         modules: Modules whose buffers count from now on, whether they run or not.
+        variables: Tensors that are no buffers here, though a module may hold them as such: what an optimizer moves.
 
     Attributes:
         slots: The buffers; where there are none, nothing needs to be put back.
@@ -65,7 +66,8 @@ class Buffers:
         replicated: The modules among them whose backward takes means over processes.
     """
 
-    def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, modules: Sequence[nn.Module] = (), variables: Sequence[Tensor] = ()) -> None:
+        self._variables = set(map(id, variables))
         self._seen: dict[int, nn.Module] = {}
         self.slots: list[_Slot] = []
         self._marked = 0
@@ -85,7 +87,8 @@ class Buffers:
             if any(b is not None and is_lazy(b) for b in part._buffers.values()):
                 continue  # met when it has a value
             self._seen[id(part)] = part
-            self.slots += [_Slot(part, name, buffer) for name, buffer in part._buffers.items()]
+            buffers = part._buffers.items()
+            self.slots += [_Slot(part, name, buffer) for name, buffer in buffers if id(buffer) not in self._variables]
 
     def leave(self) -> None:
         """Take note that a module has run; after an outermost one, of the buffers that were replaced."""

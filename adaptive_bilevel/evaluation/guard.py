@@ -65,7 +65,7 @@ class Guard:
         self._devices: list[torch.device] = []
         if not on_cpu(tensors):
             self._devices = sorted((d for d in {p.device for p in tensors} if d.type not in ("cpu", "meta")), key=str)
-        self._buffers = Buffers()
+        self._buffers = Buffers(variables=self._tensors)
         self._marked: RandomState | None = None
         self._stand_ins: list[tuple[Tensor, Tensor | None]] = []
         self._outer = Watching.now()

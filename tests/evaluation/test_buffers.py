@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adaptive_bilevel import SLS, BiSLS
+from adaptive_bilevel.hypergradient import assign, implicit
 from tests.evaluation.helpers import many_trials, side_effects
 from tests.optim.helpers import (
     CLASSES,
@@ -169,3 +171,56 @@ def test_two_models_share_nothing() -> None:
     assert int(other.norm.num_batches_tracked) == 1
     assert not nn.modules.module._global_forward_pre_hooks
     assert not nn.modules.module._global_forward_hooks
+
+
+class Registered(nn.Module):
+    """A layer whose weight is a buffer that requires a gradient, as meta-learning code registers its variables."""
+
+    weight: Tensor
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(3, requires_grad=True))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x @ self.weight
+
+
+@every_optimizer
+def test_variables_that_modules_hold_as_buffers_are_moved(info: OptimizerInfo) -> None:
+    layer, data = Registered(), torch.randn(8, 3)
+    optimizer = info.make([layer.weight], 0.1)
+    values = [float(optimizer.step(lambda: (layer(data) - 1.0).square().mean())) for _ in range(5)]
+    assert values[-1] < values[0]
+    assert bool(layer.weight.any())
+    assert layer.calls == 5  # one for each step, as without trials
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_a_level_that_modules_hold_as_buffers_is_moved(level: str) -> None:
+    layer, data, other = Registered(), torch.randn(8, 3), torch.zeros(3, requires_grad=True)
+    x, y = (layer.weight, other) if level == "upper" else (other, layer.weight)
+
+    def both() -> tuple[Tensor, Tensor]:
+        seen, plain = layer(data), data @ other
+        return (seen, plain) if level == "upper" else (plain, seen)
+
+    def lower() -> Tensor:
+        of_x, of_y = both()
+        return (of_y - of_x - 0.1).cosh().mean() + 0.01 * y.square().sum()
+
+    def upper() -> Tensor:
+        return (both()[1] - 1.0).square().mean()
+
+    inner = SLS([y])
+    outer = BiSLS([x], lower=inner)
+    values = []
+    for _ in range(10):
+        inner.step(lower)
+        assign([x], implicit(upper, lower, [x], [y]))
+        values.append(float(outer.step(upper)))
+        assert outer.record is not None and outer.record.moved
+    assert values[-1] < values[0]
