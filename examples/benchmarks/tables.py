@@ -1,6 +1,6 @@
 """Tables of results: rows of a suite, in the terminal, on the site, and in `docs/benchmarks.md`. Plain Python.
 
-python examples/benchmarks/tables.py   # writes the tables of all tasks into docs/benchmarks.md and docs/speed.md
+python examples/benchmarks/tables.py   # writes the tables of all tasks into docs and EVIDENCE.md
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[2] / "docs"
+EVIDENCE = Path(__file__).parent / "EVIDENCE.md"
 RESOLVED = "last_resolved_loss"
 TASKS = {
     "hyper-cleaning": "40 % wrong labels",
@@ -139,6 +140,48 @@ def networks(results: Path = RESULTS) -> str:
     return markdown(lines)
 
 
+def defaults(results: Path = RESULTS) -> str:
+    """Return the table of the convex tasks that were run with the package's own hypergradient."""
+    head = ["task", "method", "f (F)", "f, F over own", "f, F over all", "time over own"]
+    lines = [[*head, "cost", "first trials", "trials"]]
+    for name in TASKS:
+        content = json.loads((results / f"{name}.json").read_text())
+        if content["settings"].get("solver") != "default":
+            continue
+        found = {entry["bar"]: number(entry["measured"]) for entry in content["bars"]}
+        for kind in ("adam", "sgd"):
+            (row,) = (r for r in content["rows"] if r["kind"] == "ours" and r["method"].split()[0] == f"bisls-{kind}")
+            rest = {bar.removeprefix(f"bisls-{kind}"): value for bar, value in found.items() if f"bisls-{kind}" in bar}
+            losses = [
+                [rest[f", no number / best of {grid}: {figure}"] for figure in ("f(x, y)", "F(x)")]
+                for grid in (f"the {kind} grid", "all grids")
+            ]
+            (trials,) = (value for bar, value in rest.items() if bar.startswith(", first trials"))
+            time = rest[f", no number / best of the {kind} grid: seconds to its final loss"]
+            cost = rest[" / its lower loop and hypergradient: cost of an iteration"]
+            lines.append(
+                [
+                    f"`{name}`" if kind == "adam" else "",
+                    {"adam": "BiSLS-Adam", "sgd": "BiSLS-SGD"}[kind],
+                    f"{_short(_loss(row))} ({_short(_resolved(row))})",
+                    *(", ".join(_held(value, 1.0) for value in pair) for pair in losses),
+                    _held(time, 1.0),
+                    _held(cost, 1.15),
+                    f"{trials:.3f}",
+                    f"{row['trials_per_iteration']:.2f}",
+                ]
+            )
+    return markdown(lines)
+
+
+def _held(value: float, most: float) -> str:
+    """Return a number with three digits behind the point, bold where it is not above its bar."""
+    if not math.isfinite(value):
+        return "not reached"
+    shown = f"{value:.3f}".removeprefix("0")
+    return f"**{shown}**" if value <= most else shown
+
+
 def _loss(row: Row) -> float:
     return number(row["median"])
 
@@ -212,6 +255,7 @@ def _median(values: Sequence[float | None] | None) -> float:
 MARKED = (
     (DOCS / "benchmarks.md", "tasks", overview),
     (DOCS / "benchmarks.md", "networks", networks),
+    (EVIDENCE, "defaults", defaults),
     (DOCS / "speed.md", "tasks", lambda: speed(TASKS)),
     (DOCS / "speed.md", "networks", lambda: speed(NETWORKS)),
 )
