@@ -15,6 +15,9 @@ from .state import SearchState
 
 __all__ = ["GuardedSLS"]
 
+_FAR = 0.1
+"""A step below this part of its first trial says little of the next one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardedSLS(SLS):
@@ -43,6 +46,10 @@ class GuardedSLS(SLS):
     A first search whose first trial passes goes on with start / w, start / w^2, ... while they pass, so that a first
     trial that is far too short costs evaluations and no steps (with reset="grow").
 
+    A later search that ends below a tenth of its first trial gamma_0 is continued from sqrt(gamma_0 gamma_k), and not
+    from gamma_k: one sample, or a spike of the hypergradient, may have cut it, and from a millionth of a step growth by
+    1.2 takes 80 steps back.
+
     In ``examples/benchmarks/NOTES.md``, the start of few-shot networks diverged in 2 of 3 runs with `SLS`.
 
     >>> policy, f = GuardedSLS(start=1.0), lambda x: x * x
@@ -69,6 +76,9 @@ class GuardedSLS(SLS):
         if not record.moved:
             return record, state
         step = float(record.step_size)
+        first = step / self.shrink ** (record.trials - 1)
+        if state.previous > 0.0 and after.previous == step < _FAR * first:
+            after = after._replace(previous=math.sqrt(first) * math.sqrt(step))
         estimated = take(estimate(after, loss, slope, step), loss, slope, step)
         return record, promised(estimated._replace(found=after.found), loss, step * slope)
 

@@ -137,3 +137,14 @@ def test_a_step_that_does_not_move_leaves_no_trace() -> None:
     record, after = policy.step(state, loss=1.0, slope=1.0, trial=lambda a: 2.0)
     assert record.outcome == Outcome.search_failed
     assert after == state
+
+
+@pytest.mark.parametrize(("largest", "goes_on"), [(0.2, 0.125), (0.05, 2.0**-2.5), (1e-5, 2.0**-8.5), (0.0, 1.0)])
+def test_a_search_that_is_cut_far_goes_on_from_the_geometric_mean(largest: float, goes_on: float) -> None:
+    """From 1, halved until it is not above `largest`: 1/8, 2^-5 < .1, 2^-17. Where nothing passes, from the last one."""
+    policy = GuardedSLS(start=1.0, grow=1.0)
+    record, state = policy.step(policy.init(), loss=1.0, slope=1e-3, trial=lambda a: 1.0 - a if a <= 1.0 else 2.0)
+    assert record.step_size == 1.0
+    record, state = policy.step(state, loss=0.5, slope=1e-3, trial=lambda a: 0.5 - a if a <= largest else 2.0)
+    assert record.moved == (largest > 0.0)
+    assert policy.first_trial(state, loss=1.0, slope=1e-3) == pytest.approx(goes_on, rel=1e-12)

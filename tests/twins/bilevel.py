@@ -151,7 +151,8 @@ class BiSLS:
     replaced by one of refined solves, twice at most; then nothing moves.
 
     y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` keeps a share of that.
-    No a is above that of `Guard`. Once a trial was rejected, a last step that promises less than the rounding of f is
+    No a is above that of `Guard`. After an a below a tenth of its first trial a_0, the next search starts from
+    sqrt(a_0 a). Once a trial was rejected, a last step that promises less than the rounding of f is
     taken again without a trial; it promises a <h, d>, or as much more as the slope of the last search was steeper.
     So are steps that `Pace` keeps, and y moves along with the last w, w_s, of the direction d_s, as far as d is along
     it: with <h, d_s> / <h, d>_s w_s, and that factor at most sqrt(<h, d> / <h, d>_s). After k of them, a search starts
@@ -254,7 +255,7 @@ class BiSLS:
         if self.previous == 0 and trials == 1:
             a, trials = climb(phi, value, slope, a, longest, c, tangent.believed)
         if a > 0 and is_start(self.previous, trials, c * a * slope, value):
-            self.previous = a
+            self.previous = math.sqrt(start) * math.sqrt(a) if self.previous > 0 and a < 0.1 * start else a
         if a > 0:
             self.guard.take(value, slope, a, x)
             self.excused = tangent.excused
