@@ -141,7 +141,7 @@ def test_a_step_that_does_not_move_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize(("largest", "goes_on"), [(0.2, 0.125), (0.05, 2.0**-2.5), (1e-5, 2.0**-8.5), (0.0, 1.0)])
 def test_a_search_that_is_cut_far_goes_on_from_the_geometric_mean(largest: float, goes_on: float) -> None:
-    """From 1, halved until it is not above `largest`: 1/8, 2^-5 < .1, 2^-17. Where nothing passes, from the last one."""
+    """From 1, halved until it is not above `largest`: 1/8, 2^-5 < .1, 2^-17. Where nothing passes: from the last."""
     policy = GuardedSLS(start=1.0, grow=1.0)
     record, state = policy.step(policy.init(), loss=1.0, slope=1e-3, trial=lambda a: 1.0 - a if a <= 1.0 else 2.0)
     assert record.step_size == 1.0
