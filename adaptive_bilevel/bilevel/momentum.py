@@ -33,7 +33,7 @@ from ..optim.state import RoleState
 from .context import Mix, MomentumContext
 from .roles import Momentum
 
-__all__ = ["Certified", "Full", "Predictive", "evened", "momentum_of"]
+__all__ = ["Certified", "Full", "Predictive", "momentum_of", "shrunk"]
 
 
 @final
@@ -177,14 +177,14 @@ def _ratio(sums: Mapping[str, float]) -> float:
     return min(max(agreement / spread, 0.0), 1.0) if spread > 0.0 else 0.0
 
 
-def evened(direction: Direction, momentum: Momentum, state: RoleState) -> Direction:
-    """Return Adam's metric with the evenness 1 - theta, theta being that of `Predictive`; all else as it is.
+def shrunk(direction: Direction, momentum: Momentum, state: RoleState) -> Direction:
+    """Return Adam's metric with the shrinkage 1 - theta, theta from `Predictive`; other directions as they are.
 
     Where hypergradients are exact, theta is 0, and a small entry says how much it matters as well as in which units it
     is: only many steps tell these apart. Where they are noise, theta is 1, and one gradient shows the scale of each.
     """
     if isinstance(direction, AdamMetric) and isinstance(momentum, Predictive):
-        return direction.even(1.0 - _ratio(state.shared))
+        return direction.shrunk(1.0 - _ratio(state.shared))
     return direction
 
 

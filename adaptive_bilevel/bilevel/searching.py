@@ -26,7 +26,7 @@ from .context import LowerLossChanged, MomentumContext, PaceContext, Point, Pred
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis, motion
 from .functional import UpperLoss
 from .last_step import departed, onward
-from .momentum import evened
+from .momentum import shrunk
 from .prediction import predicted
 from .retreat import Retreat
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
@@ -186,7 +186,7 @@ class SearchingOptimizer(StartingOptimizer):
 
     def _path(self, gradient: Gradient, states: Mapping[str, RoleState]) -> SearchPath:
         """Return the path along the preconditioned h; a group's lr counts as a part of its direction."""
-        role = evened(self._direction(), self.roles.momentum, states["momentum"])
+        role = shrunk(self._direction(), self.roles.momentum, states["momentum"])
         descent = role.propose(gradient, states["direction"])
         return SearchPath(gradient, scaled(descent.precondition(gradient.values), gradient.factors), descent)
 

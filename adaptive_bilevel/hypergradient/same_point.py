@@ -114,7 +114,7 @@ class _Trust(Enum):
 
     @property
     def holds(self) -> bool:
-        """Whether the value is worth an evaluation."""
+        """Whether derivatives may be taken over."""
         return self in (_Trust.agreed, _Trust.missed)
 
     def compared(self, agrees: bool) -> _Trust:

@@ -27,8 +27,8 @@ def choose(oracle: Oracle, moved: Point, stayed: Vector, sample: Sample, share: 
     def at(share: float) -> Vector:
         return moved.y if share == 1.0 else tuple(foreach.add(stayed, offset, alpha=share)) if share else stayed
 
-    kept = share.value if share != Share() else 0.0
+    kept = share.value
     there = float(oracle.lower_value(moved.x, at(farther_end(kept)), sample))
     here = oracle.lower_gradients(moved.x, at(kept), sample)
     seen = share.after(Parabola.through(kept, float(here.loss), float(inner(here.lower, offset)), there))
-    return moved._replace(y=at(seen.value if share == Share() else kept)), seen
+    return moved._replace(y=at(kept if share.known else seen.value)), seen

@@ -179,7 +179,7 @@ class AdaptiveOptimizer(ConcludingOptimizer):
             return self._gradient(guard, closure, params, guard.entry)
 
         share = self._warm_start.share(self.state)
-        begun = share or 0.0
+        begun = share.value
         go(farther_end(begun))
         value = Attempts().value(lambda: guard.value(closure, random))
         self._own_counts.values += 1
@@ -188,7 +188,7 @@ class AdaptiveOptimizer(ConcludingOptimizer):
         along, here, there = on_host(inner(own, offset), found.loss, value)
         parabola = Parabola.through(begun, here, along, there)
         after, finite = self._warm_start.look(self.state, parabola), math.isfinite(here) and math.isfinite(along)
-        kept = after if share is None else begun if finite else 0.0
+        kept = after if not share.known else begun if finite else 0.0
         return Start(found if kept == begun else gradient(kept), kept, parabola.stayed)
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
@@ -231,7 +231,7 @@ class AdaptiveOptimizer(ConcludingOptimizer):
 
         The level above has moved the parameters to a prediction, and calls this with the point before. The next
         `step(closure)` begins between the two, at the share of the prediction that is best along it on the mean of the
-        samples so far (`adaptive_bilevel.optim.warm_start`). Whoever else moves the parameters voids the offer.
+        samples before (`adaptive_bilevel.optim.warm_start`). Whoever else moves the parameters voids the offer.
         """
         self._warm_start.offer(self.state, self._parameters(), points)
 

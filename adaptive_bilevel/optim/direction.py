@@ -157,7 +157,7 @@ class AdamMetric:
 
     R = sqrt(v / (1 - beta^n)), rms(R) is the root mean square of the entries of R in the same tensor, and
 
-        w = evenness / (1 + sqrt((1 - beta^n) / (1 - beta))),
+        w = shrinkage / (1 + sqrt((1 - beta^n) / (1 - beta))),
 
     so that rms(R) counts as much as the first gradient, and less and less beside later ones: v is a mean of
     (1 - beta^n) / (1 - beta) gradients. With w = 0 it is the metric of Adam, whose first direction is sign(g): an entry
@@ -168,13 +168,13 @@ class AdamMetric:
     Args:
         beta: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment.
-        evenness: Twice the weight of rms(R) at the first gradient, in [0, 1].
+        shrinkage: Twice the weight of rms(R) at the first gradient, in [0, 1].
     """
 
     kind = "adam"
 
-    def __init__(self, beta: float, eps: float, evenness: float = 0.0) -> None:
-        self._beta, self._eps, self._evenness = beta, eps, evenness
+    def __init__(self, beta: float, eps: float, shrinkage: float = 0.0) -> None:
+        self._beta, self._eps, self._shrinkage = beta, eps, shrinkage
 
     def init(self) -> RoleState:
         """Return an empty state."""
@@ -197,17 +197,17 @@ class AdamMetric:
         root = second.moment()
         foreach.sqrt_(root)
         foreach.div_(root, [mass**0.5 for mass in second.mass])
-        if self._evenness > 0.0:
-            weights = [self._evenness / (1.0 + (mass / (1.0 - self._beta)) ** 0.5) for mass in second.mass]
+        if self._shrinkage > 0.0:
+            weights = [self._shrinkage / (1.0 + (mass / (1.0 - self._beta)) ** 0.5) for mass in second.mass]
             means = [(square / r.numel()).sqrt() for square, r in zip(products(root, root, None), root, strict=True)]
             foreach.mul_(root, [1.0 - w for w in weights])
             foreach.add_(root, [w * mean for w, mean in zip(weights, means, strict=True)])
         foreach.add_(root, self._eps)
         return root, second
 
-    def even(self, evenness: float) -> AdamMetric:
-        """Return the metric with this `evenness`."""
-        return AdamMetric(self._beta, self._eps, evenness)
+    def shrunk(self, shrinkage: float) -> AdamMetric:
+        """Return the metric with this shrinkage."""
+        return AdamMetric(self._beta, self._eps, shrinkage)
 
 
 @final

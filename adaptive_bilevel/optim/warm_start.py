@@ -4,11 +4,11 @@ The level above has moved y by p, how it expects the solution to answer. Of that
 
     gamma = clip(-S / (2 Q), 0, 1),    S = sum of s,    Q = sum of q,
 
-the minimizer of the mean of g(y) + gamma s + gamma^2 q along the predictions before, each on the first sample after it.
-The terms are in units of |s| + |q|, and both sums decay. One sample alone would not do. A minibatch's tangent says how
-y answers if the batch were the whole problem, and the whole answers by the batch's part of it; what one fresh sample
-says of p is noise. Where y follows by itself, or p leads nowhere, gamma is near 0, and on full batches with a tangent
-that holds near 1.
+the minimizer of the mean of g(y) + gamma s + gamma^2 q. Each earlier prediction has a parabola, on the first sample
+after it. The terms are in units of |s| + |q|, and both sums decay. One sample alone would not do. A minibatch's tangent
+says how y answers if the batch were the whole problem, and the whole answers by the batch's part of it; what one fresh
+sample says of p is noise. Where y follows by itself, or p leads nowhere, gamma is near 0, and on full batches with a
+tangent that holds near 1.
 
 The parabola of this p is that through loss and gradient at y + gamma p, which the step takes anyway, and the loss at y
 or y + p, whichever is farther. So it costs a value. It counts for the next prediction; for the first one, the gradient
@@ -102,6 +102,11 @@ class Share(NamedTuple):
     bend: float = 0.0
 
     @property
+    def known(self) -> bool:
+        """Whether a prediction has shown anything; gamma is 0 otherwise."""
+        return self != Share()
+
+    @property
     def value(self) -> float:
         """gamma, in [0, 1]."""
         if self.bend <= 0.0:
@@ -155,14 +160,13 @@ class WarmStart:
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
         return [own["point"] if own and p.requires_grad else p.detach().clone() for p, own in pairs]
 
-    def share(self, state: Any) -> float | None:
-        """Return the share that predictions so far have shown; None before the first one."""
-        saved = state.get(_SHARE)
-        return Share(**saved).value if saved else None
+    def share(self, state: Any) -> Share:
+        """Return the share that the predictions so far have shown."""
+        return Share(**state.get(_SHARE, {}))
 
     def look(self, state: Any, parabola: Parabola) -> float:
         """Return the share with a prediction's parabola in it; `drop` ends the step that shows it, and saves it."""
-        self._seen = Share(**state.get(_SHARE, {})).after(parabola)
+        self._seen = self.share(state).after(parabola)
         return self._seen.value
 
     def drop(self, state: Any, params: Sequence[Tensor]) -> None:

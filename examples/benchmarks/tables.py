@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 Row = dict[str, Any]
@@ -104,7 +104,7 @@ def overview(results: Path = RESULTS) -> str:
     """Return the table of all bilevel tasks: ours without a number, the best of each grid, the best other method."""
     lines = [["task (`NAME`)", "BiSLS-Adam", "BiSLS-SGD", "BiSPS", "best Adam", "best SGD", "best other"]]
     for name, note in TASKS.items():
-        rows = json.loads((results / f"{name}.json").read_text())["rows"]
+        rows = _content(results, name)["rows"]
         ours = [_least(rows, "ours", method) for method in ("bisls-adam", "bisls-sgd", "bisps")]
         losses = [*ours, _least(rows, "grid", "adam"), _least(rows, "grid", "sgd"), _least(rows, "other")]
         shown = list(map(_short, losses))
@@ -119,13 +119,13 @@ def networks(results: Path = RESULTS) -> str:
     lines = [["task", "BiSLS-Adam", "BiSLS-SGD", "best f of all grids", "best F of all grids"]]
     ratios: dict[str, list[float]] = {}
     for name, note in NETWORKS.items():
-        rows = json.loads((results / f"{name}.json").read_text())["rows"]
+        rows = _content(results, name)["rows"]
         grid = [row for row in rows if row["kind"] == "grid"]
         best = [min(grid, key=_loss), min(grid, key=_resolved)]
         least = _loss(best[0]), _resolved(best[1])
         line = [f"`{name}`, {note}" if note else f"`{name}`"]
         for method in ("bisls-adam", "bisls-sgd"):
-            (row,) = (row for row in rows if row["kind"] == "ours" and row["method"].split()[0] == method)
+            row = _ours(rows, method)
             own = _loss(row), _resolved(row)
             shown = [f"**{_short(a)}**" if a <= b else _short(a) for a, b in zip(own, least, strict=True)]
             line.append(" / ".join(shown))
@@ -135,7 +135,7 @@ def networks(results: Path = RESULTS) -> str:
         if best[0] is best[1]:
             shown[1] = "the same"
         lines.append([*line, *(f"{_short(a)} ({point})" for a, point in zip(least, shown, strict=True))])
-    means = [_short(math.exp(sum(map(math.log, of)) / len(of))) for of in ratios.values()]
+    means = [_short(geometric_mean(of)) for of in ratios.values()]
     lines.append(["geometric mean over the best", " / ".join(means[:2]), " / ".join(means[2:]), "", ""])
     return markdown(lines)
 
@@ -145,12 +145,12 @@ def defaults(results: Path = RESULTS) -> str:
     head = ["task", "method", "f (F)", "f, F over own", "f, F over all", "time over own"]
     lines = [[*head, "cost", "first trials", "trials"]]
     for name in TASKS:
-        content = json.loads((results / f"{name}.json").read_text())
+        content = _content(results, name)
         if content["settings"].get("solver") != "default":
             continue
-        found = {entry["bar"]: number(entry["measured"]) for entry in content["bars"]}
+        found = _measured(content)
         for kind in ("adam", "sgd"):
-            (row,) = (r for r in content["rows"] if r["kind"] == "ours" and r["method"].split()[0] == f"bisls-{kind}")
+            row = _ours(content["rows"], f"bisls-{kind}")
             rest = {bar.removeprefix(f"bisls-{kind}"): value for bar, value in found.items() if f"bisls-{kind}" in bar}
             losses = [
                 [rest[f", no number / best of {grid}: {figure}"] for figure in ("f(x, y)", "F(x)")]
@@ -182,6 +182,20 @@ def _held(value: float, most: float) -> str:
     return f"**{shown}**" if value <= most else shown
 
 
+def _content(results: Path, name: str) -> Row:
+    content: Row = json.loads((results / f"{name}.json").read_text())
+    return content
+
+
+def _measured(content: Row) -> dict[str, float]:
+    return {entry["bar"]: number(entry["measured"]) for entry in content["bars"]}
+
+
+def _ours(rows: Sequence[Row], method: str) -> Row:
+    (row,) = (row for row in rows if row["kind"] == "ours" and row["method"].split()[0] == method)
+    return row
+
+
 def _loss(row: Row) -> float:
     return number(row["median"])
 
@@ -211,14 +225,11 @@ def speed(names: Iterable[str], results: Path = RESULTS) -> str:
     head = ["task (`NAME`)", "Adam: time", "whole grid", "iteration", "SGD: time", "whole grid", "iteration"]
     lines, figures = [head], []
     for name in names:
-        content = json.loads((results / f"{name}.json").read_text())
-        found = {entry["bar"]: number(entry["measured"]) for entry in content["bars"]}
+        found = _measured(_content(results, name))
         figures.append([_bar(found, kind, *words) for kind in ("adam", "sgd") for words in _SPEED])
         lines.append([f"[`{name}`](../examples/benchmarks/results/{name}.json)", *map(_short, figures[-1])])
-    last = []
-    for column in zip(*figures, strict=True):
-        known = [value for value in column if math.isfinite(value)]
-        last.append(_short(math.exp(sum(map(math.log, known)) / len(known))))
+    columns = zip(*figures, strict=True)
+    last = [_short(geometric_mean(filter(math.isfinite, column))) for column in columns]
     for place in (0, 3):
         times = [row[place] for row in figures]
         last[place] += f"; {sum(t <= 1.0 for t in times)} of {len(times)}"
@@ -245,7 +256,7 @@ def _short(value: float) -> str:
 def _least(rows: Sequence[Row], kind: str, method: str = "") -> float:
     """Return the least median loss of the rows of a kind whose method has this name."""
     of = [row for row in rows if row["kind"] == kind and method in ("", row["method"].split()[0])]
-    return min(number(row["median"]) for row in of)
+    return min(map(_loss, of))
 
 
 def _median(values: Sequence[float | None] | None) -> float:

@@ -110,7 +110,7 @@ def test_a_mixture_that_ascends_is_not_taken() -> None:
 def test_the_options(direction: str) -> None:
     """momentum=False is a decay of 0; with a decay of 0, nothing is mixed; the first two steps are always certified.
 
-    Only with "auto", Adam's metric is drawn to its mean.
+    Only with "auto", Adam's metric has shrinkage.
     """
 
     def trajectory(steps: int, **options: Any) -> list[Tensor]:

@@ -120,7 +120,8 @@ def test_consistent_samples_are_solved(direction: str, momentum: Any) -> None:
     for k in range(12 * 64):
         problem.step(k % 64)
         whole.step(k % 64)
-    torch.testing.assert_close(problem.x, whole.x, rtol=0.0, atol=1e-5)
+    rounding = 1e-5 if direction == "sgd" and not momentum else 0.0  # solved to 1e-32, where rounding decides
+    torch.testing.assert_close(problem.x, whole.x, rtol=0.0, atol=rounding)
     assert float((problem.x.detach() - 1.0).square().mean().sqrt()) < 0.2
 
 

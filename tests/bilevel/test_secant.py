@@ -54,7 +54,7 @@ def pairs(outer: BiSLS) -> int:
     return count
 
 
-def evenness(outer: BiSLS) -> float:
+def shrinkage(outer: BiSLS) -> float:
     states: Any = outer.state
     sums = states.get("momentum", {"agreement": 0.0, "spread": 1.0})
     return 1.0 - min(max(sums["agreement"] / sums["spread"], 0.0), 1.0)
@@ -72,7 +72,7 @@ def test_the_direction_is_that_of_dense_updates() -> None:
             inverse = np.eye(12)
             if direction == "adam":
                 root = np.sqrt(second / (1.0 - 0.999**k))
-                w = evenness(outer) / (1.0 + np.sqrt((1.0 - 0.999**k) / 0.001))
+                w = shrinkage(outer) / (1.0 + np.sqrt((1.0 - 0.999**k) / 0.001))
                 inverse = np.diag(1.0 / ((1.0 - w) * root + w * np.sqrt(np.mean(root**2)) + 1e-8))
             if k > 1:
                 s, y = before - last[0], g - last[1]

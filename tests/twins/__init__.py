@@ -55,8 +55,8 @@ class Mean:
 class SecondMoment:
     """v_n = .999 v_{n-1} + .001 g_n^2 from v_0 = 0, and Adam's A = R + 1e-8, R = sqrt(v_n / (1 - .999^n)).
 
-    Drawn to the root mean square r of R in each tensor of x, A = (1 - w) R + w r + 1e-8 with
-    w = evenness / (1 + sqrt((1 - .999^n) / .001)).
+    With shrinkage to the root mean square r of R in each tensor of x, A = (1 - w) R + w r + 1e-8 with
+    w = shrinkage / (1 + sqrt((1 - .999^n) / .001)).
     """
 
     v: Tensor
@@ -65,9 +65,9 @@ class SecondMoment:
     def add(self, g: Tensor) -> SecondMoment:
         return SecondMoment(torch.addcmul(0.999 * self.v, g, g, value=1 - 0.999), self.n + 1)
 
-    def metric(self, evenness: float = 0.0, sizes: Sequence[int] = ()) -> Tensor:
+    def metric(self, shrinkage: float = 0.0, sizes: Sequence[int] = ()) -> Tensor:
         root = self.v.sqrt() / (1 - 0.999**self.n) ** 0.5
-        w = evenness / (1 + ((1 - 0.999**self.n) / (1 - 0.999)) ** 0.5)
+        w = shrinkage / (1 + ((1 - 0.999**self.n) / (1 - 0.999)) ** 0.5)
         if w > 0:
             root = torch.cat([R * (1 - w) + (R.dot(R) / len(R)).sqrt() * w for R in root.split(sizes)])
         return root + 1e-8
@@ -121,8 +121,8 @@ class Momentum:
         return Momentum(Mean(torch.zeros_like(h)).add(h), h, agreement, spread, 0.0, restarted=True)
 
     @property
-    def evenness(self) -> float:
-        """How far Adam's metric is drawn to its mean at the next h: 1 - theta, also where m started anew."""
+    def shrinkage(self) -> float:
+        """The shrinkage of Adam's metric at the next h: 1 - theta, also where m started anew."""
         return 1 - weight(self.agreement, self.spread)
 
     def step(self, A: Tensor) -> Tensor:

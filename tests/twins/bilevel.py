@@ -176,7 +176,7 @@ class BiSLS:
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
         """Return the moments with h in them, d and e."""
         second = self.second.add(h)
-        A = second.metric(self.momentum.evenness, self.sizes or [len(h)]) if self.adam else torch.ones_like(h)
+        A = second.metric(self.momentum.shrinkage, self.sizes or [len(h)]) if self.adam else torch.ones_like(h)
         momentum = self.momentum.add(h, A)
         return second, momentum, h / A, momentum.step(A)
 
