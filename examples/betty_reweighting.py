@@ -7,7 +7,7 @@ Of the training labels 40 % are drawn at random. The lower problem fits a softma
 weighted by a small network of its loss (Shu et al., 2019, arXiv 1902.07379); the upper problem trains that network on a
 few clean samples. What changes in the code for Betty (see `Weigh`, `Classify` and `train`, which do both):
 
-    +from adaptive_bilevel_betty import BiSLS, SLSB, bind
+    +from adaptive_bilevel_betty import AutoSLS, BiSLS, bind
      class Weigh(ImplicitProblem):
          def configure_optimizer(self):
     -        return torch.optim.Adam(self.module.parameters(), lr=1e-3)
@@ -15,16 +15,15 @@ few clean samples. What changes in the code for Betty (see `Weigh`, `Classify` a
      class Classify(ImplicitProblem):
          def configure_optimizer(self):
     -        return torch.optim.SGD(self.module.parameters(), lr=0.1)
-    +        return SLSB(self.module.parameters())
+    +        return AutoSLS(self.module.parameters())
      engine = Engine(...)
     +bind(engine)
 
 The weights are taken from the loss without its graph, so they must stay while a step is searched, or the searched
 function is not the one that was differentiated: hence the two lines with ``in_trial`` in `Classify.training_step`.
 
-The lower rule is SLSB, not SLS, because the samples disagree: as long as wrong labels have weight, no classifier fits
-them all, and steps have to get shorter. Rows without weights show what the noise does. Accuracies are on clean test
-samples.
+The samples disagree: as long as wrong labels have weight, no classifier fits them all. AutoSLS needs not be told. Rows
+without weights show what the noise does. Accuracies are on clean test samples.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
-from adaptive_bilevel_betty import SLSB, BiSLS, bind
+from adaptive_bilevel_betty import AutoSLS, BiSLS, bind
 
 NOISE, BATCH, LOWER_STEPS, EVALUATE_EVERY = 0.4, 100, 5, 10
 WEIGHT_DECAY = 1e-3  # in the lower loss
@@ -131,7 +130,7 @@ class Run:
     @property
     def name(self) -> str:
         if self.method == "no weights":
-            return f"no weights, SGD {self.lower:g}" if self.lower else "no weights, SLSB"
+            return f"no weights, SGD {self.lower:g}" if self.lower else "no weights, AutoSLS"
         return f"Adam {self.upper:g} / SGD {self.lower:g}" if self.lower else self.method
 
     @property
@@ -175,7 +174,7 @@ def train(run: Run, data: Data, iterations: int, kind: str) -> Run:
     )
     weighted = run.method != "no weights"
     lower_lr, upper_lr = run.lower, run.upper if weighted else 0.0
-    lower.make_optimizer = SLSB if lower_lr is None else (lambda p: torch.optim.SGD(p, lr=lower_lr))
+    lower.make_optimizer = AutoSLS if lower_lr is None else (lambda p: torch.optim.SGD(p, lr=lower_lr))
     if ours and weighted:
         upper.make_optimizer = lambda p: BiSLS(p, direction="adam")
     else:
@@ -256,7 +255,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
             print(f"Betty {betty.__version__}, {data.name}, {float(data.wrong.float().mean()):.0%} of the labels wrong")
             print(f"{'':32} {'seed':>4} {'accuracy':>9} {'best':>6}   weight of right, wrong labels")
         plan = [Run("no weights" if up is None else "Adam / SGD", up, low, seed) for up, low in FIXED]
-        plan += [Run("no weights", seed=seed), Run("BiSLS + SLSB, no number", seed=seed)]
+        plan += [Run("no weights", seed=seed), Run("BiSLS + AutoSLS, no number", seed=seed)]
         for run in plan:
             runs.append(train(run, data, options.iterations, options.type))
             accuracy = f"{run.final:9.1%} {max(run.accuracies):6.1%}"

@@ -65,16 +65,24 @@ class Retreat:
     """Goes back where f is above all of its recent values by more than they differ from each other.
 
     With low and high the least and the greatest f of the last n upper steps, 4 <= n <= 16, and f_0 the first of
-    all, x and y go back to the last point where f was at or below the median of the values before it, if
+    all, x and y go back to an earlier point if
 
-        f > high + s,    f > (f_0 + low) / 2,    f - f' > s,    s = max{1, 8 / n}^2 (high - low),
+        f > high + r s,    f > (f_0 + low) / 2,    f - f' > r s,    s = max{1, 8 / n}^2 (high - low),
 
-    where f' is the loss of the present sample at that point. The first condition finds an unusual f. The second
-    asks that half of the decrease since f_0 is lost. The third costs one value, and is evaluated only if the others
-    hold: it fails if this sample is harder than the last ones, or if the losses have changed. The step also goes on
-    if h is zero in the entries that make up half of the move of x since that point, which happens where each sample
-    depends on its own part of x. If y is not finite, it is enough that f' is. After a return, the search starts
-    from shrink^2 times the shorter of the two lengths, there and now.
+    where f' is the loss of the present sample at that point, and r is 1 if the value before was above high + s as well,
+    and 2 otherwise. The first condition finds an unusual f. The second asks that half of the decrease since f_0 is
+    lost. The third costs one value, and is evaluated only if the others hold: it fails if this sample is harder than
+    the last ones, or if the losses have changed. The step also goes on if h is zero in the entries that make up half of
+    the move of x since that point, which happens where each sample depends on its own part of x. If y is not finite, it
+    is enough that f' is. After a return, the search starts from shrink^2 times the shorter of the two lengths, there
+    and now.
+
+    Values above high + s are set aside. They count as recent as soon as f is back, or when there are 16 of them. (f may
+    leave in many small steps, each of which is usual beside the one before.)
+
+    The point is one where f was at or below the median of the values before it. y answers late, so x may be lost there
+    already. Two points are kept, n / 2 steps apart at least, and the newer one is the point to go back to if n / 2
+    steps without such a value have followed it.
 
     A lower loop of `torch.optim.SGD` diverges where a step of x makes the lower loss too steep for it. So a point
     with an eigenvalue of the lower Hessian above 2 (1 + momentum) / lr takes the place of another such point only. If
@@ -82,8 +90,8 @@ class Retreat:
     with at most half of the largest eigenvalue of the next one. If the last point is as steep as the present one, or
     was gone back to before, x and y go back to the last of these with at most half of the present eigenvalue.
 
-    The state has "losses", the recent values, and "first". The point is no part of it, and not saved: a run that is
-    resumed has one from the next f on that is at or below the median.
+    The state has "losses", the recent values, "aside", and "first". The points are no part of it, and not saved: a run
+    that is resumed has one from the next f on that is at or below the median.
     """
 
     def __init__(self) -> None:
@@ -92,11 +100,12 @@ class Retreat:
     @staticmethod
     def init() -> RoleState:
         """Return the state before the first step."""
-        return RoleState({"losses": []})
+        return RoleState({"losses": [], "aside": []})
 
     def forget(self) -> None:
         """Drop the point, since a host or a level above has moved x or y."""
-        self._anchor: Anchor | None = None
+        self._points: list[Anchor] = []
+        self._age = 0
         self._calmer: list[Anchor] = []
         self._norm, self._used = 0.0, False
 
@@ -108,13 +117,13 @@ class Retreat:
             between: What has happened to x since the last step.
             state: See the class.
         """
-        anchor, losses, tensors = self._chosen(), state.shared["losses"], [*point.gradient.tensors, *point.lower]
+        losses, tensors = state.shared["losses"], [*point.gradient.tensors, *point.lower]
+        anchor = self._chosen(len(losses))
         finite = math.isfinite(point.value)
         if anchor is None or (len(losses) < _FEW if finite else _are_finite(point.lower)):
             return None
-        low, high = min(losses), max(losses)
-        spread = max(1.0, _ENOUGH / len(losses)) ** 2 * (high - low)
-        if finite and not point.value > max(high + spread, 0.5 * (state.shared["first"] + low)):
+        spread = _spread(losses) * (1.0 if state.shared["aside"] else 2.0)
+        if finite and not point.value > max(max(losses) + spread, 0.5 * (state.shared["first"] + min(losses))):
             return None
         if between.elsewhere or [t.shape for t in tensors] != [t.shape for t in anchor.tensors]:
             self.forget()
@@ -126,14 +135,17 @@ class Retreat:
         lower = gained > spread and visible(gained, point.value, point.rounding)
         if not (lower if finite else math.isfinite(there)):
             return None
-        self._anchor, self._norm, self._used = anchor, anchor.norm, True
+        self._points, self._age, self._norm, self._used = [anchor], 0, anchor.norm, True
         self._calmer = [earlier for earlier in self._calmer if earlier.norm <= anchor.norm]
         return anchor
 
-    def _chosen(self) -> Anchor | None:
+    def _chosen(self, recent: int) -> Anchor | None:
         """Return the point to go back to, if any."""
-        if self._anchor is None or not self._calmer or (self._anchor.norm < self._norm and not self._used):
-            return self._anchor
+        if not self._points:
+            return None
+        last = self._points[-1 if 2 * self._age >= recent else 0]
+        if not self._calmer or (last.norm < self._norm and not self._used):
+            return last
         return next((p for p in reversed(self._calmer) if 2.0 * p.norm <= self._norm), self._calmer[0])
 
     @staticmethod
@@ -159,7 +171,7 @@ class Retreat:
     def returned(anchor: Anchor, state: RoleState) -> RoleState:
         """Return what is new in the state after a return: losses above that of the point do not count any more."""
         known = [value for value in state.shared["losses"] if value <= anchor.value]
-        return RoleState({"losses": known or [anchor.value]})
+        return RoleState({"losses": known or [anchor.value], "aside": []})
 
     @staticmethod
     def message(value: float, state: RoleState) -> str:
@@ -183,15 +195,28 @@ class Retreat:
             state: See the class.
             hessian: What the step has seen of the lower Hessian.
         """
-        value, losses = point.value, state.shared["losses"]
+        value, losses, aside = point.value, state.shared["losses"], state.shared["aside"]
+        usual = len(losses) < _FEW or value <= max(losses) + _spread(losses)
         limit = last_limit(point.lower)
         self._norm = 0.0 if hessian is None or math.isnan(hessian.norm) else hessian.norm
-        stable = self._norm <= limit
-        if not losses or (value <= median(losses) and (stable or not (self._anchor and self._anchor.norm <= limit))):
-            self._anchor, self._used = Anchor(before(), value, float(point.scale.previous), self._norm), False
+        self._age += usual
+        if not losses or (value <= median(losses) and self._is_due(len(losses), limit)):
+            anchor = Anchor(before(), value, float(point.scale.previous), self._norm)
+            older = [last for last in self._points[-1:] if (last.norm <= limit) == (anchor.norm <= limit)]
+            self._points, self._age, self._used = [*older, anchor], 0, False
             if observed(point.lower) is not None and self._norm > 0.0:
-                self._keep(self._anchor)
-        return RoleState({"losses": [*losses, value][-_RECENT:], **({} if losses else {"first": value})})
+                self._keep(anchor)
+        if not usual and len(aside) < _RECENT - 1:
+            return RoleState({"aside": [*aside, value]})
+        recent = [*losses, *aside, value][-_RECENT:]
+        return RoleState({"losses": recent, "aside": [], **({} if losses else {"first": value})})
+
+    def _is_due(self, recent: int, limit: float) -> bool:
+        """Return whether a point is to be taken, by its age and by the norms of the present one and of the last."""
+        if not self._points:
+            return True
+        stable, before = self._norm <= limit, self._points[-1].norm <= limit
+        return (stable and not before) or (stable == before and 2 * self._age >= recent)
 
     def _keep(self, anchor: Anchor) -> None:
         """Keep the last points whose norms are each twice that of the one before, at most."""
@@ -199,6 +224,11 @@ class Retreat:
             self._calmer.pop()
         if not self._calmer or anchor.norm >= 2.0 * self._calmer[-1].norm:
             self._calmer = [*self._calmer, anchor][-_CALMER:]
+
+
+def _spread(losses: Sequence[float]) -> float:
+    """Return by how much recent values vary."""
+    return max(1.0, _ENOUGH / len(losses)) ** 2 * (max(losses) - min(losses))
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -75,18 +75,18 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
 @pytest.mark.parametrize(
     ("direction", "options", "upper", "lower", "both"),
     [
-        # C^T d and the adjoint, while CG runs; x where the last searched step began, for the search's guard; x and y
-        # where the run would go back to.
-        ("sgd", {"momentum": False}, 2, 3, 5),
+        # C^T d and the adjoint, while CG runs; x where the last searched step began, for the search's guard; two of
+        # x and y, where the run would go back to.
+        ("sgd", {"momentum": False}, 3, 4, 7),
         # Also the means of hypergradients and tangents, and the last hypergradient.
-        ("sgd", {}, 4, 4, 8),
+        ("sgd", {}, 5, 5, 10),
         # x before a kept step, and the tangent that y follows there with its direction.
-        ("sgd", {"pace": "auto"}, 6, 5, 11),
-        ("sgd", {"carry": False}, 4, 3, 7),  # no tangents
+        ("sgd", {"pace": "auto"}, 7, 6, 13),
+        ("sgd", {"carry": False}, 5, 4, 9),  # no tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
-        ("adam", {"momentum": False}, 2, 3, 6),
-        ("adam", {}, 4, 4, 9),
-        ("adam", {"pace": "auto"}, 6, 5, 12),
+        ("adam", {"momentum": False}, 3, 4, 8),
+        ("adam", {}, 5, 5, 11),
+        ("adam", {"pace": "auto"}, 7, 6, 14),
     ],
 )
 def test_the_peak_beyond_that_of_constant_steps(
@@ -109,5 +109,5 @@ def test_nothing_grows_over_200_iterations() -> None:
     assert later <= peak + 0.01
     # Of x: the gradient, the one before and their mean, Adam's second moment, and where the last searched step began.
     # Of y: what the lower search goes back to, the mean of the tangents, and the point that the next lower step may
-    # prefer to the prediction. Of both, where the run would go back to.
-    assert held <= 10 + SMALL_THINGS
+    # prefer to the prediction. Of both, two points that the run would go back to.
+    assert held <= 12 + SMALL_THINGS

@@ -56,12 +56,16 @@ class Elsewhere:
 
 
 def after_steps(count: int, **options: Any) -> tuple[Run, list[Tensor]]:
-    """A run, and the point where its last step began; f has fallen in each step, so it is the one to go back to."""
-    run = run_of(count - 1, **options)
-    run.prepare()
-    point = tensors(run)
-    run.outer.step(run.upper)
-    return run, point
+    """A run in which f has fallen in each step, and the point to go back to."""
+    run, points, chosen, age = Run(pace="every", carry=False, **options), list[list[Tensor]](), list[int](), 0
+    for k in range(count):
+        run.prepare()
+        points.append(tensors(run))
+        run.outer.step(run.upper)
+        age += 1
+        if 2 * age >= min(k, 16):
+            chosen, age = [*chosen[-1:], k], 0
+    return run, points[chosen[-1 if 2 * age >= min(count, 16) else 0]]
 
 
 @pytest.mark.parametrize("direction", ["sgd", "adam"])
@@ -69,7 +73,7 @@ def test_both_levels_go_back_and_the_next_step_is_shorter(direction: str) -> Non
     run, point = after_steps(9, direction=direction)
     length = run.outer.state["policy"]["previous"]
     with pytest.warns(UserWarning, match=LEFT):
-        assert run.step(Elsewhere(run, 2.0 * losses(run)[0], point)) == Outcome.returned
+        assert run.step(Elsewhere(run, 3.0 * losses(run)[0], point)) == Outcome.returned
     assert all(map(torch.equal, tensors(run), point))
     record = run.outer.record
     assert record is not None and record.step_size == 0.0 and record.trials == 0 and not record.moved
@@ -97,8 +101,47 @@ def test_losses_on_the_way_to_where_it_goes_back_from_do_not_count() -> None:
     assert run.step(Elsewhere(run, known[0], point)) == Outcome.accepted
     assert losses(run) == [*known, known[0]]
     with pytest.warns(UserWarning, match=LEFT):
-        assert run.step(Elsewhere(run, 2.0 * known[0], point)) == Outcome.returned
-    assert losses(run) == [value for value in known if value <= known[-1]]
+        assert run.step(Elsewhere(run, 3.0 * known[0], point)) == Outcome.returned
+    assert losses(run) == [value for value in known if value <= known[4]]  # that of the point
+
+
+def leave(run: Run, point: list[Tensor], parts: list[float]) -> int:
+    """Take steps at whose start f has risen from its last value by these parts of its fall; return the last outcome."""
+    known, first = losses(run)[-1], run.outer.state["retreat"]["first"]
+    return [run.step(Elsewhere(run, known + part * (first - known), point)) for part in parts][-1]
+
+
+def test_a_first_high_value_must_be_twice_as_far() -> None:
+    for before, outcome in ([], Outcome.accepted), ([0.1], Outcome.returned):
+        run, point = after_steps(4)
+        high, low = max(losses(run)), min(losses(run))
+        apart = 4.0 * (high - low)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f".*{LEFT}", UserWarning)
+            for part in [*before, 0.5]:
+                last = run.step(Elsewhere(run, high + (1.0 + part) * apart, point))
+        assert last == outcome
+
+
+def test_a_rise_in_small_steps_is_taken_back() -> None:
+    run, point = after_steps(30)
+    recent = list(losses(run))
+    assert leave(run, point, [0.1, 0.2, 0.3, 0.45]) == Outcome.accepted
+    assert losses(run) == recent
+    with pytest.warns(UserWarning, match=LEFT):
+        assert leave(run, point, [0.6]) == Outcome.returned
+    assert all(map(torch.equal, tensors(run), point))
+
+
+def test_values_aside_count_when_f_is_back_or_stays() -> None:
+    run, point = after_steps(30)
+    recent = list(losses(run))
+    assert leave(run, point, [0.2, 0.0]) == Outcome.accepted
+    aside, back = losses(run)[-2:]
+    assert losses(run) == [*recent, aside, back][-16:] and aside > max(recent) >= back
+    run, point = after_steps(30)
+    assert leave(run, point, [0.3] * 16) == Outcome.accepted
+    assert min(losses(run)) > max(recent) and len(losses(run)) == 16
 
 
 def test_a_far_rise_is_taken_back_from_the_fifth_step_on() -> None:

@@ -15,34 +15,51 @@ __all__ = ["Retreat"]
 
 @dataclass
 class Retreat:
-    """Back to the last (x, y) where f was at most the median of the last 16, with a quarter of the length.
+    """Back to an (x, y) where f was at most the median of the last 16, with a quarter of the length.
 
-    So it does if f is above the n in 4..16 by more than s = max{1, 8 / n}^2 (max - min), nearer to the first f than to
-    the min, and lower there by more than s, and if at least half of the move of x since then is in entries where h is
+    Two such points are kept, n / 2 usual steps apart; the newer one is gone back to n / 2 steps after it.
+
+    A value above them by more than s counts among them when f is back, or with the 16th such value in a row.
+
+    So it does if f is above the n in 4..16 by more than s = max{1, 8 / n}^2 (max - min), or 2 s if it is the first such
+    value, nearer to the first f than to
+    the min, and lower there by as much, and if at least half of the move of x since then is in entries where h is
     not 0.
     """
 
     losses: list[float] = field(default_factory=list)
     first: float = 0.0
-    point: tuple[Tensor, Tensor, float] | None = None
+    aside: list[float] = field(default_factory=list)
+    points: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    age: int = 0
+
+    @property
+    def spread(self) -> float:
+        """Return s."""
+        return max(1.0, 8 / len(self.losses)) ** 2 * (max(self.losses) - min(self.losses))
 
     def back(self, f: Function, value: float, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """Return x, y and the length there, or None."""
-        if self.point is None or len(self.losses) < 4:
+        if len(self.losses) < 4:
             return None
-        there, y, _ = self.point
-        low, high = min(self.losses), max(self.losses)
-        spread = max(1.0, 8 / len(self.losses)) ** 2 * (high - low)
+        point = self.points[-1 if 2 * self.age >= len(self.losses) else 0]
+        there, y, _ = point
+        low, high, spread = min(self.losses), max(self.losses), self.spread * (1 if self.aside else 2)
         moved = (x - there).square()
         if value <= high + spread or 2 * value <= self.first + low or not 0 < moved.sum() <= 2 * moved[h != 0].sum():
             return None
         gained = value - float(f(there, y))
-        return self.point if gained > max(spread, EPS * abs(value)) else None
+        return point if gained > max(spread, EPS * abs(value)) else None
 
     def see(self, value: float, x: Tensor, y: Tensor, length: float) -> None:
         """Take note of a step from (x, y)."""
         if not self.losses:
             self.first = value
-        if not self.losses or value <= median(self.losses):
-            self.point = x, y, length
-        self.losses = [*self.losses, value][-16:]
+        n, usual = len(self.losses), len(self.losses) < 4 or value <= max(self.losses) + self.spread
+        self.age += usual
+        if n == 0 or (value <= median(self.losses) and 2 * self.age >= n):
+            self.points, self.age = [*self.points[-1:], (x, y, length)], 0
+        if not usual and len(self.aside) < 15:
+            self.aside.append(value)
+        else:
+            self.losses, self.aside = [*self.losses, *self.aside, value][-16:], []
