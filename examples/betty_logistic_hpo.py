@@ -7,7 +7,7 @@ The problem is that of Betty's own example: 500 training samples with 20 feature
 samples the regularizers x >= 0. The settings are its defaults: 100 lower steps, started from 0 each time, and three
 iterations of Betty's ``cg``. What changes (see `problems`, which does both):
 
-    +from adaptive_bilevel_betty import BiSLS, SLS, bind
+    +from adaptive_bilevel_betty import AutoSLS, BiSLS, bind
      class Parent(ImplicitProblem):
          def configure_optimizer(self):
     -        return torch.optim.SGD(self.module.parameters(), lr=1, momentum=0.9)
@@ -15,7 +15,7 @@ iterations of Betty's ``cg``. What changes (see `problems`, which does both):
      class Child(ImplicitProblem):
          def configure_optimizer(self):
     -        return torch.optim.SGD(self.module.parameters(), lr=0.1)
-    +        return SLS(self.module.parameters())
+    +        return AutoSLS(self.module.parameters())
      engine = Engine(...)
     +bind(engine)
 
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
-from adaptive_bilevel_betty import SLS, BiSLS, bind
+from adaptive_bilevel_betty import AutoSLS, BiSLS, bind
 
 SAMPLES, FEATURES, LOWER_STEPS = 1000, 20, 100
 FIRST_TRIALS = [(upper, lower) for upper in (1.0, 1e1, 1e2, 1e3) for lower in (0.1, 1.0, 1e1, 1e2)]
@@ -160,7 +160,7 @@ def train(run: Run, kind: str, iterations: int, direction: str) -> Run:
     upper: MakeOptimizer
     lower: MakeOptimizer
     if ours:
-        upper, lower = (lambda p: BiSLS(p, upper_lr, direction=direction)), (lambda p: SLS(p, lower_lr))
+        upper, lower = (lambda p: BiSLS(p, upper_lr, direction=direction)), (lambda p: AutoSLS(p, lower_lr))
     else:
         assert upper_lr is not None and lower_lr is not None, f"{run.method}: SGD has no step of its own"
         upper = lambda p: torch.optim.SGD(p, lr=upper_lr, momentum=0.9)  # noqa: E731
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
 
     print(f"Betty {betty.__version__}, type {options.type!r}: validation loss at upper step")
     print(f"{'':34} {'seed':>4} {'1':>7} {'10':>7} {'30':>7}")
-    ours = f"BiSLS-{'Adam' if options.direction == 'adam' else 'SGD'} + SLS"
+    ours = f"BiSLS-{'Adam' if options.direction == 'adam' else 'SGD'} + AutoSLS"
     runs = []
     for seed in options.seeds:
         fixed = FIXED[:1] if options.few else FIXED

@@ -10,7 +10,7 @@ y are the weights of a ridge regression on training data, x the logarithms of it
 The lower problem has a closed form, so F(x) = f(x, y*(x)) and its minimum are known. Half of the features are noise:
 F is smallest at some x_j near infinity, or minus infinity, and flat on the way there. The table has F - F* after 60
 upper steps of 10 lower ones, the lower loss on all 60 samples or on 16; for torch.optim.SGD with a grid of learning
-rates at both levels, and for BiSLS and SLS with no number.
+rates at both levels, and for BiSLS and AutoSLS with no number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from betty.problems import ImplicitProblem
 from torch import Tensor, nn
 
 from adaptive_bilevel.errors import AdaptiveBilevelWarning
-from adaptive_bilevel_betty import SLS, BiSLS, bind
+from adaptive_bilevel_betty import AutoSLS, BiSLS, bind
 
 UPPER_STEPS, LOWER_STEPS = 60, 10
 UPPER_RATES, LOWER_RATES = (1.0, 3.0, 10.0, 30.0, 100.0), (0.03, 0.1, 0.3)
@@ -153,9 +153,9 @@ def plan() -> list[tuple[str, MakeOptimizer, MakeOptimizer]]:
     ]
     return [
         *fixed,
-        ("BiSLS", BiSLS, SLS),
-        ("BiSLS, momentum=False", partial(BiSLS, momentum=False), SLS),
-        ("BiSLS, direction='adam'", partial(BiSLS, direction="adam"), SLS),
+        ("BiSLS", BiSLS, AutoSLS),
+        ("BiSLS, momentum=False", partial(BiSLS, momentum=False), AutoSLS),
+        ("BiSLS, direction='adam'", partial(BiSLS, direction="adam"), AutoSLS),
     ]
 
 

@@ -13,7 +13,7 @@ method (logistic), so the table shows how far F(x) = f(x, y*(x)) is from its min
 `Regression` and `train`, which do both):
 
      def __init__(self, x, ...):
-    +    self.lower = LowerStep(self, SLS)
+    +    self.lower = LowerStep(self, AutoSLS)
 
      def solve(self):
          params = tuple(self.parameters())
@@ -49,7 +49,7 @@ import torch
 import torchopt
 from torch import Tensor
 
-from adaptive_bilevel import SLS
+from adaptive_bilevel import AutoSLS
 from adaptive_bilevel_torchopt import LowerStep, UpperStep
 
 warnings.filterwarnings("ignore", message=".*functorch.*", category=FutureWarning)  # TorchOpt's, at every call
@@ -146,7 +146,7 @@ class Regression(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.l
         super().__init__()
         self.x, self.data = x, data
         self.y = torch.nn.Parameter(torch.zeros(FEATURES, dtype=torch.float64))
-        self.lower = LowerStep(self, SLS) if automatic else None
+        self.lower = LowerStep(self, AutoSLS) if automatic else None
 
     def objective(self) -> Tensor:
         return self.data.lower_loss(self.x, self.y)

@@ -10,7 +10,7 @@ problems is one upper step. What changes in TorchOpt code (see `InnerNet` and `t
 
      class InnerNet(torchopt.nn.ImplicitMetaGradientModule, linear_solve=solve_cg(maxiter=5, atol=0)):
          def __init__(self, meta_net, ...):
-    +        self.lower = LowerStep(self, SLS)
+    +        self.lower = LowerStep(self, AutoSLS)
 
          def solve(self, x, y):
              params = tuple(self.parameters())
@@ -52,7 +52,7 @@ import torchopt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptive_bilevel import SLS
+from adaptive_bilevel import AutoSLS
 from adaptive_bilevel_torchopt import LowerStep, UpperStep
 
 warnings.filterwarnings("ignore", message=".*functorch.*", category=FutureWarning)  # TorchOpt's, at every call
@@ -62,7 +62,7 @@ TASKS, INNER_STEPS, REG = 4, 5, 2.0
 TEST_TASKS, EVALUATE_EVERY = 40, 15
 FIRST_TRIALS = (None, 1e-2, 1.0, 1e2)
 ADAM = (1e-4, 1e-3, 1e-2, 1e-1)
-SEARCHED = "Adam above SLS"
+SEARCHED = "Adam above AutoSLS"
 
 
 class Task(NamedTuple):
@@ -98,7 +98,7 @@ class InnerNet(torchopt.nn.ImplicitMetaGradientModule, linear_solve=torchopt.lin
         super().__init__()
         self.meta_net = meta_net
         self.net = network(size)
-        self.lower = LowerStep(self, SLS) if automatic else None
+        self.lower = LowerStep(self, AutoSLS) if automatic else None
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
@@ -158,7 +158,7 @@ def accuracy(net: nn.Module, size: int, automatic: bool, characters: Tensor) -> 
 
 
 def train(kind: str, lr: float | None, seed: int, data: tuple[Tensor, Tensor], iterations: int) -> History:
-    """One run of "Adam" (the lower loop as in TorchOpt's example), "Adam above SLS" or "BiSLS-SGD"."""
+    """One run of "Adam" (the lower loop as in TorchOpt's example), "Adam above AutoSLS" or "BiSLS-SGD"."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     size, automatic, searched = data[0].shape[-1], kind.startswith("BiSLS"), kind != "Adam"

@@ -16,7 +16,7 @@ from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Objective
 from ..evaluation.reductions import on_host
 from ..policies import AutoSLS, SearchState, State
-from .averaging import Average, MeanGradient, settle
+from .averaging import Average, MeanGradient, Place, settle
 from .base import AdaptiveOptimizer
 from .direction import Direction
 
@@ -35,6 +35,12 @@ class AveragedSearch(AdaptiveOptimizer):
         self._average: Average | None = None
         self._resting: list[Tensor] | None = None
         self._stayed = math.nan
+        self._moved = self._anew = False
+
+    @property
+    def _agrees(self) -> bool:
+        """Whether the rule is `AutoSLS`, and samples agree."""
+        return isinstance(self.policy, AutoSLS) and self.policy.agrees(self._rule_state())
 
     def _disagree(self, state: State) -> bool:
         return isinstance(self.policy, AutoSLS) and not self.policy.agrees(state)
@@ -50,6 +56,9 @@ class AveragedSearch(AdaptiveOptimizer):
         self._average = self._resting = None
         before = self._warm_start.point(self.state, params)
         disagree = self._disagree(self._rule_state())
+        place = Place.read(self.state) if self._agrees else Place()
+        self._moved = before is None and place.left(params)
+        self._anew = self._moved and not place.moved
         average = Average.read(self.state, params, offered=before is not None) if disagree else None
         if average is None:
             start = self._decide(guard, closure, params, before, None)
@@ -75,9 +84,11 @@ class AveragedSearch(AdaptiveOptimizer):
     def _reached(self, value: float) -> State:
         """Return the policy's state; what a prediction changes of the loss is not due to the sample."""
         state = self._rule_state()
-        if math.isnan(self._stayed) or not isinstance(self.policy, AutoSLS):
+        if not isinstance(self.policy, AutoSLS):
             return state
-        return self.policy.shifted(state, value - self._stayed)
+        if self._anew:
+            return self.policy.shifted(state, math.nan)
+        return state if math.isnan(self._stayed) else self.policy.shifted(state, value - self._stayed)
 
     def upper_moved(self) -> None:
         """Evaluate the last sample again, if the next one could be taken to disagree because x has moved."""
@@ -91,6 +102,11 @@ class AveragedSearch(AdaptiveOptimizer):
             value = Attempts().value(lambda: guard.value(sample.closure, sample.random))
         self._own_counts.values += 1
         self._save_rule_state(self.policy.displaced(state, float(value) - state.expected))
+
+    def displaced(self) -> None:
+        """Take note of where a level above has moved the parameters."""
+        if self._agrees and Place.read(self.state).at is not None:
+            Place.keep(self.state, self._parameters(), self._moved)
 
     def _stay(self, params: list[Tensor]) -> None:
         """Put the parameters back to the mean: the step has moved nothing."""
@@ -109,3 +125,5 @@ class AveragedSearch(AdaptiveOptimizer):
         """Leave the mean in the parameters, which are at the new iterate."""
         if self._disagree(state):
             settle(self.state, params, start, self._average)
+        elif isinstance(self.policy, AutoSLS):
+            Place.keep(self.state, params, self._moved)

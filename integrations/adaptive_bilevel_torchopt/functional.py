@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, final
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from adaptive_bilevel import SLS
+from adaptive_bilevel import AutoSLS
 from adaptive_bilevel.errors import LowerLevelError, OptionError, TensorError
 from adaptive_bilevel.evaluation.tensors import refuse_unsupported
 from adaptive_bilevel.hypergradient import LinearSolver
@@ -52,7 +52,7 @@ class FunctionalLowerStep(SolvedLevel):
     >>> from torchopt.diff.implicit import custom_root
     >>> from adaptive_bilevel_torchopt import UpperStep
     >>> objective = lambda y, x: ((y - x / 2) ** 2).sum()
-    >>> lower = FunctionalLowerStep(objective, SLS)
+    >>> lower = FunctionalLowerStep(objective, AutoSLS)
     >>> @custom_root(torch.func.grad(objective), argnums=1)
     ... def solve(y, x):
     ...     y, step = lower.attach(y, x)
@@ -71,7 +71,7 @@ class FunctionalLowerStep(SolvedLevel):
     def __init__(
         self,
         objective: Callable[..., Tensor],
-        rule: Rule = SLS,
+        rule: Rule = AutoSLS,
         lr: float | None = None,
         *,
         linear_solve: DeclaredSolve | None = None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from adaptive_bilevel import SLS
+from adaptive_bilevel import AutoSLS
 from adaptive_bilevel.errors import LowerLevelError, TensorError
 from adaptive_bilevel.evaluation.guard import Closure
 from adaptive_bilevel.evaluation.parts import require_whole
@@ -36,7 +36,7 @@ class LowerStep(SolvedLevel):
     Args:
         module: The module; ``self`` in its ``__init__``.
         rule: `SLS`, `SLSB`, `AutoSLS`, `SPSB`, `SPSMax` or `DecSPS` of adaptive_bilevel, or a policy.
-        lr: The bound (Polyak rules, `SLSB`) or the first trial (`SLS`). If None, it is estimated.
+        lr: The bound (Polyak rules, `SLSB`), the first trial (`SLS`) or both (`AutoSLS`). If None, it is estimated.
         direction: "sgd", "adam" or a GradientTransformation of TorchOpt with learning rate 1.
         options: Options of the rule.
 
@@ -52,7 +52,7 @@ class LowerStep(SolvedLevel):
     ...     def __init__(self, x):
     ...         super().__init__()
     ...         self.x, self.y = x, torch.nn.Parameter(torch.zeros(2))
-    ...         self.lower = LowerStep(self, SLS)
+    ...         self.lower = LowerStep(self, AutoSLS)
     ...     def objective(self, target):
     ...         return ((self.y - target) ** 2 + self.x * self.y**2).sum()
     ...     def solve(self, target):
@@ -70,7 +70,7 @@ class LowerStep(SolvedLevel):
     def __init__(
         self,
         module: Module,
-        rule: Rule = SLS,
+        rule: Rule = AutoSLS,
         lr: float | None = None,
         *,
         direction: DirectionOption = "sgd",

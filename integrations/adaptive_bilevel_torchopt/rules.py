@@ -73,7 +73,7 @@ def lower_recipe(
         return Recipe(SPSMax, rule.bound, {**floor, **_constant(direction, options)})
     known = _LOWER.get(type(rule))
     if known is None:
-        raise _unknown(owner, rule, "SPSMax, DecSPS, SPSB, SLS, SLSB or AutoSLS", "LowerStep(self, SLS)")
+        raise _unknown(owner, rule, "SPSMax, DecSPS, SPSB, SLS, SLSB or AutoSLS", "LowerStep(self, AutoSLS)")
     number, chosen = _of_policy(owner, rule, lr)
     if known is DecSPS:
         chosen.pop("decay")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -88,6 +89,62 @@ def test_what_the_upper_variable_changes_of_the_loss_is_not_taken_for_another_sa
         assign([x], implicit(upper, lower, [x], [y]))
         outer.step(upper)
     assert agrees(inner) == (noise == 0.0)
+
+
+@pytest.mark.parametrize("direction, tasks", [("sgd", 1), ("sgd", 3), ("adam", 1)])
+def test_loops_that_start_anew_are_searched_as_by_sls(direction: str, tasks: int) -> None:
+    """Each task is one function; what happens between two loops says nothing of its samples."""
+    losses = [loss_of(*data(seed, 0.2)) for seed in range(tasks)]
+
+    def trained(rule: Any) -> list[float]:
+        w = torch.nn.Parameter(torch.zeros(10))
+        optimizer, steps = rule([w], direction=direction), []
+        for loop in range(12):
+            torch.nn.init.zeros_(w) if loop % 2 else w.data.zero_()
+            for _ in range(5):
+                optimizer.step(partial(losses[loop % tasks], torch.tensor(-3.0), w))
+                steps.append(optimizer.record.step_size)
+        assert rule is SLS or agrees(optimizer)
+        return steps
+
+    ours = trained(AutoSLS)
+    if direction == "sgd":  # along Adam the first step has another length, which stays in the moments
+        assert ours[1:] == pytest.approx(trained(SLS)[1:], rel=1e-12)
+
+
+@pytest.mark.parametrize("between", ["start anew", "project"])
+def test_samples_that_disagree_show_whatever_moves_the_parameters(between: str) -> None:
+    (features, labels), w = data(0, 0.4), torch.nn.Parameter(torch.zeros(10))
+    optimizer = AutoSLS([w])
+    for k in range(60):
+        rows = torch.arange(4) + 4 * (k % 40)
+        optimizer.step(partial(loss_of(features[rows], labels[rows]), torch.tensor(-3.0), w))
+        with torch.no_grad():
+            if between == "project":
+                w.clamp_(-0.3, 0.3)
+            elif k % 5 == 4:
+                w.zero_()
+    assert not agrees(optimizer)
+
+
+def test_a_resumed_run_starts_anew_where_the_run_does() -> None:
+    loss = loss_of(*data(0, 0.2))
+
+    def run(resumed: bool) -> list[float]:
+        w = torch.nn.Parameter(torch.zeros(10))
+        optimizer = AutoSLS([w])
+        for k in range(20):
+            if k % 5 == 0:
+                w.data.zero_()
+            if resumed and k == 10:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = AutoSLS([w])
+                optimizer.load_state_dict(state)
+            optimizer.step(partial(loss, torch.tensor(-3.0), w))
+        assert agrees(optimizer)
+        return w.tolist()
+
+    assert run(True) == run(False)
 
 
 @pytest.mark.parametrize("direction", ["sgd", "adam"])

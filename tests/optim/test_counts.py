@@ -128,7 +128,8 @@ def test_a_backward_of_its_own_costs_two_reads_more(info: OptimizerInfo) -> None
 
     with host_reads() as counts:
         optimizer.step(closure)
-    assert sum(counts.values()) == 3 + optimizer.record.trials + looks(info)
+    place = int(info.cls is AutoSLS)  # where the step leaves the parameters
+    assert sum(counts.values()) == 3 + optimizer.record.trials + looks(info) + place
 
 
 class Allocations(TorchDispatchMode):

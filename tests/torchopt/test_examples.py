@@ -51,7 +51,7 @@ def test_imaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--iterations", "2", "--first-trials", "none", "1", "--adam", "1e-3"]
     torchopt_imaml.main([*arguments, "--figure", str(figure), "--output", str(output)])
     runs = json.loads(output.read_text())["runs"]
-    names = ["BiSLS-SGD none", "BiSLS-SGD 1", "Adam 0.001", "Adam above SLS 0.001"]
+    names = ["BiSLS-SGD none", "BiSLS-SGD 1", "Adam 0.001", "Adam above AutoSLS 0.001"]
     assert [run["name"] for run in runs] == names
     assert all(0.0 <= run["final"] <= 1.0 for run in runs) and runs[0]["steps"][0] > 0.0
     assert figure.stat().st_size > 1000
