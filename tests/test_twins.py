@@ -271,7 +271,7 @@ CASES: list[tuple[str, Callable[[int], Bilevel], int, float | None]] = [
     ("BiSLS-SLS", saturating, 1, None),
     ("BiSLS-SLS", cleaning, 1, None),
     ("BiSLS-SLS", cleaning, 2, None),
-    ("BiSLS-SLS", episodes, 1, None),
+    ("BiSLS-SLS", episodes, 4, None),
     ("BiSLS-SLS", episodes, 2, None),
 ]
 CASES += [("BiSLS-SLS-Lanczos", p, seed, lr) for rule, p, seed, lr in CASES if rule == "BiSLS-SLS" and lr != 1e-3]

@@ -187,12 +187,12 @@ class BiSLS:
         promised = float(h @ d)
         assert value > 0 and promised > 0
         if self.pace.was_bad(value):
-            (self.x, self.lower.x), self.kept = self.pace.undo(), 0
+            (self.x, self.lower.x), self.kept, self.lower.other = self.pace.undo(), 0, None
             return
         point = self.retreat.back(f, value, x, h)
         if point is not None:
             self.pace.give_up()
-            self.x, self.lower.x, length = point
+            (self.x, self.lower.x, length), self.lower.other = point, None
             self.previous, self.kept = min(length, self.previous) / 4, 0
             self.guard.forget(self.x)
             return

@@ -30,7 +30,7 @@ class Retreat:
     losses: list[float] = field(default_factory=list)
     first: float = 0.0
     aside: list[float] = field(default_factory=list)
-    points: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    points: list[tuple[Tensor, Tensor, float, float]] = field(default_factory=list)
     age: int = 0
 
     @property
@@ -43,13 +43,17 @@ class Retreat:
         if len(self.losses) < 4:
             return None
         point = self.points[-1 if 2 * self.age >= len(self.losses) else 0]
-        there, y, _ = point
+        there, y, length, known = point
         low, high, spread = min(self.losses), max(self.losses), self.spread * (1 if self.aside else 2)
         moved = (x - there).square()
         if value <= high + spread or 2 * value <= self.first + low or not 0 < moved.sum() <= 2 * moved[h != 0].sum():
             return None
         gained = value - float(f(there, y))
-        return point if gained > max(spread, EPS * abs(value)) else None
+        if gained <= max(spread, EPS * abs(value)):
+            return None
+        self.points, self.age, self.aside = [point], 0, []
+        self.losses = [seen for seen in self.losses if seen <= known] or [known]
+        return there, y, length
 
     def see(self, value: float, x: Tensor, y: Tensor, length: float) -> None:
         """Take note of a step from (x, y)."""
@@ -58,7 +62,7 @@ class Retreat:
         n, usual = len(self.losses), len(self.losses) < 4 or value <= max(self.losses) + self.spread
         self.age += usual
         if n == 0 or (value <= median(self.losses) and 2 * self.age >= n):
-            self.points, self.age = [*self.points[-1:], (x, y, length)], 0
+            self.points, self.age = [*self.points[-1:], (x, y, length, value)], 0
         if not usual and len(self.aside) < 15:
             self.aside.append(value)
         else:
