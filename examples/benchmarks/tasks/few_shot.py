@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from adaptive_bilevel import SLS
+from adaptive_bilevel import AutoSLS
 
 from .base import Evaluation, Settings, uniform_layers
 
@@ -134,7 +134,7 @@ class FewShot:
         return torch.linalg.solve(gram, support.mT @ self.targets(self.shots) / support.shape[1])
 
     def lower_rule(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        return SLS(params)
+        return AutoSLS(params)
 
 
 def create(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import data
-from adaptive_bilevel import SLS
+from adaptive_bilevel import AutoSLS
 
 from .base import Evaluation, Settings
 from .few_shot import Episodes, draw_episodes
@@ -112,7 +112,7 @@ class StartOfFewShot:
         return networks
 
     def lower_rule(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        return SLS(params)
+        return AutoSLS(params)
 
 
 def create(
