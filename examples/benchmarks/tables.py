@@ -54,6 +54,7 @@ NETWORKS = {
     "weight-decay-layer-minibatch": "",
     "smoothing": "of labels, and noise of inputs",
     "smoothing-minibatch": "",
+    "architecture-minibatch": "a cell of three edges",
     "start-of-few-shot": "Omniglot",
 }
 """Those with a network at the lower level, in the order of their table."""
