@@ -220,7 +220,8 @@ def _still(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
         if tiny < max(3, len(last) // 2 + 1)
         else [
             f"the steps promised less than the rounding of the loss in {_of(tiny, last)}: this is a solution, or "
-            "float64 is needed to see further"
+            "the losses hardly depend on x any more (weights behind a saturated sigmoid, say), or float64 is needed to "
+            "see further"
         ]
     )
     shared = optimizer.state.get("diagnosis", {})  # type: ignore[call-overload]
