@@ -22,7 +22,7 @@ few clean samples. What changes in the code for Betty (see `Weigh`, `Classify` a
 The weights are taken from the loss without its graph, so they must stay while a step is searched, or the searched
 function is not the one that was differentiated: hence the two lines with ``in_trial`` in `Classify.training_step`.
 
-The samples disagree: as long as wrong labels have weight, no classifier fits them all. AutoSLS needs not be told. Rows
+The samples disagree: as long as wrong labels have weight, no classifier fits them all. AutoSLS detects that. Rows
 without weights show what the noise does. Accuracies are on clean test samples.
 """
 

@@ -80,9 +80,9 @@ class Retreat:
     Values above high + s are set aside. They count as recent as soon as f is back, or when there are 16 of them. (f may
     leave in many small steps, each of which is usual beside the one before.)
 
-    The point is one where f was at or below the median of the values before it. y answers late, so x may be lost there
-    already. Two points are kept, n / 2 steps apart at least, and the newer one is the point to go back to if n / 2
-    steps without such a value have followed it.
+    The point is one where f was at or below the median of the values before it. y follows x with a delay, so x may
+    already be at fault there. Two points are kept, n / 2 steps apart at least, and the newer one is the point to go
+    back to if n / 2 steps without such a value have followed it.
 
     A lower loop of `torch.optim.SGD` diverges where a step of x makes the lower loss too steep for it. So a point
     with an eigenvalue of the lower Hessian above 2 (1 + momentum) / lr takes the place of another such point only. If
@@ -103,7 +103,7 @@ class Retreat:
         return RoleState({"losses": [], "aside": []})
 
     def forget(self) -> None:
-        """Drop the point, since a host or a level above has moved x or y."""
+        """Drop the points, since a host or a level above has moved x or y."""
         self._points: list[Anchor] = []
         self._age = 0
         self._calmer: list[Anchor] = []

@@ -16,9 +16,10 @@ from ..evaluation.guard import Closure, Guard
 from ..evaluation.objective import Objective
 from ..evaluation.reductions import on_host
 from ..policies import AutoSLS, SearchState, State
-from .averaging import Average, MeanGradient, Place, settle
+from .averaging import Average, MeanGradient, settle
 from .base import AdaptiveOptimizer
 from .direction import Direction
+from .place import Place
 
 __all__ = ["AveragedSearch"]
 
@@ -37,10 +38,8 @@ class AveragedSearch(AdaptiveOptimizer):
         self._stayed = math.nan
         self._moved = self._anew = False
 
-    @property
-    def _agrees(self) -> bool:
-        """Whether the rule is `AutoSLS`, and samples agree."""
-        return isinstance(self.policy, AutoSLS) and self.policy.agrees(self._rule_state())
+    def _agree(self, state: State) -> bool:
+        return isinstance(self.policy, AutoSLS) and self.policy.agrees(state)
 
     def _disagree(self, state: State) -> bool:
         return isinstance(self.policy, AutoSLS) and not self.policy.agrees(state)
@@ -56,7 +55,7 @@ class AveragedSearch(AdaptiveOptimizer):
         self._average = self._resting = None
         before = self._warm_start.point(self.state, params)
         disagree = self._disagree(self._rule_state())
-        place = Place.read(self.state) if self._agrees else Place()
+        place = Place.read(self.state) if self._agree(self._rule_state()) else Place()
         self._moved = before is None and place.left(params)
         self._anew = self._moved and not place.moved
         average = Average.read(self.state, params, offered=before is not None) if disagree else None
@@ -105,7 +104,7 @@ class AveragedSearch(AdaptiveOptimizer):
 
     def displaced(self) -> None:
         """Take note of where a level above has moved the parameters."""
-        if self._agrees and Place.read(self.state).at is not None:
+        if self._agree(self._rule_state()) and Place.read(self.state).at is not None:
             Place.keep(self.state, self._parameters(), self._moved)
 
     def _stay(self, params: list[Tensor]) -> None:
@@ -125,5 +124,5 @@ class AveragedSearch(AdaptiveOptimizer):
         """Leave the mean in the parameters, which are at the new iterate."""
         if self._disagree(state):
             settle(self.state, params, start, self._average)
-        elif isinstance(self.policy, AutoSLS):
+        elif self._agree(state):
             Place.keep(self.state, params, self._moved)

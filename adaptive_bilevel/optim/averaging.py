@@ -12,7 +12,7 @@ schedule-free methods, and the level above sees xbar.
 The solution of a lower problem moves with the upper variable, and a mean is late. Each step therefore compares both
 points on its sample: once the mean of f(xbar) - f(z) is above 0 by two standard errors, the mean begins anew at z.
 Parameters that other code has moved (a cold start, a projection) begin anew, too; a prediction (`offer`) moves both
-points. While samples agree, the parameters hold the iterates. Then a cold start shows by `Place`.
+points.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .direction import Descent, Gradient
 from .moments import Moment, mean
 from .state import RoleState, read_states, write_states
 
-__all__ = ["Average", "MeanGradient", "Place", "settle"]
+__all__ = ["Average", "MeanGradient", "settle"]
 
 POWER = 9.0
 """P: the mean is over about the last tenth of the iterates."""
@@ -71,38 +71,6 @@ class MeanGradient:
         """Return the mean with this gradient in it."""
         average: Moment = descent.memory
         return average.commit(moved)
-
-
-class Place(NamedTuple):
-    """Where the last step has left the parameters.
-
-    A loss is compared with that of the step before only where both steps are of one run. Lower loops that start anew
-    (a cold start, the next task of a meta-batch) begin another one: the parameters are not where the last step has left
-    them. A projection after each step moves them as well, so such a move starts anew only if the last one came earlier
-    than one step before.
-
-    Attributes:
-        at: The fingerprint of the parameters; None before the first step.
-        moved: Whether other code has moved them before that step.
-    """
-
-    at: float | None = None
-    moved: bool = False
-
-    @classmethod
-    def read(cls, state: Any) -> Place:
-        """Return what the state holds."""
-        kept = state.get(_ENTRY, {})
-        return cls(kept.get("at"), kept.get("moved", False))
-
-    def left(self, params: Sequence[Tensor]) -> bool:
-        """Return whether other code has moved the parameters since."""
-        return self.at is not None and not unmoved(self.at, params)
-
-    @staticmethod
-    def keep(state: Any, params: Sequence[Tensor], moved: bool) -> None:
-        """Take note of where a step leaves the parameters, and of whether they were moved before it."""
-        write_states(state, {_ENTRY: RoleState({"at": fingerprint(params), "moved": moved})}, params)
 
 
 class Average(NamedTuple):

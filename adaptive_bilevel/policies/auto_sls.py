@@ -12,8 +12,8 @@ each fall cut to [-r_j, r_j], r_j the largest gamma_i n_i so far.
 The upper variable changes the loss, too. Where one of these tests could fail (`AutoSLS.could_disagree`), an upper
 optimizer of this package evaluates the last sample again after its step, and that change counts in no test
 (`AutoSLS.displaced`), so that full batches always agree. Under other upper optimizers, such a change counts as one step
-at most, mostly the shortest. Where a loop starts anew, the optimizer says so (`AutoSLS.shifted` with nan), and nothing
-is compared.
+at most, mostly the shortest. Where a loop starts anew, the optimizer passes nan to `AutoSLS.shifted`, and nothing is
+compared.
 
 Where samples disagree, a search says little: the longest step that lowers one sample is too long for all of them if
 the sample can be fitted alone (batches with wrong labels), and the lengths that pass follow the worst samples if

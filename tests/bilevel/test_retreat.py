@@ -62,6 +62,7 @@ def after_steps(count: int, **options: Any) -> tuple[Run, list[Tensor]]:
         run.prepare()
         points.append(tensors(run))
         run.outer.step(run.upper)
+        assert run.outer.record is not None and run.outer.record.outcome == Outcome.accepted
         age += 1
         if 2 * age >= min(k, 16):
             chosen, age = [*chosen[-1:], k], 0

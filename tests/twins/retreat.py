@@ -22,9 +22,8 @@ class Retreat:
     A value above them by more than s counts among them when f is back, or with the 16th such value in a row.
 
     So it does if f is above the n in 4..16 by more than s = max{1, 8 / n}^2 (max - min), or 2 s if it is the first such
-    value, nearer to the first f than to
-    the min, and lower there by as much, and if at least half of the move of x since then is in entries where h is
-    not 0.
+    value, nearer to the first f than to the min, and lower there by as much, and if at least half of the move of x
+    since then is in entries where h is not 0.
     """
 
     losses: list[float] = field(default_factory=list)
