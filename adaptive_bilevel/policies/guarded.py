@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .armijo import armijo_threshold
 from .context import Context
 from .distance import STANDARD_ERRORS, estimate, take
 from .margin import compared, promised
@@ -12,11 +14,15 @@ from .record import Record
 from .scalars import resolution
 from .sls import SLS
 from .state import SearchState
+from .trials import Point, Trials
 
 __all__ = ["GuardedSLS"]
 
 _FAR = 0.1
 """A step below this part of its first trial says little of the next one."""
+
+_LEAST = 0.1
+"""The constant of sufficient decrease where the loss jumps, for all directions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +52,17 @@ class GuardedSLS(SLS):
     A first search whose first trial passes goes on with start / w, start / w^2, ... while they pass, so that a first
     trial that is far too short costs evaluations and no steps (with reset="grow").
 
-    A later search that ends below a tenth of its first trial gamma_0 is continued from sqrt(gamma_0 gamma_k), and not
-    from gamma_k: one sample, or a spike of the hypergradient, may have cut it, and from a millionth of a step growth by
-    1.2 takes 80 steps back.
+    A loss that is convex along d falls at a shorter step by no smaller part of what the slope promises. Where a
+    rejected trial shows a smaller part than the one before, f(w gamma) > f(0) + w (f(gamma) - f(0)), the loss jumps,
+    as it does where samples cross kinks inside of an unrolled loop. Shorter steps are no safer then, and would shrink
+    until they meet no jump. So the search goes back to the rejected trial of the lowest value, if that is a sufficient
+    decrease with c = .1 or, in a later search, a rise by at most two standard deviations of the recent losses. The next
+    search continues from the trial before that one, or from gamma_0 if there was none. If the lowest value is higher,
+    the search goes on.
+
+    After a later search that has gone on past a jump, or has ended below a tenth of its first trial gamma_0, the next
+    one continues from sqrt(gamma_0 gamma_k), and not from gamma_k: one sample, or a spike of the hypergradient, may
+    have cut it, and from a millionth of a step growth by 1.2 takes 80 steps back.
 
     In ``examples/benchmarks/NOTES.md``, the start of few-shot networks diverged in 2 of 3 runs with `SLS`.
 
@@ -76,9 +90,6 @@ class GuardedSLS(SLS):
         if not record.moved:
             return record, state
         step = float(record.step_size)
-        first = step / self.shrink ** (record.trials - 1)
-        if state.previous > 0.0 and after.previous == step < _FAR * first:
-            after = after._replace(previous=math.sqrt(first) * math.sqrt(step))
         estimated = take(estimate(after, loss, slope, step), loss, slope, step)
         return record, promised(estimated._replace(found=after.found), loss, step * slope)
 
@@ -88,6 +99,25 @@ class GuardedSLS(SLS):
         gain = step * slope
         together = estimated._replace(last_gain=state.last_gain + gain, gains=state.gains + gain)
         return super().kept(together, loss, slope, step)
+
+    def _jumps(self, rejected: Sequence[tuple[float, float]], point: Point) -> bool:
+        if len(rejected) < 2:
+            return False
+        (before, longer), (now, shorter) = rejected[-2:]
+        chord = shorter / longer * (before - point.loss)
+        return now - point.loss > chord + point.rounding * abs(point.loss)
+
+    def _tolerated(self, step: float, point: Point) -> float:
+        enough = armijo_threshold(point.loss, point.slope, step, c=min(self.c, _LEAST))
+        return max(enough, point.loss + STANDARD_ERRORS * point.spread) if point.spread > 0.0 else enough
+
+    def _resumes(self, state: SearchState, start: float, found: Trials) -> float:
+        step = found.step
+        if state.previous == 0.0:
+            return step
+        if found.back:
+            return min(start, step / self.shrink)
+        return math.sqrt(start) * math.sqrt(step) if found.jumped or step < _FAR * start else step
 
     def _goes_up(self, state: SearchState) -> bool:
         return state.previous == 0.0 and self.reset == "grow"

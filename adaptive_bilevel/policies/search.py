@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from ..errors import OptionError
 from . import validation
@@ -17,41 +17,12 @@ from .record import Outcome, Record
 from .reset import RESETS, reset
 from .scalars import Scalar, resolution
 from .state import SearchState
+from .trials import Found, Point, Trials
 
-__all__ = ["Found", "Point", "Search"]
+__all__ = ["Search"]
 
 _SMALLEST_RATIO = 1e-12
 """A search gives up below this fraction of its first trial (40 trials with shrink = .5, 263 with .9)."""
-
-
-class Found(NamedTuple):
-    """A bound or first trial that a search finds by itself.
-
-    Attributes:
-        state: The state that holds it; 0 if this point does not show one.
-        estimated: Whether it is an estimate, which later steps improve.
-        trials: Trials made for it.
-        outcome: Of the step, if there is none.
-    """
-
-    state: SearchState
-    estimated: bool = False
-    trials: int = 0
-    outcome: Outcome = Outcome.zero_gradient
-
-
-class Point(NamedTuple):
-    """The numbers of a sample, on the host.
-
-    Attributes:
-        loss: f_i(x_k).
-        slope: <g, d>.
-        rounding: Relative rounding unit of the loss.
-    """
-
-    loss: float
-    slope: float
-    rounding: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +94,9 @@ class Search(Policy[SearchState]):
         if context.trial is None:
             raise OptionError(f"{type(self).__name__}.step(trial=None): a search needs the function step -> value")
         rounding = resolution(context.loss) if context.rounding is None else context.rounding
-        point = Point(float(context.loss), float(context.slope), rounding)
-        loss, slope, _ = point
+        spread = math.sqrt(max(state.loss_variance, 0.0))
+        point = Point(float(context.loss), float(context.slope), rounding, spread)
+        loss, slope = point[:2]
         if not (math.isfinite(loss) and math.isfinite(slope)):
             return Record(0.0, math.nan, math.inf, Outcome.non_finite, slope=slope), state
         if slope <= 0.0:
@@ -143,7 +115,8 @@ class Search(Policy[SearchState]):
             return Record(0.0, high, high, outcome, slope=slope), state
         cap = min(largest, ceiling)
         start = reset(state.previous, initial, option=self.reset, grow=self.grow, cap=cap)
-        step, outcome, trials, value = self._backtrack(start, point, context)
+        found = self._backtrack(start, point, context)
+        step, outcome, trials, value = found[:4]
         if self._goes_up(state) and outcome == Outcome.accepted and trials == 1:
             step, trials, value = self._go_up(step, value, cap, point, context)
         if outcome != Outcome.accepted:
@@ -155,10 +128,11 @@ class Search(Policy[SearchState]):
         # nothing about which length is right, so the next search does not start from it.
         telling = trials == 1 or state.previous == 0.0 or self.c * step * slope > rounding * abs(loss)
         after = take(seen, loss, slope, step) if estimated else seen
-        return record, after._replace(count=state.count + 1, previous=step if telling else state.previous)
+        previous = self._resumes(state, start, found._replace(step=step)) if telling else state.previous
+        return record, after._replace(count=state.count + 1, previous=previous)
 
-    def _backtrack(self, start: float, point: Point, context: Context) -> tuple[float, Outcome, int, float]:
-        """Return the last of start, start w, start w^2, ... tried, how that ended, trials, and the last value.
+    def _backtrack(self, start: float, point: Point, context: Context) -> Trials:
+        """Return what trying start, start w, start w^2, ... comes to.
 
         A rejected value shows a curvature: the parabola through it has its minimizer at a shorter step. If the test
         could tell a decrease there, but passes only where the decrease asked for is lost in rounding, the loss does not
@@ -166,10 +140,13 @@ class Search(Policy[SearchState]):
 
         A loss at its lower bound has nothing to gain. That may be none, so steps are tried; the search goes on unless
         the loss is the same at two of them, or the minimizer promises less than what rounding makes of the value.
+
+        Where the loss jumps, the search goes back to the rejected trial of the lowest value, if that will do.
         """
-        loss, slope, rounding = point
+        loss, slope, rounding, _ = point
         at_bound, limit = loss == self._low(context.lower_bound), self._most_trials()
         step, outcome, trials, value, promising, same = start, Outcome.search_failed, 0, math.nan, 0.0, 0
+        rejected, jumped, back = list[tuple[float, float]](), False, False
         while outcome == Outcome.search_failed and trials < limit and step > 0.0:
             step = start if trials == 0 else step * self.shrink
             trials += 1
@@ -182,10 +159,30 @@ class Search(Policy[SearchState]):
                 same += value == loss
                 if at_bound and (same == 2 or minimizer * slope < rounding * abs(value) < math.inf):
                     outcome = Outcome.at_lower_bound
+                rejected.append((value if math.isfinite(value) else math.inf, step))
+                if not self._jumps(rejected, point):
+                    continue
+                jumped, (lowest, longer) = True, min(rejected)
+                if lowest <= self._tolerated(longer, point) and trials < limit:
+                    trials, rejected, value = trials + 1, [], self._value(longer, context)
+                    if context.certify is None or context.certify(longer):
+                        step, outcome, back = longer, Outcome.accepted, True
         asked = self.c * slope
         if outcome == Outcome.accepted and asked * step <= rounding * abs(loss) < asked * self.shrink * promising:
             outcome = Outcome.search_failed
-        return step, outcome, trials, value
+        return Trials(step, outcome, trials, value, jumped, back)
+
+    def _jumps(self, rejected: Sequence[tuple[float, float]], point: Point) -> bool:
+        """Return whether the last of the rejected trials, values and steps, shows a jump of the loss."""
+        return False
+
+    def _tolerated(self, step: float, point: Point) -> float:
+        """Return the largest value of a rejected trial that is gone back to."""
+        return -math.inf
+
+    def _resumes(self, state: SearchState, start: float, found: Trials) -> float:
+        """Return what the next search is continued from, after this one has started there and found that."""
+        return found.step
 
     def _goes_up(self, state: SearchState) -> bool:
         """Return whether a search whose first trial passes goes on with longer ones."""
@@ -209,13 +206,15 @@ class Search(Policy[SearchState]):
 
     def _try(self, step: float, point: Point, context: Context) -> tuple[float, bool, bool]:
         """Return the value at a step, whether it is a sufficient decrease, and whether the step passes all tests."""
-        loss, slope, rounding = point
-        trial, certify = context.trial, context.certify
-        assert trial is not None
-        value = float(trial(step))
+        loss, slope, rounding, _ = point
+        value, certify = self._value(step, context), context.certify
         most = armijo_threshold(loss, slope, step, c=self.c, slack=self.slack, rounding=rounding)
         decreases = math.isfinite(value) and value <= most
         return value, decreases, decreases and (certify is None or certify(step))
+
+    def _value(self, step: float, context: Context) -> float:
+        assert context.trial is not None
+        return float(context.trial(step))
 
     def _most_trials(self) -> int:
         return self.max_trials or math.ceil(math.log(_SMALLEST_RATIO) / math.log(self.shrink))
@@ -248,7 +247,7 @@ class Search(Policy[SearchState]):
         largest = math.inf if context.cap is None else context.cap
         if not math.isfinite(start):
             return 0.0, 0, Outcome.zero_gradient  # at a solution, a slope of rounding errors gives no scale
-        step, outcome, trials, _ = strict._backtrack(min(start, largest), point, context)
+        step, outcome, trials = strict._backtrack(min(start, largest), point, context)[:3]
         if outcome != Outcome.accepted:
             return 0.0, trials, outcome
         growing = trials == 1

@@ -11,8 +11,9 @@ from .context import Context
 from .distance import estimate
 from .record import Outcome
 from .schedule import DECAYS, ESTIMATED, Decay, decay_factor
-from .search import Found, Point, Search
+from .search import Search
 from .state import SearchState
+from .trials import Found, Point
 
 __all__ = ["SLS", "SLSB"]
 

@@ -304,3 +304,35 @@ def test_an_error_of_a_trial_that_gradients_do_not_help_is_raised(error: type[Ex
     with pytest.raises(error, match="in a trial"):
         BiSLS([x], hypergradient="direct").step(loss)
     assert torch.equal(x, torch.ones(3))
+
+
+@pytest.mark.parametrize("seed", [4, 6])
+def test_kinks_inside_of_the_loop_do_not_cut_the_steps(seed: int) -> None:
+    """Eight points, from which a ReLU network learns in ten steps of 3: f jumps wherever a sample crosses a kink.
+
+    Steps that were rejected for jumps shrank to 1e-9 and below in both runs.
+    """
+    random = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=random, dtype=torch.float64)
+    points = draw(400, 8)
+    labels = (points[:, 0] * points[:, 1] > 0.0).long()
+    start = [draw(8, 32) / 8**0.5, torch.zeros(32), draw(32, 2) / 32**0.5]
+    x = draw(8, 8).requires_grad_()
+
+    def loss(w: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(torch.relu(x @ w[0] + w[1]) @ w[2], y)
+
+    def trained(x: Tensor) -> list[Tensor]:
+        w = [p.clone().requires_grad_() for p in start]
+        for _ in range(10):
+            slopes = torch.autograd.grad(loss(w, x, torch.arange(8) % 2), w, create_graph=True)
+            w = [p - 3.0 * slope for p, slope in zip(w, slopes, strict=True)]
+        return w
+
+    outer, steps = BiSLS([x], direction="adam", hypergradient="direct"), list[float]()
+    for _ in range(60):
+        rows = torch.randint(400, (64,), generator=random)
+        outer.step(lambda rows=rows: loss(trained(x), points[rows], labels[rows]))
+        assert outer.record is not None
+        steps.append(outer.record.step_size)
+    assert min(steps) > 1e-5

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adaptive_bilevel.policies import SLS, GuardedSLS, Outcome, SearchState
 
@@ -119,6 +122,80 @@ def test_steps_along_which_losses_go_on_falling_are_not_at_fault(
     assert after.onward_squares == pytest.approx(2e-4 + (onward or 0.0) ** 2)
 
 
+FLAT = {"count": 8, "found": 1.0, "previous": 1.0, "seen": 8, "mean_slope": 1.0, "mean_loss": 2.0, "margin": 1.0}
+
+
+def jumping(rise: float, least: float, *, part: float = 0.4) -> Callable[[float], float]:
+    """From 2 with a slope of -1; f rises by a jump at `least`, and falls by a part of the slope from there."""
+    return lambda a: 2.0 - a if a < least else 2.0 + rise - part * a
+
+
+@pytest.mark.parametrize(
+    ("rise", "tried", "step"),
+    [
+        (0.0, [0.5, 0.25, 0.125], 0.125),  # no jump: .4 of the slope never passes with c = .5, until the first piece
+        (0.05, [0.5, 0.25, 0.5], 0.5),  # the part falls at .25: back to the lowest value
+        (0.45, [0.5, 0.25, 0.125], 0.125),  # the lowest value is no decrease
+    ],
+)
+def test_a_first_search_goes_back_where_the_loss_jumps(rise: float, tried: list[float], step: float) -> None:
+    seen, f = list[float](), jumping(rise, 0.2)
+
+    def trial(a: float) -> float:
+        seen.append(a)
+        return f(a)
+
+    record, state = GuardedSLS(start=0.5, c=0.5).step(SearchState(), loss=2.0, slope=1.0, trial=trial)
+    assert seen == tried
+    assert (record.step_size, record.trials, record.value) == (step, len(tried), f(step))
+    assert state.previous == step
+
+
+@pytest.mark.parametrize(
+    ("deviation", "step", "trials", "resumed"),
+    [
+        (0.02, 0.6, 4, 1.2),  # a rise that is usual: back, and the next search continues from the trial before
+        (0.015, 1.2 / 2**7, 8, math.sqrt(1.2 * 1.2 / 2**7)),  # a larger one: on to where f does not jump
+    ],
+)
+def test_a_later_search_bears_a_jump_that_is_usual(deviation: float, step: float, trials: int, resumed: float) -> None:
+    state = SearchState(**FLAT, loss_variance=deviation**2)  # type: ignore[arg-type]
+    f = jumping(0.05, 0.01, part=0.02)
+    record, after = GuardedSLS().step(state, loss=2.0, slope=1.0, trial=lambda a: f(a) + max(a - 1.0, 0.0))
+    assert (record.step_size, record.trials, record.outcome) == (step, trials, Outcome.accepted)
+    assert record.value == f(step)
+    assert after.previous == pytest.approx(resumed)
+
+
+def test_a_trial_that_is_gone_back_to_is_certified() -> None:
+    state = SearchState(**FLAT, loss_variance=1.0)  # type: ignore[arg-type]
+    asked, f = list[float](), jumping(0.05, 0.01, part=0.02)
+
+    def certify(a: float) -> bool:
+        asked.append(a)
+        return a < 0.01
+
+    record, after = GuardedSLS().step(state, loss=2.0, slope=1.0, trial=f, certify=certify)
+    assert asked == [1.2, 0.3, 0.075, 1.2 / 2**7]
+    assert record.step_size == asked[-1]
+    assert after.previous == pytest.approx(math.sqrt(1.2 * asked[-1]))
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0.0, 10.0)), min_size=1, max_size=4),
+    st.floats(0.0, 1e3),
+    st.floats(1e-2, 1e2),
+)
+def test_no_search_goes_back_on_a_convex_loss(kinks: list[tuple[float, float]], curvature: float, start: float) -> None:
+    def f(a: float) -> float:
+        return 2.0 - a + curvature * a * a + math.fsum(more * max(a - at, 0.0) for at, more in kinks)
+
+    state = SearchState(**{**FLAT, "previous": start}, loss_variance=4.0)  # type: ignore[arg-type]
+    record, _ = GuardedSLS(c=0.5).step(state, loss=2.0, slope=1.0, trial=f)
+    plain, _ = SLS(c=0.5).step(state, loss=2.0, slope=1.0, trial=f)
+    assert record == plain
+
+
 def test_units_do_not_matter() -> None:
     """f in units of 1e-9 and x in units of 1e6: steps in units of 1e21, all decisions the same."""
     losses = [1.0, 0.5, 2.0, 1.0, 3.0, 1.5, 2.5, 1.0] * 4
@@ -139,9 +216,12 @@ def test_a_step_that_does_not_move_leaves_no_trace() -> None:
     assert after == state
 
 
-@pytest.mark.parametrize(("largest", "goes_on"), [(0.2, 0.125), (0.05, 2.0**-2.5), (1e-5, 2.0**-8.5), (0.0, 1.0)])
+@pytest.mark.parametrize(("largest", "goes_on"), [(0.5, 0.5), (0.2, 2.0**-1.5), (1e-5, 2.0**-8.5), (0.0, 1.0)])
 def test_a_search_that_is_cut_far_goes_on_from_the_geometric_mean(largest: float, goes_on: float) -> None:
-    """From 1, halved until it is not above `largest`: 1/8, 2^-5 < .1, 2^-17. Where nothing passes: from the last."""
+    """From 1, halved until it is not above `largest`: 1/2, 1/8, 2^-17. Where nothing passes: from the last.
+
+    f is flat beyond, so the second of the rejected trials shows that it is not convex.
+    """
     policy = GuardedSLS(start=1.0, grow=1.0)
     record, state = policy.step(policy.init(), loss=1.0, slope=1e-3, trial=lambda a: 1.0 - a if a <= 1.0 else 2.0)
     assert record.step_size == 1.0
