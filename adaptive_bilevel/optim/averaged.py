@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import warn
 from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
@@ -22,6 +23,12 @@ from .direction import Direction
 from .place import Place
 
 __all__ = ["AveragedSearch"]
+
+_LOST = (
+    "{}: the loss after the last step is {:.4g}, and {:.4g} at the mean of the iterates, so the step was too long. The "
+    "run goes on from the mean with half of the bound. If this comes again, use a rule that searches for each step: "
+    "SLSB, or BiSLS(..., hypergradient='direct') for an upper loss"
+)
 
 
 class AveragedSearch(AdaptiveOptimizer):
@@ -37,6 +44,7 @@ class AveragedSearch(AdaptiveOptimizer):
         self._resting: list[Tensor] | None = None
         self._stayed = math.nan
         self._moved = self._anew = False
+        self._lost: tuple[float, float] | None = None
 
     def _agree(self, state: State) -> bool:
         return isinstance(self.policy, AutoSLS) and self.policy.agrees(state)
@@ -52,7 +60,7 @@ class AveragedSearch(AdaptiveOptimizer):
 
     def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
         """Return loss and gradients at the iterate, which is ahead of the parameters; see `AdaptiveOptimizer`."""
-        self._average = self._resting = None
+        self._average = self._resting = self._lost = None
         before = self._warm_start.point(self.state, params)
         disagree = self._disagree(self._rule_state())
         place = Place.read(self.state) if self._agree(self._rule_state()) else Place()
@@ -77,6 +85,12 @@ class AveragedSearch(AdaptiveOptimizer):
             self._average, self._resting = average, foreach.lerp(before, resting, kept)
             return found
         at_rest, ahead = on_host(rests, found.loss)
+        assert isinstance(self.policy, AutoSLS)
+        if self.policy.lost(self._rule_state(), ahead, at_rest):
+            self._lost = ahead, at_rest
+            foreach.copy_(params, resting)
+            guard.rebase()
+            return self._decide(guard, closure, params, None, guard.entry).found
         self._average, self._resting = average.compared(at_rest - ahead), resting
         return found
 
@@ -85,6 +99,10 @@ class AveragedSearch(AdaptiveOptimizer):
         state = self._rule_state()
         if not isinstance(self.policy, AutoSLS):
             return state
+        if self._lost is not None:
+            warn(_LOST.format(type(self).__name__, *self._lost))
+            self._lost = None
+            return self.policy.returned(state)
         if self._anew:
             return self.policy.shifted(state, math.nan)
         return state if math.isnan(self._stayed) else self.policy.shifted(state, value - self._stayed)

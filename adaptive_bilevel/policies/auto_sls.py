@@ -27,6 +27,10 @@ longer than the last iterate bears, and made for a mean of the iterates, which i
 searched below that bound, since longer steps overfit the lower loss before the upper variable has moved far. Samples
 that have disagreed are taken to disagree from then on. ``examples/benchmarks/NOTES.md`` has what was measured, the
 exponent included.
+
+A step that is not searched may end where the loss is far above all before. Once the loss at an iterate is above all
+losses while samples agreed, and above that at the mean by more than any step promised then (`AutoSLS.lost`), the
+optimizer goes on from the mean, and D is half as large (`AutoSLS.returned`).
 """
 
 from __future__ import annotations
@@ -99,6 +103,15 @@ class AutoSLS(SLSB):
         if not math.isfinite(change):
             return state._replace(last_decrease=0.0, last_gain=0.0, loop_decrease=0.0, loop_ends=0)
         return state._replace(expected=state.expected + change, last_loss=state.last_loss + change)
+
+    def lost(self, state: SearchState, here: float, mean: float) -> bool:
+        """Return whether a step has ended far off, by the losses of a sample at the iterate and at the mean of them."""
+        return math.isfinite(here) and here > state.highest and here - mean > state.largest_gain
+
+    def returned(self, state: SearchState) -> SearchState:
+        """Return the state after the iterate was put back to the mean."""
+        half = state._replace(distance=state.distance / 4.0, found=state.found / 2.0, longest=state.longest / 2.0)
+        return half._replace(weighted_loss=0.0, path=0.0, squares=0.0)
 
     def propose(self, state: SearchState, context: Context) -> tuple[Record, SearchState]:
         """Return the record of one step, and the state after it.

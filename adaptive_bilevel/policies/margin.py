@@ -50,8 +50,9 @@ def promised(state: SearchState, loss: float, gain: float) -> SearchState:
         loss: f_k(x_k), where it began.
         gain: gamma_k n_k.
     """
-    largest = max(state.largest_gain, gain)
-    return state._replace(last_loss=loss, last_gain=gain, largest_gain=largest, gains=state.gains + gain)
+    largest, highest = max(state.largest_gain, gain), max(state.highest, loss)
+    gains = state.gains + gain
+    return state._replace(last_loss=loss, last_gain=gain, largest_gain=largest, highest=highest, gains=gains)
 
 
 def shortened(state: SearchState, part: float) -> SearchState:

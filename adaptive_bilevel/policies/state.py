@@ -82,7 +82,8 @@ class SearchState(NamedTuple):
         loops_decreases: As `decreases`, of whole loops.
         last_loss: f_{k-1}, the loss before the last step.
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
-        largest_gain: The largest gamma_j n_j so far.
+        largest_gain: The largest gamma_j n_j so far; of `AutoSLS`, while samples agreed.
+        highest: The largest f_j, likewise.
         gains: The sum of the gamma_j n_j.
         onward: The sum of the <g_{j+1}, x_j - x_{j+1}>; this and the next are used by `GuardedSLS`.
         onward_squares: The sum of their squares.
@@ -113,6 +114,7 @@ class SearchState(NamedTuple):
     last_loss: float = 0.0
     last_gain: float = 0.0
     largest_gain: float = 0.0
+    highest: float = 0.0
     gains: float = 0.0
     onward: float = 0.0
     onward_squares: float = 0.0

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from adaptive_bilevel import SLS, SLSB, AutoSLS, BiSLS, policies
+from adaptive_bilevel.errors import AdaptiveBilevelWarning
 from adaptive_bilevel.hypergradient import assign, implicit
 from adaptive_bilevel.policies import SearchState
 
@@ -258,6 +259,34 @@ def test_saved_state_goes_on_bitwise() -> None:
     run(optimizer, x, NOISE)
     run(copy, other, NOISE)
     assert torch.equal(x.detach(), other.detach())
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_iterate_that_is_lost_is_put_back_to_the_mean(seed: int) -> None:
+    """Each sample is a smooth valley around its own point, with a cliff at 1.5 for all."""
+    random, x = torch.Generator().manual_seed(seed), leaf(1.0, 1.0)
+    optimizer, losses = AutoSLS([x]), list[float]()
+
+    def loss(valley: Tensor) -> Tensor:
+        return torch.cosh(x - valley).log().sum() + 1e3 * torch.relu(x.abs() - 1.5).sum()
+
+    with pytest.warns(AdaptiveBilevelWarning, match="goes on from the mean with half of the bound"):
+        for _ in range(200):
+            valley = torch.randn(2, generator=random, dtype=torch.float64)
+            losses.append(float(optimizer.step(partial(loss, valley))))
+    assert max(losses[100:]) < 10.0
+    assert float(x.detach().abs().max()) < 0.5
+
+
+def test_a_lost_iterate_is_above_all_losses_of_samples_that_agreed() -> None:
+    policy = policies.AutoSLS()
+    state = SearchState(highest=2.0, largest_gain=0.5, distance=4.0, found=1.0, longest=1.0, path=3.0)
+    assert policy.lost(state, 2.1, 1.5)
+    assert not policy.lost(state, 1.9, 1.0)  # no higher than before
+    assert not policy.lost(state, 2.1, 1.7)  # no further than steps promised
+    assert not policy.lost(state, math.inf, 1.0)  # a loss that is not finite is skipped
+    after = policy.returned(state)
+    assert (after.distance, after.found, after.longest, after.path) == (1.0, 0.5, 0.5, 0.0)
 
 
 def test_decreases_that_the_next_sample_does_not_confirm_count() -> None:
