@@ -146,7 +146,7 @@ class Search(Policy[SearchState]):
         loss, slope, rounding, _ = point
         at_bound, limit = loss == self._low(context.lower_bound), self._most_trials()
         step, outcome, trials, value, promising, same = start, Outcome.search_failed, 0, math.nan, 0.0, 0
-        rejected, jumped, back = list[tuple[float, float]](), False, False
+        rejected, steady, jumped, back = list[tuple[float, float]](), True, False, False
         while outcome == Outcome.search_failed and trials < limit and step > 0.0:
             step = start if trials == 0 else step * self.shrink
             trials += 1
@@ -160,12 +160,16 @@ class Search(Policy[SearchState]):
                 if at_bound and (same == 2 or minimizer * slope < rounding * abs(value) < math.inf):
                     outcome = Outcome.at_lower_bound
                 rejected.append((value if math.isfinite(value) else math.inf, step))
-                if not self._jumps(rejected, point):
+                if not (steady and self._jumps(rejected, point)):
                     continue
                 jumped, (lowest, longer) = True, min(rejected)
                 if lowest <= self._tolerated(longer, point) and trials < limit:
                     trials, rejected, value = trials + 1, [], self._value(longer, context)
-                    if context.certify is None or context.certify(longer):
+                    steady = abs(value - lowest) <= rounding * abs(
+                        loss
+                    )  # else the closure changes, and f need not jump
+                    jumped = steady
+                    if steady and (context.certify is None or context.certify(longer)):
                         step, outcome, back = longer, Outcome.accepted, True
         asked = self.c * slope
         if outcome == Outcome.accepted and asked * step <= rounding * abs(loss) < asked * self.shrink * promising:

@@ -185,7 +185,7 @@ def test_every_solver(solver: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile, outside of steps
 @pytest.mark.parametrize("name", WITHOUT)
 def test_bisls_trains_a_model_without_second_derivatives(name: str) -> None:
-    """As well as by autograd, at most 1.12 times its cost. Every second sample is spoilt: its weight shall fall.
+    """As well as by autograd, at most 1.15 times its cost. Every second sample is spoilt: its weight shall fall.
 
     By autograd, a step takes over the graph of the hypergradient; differences have none.
     """
@@ -208,7 +208,7 @@ def test_bisls_trains_a_model_without_second_derivatives(name: str) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         reference, known, *_ = run("autograd")
     assert loss < 1.05 * reference
-    assert cost < 1.12 * known
+    assert cost < 1.15 * known
     assert weights[::2].mean() > weights[1::2].mean()
     assert hessian.error < 1e-2
 

@@ -108,6 +108,7 @@ def test_a_wrong_gradient_is_not_taken_for_a_change(make: Any) -> None:
     assert counts.values == 12 * optimizer.record.trials + 2  # a look after the 1st and the 10th
 
 
+@pytest.mark.filterwarnings("ignore:AutoSLS. the loss after the last step")
 @pytest.mark.parametrize("make", LOWER, ids=lambda c: c.__name__)
 def test_a_look_leaves_no_trace(make: Any) -> None:
     """A search that looks and then steps is, to the bit, one that does not look."""
