@@ -52,13 +52,13 @@ class GuardedSLS(SLS):
     A first search whose first trial passes goes on with start / w, start / w^2, ... while they pass, so that a first
     trial that is far too short costs evaluations and no steps (with reset="grow").
 
-    A loss that is convex along d falls at a shorter step by no smaller part of what the slope promises. Where a
-    rejected trial shows a smaller part than the one before, f(w gamma) > f(0) + w (f(gamma) - f(0)), the loss jumps,
-    as it does where samples cross kinks inside of an unrolled loop. Shorter steps are no safer then, and would shrink
-    until they meet no jump. So the search goes back to the rejected trial of the lowest value, if that is a sufficient
-    decrease with c = .1 or, in a later search, a rise by at most two standard deviations of the recent losses. The next
-    search continues from the trial before that one, or from gamma_0 if there was none. If the lowest value is higher,
-    the search goes on.
+    The ratio r(gamma) = (f(0) - f(gamma)) / (gamma <g, d>) of a convex loss does not fall as gamma is shortened. If it
+    falls from one rejected trial to the next, the loss jumps, as it does where samples cross kinks inside of an
+    unrolled loop. Shorter steps are no safer then, and would shrink until they meet no jump. So the search goes back to
+    the rejected trial of the lowest value, if that is a sufficient decrease with c = .1 or, in a later search, a rise
+    by at most two standard deviations of the recent losses. The trial is evaluated again; if its value differs, the
+    closure changes, and the search goes on. The next search continues from the trial before that one, or from gamma_0
+    if there was none. If the lowest value is higher, the search goes on.
 
     After a later search that has gone on past a jump, or has ended below a tenth of its first trial gamma_0, the next
     one continues from sqrt(gamma_0 gamma_k), and not from gamma_k: one sample, or a spike of the hypergradient, may

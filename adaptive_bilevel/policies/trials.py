@@ -50,7 +50,7 @@ class Trials(NamedTuple):
         outcome: How it ended.
         made: Number of trials.
         value: The loss at that step.
-        jumped: Whether a shorter step was no better than its slope says, see `Search._jumps`.
+        jumped: Whether rejected trials have shown that the loss jumps, see `Search._jumps`.
         back: Whether it has gone back to a trial that was rejected.
     """
 

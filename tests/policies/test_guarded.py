@@ -181,6 +181,21 @@ def test_a_trial_that_is_gone_back_to_is_certified() -> None:
     assert after.previous == pytest.approx(math.sqrt(1.2 * asked[-1]))
 
 
+def test_a_trial_whose_value_is_another_one_now_is_not_gone_back_to() -> None:
+    state, tried = SearchState(**FLAT, loss_variance=1.0), list[float]()  # type: ignore[arg-type]
+    f = jumping(0.05, 0.01, part=0.02)
+
+    def trial(a: float) -> float:
+        tried.append(a)
+        return f(a) + 1e-3 * tried.count(a)
+
+    record, after = GuardedSLS(c=0.05).step(state, loss=2.0, slope=1.0, trial=trial)
+    assert tried[:3] == [1.2, 0.6, 1.2]
+    assert tried.count(1.2) == 2
+    assert record.step_size == tried[-1] < 0.01
+    assert after.previous == pytest.approx(math.sqrt(1.2 * tried[-1]))
+
+
 @given(
     st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0.0, 10.0)), min_size=1, max_size=4),
     st.floats(0.0, 1e3),
