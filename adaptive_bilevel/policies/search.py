@@ -17,7 +17,7 @@ from .record import Outcome, Record
 from .reset import RESETS, reset
 from .scalars import Scalar, resolution
 from .state import SearchState
-from .trials import Found, Point, Trials
+from .trials import Again, Found, Point, Trials
 
 __all__ = ["Search"]
 
@@ -162,19 +162,25 @@ class Search(Policy[SearchState]):
                 rejected.append((value if math.isfinite(value) else math.inf, step))
                 if not (steady and self._jumps(rejected, point)):
                     continue
-                jumped, (lowest, longer) = True, min(rejected)
-                if lowest <= self._tolerated(longer, point) and trials < limit:
-                    trials, rejected, value = trials + 1, [], self._value(longer, context)
-                    steady = abs(value - lowest) <= rounding * abs(
-                        loss
-                    )  # else the closure changes, and f need not jump
-                    jumped = steady
-                    if steady and (context.certify is None or context.certify(longer)):
-                        step, outcome, back = longer, Outcome.accepted, True
+                again = self._go_back(rejected, point, context) if trials < limit else None
+                jumped = steady = again is None or again.same
+                if again is not None:
+                    trials, value, rejected = trials + 1, again.value, []
+                    if again.passes:
+                        step, outcome, back = again.step, Outcome.accepted, True
         asked = self.c * slope
         if outcome == Outcome.accepted and asked * step <= rounding * abs(loss) < asked * self.shrink * promising:
             outcome = Outcome.search_failed
         return Trials(step, outcome, trials, value, jumped, back)
+
+    def _go_back(self, rejected: Sequence[tuple[float, float]], point: Point, context: Context) -> Again | None:
+        """Return the rejected trial of the lowest value, evaluated again; None if its value is not tolerated."""
+        lowest, step = min(rejected)
+        if not lowest <= self._tolerated(step, point):
+            return None
+        value = self._value(step, context)
+        same = abs(value - lowest) <= point.rounding * abs(point.loss)
+        return Again(step, value, same, same and (context.certify is None or context.certify(step)))
 
     def _jumps(self, rejected: Sequence[tuple[float, float]], point: Point) -> bool:
         """Return whether the last of the rejected trials, values and steps, shows a jump of the loss."""

@@ -7,7 +7,23 @@ from typing import NamedTuple
 from .record import Outcome
 from .state import SearchState
 
-__all__ = ["Found", "Point", "Trials"]
+__all__ = ["Again", "Found", "Point", "Trials"]
+
+
+class Again(NamedTuple):
+    """A rejected trial that was evaluated once more.
+
+    Attributes:
+        step: The trial.
+        value: The loss there now.
+        same: Whether that is the value of before; otherwise the closure changes, and the loss need not jump.
+        passes: Whether the step is accepted.
+    """
+
+    step: float
+    value: float
+    same: bool
+    passes: bool
 
 
 class Found(NamedTuple):
