@@ -48,8 +48,8 @@ _OUTCOMES = {
         'pace="every"'
     ),
     Outcome.returned: (
-        "both levels went back to an earlier point in {of}, since the loss had left all of its recent values. Take "
-        "more lower steps, or see whether the upper variable can take all curvature from the lower loss"
+        "the run went back to an earlier point in {of}, since the loss had left all of its recent values. Take more "
+        "lower steps, if there is a lower level, or see whether the upper variable can take all curvature from its loss"
     ),
     Outcome.below_lower_bound: (
         "the loss was at or below lower_bound in {of}. Give lower_bound= a number that it never falls below"

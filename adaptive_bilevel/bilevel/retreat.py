@@ -174,14 +174,20 @@ class Retreat:
         return RoleState({"losses": known or [anchor.value], "aside": []})
 
     @staticmethod
-    def message(value: float, state: RoleState) -> str:
+    def message(point: Point, state: RoleState) -> str:
         """Return what is said of a return."""
         losses = state.shared["losses"]
+        seen = f"{point.value:.4g}{{}}, and {min(losses):.4g} to {max(losses):.4g} in the {len(losses)} steps before"
+        if not point.lower:
+            return (
+                f"the upper loss was {seen.format('')}, so the last steps were too long for this sample. x went back "
+                "to an earlier point, and the next step is shorter. If this comes again, use larger samples"
+            )
         return (
-            f"the upper loss was {value:.4g} after the lower steps, and {min(losses):.4g} to {max(losses):.4g} in the "
-            f"{len(losses)} steps before, so the lower variable has left the minimum that it had followed. Both levels "
-            "went back to an earlier point, and the next upper step is shorter. If this comes again, let SLS find the "
-            "lower steps, take more of them, or see whether x can take all curvature from the lower loss"
+            f"the upper loss was {seen.format(' after the lower steps')}, so the lower variable has left the minimum "
+            "that it had followed. Both levels went back to an earlier point, and the next upper step is shorter. If "
+            "this comes again, let SLS find the lower steps, take more of them, or see whether x can take all "
+            "curvature from the lower loss"
         )
 
     def commit(

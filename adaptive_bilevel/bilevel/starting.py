@@ -175,7 +175,7 @@ class StartingOptimizer(UpperOptimizer):
             if anchor is None:
                 return None
             outcome, before = Outcome.returned, anchor.tensors
-            messages.append(self._retreat.message(point.value, state))
+            messages.append(self._retreat.message(point, state))
             news["retreat"] = self._retreat.returned(anchor, state)
             length = self._retreat.length(anchor, float(after.previous), paced.policy.shrink)
             after = after._replace(previous=length, last_gain=0.0)

@@ -48,7 +48,7 @@ _SENTENCES = {
     Outcome.at_lower_bound: "the loss is at lower_bound, so there is nothing to gain: nothing moved",
     Outcome.kept: "no search was due: the length of an earlier search was kept",
     Outcome.undone: "the loss after the last step, whose length was kept, is too high: that step was undone",
-    Outcome.returned: "the loss left all of its recent values: both levels went back to an earlier point",
+    Outcome.returned: "the loss left all of its recent values: the run went back to an earlier point",
 }
 
 

@@ -152,6 +152,17 @@ def test_a_far_rise_is_taken_back_from_the_fifth_step_on() -> None:
     assert all(map(torch.equal, tensors(run), point))
 
 
+def test_without_a_lower_level_nothing_is_said_of_one() -> None:
+    x, scale = torch.ones(2, requires_grad=True), torch.tensor([1.0, 10.0])
+    outer, points = BiSLS([x], hypergradient="direct"), list[Tensor]()
+    for _ in range(6):
+        points.append(x.detach().clone())
+        outer.step(lambda: (scale * x.square()).sum())
+    with pytest.warns(UserWarning, match="too long for this sample. x went back") as caught:
+        outer.step(lambda: 1e3 * (x - points[2]).square().sum())
+    assert "lower" not in str(caught[0].message)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_lower_variable_that_is_not_finite_goes_back_if_the_loss_is_finite_there(value: float) -> None:
     run, point = after_steps(2)
