@@ -2,6 +2,7 @@
 
 * Other code moves x, for example a clamp after each step. The step that was taken then is not the searched one.
 * Another optimizer steps y: the inner optimizer was made anew, and the upper one is still bound to the old one.
+* Other code steps a y that the upper step is not told of, see `adaptive_bilevel.bilevel.hidden_level`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..evaluation.vectors import inner
 from ..optim.base import AdaptiveOptimizer
+from .hidden_level import HiddenLevel
 from .lower import Lower, LowerLevel
 
 __all__ = ["PROJECT", "BetweenSteps"]
@@ -38,13 +40,18 @@ REPLACED = (
 
 @final
 class BetweenSteps:
-    """Looks at x and y where an upper step begins, and compares with where the last one ended."""
+    """Looks at x and y where an upper step begins, and compares with where the last one ended.
+
+    Attributes:
+        hidden: What is known of a lower level that the step is not told of.
+    """
 
     def __init__(self) -> None:
         self._upper: tuple[list[int], Tensor] | None = None
         self._moved: Tensor | None = None
         self._lower: tuple[int, int] | None = None
         self._times = {"moved": 0, "replaced": 0}
+        self.hidden = HiddenLevel()
 
     def forget(self) -> None:
         """Compare the next step with nothing: the parameters were moved by those who may."""
@@ -69,20 +76,21 @@ class BetweenSteps:
         replaced = now is not None and before is not None and now[0] == before[0] and now[1] != before[1]
         self._times["replaced"] = self._times["replaced"] + 1 if replaced else 0
 
-    def end(self, upper: Sequence[Tensor], lower: Lower | None, remedy: str | None) -> list[str]:
+    def end(self, upper: Sequence[Tensor], lower: Lower | None, remedy: str | None, value: float) -> list[str]:
         """Record where the step has ended, and return the warning to give.
 
         Args:
             upper: The upper parameters.
             lower: As in `begin`.
             remedy: How a constraint of x is given; None: there is one, so that x is moved by those who may.
+            value: The upper loss where the step began.
         """
         moved = remedy is not None and self.elsewhere
         self._times["moved"] = self._times["moved"] + 1 if moved else 0
         self._upper = ([id(p) for p in upper], _place(upper))
         self._lower, self._moved = _steps_and_versions(lower), None
         said = [MOVED.format(times=_TIMES, remedy=remedy)] if self._times["moved"] == _TIMES else []
-        return said + [REPLACED] * (self._times["replaced"] == _TIMES)
+        return said + [REPLACED] * (self._times["replaced"] == _TIMES) + self.hidden.end(value)
 
 
 def _place(tensors: Sequence[Tensor]) -> Tensor:

@@ -170,7 +170,7 @@ class SearchingOptimizer(StartingOptimizer):
                 elif found.record.outcome != Outcome.zero_gradient:
                     messages = self._take(point, paced, found, check, states)
         remedy = None if section is not None else getattr(self.host, "constraint", PROJECT)
-        messages += self._between.end(params, followed, remedy)
+        messages += self._between.end(params, followed, remedy, point.value)
         hessian = None if found.answer is None else found.answer.hessian
         self.hessian = self.hessian if found.record.outcome == Outcome.kept else hessian
         self._conclude(self._scheduled(found.record), found.state, point.loss, hessian)

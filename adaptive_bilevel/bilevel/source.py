@@ -29,6 +29,7 @@ from ..evaluation.guard import Guard, RandomState
 from ..evaluation.objective import Evaluated, Objective
 from ..evaluation.processes import Group
 from ..hypergradient import Implicit, implicit_with_info
+from .hidden_level import HiddenLevel
 from .lower import LowerProblem
 
 __all__ = ["DIRECT", "DirectLoss", "Source", "checked_source", "estimated", "matched"]
@@ -142,10 +143,12 @@ class DirectLoss(Objective):
 
     Args:
         closure: Returns the loss, a function of the upper parameters alone.
+        hidden: Looks for lower parameters in its graph.
     """
 
-    def __init__(self, closure: Closure) -> None:
+    def __init__(self, closure: Closure, hidden: HiddenLevel) -> None:
         self._closure = closure
+        self._hidden = hidden
         self._known: tuple[list[Tensor], list[Tensor], Evaluated] | None = None
 
     def __call__(self) -> Any:
@@ -166,9 +169,15 @@ class DirectLoss(Objective):
         Raises:
             HypergradientError: The loss has no path to the upper parameters.
         """
+
+        def looked_at() -> Any:
+            loss = self._closure()
+            self._hidden.look(loss, params)
+            return loss
+
         counts.upper.gradients += 1
         try:
-            found = guard.differentiated(self._closure, params, random)
+            found = guard.differentiated(looked_at, params, random)
         except ClosureError as error:
             if "without a graph" in str(error):
                 raise HypergradientError(_DETACHED) from error

@@ -252,7 +252,7 @@ class UpperOptimizer(AdaptiveOptimizer):
                 f"{owner}(hypergradient='direct'): the upper loss is a function of the upper parameters alone, so "
                 "there is no lower level; leave lower= out"
             )
-        return DirectLoss(closure), None
+        return DirectLoss(closure, self._between.hidden), None
 
     def _begin(
         self, guard: Guard, objective: Closure | None, params: list[Tensor], given: list[Tensor | None] | None
