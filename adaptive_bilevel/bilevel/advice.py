@@ -17,7 +17,7 @@ from ..hypergradient.solution import HessianReport, SolverStatus
 from ..optim.base import AdaptiveOptimizer
 from ..optim.conclusion import Past
 from ..optim.unwrap import unwrapped
-from ..policies import Outcome
+from ..policies import AutoSLS, Outcome
 from ..policies.scalars import resolution
 from .lower import LowerLevel
 from .upper import UpperOptimizer
@@ -156,7 +156,8 @@ def _outcomes(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 def _bounds(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     if float(optimizer.param_groups[0]["lr"]) == 0.0:
         return ["lr is 0, so nothing moves: look at the scheduler"]
-    if not hasattr(optimizer.policy, "bound"):
+    searches = any(step.record.trials for step in past)
+    if not hasattr(optimizer.policy, "bound") or (isinstance(optimizer.policy, AutoSLS) and not searches):
         return []
     past = [step for step in past if int(step.record.outcome) != Outcome.kept]  # only a search says so
     count = sum(int(s.record.outcome) == Outcome.at_bound for s in past)
@@ -168,7 +169,8 @@ def _bounds(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 
 
 def _trials(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
-    trials = [step.record.trials for step in past if step.record.trials]
+    moved = [step.record for step in past if step.record.trials and step.record.outcome != Outcome.search_failed]
+    trials = [record.trials for record in moved]
     if len(trials) < 3 or statistics.fmean(trials) < 6.0:
         return []
     return [
@@ -205,10 +207,12 @@ def _noise(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     rises = [b - a for a, b in pairs if b > a + 64.0 * resolution(a) * abs(a)]
     if len(pairs) < 10 or len(rises) <= 0.3 * len(pairs):
         return []
+    rose = f"the loss rose from one step to the next in {_of(len(rises), pairs)}"
+    if hasattr(optimizer.policy, "decay"):
+        return [f"{rose}: samples disagree, or another level moves. Take larger batches"]
     return [
-        f"the loss rose from one step to the next in {_of(len(rises), pairs)}, though each step lowered its own "
-        "sample: samples disagree, or another level moves. Take larger batches, or a rule whose bound decays (AutoSLS, "
-        "SLSB, SPSB; BiSPS)"
+        f"{rose}, though each step lowered its own sample: samples disagree, or another level moves. Take larger "
+        "batches, or a rule whose bound decays (SLSB, SPSB; BiSPS)"
     ]
 
 

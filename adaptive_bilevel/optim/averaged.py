@@ -25,9 +25,9 @@ from .place import Place
 __all__ = ["AveragedSearch"]
 
 _LOST = (
-    "{}: the loss after the last step is {:.4g}, and {:.4g} at the mean of the iterates, so the step was too long. The "
-    "run goes on from the mean with half of the bound. If this comes again, use a rule that searches for each step: "
-    "SLSB, or BiSLS(..., hypergradient='direct') for an upper loss"
+    "{}: the loss after the last step is {:.4g}, and {:.4g} at the mean of the iterates before it, so the step was too "
+    "long. The run goes on from that mean with shorter steps. If this comes again, use a rule that searches for each "
+    "step: SLSB, or BiSLS(..., hypergradient='direct') for an upper loss"
 )
 
 
@@ -85,14 +85,31 @@ class AveragedSearch(AdaptiveOptimizer):
             self._average, self._resting = average, foreach.lerp(before, resting, kept)
             return found
         at_rest, ahead = on_host(rests, found.loss)
-        assert isinstance(self.policy, AutoSLS)
-        if self.policy.lost(self._rule_state(), ahead, at_rest):
-            self._lost = ahead, at_rest
-            foreach.copy_(params, resting)
-            guard.rebase()
-            return self._decide(guard, closure, params, None, guard.entry).found
+        back = self._taken_back(guard, closure, params, average, resting, ahead)
+        if back is not None:
+            return back
         self._average, self._resting = average.compared(at_rest - ahead), resting
         return found
+
+    def _taken_back(
+        self, guard: Guard, closure: Closure, params: list[Tensor], average: Average, resting: list[Tensor], here: float
+    ) -> Differentiated | None:
+        """Return loss and gradients at the mean before the last iterate, if that is lost; None: it stays."""
+        assert isinstance(self.policy, AutoSLS)
+        state = self._rule_state()
+        if not self.policy.is_high(state, here):
+            return None
+        iterate = [p.detach().clone() for p in params]
+        foreach.copy_(params, average.without_last(resting))
+        guard.rebase()
+        before = float(Attempts().value(lambda: guard.value(closure, guard.entry)))
+        self._own_counts.values += 1
+        if not self.policy.lost(state, here, before):
+            foreach.copy_(params, iterate)
+            guard.rebase()
+            return None
+        self._lost = here, before
+        return self._decide(guard, closure, params, None, guard.entry).found
 
     def _reached(self, value: float) -> State:
         """Return the policy's state; what a prediction changes of the loss is not due to the sample."""

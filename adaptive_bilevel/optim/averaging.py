@@ -106,6 +106,13 @@ class Average(NamedTuple):
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is
         return cls([own["ahead"] if p.requires_grad else torch.zeros_like(p) for p, own in pairs], *counts)
 
+    def without_last(self, mean: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean before the last iterate; the mean itself if there is no other iterate in it."""
+        weight = _weight(self.taken)
+        if weight == 1.0:
+            return list(mean)
+        return foreach.add(list(mean), self.ahead, alpha=-weight / (1.0 - weight))
+
     def compared(self, lead: float) -> Average | None:
         """Return it with f(xbar) - f(z) on this sample taken in; None if the mean is behind, and begins anew."""
         if not math.isfinite(lead):

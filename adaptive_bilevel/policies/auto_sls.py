@@ -19,18 +19,24 @@ Where samples disagree, a search says little: the longest step that lowers one s
 the sample can be fitted alone (batches with wrong labels), and the lengths that pass follow the worst samples if
 curvatures differ (networks: ten times too short on LeNet). On a single level the step there is the bound itself,
 
-    gamma_k = min{gamma_b,0 / cbrt(k + 1), (f_k - l) / (c n_k)},
+    gamma_k = min{gamma_b,0 / cbrt(k + 1), (f_k - l) / (c n_k), max_j<k gamma_j / w},
 
-gamma_b,0 from the distance to the solution, see `adaptive_bilevel.policies.distance`; no trial is made. Such steps are
+gamma_b,0 from the distance to the solution, see `adaptive_bilevel.policies.distance`; no trial is made. That distance
+is a guess at first, which may be a hundred times too long. So no step is more than 1 / w = 2 times the longest one
+before, and the loss is seen between them. Such steps are
 longer than the last iterate bears, and made for a mean of the iterates, which is what the optimizer
 `adaptive_bilevel.AutoSLS` leaves in the parameters. Once an upper variable has moved (`AutoSLS.displaced`), the step is
 searched below that bound, since longer steps overfit the lower loss before the upper variable has moved far. Samples
 that have disagreed are taken to disagree from then on. ``examples/benchmarks/NOTES.md`` has what was measured, the
 exponent included.
 
-A step that is not searched may end where the loss is far above all before. Once the loss at an iterate is above all
-losses while samples agreed, and above that at the mean by more than any step promised then (`AutoSLS.lost`), the
-optimizer goes on from the mean, and D is half as large (`AutoSLS.returned`).
+A step that is not searched may end where the loss is far above all before. With high and low the largest and the least
+of the n losses while samples agreed, or of the first 8, the iterate is lost if
+
+    f(z) > high + s,    f(z) - f(xbar) > s,    s = max{1, 8 / n}^2 (high - low),
+
+where xbar is the mean before this iterate (`AutoSLS.lost`). The optimizer then goes on from xbar, with shorter steps
+(`AutoSLS.returned`).
 """
 
 from __future__ import annotations
@@ -43,11 +49,14 @@ from .context import Context
 from .margin import compared, promised
 from .record import Record
 from .scalars import resolution
-from .schedule import Decay
+from .schedule import Decay, decay_factor
 from .sls import SLSB
 from .state import SearchState
 
 __all__ = ["AutoSLS"]
+
+_ENOUGH = 8
+"""Number of losses below which their range is taken for less than what they vary by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +113,22 @@ class AutoSLS(SLSB):
             return state._replace(last_decrease=0.0, last_gain=0.0, loop_decrease=0.0, loop_ends=0)
         return state._replace(expected=state.expected + change, last_loss=state.last_loss + change)
 
-    def lost(self, state: SearchState, here: float, mean: float) -> bool:
-        """Return whether a step has ended far off, by the losses of a sample at the iterate and at the mean of them."""
-        return math.isfinite(here) and here > state.highest and here - mean > state.largest_gain
+    def is_high(self, state: SearchState, here: float) -> bool:
+        """Return whether the loss at an iterate is beyond the range of losses so far by as much as that range."""
+        return math.isfinite(here) and here > state.highest + _spread(state)
+
+    def lost(self, state: SearchState, here: float, before: float) -> bool:
+        """Return whether a step has ended far off, by the losses of a sample at its end and at the mean before it."""
+        return self.is_high(state, here) and here - before > _spread(state)
 
     def returned(self, state: SearchState) -> SearchState:
-        """Return the state after the iterate was put back to the mean."""
-        half = state._replace(distance=state.distance / 4.0, found=state.found / 2.0, longest=state.longest / 2.0)
-        return half._replace(weighted_loss=0.0, path=0.0, squares=0.0)
+        """Return the state after a step was taken back: the bound is w times that step, or half of itself if less."""
+        bound = state.found * float(decay_factor(self.decay, state.count))
+        part = min(0.5, self.shrink * state.previous / bound) if bound > 0.0 and state.previous > 0.0 else 0.5
+        found, distance = state.found * part, state.distance * part * part
+        longest = min(state.longest, self.shrink * self.shrink * (state.previous or math.inf))
+        shorter = state._replace(distance=distance, found=found, longest=longest)
+        return shorter._replace(weighted_loss=0.0, path=0.0, squares=0.0)
 
     def propose(self, state: SearchState, context: Context) -> tuple[Record, SearchState]:
         """Return the record of one step, and the state after it.
@@ -121,7 +138,7 @@ class AutoSLS(SLSB):
         """
         loss, slope = float(context.loss), float(context.slope)
         rounding = resolution(context.loss) if context.rounding is None else context.rounding
-        seen = self._compared(state, loss, rounding)
+        seen = self._ranged(self._compared(state, loss, rounding), loss)
         if self.agrees(seen):
             record, after = super().propose(seen, context)
             if not record.moved:
@@ -145,7 +162,18 @@ class AutoSLS(SLSB):
         # On its tangent the loss falls enough at once, so the step is the longest that may be tried.
         start = seen._replace(previous=0.0)
         record, after = super().propose(start, context._replace(trial=context.trial and tangent))
-        return (record._replace(trials=0, value=math.nan), after) if record.moved else (record, state)
+        if not record.moved:
+            return record, state
+        if not self._is_given(context):
+            after = after._replace(longest=max(after.longest, float(record.step_size)))
+        return record._replace(trials=0, value=math.nan), after
+
+    def _ranged(self, state: SearchState, loss: float) -> SearchState:
+        """Return the state with this loss in the range, which is that while samples agreed, of 8 losses at least."""
+        if not math.isfinite(loss) or not (state.ranged < _ENOUGH or self.agrees(state)):
+            return state
+        highest, lowest = (max(state.highest, loss), min(state.lowest, loss)) if state.ranged else (loss, loss)
+        return state._replace(highest=highest, lowest=lowest, ranged=state.ranged + 1)
 
     def _compared(self, state: SearchState, loss: float, rounding: float) -> SearchState:
         """Return the state with the last step compared with the loss of this sample."""
@@ -163,8 +191,16 @@ class AutoSLS(SLSB):
         limits = super()._limits(state, initial, context)  # which reads the schedule
         if self.agrees(state):
             return initial, math.inf if context.cap is None else context.cap
-        given = self.bound is not None or context.bound is not None
-        if state.nested or not (given and state.longest):
+        if state.nested or not state.longest:
             return limits
-        # Nothing is searched, so a length that was given is held to what searches have accepted.
-        return min(limits[0], state.longest), min(limits[1], state.longest)
+        # Nothing is searched. A length that was given is held to what searches have accepted.
+        most = state.longest if self._is_given(context) else state.longest / self.shrink
+        return min(limits[0], most), min(limits[1], most)
+
+    def _is_given(self, context: Context) -> bool:
+        return self.bound is not None or context.bound is not None
+
+
+def _spread(state: SearchState) -> float:
+    """Return by how much losses vary."""
+    return max(1.0, _ENOUGH / max(state.ranged, 1)) ** 2 * (state.highest - state.lowest)

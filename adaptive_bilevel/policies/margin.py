@@ -50,9 +50,8 @@ def promised(state: SearchState, loss: float, gain: float) -> SearchState:
         loss: f_k(x_k), where it began.
         gain: gamma_k n_k.
     """
-    largest, highest = max(state.largest_gain, gain), max(state.highest, loss)
-    gains = state.gains + gain
-    return state._replace(last_loss=loss, last_gain=gain, largest_gain=largest, highest=highest, gains=gains)
+    largest, gains = max(state.largest_gain, gain), state.gains + gain
+    return state._replace(last_loss=loss, last_gain=gain, largest_gain=largest, gains=gains)
 
 
 def shortened(state: SearchState, part: float) -> SearchState:

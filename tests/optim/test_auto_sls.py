@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -270,7 +271,7 @@ def test_an_iterate_that_is_lost_is_put_back_to_the_mean(seed: int) -> None:
     def loss(valley: Tensor) -> Tensor:
         return torch.cosh(x - valley).log().sum() + 1e3 * torch.relu(x.abs() - 1.5).sum()
 
-    with pytest.warns(AdaptiveBilevelWarning, match="goes on from the mean with half of the bound"):
+    with pytest.warns(AdaptiveBilevelWarning, match="goes on from that mean with shorter steps"):
         for _ in range(200):
             valley = torch.randn(2, generator=random, dtype=torch.float64)
             losses.append(float(optimizer.step(partial(loss, valley))))
@@ -278,15 +279,41 @@ def test_an_iterate_that_is_lost_is_put_back_to_the_mean(seed: int) -> None:
     assert float(x.detach().abs().max()) < 0.5
 
 
-def test_a_lost_iterate_is_above_all_losses_of_samples_that_agreed() -> None:
+def test_a_lost_iterate_is_far_above_the_losses_so_far() -> None:
     policy = policies.AutoSLS()
-    state = SearchState(highest=2.0, largest_gain=0.5, distance=4.0, found=1.0, longest=1.0, path=3.0)
-    assert policy.lost(state, 2.1, 1.5)
-    assert not policy.lost(state, 1.9, 1.0)  # no higher than before
-    assert not policy.lost(state, 2.1, 1.7)  # no further than steps promised
+    state = SearchState(highest=2.0, lowest=1.5, ranged=8, distance=4.0, found=1.0, previous=1.0, longest=1.0, path=3.0)
+    assert policy.lost(state, 2.6, 1.5)
+    assert not policy.lost(state, 2.4, 1.0)  # within the range of 1.5 to 2, and once more of it
+    assert not policy.lost(state, 2.6, 2.2)  # this sample is harder
     assert not policy.lost(state, math.inf, 1.0)  # a loss that is not finite is skipped
+    assert not policy.lost(state._replace(ranged=4), 3.9, 1.0)  # four losses: their range counts four times
     after = policy.returned(state)
-    assert (after.distance, after.found, after.longest, after.path) == (1.0, 0.5, 0.5, 0.0)
+    assert (after.distance, after.found, after.longest, after.path) == (1.0, 0.5, 0.25, 0.0)
+    after = policy.returned(state._replace(previous=0.25))  # the step was a quarter of the bound
+    assert (after.distance, after.found, after.longest) == (0.0625, 0.125, 0.0625)
+
+
+def test_no_step_without_a_search_is_more_than_twice_the_longest_before() -> None:
+    """Steps of up to 1,500 do not raise the first sample; the next ones fall until they rise steeply from -10 on."""
+    x, random = leaf(1.0), torch.Generator().manual_seed(0)
+    optimizer, steps, losses, bounds = AutoSLS([x]), list[float](), list[float](), list[float]()
+    kept: Any = optimizer.state
+
+    def loss(level: float) -> Tensor:
+        if not steps:
+            return (level + torch.where(x > 0.81, 0.1 * (x - 0.9).abs(), 0.009)).sum()
+        return (level + 0.1 * x + 1e3 * torch.relu(-10.0 - x) ** 2).sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*goes on from that mean")
+        for _ in range(100):
+            losses.append(float(optimizer.step(partial(loss, 2.0 + float(torch.rand((), generator=random))))))
+            assert optimizer.record is not None
+            steps.append(optimizer.record.step_size)
+            bounds.append(kept["policy"]["found"])
+    assert bounds[0] > 100.0 * steps[0]
+    assert all(step <= 2.0 * max(steps[:k]) for k, step in enumerate(steps) if k > 1)
+    assert max(losses) < 1e4 and max(losses[50:]) < 100.0
 
 
 def test_decreases_that_the_next_sample_does_not_confirm_count() -> None:

@@ -160,7 +160,7 @@ class SLSB:
 class AutoSLS(SLSB):
     """As `SLS` while samples agree; then z <- z - a m, and x is a mean of the z.
 
-    There a = min{gamma_b,0 / cbrt(k + 1), longest}.
+    There a = min{gamma_b,0 / cbrt(k + 1), longest, twice the longest step before}.
     m is the mean of the gradients since then, or Adam's e. Samples agree while the next losses leave at most half of
     the decreases unconfirmed, and M >= 0, where M sums how much more than .1 a <g, d> f fell; each fall is f at the
     step less f at the next one, and at most as large as the largest a <g, d> so far.
@@ -175,6 +175,7 @@ class AutoSLS(SLSB):
         self.m = Mean(torch.zeros_like(x))
         self.agree, self.unconfirmed, self.decreases, self.M = True, 0.0, 0.0, 0.0
         self.ends: list[float] = []
+        self.most = 0.0
 
     def look(self, f: float) -> None:
         """Find out whether the sample with loss f agrees with the one before."""
@@ -213,8 +214,8 @@ class AutoSLS(SLSB):
                 self.agree, self.unconfirmed, self.decreases, self.M = seen
                 return  # nothing moves, and the sample leaves no trace
         else:
-            a, trials = min(bound.value * (self.k + 1) ** (-1 / 3), longest), 1
-        after, self.step_size = z.add(e, alpha=-a), a
+            a, trials = min(bound.value * (self.k + 1) ** (-1 / 3), longest, 2 * self.most), 1
+        after, self.step_size, self.most = z.add(e, alpha=-a), a, max(self.most, a)
         self.direction.keep(g)
         self.bound, self.k = bound.take(f, slope, a), self.k + 1
         self.losses.append(f)
