@@ -93,11 +93,11 @@ class ConcludingOptimizer(PolicyOptimizer):
         outcome = record.outcome
         self._skips = self._skips + 1 if outcome == Outcome.non_finite else 0
         self._zeros = self._zeros + 1 if outcome == Outcome.zero_gradient else 0
-        if self._zeros == _ZEROS:
+        if self._zeros == _ZEROS and float(loss) > min(float(past.loss) for past in self.history):
             warn(
-                f"{type(self).__name__}: the gradient was zero in {_ZEROS} steps in a row, and nothing has moved. That "
-                "is a solution, or the loss does not depend on the parameters any more: a saturated sigmoid or "
-                "softmax, units of a network that are all off"
+                f"{type(self).__name__}: the gradient was zero in {_ZEROS} steps in a row, and nothing has moved, at a "
+                "loss above earlier ones. It does not depend on the parameters any more: look for a saturated sigmoid "
+                "or softmax, or units of a network that are all off"
             )
         if outcome in _WARNED:
             self._warn(outcome, f"{Outcome(outcome).sentence}. {_WARNED[outcome]}")
