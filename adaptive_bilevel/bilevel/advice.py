@@ -49,7 +49,7 @@ _OUTCOMES = {
     ),
     Outcome.returned: (
         "the run went back to an earlier point in {of}, since the loss had left all of its recent values. Take more "
-        "lower steps, if there is a lower level, or see whether the upper variable can take all curvature from its loss"
+        "lower steps, if there is a lower level, or see whether x can take all curvature from the lower loss"
     ),
     Outcome.below_lower_bound: (
         "the loss was at or below lower_bound in {of}. Give lower_bound= a number that it never falls below"
@@ -156,9 +156,10 @@ def _outcomes(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 def _bounds(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     if float(optimizer.param_groups[0]["lr"]) == 0.0:
         return ["lr is 0, so nothing moves: look at the scheduler"]
-    searches = any(step.record.trials for step in past)
-    if not hasattr(optimizer.policy, "bound") or (isinstance(optimizer.policy, AutoSLS) and not searches):
+    if not hasattr(optimizer.policy, "bound"):
         return []
+    if isinstance(optimizer.policy, AutoSLS):  # its steps without a search are the bound in any case
+        past = [step for step in past if step.record.trials]
     past = [step for step in past if int(step.record.outcome) != Outcome.kept]  # only a search says so
     count = sum(int(s.record.outcome) == Outcome.at_bound for s in past)
     if count <= _MOST * len(past):

@@ -90,7 +90,7 @@ class BetweenSteps:
         self._upper = ([id(p) for p in upper], _place(upper))
         self._lower, self._moved = _steps_and_versions(lower), None
         said = [MOVED.format(times=_TIMES, remedy=remedy)] if self._times["moved"] == _TIMES else []
-        return said + [REPLACED] * (self._times["replaced"] == _TIMES) + self.hidden.end(value)
+        return said + [REPLACED] * (self._times["replaced"] == _TIMES) + self.hidden.end(value, upper)
 
 
 def _place(tensors: Sequence[Tensor]) -> Tensor:

@@ -180,8 +180,9 @@ class Retreat:
         seen = f"{point.value:.4g}{{}}, and {min(losses):.4g} to {max(losses):.4g} in the {len(losses)} steps before"
         if not point.lower:
             return (
-                f"the upper loss was {seen.format('')}, so the last steps were too long for this sample. x went back "
-                "to an earlier point, and the next step is shorter. If this comes again, use larger samples"
+                f"the upper loss was {seen.format('')}, so the last steps were too long, or this sample is "
+                "unusual. x went back to an earlier point, and the next step is shorter. If this comes again, use "
+                "larger samples"
             )
         return (
             f"the upper loss was {seen.format(' after the lower steps')}, so the lower variable has left the minimum "

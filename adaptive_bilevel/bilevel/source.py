@@ -143,12 +143,13 @@ class DirectLoss(Objective):
 
     Args:
         closure: Returns the loss, a function of the upper parameters alone.
-        hidden: Looks for lower parameters in its graph.
     """
 
-    def __init__(self, closure: Closure, hidden: HiddenLevel) -> None:
+    hidden: HiddenLevel | None = None
+    """Looks for lower parameters in the graph of the loss."""
+
+    def __init__(self, closure: Closure) -> None:
         self._closure = closure
-        self._hidden = hidden
         self._known: tuple[list[Tensor], list[Tensor], Evaluated] | None = None
 
     def __call__(self) -> Any:
@@ -172,7 +173,8 @@ class DirectLoss(Objective):
 
         def looked_at() -> Any:
             loss = self._closure()
-            self._hidden.look(loss, params)
+            if self.hidden is not None:
+                self.hidden.look(loss, params)
             return loss
 
         counts.upper.gradients += 1

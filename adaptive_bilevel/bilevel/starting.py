@@ -90,6 +90,8 @@ class StartingOptimizer(UpperOptimizer):
         self, guard: Guard, objective: Closure | None, params: list[Tensor], given: list[Tensor | None] | None
     ) -> list[Tensor | None]:
         """Return the hypergradient of the step; that of a direct loss in the convex set, if there is one."""
+        if isinstance(objective, DirectLoss):
+            objective.hidden = self._between.hidden
         found = super()._begin(guard, objective, params, given)
         if isinstance(objective, DirectLoss) and self.project is not None:
             self._enter(guard, objective, params, found)

@@ -19,6 +19,7 @@ from ..hypergradient.known_below import NAMES, restore_below, saved_below
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
 from .functional import FunctionalLower, UpperLoss
+from .hidden_level import HiddenLevel
 from .lower import Lower, as_lower, refuse_shared
 from .source import DIRECT, DirectLoss, Source, checked_source, estimated, matched
 
@@ -124,6 +125,7 @@ class UpperOptimizer(AdaptiveOptimizer):
     def _restored(self) -> None:
         super()._restored()
         self._forget()
+        self._between.hidden = HiddenLevel()
         if self._below:  # of a copy
             restore_below(self.lower.tensors(), self._below)
 
@@ -252,7 +254,7 @@ class UpperOptimizer(AdaptiveOptimizer):
                 f"{owner}(hypergradient='direct'): the upper loss is a function of the upper parameters alone, so "
                 "there is no lower level; leave lower= out"
             )
-        return DirectLoss(closure, self._between.hidden), None
+        return DirectLoss(closure), None
 
     def _begin(
         self, guard: Guard, objective: Closure | None, params: list[Tensor], given: list[Tensor | None] | None

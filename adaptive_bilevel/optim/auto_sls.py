@@ -28,7 +28,8 @@ class AutoSLS(LineSearch):
 
     `adaptive_bilevel.policies.AutoSLS` has the formulas. The first phase costs one evaluation more than `SLS` at the
     first step, and with direction="adam" at each step. The second phase costs two evaluations a step, one of them with
-    gradients, and the trials of a search.
+    gradients, and the trials of a search; one more where the loss is above all before. A step without a search is at
+    most 1 / w times the longest one before. One that ends far off is taken back, with a warning.
 
     Args:
         params: Parameters or groups.

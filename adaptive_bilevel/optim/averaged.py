@@ -101,14 +101,15 @@ class AveragedSearch(AdaptiveOptimizer):
             return None
         iterate = [p.detach().clone() for p in params]
         foreach.copy_(params, average.without_last(resting))
-        guard.rebase()
+        guard.mark()
         before = float(Attempts().value(lambda: guard.value(closure, guard.entry)))
         self._own_counts.values += 1
         if not self.policy.lost(state, here, before):
             foreach.copy_(params, iterate)
-            guard.rebase()
+            guard.recall()
             return None
-        self._lost = here, before
+        guard.rebase()
+        self._lost, self._resting = (here, before), resting
         return self._decide(guard, closure, params, None, guard.entry).found
 
     def _reached(self, value: float) -> State:
@@ -117,8 +118,6 @@ class AveragedSearch(AdaptiveOptimizer):
         if not isinstance(self.policy, AutoSLS):
             return state
         if self._lost is not None:
-            warn(_LOST.format(type(self).__name__, *self._lost))
-            self._lost = None
             return self.policy.returned(state)
         if self._anew:
             return self.policy.shifted(state, math.nan)
@@ -157,6 +156,8 @@ class AveragedSearch(AdaptiveOptimizer):
 
     def _settle(self, params: list[Tensor], start: list[Tensor], state: State) -> None:
         """Leave the mean in the parameters, which are at the new iterate."""
+        if self._lost is not None:
+            warn(_LOST.format(type(self).__name__, *self._lost))
         if self._disagree(state):
             settle(self.state, params, start, self._average)
         elif self._agree(state):

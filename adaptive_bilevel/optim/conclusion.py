@@ -19,9 +19,6 @@ __all__ = ["ConcludingOptimizer", "Past"]
 _KEPT = 50
 """So many of the last steps are remembered."""
 
-_ZEROS = 10
-"""After so many steps in a row in which the gradient was zero, it is said."""
-
 _WARNED = {
     Outcome.search_failed: "Parameters are as before. Often the gradient is not that of the loss which the closure "
     "returns, or the loss is at its rounding floor.",
@@ -56,7 +53,6 @@ class ConcludingOptimizer(PolicyOptimizer):
         super()._prepare()
         self._warned: dict[int, int] = {}
         self._skips: Scalar = 0
-        self._zeros = 0
         self._looks = 0
         self._closure_checks = ClosureChecks()
         self.record: Record | None = None
@@ -92,13 +88,6 @@ class ConcludingOptimizer(PolicyOptimizer):
             return
         outcome = record.outcome
         self._skips = self._skips + 1 if outcome == Outcome.non_finite else 0
-        self._zeros = self._zeros + 1 if outcome == Outcome.zero_gradient else 0
-        if self._zeros == _ZEROS and float(loss) > min(float(past.loss) for past in self.history):
-            warn(
-                f"{type(self).__name__}: the gradient was zero in {_ZEROS} steps in a row, and nothing has moved, at a "
-                "loss above earlier ones. It does not depend on the parameters any more: look for a saturated sigmoid "
-                "or softmax, or units of a network that are all off"
-            )
         if outcome in _WARNED:
             self._warn(outcome, f"{Outcome(outcome).sentence}. {_WARNED[outcome]}")
         self._refuse_skips(self._skips)

@@ -23,11 +23,11 @@ curvatures differ (networks: ten times too short on LeNet). On a single level th
 
 gamma_b,0 from the distance to the solution, see `adaptive_bilevel.policies.distance`; no trial is made. That distance
 is a guess at first, which may be a hundred times too long. So no step is more than 1 / w = 2 times the longest one
-before, and the loss is seen between them. Such steps are
-longer than the last iterate bears, and made for a mean of the iterates, which is what the optimizer
-`adaptive_bilevel.AutoSLS` leaves in the parameters. Once an upper variable has moved (`AutoSLS.displaced`), the step is
-searched below that bound, since longer steps overfit the lower loss before the upper variable has moved far. Samples
-that have disagreed are taken to disagree from then on. ``examples/benchmarks/NOTES.md`` has what was measured, the
+before (of a bound that is given: than the longest one that a search has accepted). Such steps are longer than the last
+iterate bears, and made for a mean of the iterates, which is what the optimizer `adaptive_bilevel.AutoSLS` leaves in the
+parameters. Once an upper variable has moved (`AutoSLS.displaced`), the step is searched below that bound, since longer
+steps overfit the lower loss before the upper variable has moved far. Samples that have disagreed are taken to disagree
+from then on. ``examples/benchmarks/NOTES.md`` has what was measured, the
 exponent included.
 
 A step that is not searched may end where the loss is far above all before. With high and low the largest and the least
@@ -35,8 +35,8 @@ of the n losses while samples agreed, or of the first 8, the iterate is lost if
 
     f(z) > high + s,    f(z) - f(xbar) > s,    s = max{1, 8 / n}^2 (high - low),
 
-where xbar is the mean before this iterate (`AutoSLS.lost`). The optimizer then goes on from xbar, with shorter steps
-(`AutoSLS.returned`).
+where xbar is the mean before this iterate (`AutoSLS.lost`), and n >= 2. The optimizer then goes on from xbar, with
+shorter steps (`AutoSLS.returned`).
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ from .state import SearchState
 __all__ = ["AutoSLS"]
 
 _ENOUGH = 8
-"""Number of losses below which their range is taken for less than what they vary by."""
+"""With fewer losses than this, their range is widened."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSLS(SLSB):
     """Line search while samples agree. Afterwards, the step is the bound, or searched below it in a lower level.
 
-    The options are those of `SLSB`. `bound` is also the first trial. After samples have disagreed, no step without a
-    search exceeds the longest step that a search has accepted. If `bound` is None, it is estimated from the first step
-    on, see `Envelope`. The default of `decay` is for averaged iterates.
+    The options are those of `SLSB`. `bound` is also the first trial. If it is given, no step without a search exceeds
+    the longest step that a search has accepted. If it is None, it is estimated from the first step on, see `Envelope`,
+    and such a step is at most 1 / w times the longest one before. The default of `decay` is for averaged iterates.
 
     >>> policy, f = AutoSLS(), lambda x: x * x
     >>> record, state = policy.step(policy.init(), loss=f(1.0), slope=4.0, trial=lambda a: f(1.0 - 2.0 * a))
@@ -114,7 +114,7 @@ class AutoSLS(SLSB):
         return state._replace(expected=state.expected + change, last_loss=state.last_loss + change)
 
     def is_high(self, state: SearchState, here: float) -> bool:
-        """Return whether the loss at an iterate is beyond the range of losses so far by as much as that range."""
+        """Return whether the loss at an iterate is beyond the range of losses by as much as that range."""
         return math.isfinite(here) and here > state.highest + _spread(state)
 
     def lost(self, state: SearchState, here: float, before: float) -> bool:
@@ -122,12 +122,16 @@ class AutoSLS(SLSB):
         return self.is_high(state, here) and here - before > _spread(state)
 
     def returned(self, state: SearchState) -> SearchState:
-        """Return the state after a step was taken back: the bound is w times that step, or half of itself if less."""
-        bound = state.found * float(decay_factor(self.decay, state.count))
-        part = min(0.5, self.shrink * state.previous / bound) if bound > 0.0 and state.previous > 0.0 else 0.5
-        found, distance = state.found * part, state.distance * part * part
-        longest = min(state.longest, self.shrink * self.shrink * (state.previous or math.inf))
-        shorter = state._replace(distance=distance, found=found, longest=longest)
+        """Return the state after a step was taken back: the next one is at most w times as long.
+
+        The bound becomes w times that step, or half of the bound if that is less.
+        """
+        bound, last = state.found * float(decay_factor(self.decay, state.count)), state.previous
+        part = min(0.5, self.shrink * last / bound) if bound > 0.0 and last > 0.0 else 0.5
+        most = self.shrink * last if self.bound is not None or state.found == 0.0 else self.shrink**2 * last
+        shorter = state._replace(distance=state.distance * part * part, found=state.found * part)
+        if last > 0.0:
+            shorter = shorter._replace(longest=min(state.longest, most), previous=self.shrink * last)
         return shorter._replace(weighted_loss=0.0, path=0.0, squares=0.0)
 
     def propose(self, state: SearchState, context: Context) -> tuple[Record, SearchState]:
@@ -169,7 +173,7 @@ class AutoSLS(SLSB):
         return record._replace(trials=0, value=math.nan), after
 
     def _ranged(self, state: SearchState, loss: float) -> SearchState:
-        """Return the state with this loss in the range, which is that while samples agreed, of 8 losses at least."""
+        """Return the state with this loss in the range. Losses count while samples agree, and the first 8 always do."""
         if not math.isfinite(loss) or not (state.ranged < _ENOUGH or self.agrees(state)):
             return state
         highest, lowest = (max(state.highest, loss), min(state.lowest, loss)) if state.ranged else (loss, loss)
@@ -202,5 +206,6 @@ class AutoSLS(SLSB):
 
 
 def _spread(state: SearchState) -> float:
-    """Return by how much losses vary."""
-    return max(1.0, _ENOUGH / max(state.ranged, 1)) ** 2 * (state.highest - state.lowest)
+    """Return by how much losses vary; infinite where that is not known."""
+    spread = state.highest - state.lowest
+    return max(1.0, _ENOUGH / state.ranged) ** 2 * spread if state.ranged > 1 and spread > 0.0 else math.inf

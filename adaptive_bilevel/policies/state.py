@@ -83,9 +83,9 @@ class SearchState(NamedTuple):
         last_loss: f_{k-1}, the loss before the last step.
         last_gain: gamma_{k-1} n_{k-1} of that step; 0 before there was one.
         largest_gain: The largest gamma_j n_j so far; of `AutoSLS`, while samples agreed.
-        highest: The largest of the f_j that show the range of losses; of `AutoSLS`.
-        lowest: The least of them.
-        ranged: The number of them.
+        highest: The largest f_j while samples agreed, or among the first 8; of `AutoSLS`.
+        lowest: The least of these.
+        ranged: The number of these.
         gains: The sum of the gamma_j n_j.
         onward: The sum of the <g_{j+1}, x_j - x_{j+1}>; this and the next are used by `GuardedSLS`.
         onward_squares: The sum of their squares.

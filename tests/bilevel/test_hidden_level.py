@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptive_bilevel import BiSLS
+from adaptive_bilevel.hypergradient import implicit
 
 SAID = "other code changes between the steps"
 STEPS = 16
@@ -41,7 +42,7 @@ def trained() -> Callable[[int], Tensor]:
 
 def test_a_trained_model_under_a_rising_loss_is_named_once_with_the_lines_to_write() -> None:
     (message,) = messages(trained())
-    assert "has risen from 4.01 to" in message and "on 1 tensors" in message
+    assert "has risen from 4.01 to" in message and "on 1 tensor(s)" in message
     assert "BiSLS(x, lower=inner_optimizer, hypergradient=implicit)" in message
 
 
@@ -93,3 +94,54 @@ def test_a_virtual_step_depends_on_the_parameters_that_it_starts_from() -> None:
             outer.step(virtual)
             with torch.no_grad():
                 y.mul_(1.5)  # whatever else trains it
+
+
+def test_a_fresh_leaf_beside_a_trained_one_does_not_hide_it() -> None:
+    model = trained()
+    assert len(messages(lambda k: model(k) * torch.ones((), requires_grad=True))) == 1
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse", "jagged"])
+def test_leaves_that_have_no_norm_are_left_out(kind: str) -> None:
+    x = torch.ones(3, requires_grad=True)
+    outer = BiSLS([x], hypergradient="direct")
+    if kind == "complex":
+        other: Tensor = torch.ones(3, dtype=torch.complex128, requires_grad=True)
+    elif kind == "sparse":
+        other = torch.eye(3).to_sparse().requires_grad_()
+    else:
+        other = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged, requires_grad=True)
+
+    def loss() -> Tensor:
+        if kind == "complex":
+            return x.square().sum() + other.abs().sum()
+        if kind == "sparse":
+            return torch.sparse.mm(other, x.unsqueeze(1)).square().sum()
+        return x.square().sum() + other.values().sum()
+
+    before = float(x.detach().square().sum())
+    outer.step(loss)
+    assert float(x.detach().square().sum()) < before
+
+
+def test_a_lower_level_that_is_given_later_is_not_hidden() -> None:
+    x, y = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    outer = BiSLS([x], hypergradient="direct")
+    outer.step(lambda: x.square().sum() + y.square().sum())
+    inner = torch.optim.SGD([y], lr=0.1)
+    outer.bind(inner)
+    for k in range(STEPS):
+        with torch.no_grad():
+            y.add_(1.0)
+        outer.step(lambda k=k: (y - x).square().sum() + k, lambda: (y - x).square().sum(), hypergradient=implicit)
+
+
+def test_a_state_that_is_loaded_begins_anew() -> None:
+    x, y = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
+    outer = BiSLS([x], hypergradient="direct")
+    for level in (1.0, 100.0):
+        for _ in range(STEPS):
+            with torch.no_grad():
+                y.mul_(0.99)
+            outer.step(lambda level=level: x.square().sum() + level * y)
+        outer.load_state_dict(outer.state_dict())

@@ -158,7 +158,7 @@ def test_without_a_lower_level_nothing_is_said_of_one() -> None:
     for _ in range(6):
         points.append(x.detach().clone())
         outer.step(lambda: (scale * x.square()).sum())
-    with pytest.warns(UserWarning, match="too long for this sample. x went back") as caught:
+    with pytest.warns(UserWarning, match="this sample is unusual. x went back") as caught:
         outer.step(lambda: 1e3 * (x - points[2]).square().sum())
     assert "lower" not in str(caught[0].message)
 

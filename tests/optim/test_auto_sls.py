@@ -287,8 +287,10 @@ def test_a_lost_iterate_is_far_above_the_losses_so_far() -> None:
     assert not policy.lost(state, 2.6, 2.2)  # this sample is harder
     assert not policy.lost(state, math.inf, 1.0)  # a loss that is not finite is skipped
     assert not policy.lost(state._replace(ranged=4), 3.9, 1.0)  # four losses: their range counts four times
+    assert not policy.lost(state._replace(ranged=1), 9.0, 1.0)  # one loss has no range
+    assert not policy.lost(state._replace(lowest=2.0), 9.0, 1.0)
     after = policy.returned(state)
-    assert (after.distance, after.found, after.longest, after.path) == (1.0, 0.5, 0.25, 0.0)
+    assert (after.distance, after.found, after.longest, after.previous, after.path) == (1.0, 0.5, 0.25, 0.5, 0.0)
     after = policy.returned(state._replace(previous=0.25))  # the step was a quarter of the bound
     assert (after.distance, after.found, after.longest) == (0.0625, 0.125, 0.0625)
 
@@ -391,3 +393,31 @@ def test_a_step_that_does_not_move_leaves_no_trace() -> None:
     for sample in samples:
         assert policy.step(state, trial=lambda a: 0.0, **sample)[1] == state
     assert policy.step(state, loss=state.expected, slope=4.0, trial=lambda a: 10.0)[1] == state
+
+
+def test_a_high_loss_of_a_harder_sample_leaves_the_step_as_it_is() -> None:
+    """The extra look changes neither parameters nor buffers."""
+
+    def run_of(looks: bool) -> tuple[Tensor, Tensor, int]:
+        torch.manual_seed(0)
+        norm = torch.nn.BatchNorm1d(3, momentum=1.0, dtype=torch.float64)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3, dtype=torch.float64), norm)
+        optimizer, random = AutoSLS(model.parameters()), torch.Generator().manual_seed(1)
+        kept: Any = optimizer.state
+
+        def loss(rows: Tensor, target: Tensor, level: float) -> Tensor:
+            return (model(rows) - target).square().mean() + level
+
+        for k in range(14):
+            rows, target = (torch.randn(16, 3, generator=random, dtype=torch.float64) for _ in range(2))
+            if k == 13 and not looks:
+                kept["policy"] = {**kept["policy"], "ranged": 0}  # what is not known is not compared
+            before = optimizer.evaluations.lower.values
+            optimizer.step(partial(loss, rows, target, 100.0 * (k == 13)))
+        weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        assert norm.running_mean is not None
+        return weights, norm.running_mean.clone(), optimizer.evaluations.lower.values - before
+
+    looked, plain = run_of(True), run_of(False)
+    assert looked[2] == plain[2] + 1
+    assert torch.equal(looked[0], plain[0]) and torch.equal(looked[1], plain[1])
