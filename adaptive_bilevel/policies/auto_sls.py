@@ -35,8 +35,8 @@ of the n losses while samples agreed, or of the first 8, the iterate is lost if
 
     f(z) > high + s,    f(z) - f(xbar) > s,    s = max{1, 8 / n}^2 (high - low),
 
-where xbar is the mean before this iterate (`AutoSLS.lost`), and n >= 2. The optimizer then goes on from xbar, with
-shorter steps (`AutoSLS.returned`).
+where xbar is the mean before this iterate (`AutoSLS.lost`), and n >= 2; or if f(z) is not finite, and f(xbar) is. The
+optimizer then goes on from xbar, with shorter steps (`AutoSLS.returned`).
 """
 
 from __future__ import annotations
@@ -114,11 +114,13 @@ class AutoSLS(SLSB):
         return state._replace(expected=state.expected + change, last_loss=state.last_loss + change)
 
     def is_high(self, state: SearchState, here: float) -> bool:
-        """Return whether the loss at an iterate is beyond the range of losses by as much as that range."""
-        return math.isfinite(here) and here > state.highest + _spread(state)
+        """Return whether the loss at an iterate is not finite, or as far above the range as that is wide."""
+        return not math.isfinite(here) or here > state.highest + _spread(state)
 
     def lost(self, state: SearchState, here: float, before: float) -> bool:
         """Return whether a step has ended far off, by the losses of a sample at its end and at the mean before it."""
+        if not math.isfinite(here):
+            return math.isfinite(before)
         return self.is_high(state, here) and here - before > _spread(state)
 
     def returned(self, state: SearchState) -> SearchState:

@@ -279,13 +279,31 @@ def test_an_iterate_that_is_lost_is_put_back_to_the_mean(seed: int) -> None:
     assert float(x.detach().abs().max()) < 0.5
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_iterate_without_a_finite_loss_is_taken_back(bad: float) -> None:
+    random, x = torch.Generator().manual_seed(1), leaf(1.0, 1.0)
+    optimizer, losses = AutoSLS([x]), list[float]()
+
+    def loss(valley: Tensor) -> Tensor:
+        value = torch.cosh(x - valley).log().sum()
+        return value + bad if float(x.detach().abs().max()) > 1.5 else value
+
+    with pytest.warns(AdaptiveBilevelWarning, match=f"after the last step is {bad}.*goes on from that mean"):
+        for _ in range(200):
+            losses.append(float(optimizer.step(partial(loss, torch.randn(2, generator=random, dtype=torch.float64)))))
+    assert all(map(math.isfinite, losses))
+    assert float(x.detach().abs().max()) < 0.5
+
+
 def test_a_lost_iterate_is_far_above_the_losses_so_far() -> None:
     policy = policies.AutoSLS()
     state = SearchState(highest=2.0, lowest=1.5, ranged=8, distance=4.0, found=1.0, previous=1.0, longest=1.0, path=3.0)
     assert policy.lost(state, 2.6, 1.5)
     assert not policy.lost(state, 2.4, 1.0)  # within the range of 1.5 to 2, and once more of it
     assert not policy.lost(state, 2.6, 2.2)  # this sample is harder
-    assert not policy.lost(state, math.inf, 1.0)  # a loss that is not finite is skipped
+    for bad in (math.inf, math.nan):
+        assert policy.lost(state, bad, 1.0)
+        assert not policy.lost(state, bad, bad)  # the sample is at fault
     assert not policy.lost(state._replace(ranged=4), 3.9, 1.0)  # four losses: their range counts four times
     assert not policy.lost(state._replace(ranged=1), 9.0, 1.0)  # one loss has no range
     assert not policy.lost(state._replace(lowest=2.0), 9.0, 1.0)
