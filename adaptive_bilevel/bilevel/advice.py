@@ -170,8 +170,8 @@ def _bounds(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 
 
 def _trials(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
-    moved = [step.record for step in past if step.record.trials and step.record.outcome != Outcome.search_failed]
-    trials = [record.trials for record in moved]
+    searched = [step.record for step in past if step.record.outcome != Outcome.search_failed]
+    trials = [record.trials for record in searched if record.trials]
     if len(trials) < 3 or statistics.fmean(trials) < 6.0:
         return []
     return [

@@ -2,7 +2,7 @@
 
 * Other code moves x, for example a clamp after each step. The step that was taken then is not the searched one.
 * Another optimizer steps y: the inner optimizer was made anew, and the upper one is still bound to the old one.
-* Other code steps a y that the upper step is not told of, see `adaptive_bilevel.bilevel.hidden_level`.
+* Other code steps a y that was not given to the upper step, see `adaptive_bilevel.bilevel.hidden_level`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BetweenSteps:
     """Looks at x and y where an upper step begins, and compares with where the last one ended.
 
     Attributes:
-        hidden: What is known of a lower level that the step is not told of.
+        hidden: What is known of a lower level that was not given to the step.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A lower level that an upper step is not told of: tensors in a direct loss that other code trains.
+"""A lower level that was not given to the upper step: tensors in a direct loss that other code trains.
 
 With ``hypergradient="direct"``, the upper loss is a function of x alone. It may be evaluated at one virtual step of a
 model that goes on training (meta-weight-net, meta label correction, DARTS), or at layers that predict the best
@@ -46,7 +46,9 @@ class _Leaf(NamedTuple):
     def moved(self, upper: set[int]) -> bool:
         """Return whether the tensor still exists, is no upper parameter, and has changed."""
         tensor = self.tensor()
-        return tensor is not None and id(tensor) not in upper and _readable(tensor) and _place(tensor) != self.place
+        if tensor is None or id(tensor) in upper or not _readable(tensor):
+            return False
+        return fingerprint([tensor]) != self.place
 
 
 @final
@@ -73,7 +75,7 @@ class HiddenLevel:
         known = {id(p) for p in upper}
         found = [node.variable for node in nodes([loss.grad_fn]) if hasattr(node, "variable")]
         own = [t for t in found if id(t) not in known and _readable(t)]
-        self._leaves = [_Leaf(weakref.ref(t), _place(t)) for t in own]
+        self._leaves = [_Leaf(weakref.ref(t), fingerprint([t])) for t in own]
 
     def end(self, value: float, upper: Sequence[Tensor]) -> list[str]:
         """Take in the loss of a step, if that was a direct one, and return the warning to give."""
@@ -109,7 +111,3 @@ def _readable(tensor: Tensor) -> bool:
     if not plain or tensor.device.type == "meta" or any_in_parts([tensor]):
         return False
     return tensor.numel() == 0 or tensor.untyped_storage().size() > 0
-
-
-def _place(tensor: Tensor) -> float:
-    return fingerprint([tensor])

@@ -50,8 +50,8 @@ def promised(state: SearchState, loss: float, gain: float) -> SearchState:
         loss: f_k(x_k), where it began.
         gain: gamma_k n_k.
     """
-    largest, gains = max(state.largest_gain, gain), state.gains + gain
-    return state._replace(last_loss=loss, last_gain=gain, largest_gain=largest, gains=gains)
+    largest = max(state.largest_gain, gain)
+    return state._replace(last_loss=loss, last_gain=gain, largest_gain=largest, gains=state.gains + gain)
 
 
 def shortened(state: SearchState, part: float) -> SearchState:

@@ -98,6 +98,20 @@ def test_a_closure_that_changes() -> None:
     assert "changes from call to call" in said
 
 
+def test_a_rule_whose_bound_decays_is_not_advised_to_itself() -> None:
+    """Steps without a search are the bound in any case, so a larger one is not advised either."""
+    x, random = leaf(1.0, 0.5), torch.Generator().manual_seed(0)
+    optimizer = AutoSLS([x])
+
+    def step() -> None:
+        at = torch.randn(2, generator=random, dtype=torch.float64)
+        optimizer.step(lambda: ((x - at) ** 2).sum())
+
+    text = told(optimizer, step, 30)
+    assert "samples disagree" in text and "larger batches" in text
+    assert "SLSB" not in text and "raise lr" not in text
+
+
 def test_samples_that_disagree() -> None:
     w = leaf(1.0)
     optimizer, targets = SLS([w]), torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

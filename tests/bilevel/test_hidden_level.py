@@ -125,6 +125,7 @@ def test_leaves_that_have_no_norm_are_left_out(kind: str) -> None:
 
 
 def test_a_lower_level_that_is_given_later_is_not_hidden() -> None:
+    """A warning would be an error here, and in the next test."""
     x, y = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     outer = BiSLS([x], hypergradient="direct")
     outer.step(lambda: x.square().sum() + y.square().sum())
@@ -137,6 +138,7 @@ def test_a_lower_level_that_is_given_later_is_not_hidden() -> None:
 
 
 def test_a_state_that_is_loaded_begins_anew() -> None:
+    """The second loss is a hundred times the first one, but falls."""
     x, y = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
     outer = BiSLS([x], hypergradient="direct")
     for level in (1.0, 100.0):
