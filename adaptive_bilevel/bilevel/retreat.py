@@ -25,6 +25,7 @@ from ..evaluation.vectors import inner
 from ..hypergradient.loop_time import last_limit, observed
 from ..hypergradient.solution import HessianReport
 from ..optim.state import RoleState
+from ..policies.loss_range import spread
 from .between_steps import BetweenSteps
 from .context import Point
 from .scale import visible
@@ -33,9 +34,6 @@ __all__ = ["Anchor", "Retreat"]
 
 _RECENT = 16
 """Number of values of f that count as recent."""
-
-_ENOUGH = 8
-"""Number of values below which their spread is taken for less than what f varies by."""
 
 _FEW = 4
 """Number of values below which nothing is judged."""
@@ -122,8 +120,8 @@ class Retreat:
         finite = math.isfinite(point.value)
         if anchor is None or (len(losses) < _FEW if finite else _are_finite(point.lower)):
             return None
-        spread = _spread(losses) * (1.0 if state.shared["aside"] else 2.0)
-        if finite and not point.value > max(max(losses) + spread, 0.5 * (state.shared["first"] + min(losses))):
+        varies = _spread(losses) * (1.0 if state.shared["aside"] else 2.0)
+        if finite and not point.value > max(max(losses) + varies, 0.5 * (state.shared["first"] + min(losses))):
             return None
         if between.elsewhere or [t.shape for t in tensors] != [t.shape for t in anchor.tensors]:
             self.forget()
@@ -132,7 +130,7 @@ class Retreat:
             return None
         there = self._loss(point, anchor, tensors)
         gained = point.value - there
-        lower = gained > spread and visible(gained, point.value, point.rounding)
+        lower = gained > varies and visible(gained, point.value, point.rounding)
         if not (lower if finite else math.isfinite(there)):
             return None
         self._points, self._age, self._norm, self._used = [anchor], 0, anchor.norm, True
@@ -235,7 +233,7 @@ class Retreat:
 
 def _spread(losses: Sequence[float]) -> float:
     """Return by how much recent values vary."""
-    return max(1.0, _ENOUGH / len(losses)) ** 2 * (max(losses) - min(losses))
+    return spread(min(losses), max(losses), len(losses))
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -46,6 +46,7 @@ from dataclasses import dataclass
 
 from .agreement import agreeing, unconfirmed
 from .context import Context
+from .loss_range import ENOUGH, spread
 from .margin import compared, promised
 from .record import Record
 from .scalars import resolution
@@ -54,9 +55,6 @@ from .sls import SLSB
 from .state import SearchState
 
 __all__ = ["AutoSLS"]
-
-_ENOUGH = 8
-"""With fewer losses than this, their range is widened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +174,7 @@ class AutoSLS(SLSB):
 
     def _ranged(self, state: SearchState, loss: float) -> SearchState:
         """Return the state with this loss in the range. Losses count while samples agree, and the first 8 always do."""
-        if not math.isfinite(loss) or not (state.ranged < _ENOUGH or self.agrees(state)):
+        if not math.isfinite(loss) or not (state.ranged < ENOUGH or self.agrees(state)):
             return state
         highest, lowest = (max(state.highest, loss), min(state.lowest, loss)) if state.ranged else (loss, loss)
         return state._replace(highest=highest, lowest=lowest, ranged=state.ranged + 1)
@@ -209,5 +207,5 @@ class AutoSLS(SLSB):
 
 def _spread(state: SearchState) -> float:
     """Return by how much losses vary; infinite where that is not known."""
-    spread = state.highest - state.lowest
-    return max(1.0, _ENOUGH / state.ranged) ** 2 * spread if state.ranged > 1 and spread > 0.0 else math.inf
+    known = state.ranged > 1 and state.highest > state.lowest
+    return spread(state.lowest, state.highest, state.ranged) if known else math.inf
