@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from ..hypergradient.loop_time import stability_limit
 from ..hypergradient.solution import HessianReport, SolverStatus
 from ..optim.base import AdaptiveOptimizer
 from ..optim.conclusion import Past
 from ..optim.unwrap import unwrapped
 from ..policies import AutoSLS, Outcome
 from ..policies.scalars import resolution
-from .lower import LowerLevel
+from .lower import LowerLevel, stability_limit
 from .upper import UpperOptimizer
 
 __all__ = ["diagnose"]
@@ -262,7 +261,7 @@ def _too_long(lower: torch.optim.SGD, past: Sequence[Past]) -> list[str]:
     """Return whether gradient descent below diverges at the largest Ritz values of the solves."""
     reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
     largest = [report.norm for report in reports if math.isfinite(report.largest)]
-    lr, most = max(float(group["lr"]) for group in lower.param_groups), float(stability_limit(lower))
+    lr, most = max(float(group["lr"]) for group in lower.param_groups), stability_limit(lower)
     above = [size for size in largest if size > most]
     if len(above) <= _SOME * len(largest):
         return []

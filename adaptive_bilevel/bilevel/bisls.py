@@ -62,7 +62,6 @@ class UpperSearch(SearchingOptimizer):
         if isinstance(self.solver, Lanczos) and isinstance(self.options.response, str):
             expect(self.lower.tensors())
             self._handover.expect(self.lower.tensors())
-            self.lower.watch()
 
     def _shared_options(self) -> dict[str, Any]:
         return {**super()._shared_options(), "solver": described(self.solver)}
@@ -134,9 +133,8 @@ class BiSLS(UpperSearch):
         response: How y answers to a move of x: "tangent", or a `Response`. See `adaptive_bilevel.bilevel.response`.
         solver: P of the tangent. Give the solver of the hypergradient. `Identity` and a random draw do not estimate
             their error; `CG` replaces them if d descends along its tangent.
-        carry: Whether y moves to y + a w. "auto": it does, and the next lower step keeps the share of the move that is
-            best on the mean of the samples so far (`adaptive_bilevel.optim.warm_start`). Only lower optimizers of this
-            package support this; with others, y stays. True, False, or a `Prediction`.
+        carry: Whether y moves to y + a w. "auto": it moves by the share of that which earlier moves were worth
+            (`adaptive_bilevel.bilevel.share`). True, False, or a `Prediction`.
         curvature: Tolerance of the check of the tangent. A step is rejected if the smooth part of the change of the
             lower gradient exceeds curvature * (a ||C^T d|| + ||grad_y g||), or if it exceeds curvature * a ||C^T d||
             and x alone does not have the effect that the tangent assumes. With `Lanczos` and `CG`, it passes if f,

@@ -20,6 +20,7 @@ from ..optim.search_path import SearchPath
 from ..policies import Record
 from .lower import Lower, LowerProblem
 from .scale import Scale
+from .share import Share
 
 __all__ = [
     "Change",
@@ -29,6 +30,7 @@ __all__ = [
     "PaceContext",
     "Place",
     "Point",
+    "PredictedMove",
     "PredictionContext",
     "Redirect",
     "Taken",
@@ -194,7 +196,10 @@ class PredictionContext(NamedTuple):
         beta: Decay of means, ``betas[0]``.
         lower: The lower level.
         gradient: The hypergradient of the step, with its tensors.
+        step: The length of the step; 0 if x did not move.
         along: d, if w is wanted again, since steps without a search may follow; else None.
+        curvature: <w, C^T d> / <w, w>, that of the lower loss along w by P; NaN if it is not known.
+        share: The result of `Prediction.observe`; None if nothing was observed.
     """
 
     offsets: Sequence[Tensor] | None
@@ -203,7 +208,24 @@ class PredictionContext(NamedTuple):
     beta: float
     lower: Lower
     gradient: Gradient
+    step: float
     along: Sequence[Tensor] | None = None
+    curvature: float = math.nan
+    share: Share | None = None
+
+
+class PredictedMove(NamedTuple):
+    """How y moves along with x: by step * part * response.
+
+    Attributes:
+        response: Of y, to one unit of the step.
+        part: In [0, 1].
+        share: What the part was taken from, for ``commit``.
+    """
+
+    response: list[Tensor]
+    part: float = 1.0
+    share: Share | None = None
 
 
 class Taken(NamedTuple):

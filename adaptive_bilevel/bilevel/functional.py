@@ -24,7 +24,6 @@ from ..evaluation.graph import nodes
 from ..evaluation.guard import Guard
 from ..evaluation.parts import require_whole
 from ..evaluation.tensors import refuse_unsupported
-from ..hypergradient.loop_time import hand_on, observe
 from ..hypergradient.trees import Tree, flatten, rebuilt
 from .lower import LowerProblem
 
@@ -216,11 +215,10 @@ class FunctionalLower:
     def upper_moved(self) -> None:
         """Do nothing: the lower steps are the user's."""
 
-    def watch(self) -> None:
-        """Let hypergradients know how long the loop lasts, see ``loop_time``."""
-        observe(self.tensors())
-        if len(self._problems) == 1:
-            hand_on(self.tensors(), list(self._problems[0].given))  # of a loop that writes to its tensors in place
+    @property
+    def limit(self) -> float | None:
+        """None: the lower steps are the user's."""
+        return None
 
     def restart(self) -> None:
         """Write the earlier point to leaves that were given, for loops that go on from these and not from `answer`."""
@@ -234,8 +232,6 @@ class FunctionalLower:
         """Move the leaves by step * response."""
         with torch.no_grad():
             foreach.add_(self.tensors(), response, alpha=step)
-
-    follow = carry
 
 
 def _is_pair(value: Any) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..hypergradient.cg import CG, Adjoint, dual_correction
 from ..hypergradient.lanczos import Lanczos
-from ..hypergradient.observed_loop import Course, ObservedLoop
 from ..hypergradient.solution import HessianReport, LinearSolver, MatVec, Refinable
 from ..hypergradient.solvers import Identity, Neumann
 from ..hypergradient.spectral_inverse import SpectralInverse
@@ -92,19 +91,6 @@ class Inverse(abc.ABC):
     def fall_back(self) -> bool:
         """Take the solver given from now on, if another one was in its place; return whether it was."""
 
-    def course(
-        self, loop: ObservedLoop, answer: Sequence[Tensor], rest: Sequence[Tensor], y: Sequence[Tensor]
-    ) -> Course | None:
-        """Return where a lower loop would move y along the last solution; None where H is not known well enough.
-
-        Args:
-            loop: The loop.
-            answer: That solution.
-            rest: grad_y g.
-            y: The lower tensors.
-        """
-        return None
-
     @abc.abstractmethod
     def correction(self, moved: Sequence[Tensor], gradient: Sequence[Tensor]) -> float | None:
         """Return -<v, moved - gradient>, what phi is to be corrected by; None: v = P f_y is not known."""
@@ -141,13 +127,6 @@ class SharedInverse(Inverse):
     def dual(self, product: MatVec, functional: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return P f_y, which the basis has without a product."""
         return self._solver.solve(product, functional).tensors if self._dual is None else self._dual
-
-    def course(
-        self, loop: ObservedLoop, answer: Sequence[Tensor], rest: Sequence[Tensor], y: Sequence[Tensor]
-    ) -> Course | None:
-        """Return it by the Ritz values."""
-        basis = self._basis
-        return None if basis is None or not basis.answered else basis.course(loop, answer, rest, y)
 
     def close(self) -> None:
         """Drop the basis, and keep P f_y."""

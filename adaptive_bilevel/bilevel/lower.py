@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from ..evaluation.objective import Replay
 from ..evaluation.reductions import on_host
 from ..evaluation.tensors import refuse_unsupported
 from ..evaluation.vectors import inner
-from ..hypergradient.loop_time import observe, watch
 from ..optim.base import AdaptiveOptimizer
 from ..optim.unwrap import unwrapped
 
-__all__ = ["Lower", "LowerLevel", "LowerProblem", "as_lower", "refuse_shared"]
+__all__ = ["Lower", "LowerLevel", "LowerProblem", "as_lower", "refuse_shared", "stability_limit"]
 
 
 class LowerProblem(NamedTuple):
@@ -48,12 +47,13 @@ class Lower(Protocol):
     An upper optimizer takes such an object as ``lower=``.
 
     Attributes:
-        follows: Whether `follow` reaches an optimizer that can go back to y.
+        limit: The largest eigenvalue of the lower Hessian at which lower steps do not diverge: infinite if they are
+            searched or adapted, None if it is not known.
     """
 
     @property
-    def follows(self) -> bool:
-        """Whether `follow` reaches an optimizer that can go back to y."""
+    def limit(self) -> float | None:
+        """The largest eigenvalue at which lower steps do not diverge; None: not known."""
         ...
 
     def tensors(self) -> list[Tensor]:
@@ -70,19 +70,11 @@ class Lower(Protocol):
         ...
 
     def upper_moved(self) -> None:
-        """Take note that an upper step has moved x; y has not moved yet."""
+        """Take note that an upper step has moved x, and mostly y with it."""
         ...
 
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable by step * response."""
-        ...
-
-    def follow(self, response: Sequence[Tensor], step: float) -> None:
-        """Move the lower variable by step * response, and offer the point before to the next lower step."""
-        ...
-
-    def watch(self) -> None:
-        """Let hypergradients know how long the lower loop lasts, if its steps are not this package's."""
         ...
 
     def restart(self) -> None:
@@ -160,24 +152,16 @@ class LowerLevel:
                 if isinstance(optimizer, torch.optim.SGD) or not _is_finite(state):
                     del optimizer.state[parameter]
 
-    def watch(self) -> None:
-        """Let hypergradients know how long the loop lasts, see ``loop_time``."""
-        descents = [optimizer for optimizer in self.optimizers if isinstance(optimizer, torch.optim.SGD)]
-        if len(descents) == len(self.optimizers) == 1:
-            watch(descents[0], self.tensors())
-        elif len(descents) == len(self.optimizers):
-            observe(self.tensors())
+    @property
+    def limit(self) -> float | None:
+        """The least `stability_limit` of the optimizers."""
+        return min(map(stability_limit, self.optimizers), default=math.inf)
 
     @property
     def closures(self) -> list[Closure | None]:
         """The closures of the last steps, as far as the optimizers remember them."""
         samples = [o.sample if isinstance(o, AdaptiveOptimizer) else None for o in self.optimizers]
         return [None if sample is None else sample.closure for sample in samples]
-
-    @property
-    def follows(self) -> bool:
-        """Whether an optimizer can go back to y; a stock optimizer cannot."""
-        return any(map(_goes_back, self.optimizers))
 
     def upper_moved(self) -> None:
         """Tell the optimizers of this package, see `AdaptiveOptimizer.upper_moved`."""
@@ -192,18 +176,19 @@ class LowerLevel:
             if isinstance(optimizer, AdaptiveOptimizer):
                 optimizer.displaced()
 
-    def follow(self, response: Sequence[Tensor], step: float) -> None:
-        """Move the variables of optimizers that can go back, and offer them the point before."""
-        offsets = foreach.mul(response, step)
-        by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
-        for optimizer in self.optimizers:
-            if not _goes_back(optimizer):
-                continue  # in three levels, the middle one's optimizer may be an upper one, too
-            params = _parameters(optimizer)
-            before = [p.detach().clone() for p in params]
-            moved = [p for p in params if id(p) in by_id]
-            foreach.add_(moved, [by_id[id(p)] for p in moved])
-            optimizer.offer(before)
+
+def stability_limit(optimizer: torch.optim.Optimizer) -> float:
+    """Return the largest curvature at which steps do not diverge, 2 (1 + momentum) / lr of `torch.optim.SGD`.
+
+    It is infinite for others, whose steps are searched or adapted.
+
+    >>> stability_limit(torch.optim.SGD([torch.ones(1)], lr=0.5, momentum=0.5))
+    6.0
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return math.inf
+    groups = [(float(group["lr"]), float(group["momentum"])) for group in optimizer.param_groups]
+    return min(2.0 * (1.0 + momentum) / lr if lr > 0.0 else math.inf for lr, momentum in groups)
 
 
 def as_lower(lower: Any) -> Lower:
@@ -252,7 +237,3 @@ def _sample(optimizer: torch.optim.Optimizer, closure: Closure | None, guard: Gu
         )
         raise LowerLevelError(f"the lower optimizer {type(optimizer).__name__} has no sample to evaluate: {remedy}")
     return remembered
-
-
-def _goes_back(optimizer: torch.optim.Optimizer) -> TypeGuard[AdaptiveOptimizer]:
-    return isinstance(optimizer, AdaptiveOptimizer) and optimizer.takes_offers

@@ -74,7 +74,18 @@ class MultilevelTangent(TangentModel):
         """Do nothing: what moves a problem is known when those before it have answered."""
 
     def _pushes(self) -> list[Tensor]:
-        return [t for block in self._blocks for t in block.push]
+        return self._arranged([block.push for block in self._blocks])
+
+    @property
+    def lower_gradient(self) -> Sequence[Tensor]:
+        """The gradient of each problem by its own variable."""
+        return self._arranged([block.gradient for block in self._blocks])
+
+    def _arranged(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return what the blocks have, a tensor for each lower one."""
+        pairs = zip(self._blocks, parts, strict=True)
+        found = {i: t for block, part in pairs for i, t in zip(block.places, part, strict=True)}
+        return [found[i] for i in range(len(self._lower))]
 
     def _solve(self, *, finer: bool = False) -> None:
         starts = [block.solved.tensors for block in self._blocks] if finer else [None] * len(self._blocks)
@@ -84,8 +95,7 @@ class MultilevelTangent(TangentModel):
                 moves += foreach.neg(self._blocks[i].solved.tensors)
             block.push = block.curvature.cross_jvp(moves)
             block.solved = self._inverse.solve(block.curvature.hvp, block.push, start, finer=finer)
-        flat = {i: t for block in self._blocks for i, t in zip(block.places, block.solved.tensors, strict=True)}
-        self._set_slope([flat[i] for i in range(len(self._lower))])
+        self._set_slope(self._arranged([block.solved.tensors for block in self._blocks]))
 
     def hypergradient(self) -> list[Tensor]:
         """Return f_x - sum_j C_xj v_j, with v_j = P_j (f_yj - sum_k C_jk v_k) over the problems k that answer to j."""

@@ -4,7 +4,7 @@
 |---|---|---|
 | False | `Never` | stays |
 | True | `Always` | moves by the step times its response |
-| "auto" | `Offered` | moves likewise; the next lower step may go back, see `AdaptiveOptimizer.offer` |
+| "auto" | `BestShare` | moves by the share of that which earlier moves were worth |
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..evaluation import foreach
 from ..evaluation.parts import scattered
-from ..evaluation.reductions import agree
-from ..evaluation.vectors import inner
+from ..evaluation.reductions import agree, on_host
+from ..evaluation.vectors import inner, inners, rounding
 from ..optim.state import RoleState
-from .context import PredictionContext
-from .roles import Prediction
+from .context import PredictedMove, PredictionContext
+from .roles import Prediction, ResponseModel
+from .share import Parabola, Share
 
-__all__ = ["Always", "Never", "Offered", "predicted", "prediction_of"]
+__all__ = ["Always", "BestShare", "Never", "observed", "predicted", "prediction_of"]
 
 
 @final
@@ -34,14 +35,15 @@ class Never:
         """Return an empty state."""
         return RoleState()
 
-    def propose(self, context: PredictionContext, state: RoleState) -> list[Tensor] | None:
+    def observe(self, gradient: Sequence[Tensor], lower: Sequence[Tensor], state: RoleState) -> Share | None:
         """Return None."""
         return None
 
-    def deliver(self, context: PredictionContext, response: Sequence[Tensor], step: float) -> None:
-        """Do nothing."""
+    def propose(self, context: PredictionContext, state: RoleState) -> PredictedMove | None:
+        """Return None."""
+        return None
 
-    def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
+    def commit(self, context: PredictionContext, move: PredictedMove | None, state: RoleState) -> RoleState:
         """Return nothing new."""
         return RoleState()
 
@@ -67,38 +69,75 @@ class Always:
         """Return an empty state."""
         return RoleState()
 
-    def propose(self, context: PredictionContext, state: RoleState) -> list[Tensor] | None:
+    def observe(self, gradient: Sequence[Tensor], lower: Sequence[Tensor], state: RoleState) -> Share | None:
+        """Return None."""
+        return None
+
+    def propose(self, context: PredictionContext, state: RoleState) -> PredictedMove | None:
         """Return the response along what is stepped along."""
-        return _mixed(context, state)
+        response = _mixed(context, state)
+        return None if response is None else PredictedMove(response)
 
-    def deliver(self, context: PredictionContext, response: Sequence[Tensor], step: float) -> None:
-        """Move y by step * response."""
-        context.lower.carry(response, step)
-
-    def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
+    def commit(self, context: PredictionContext, move: PredictedMove | None, state: RoleState) -> RoleState:
         """Return the mean with this tangent in it."""
         return _averaged(context, state)
 
 
 @final
-class Offered:
-    """y moves along, and the next lower step goes back where that is better. The state is that of `Always`."""
+class BestShare:
+    """y moves along by a share of what `Always` moves it by, see `adaptive_bilevel.bilevel.share`.
+
+    The state is that of `Always`. It also holds the last move: "moved", the response r, with "length", the step,
+    "square", ||r||^2, "curvature", the Rayleigh quotient along r, "kept", the share, and "place", <y, r> after it;
+    and "slope" and "bend", the `Share`.
+    """
 
     def init(self) -> RoleState:
         """Return an empty state."""
         return RoleState()
 
-    def propose(self, context: PredictionContext, state: RoleState) -> list[Tensor] | None:
-        """Return the response along what is stepped along; None where no lower optimizer can go back."""
-        return _mixed(context, state) if context.lower.follows else None
+    def observe(self, gradient: Sequence[Tensor], lower: Sequence[Tensor], state: RoleState) -> Share | None:
+        """Return the share with what y and its gradient show of the last move."""
+        known, moved = state.shared, state.shared.get("moved", ())
+        if not moved or [m.shape for m in moved] != [y.shape for y in lower]:
+            return None
+        moved = list(map(scattered, moved, lower))
+        slope, place, size = on_host(*inners((gradient, moved), (lower, moved), (lower, lower)))
+        length, square = known["length"], known["square"]
+        if length * length * square <= rounding(lower) * size:  # y is not known well enough
+            return None
+        reached = known["kept"] + (place - known["place"]) / (length * square)
+        curvature = known["curvature"] * length * length * square
+        return _share(state).after(Parabola.at(reached, length * slope, curvature))
 
-    def deliver(self, context: PredictionContext, response: Sequence[Tensor], step: float) -> None:
-        """Move y by step * response, and offer the point before."""
-        context.lower.follow(response, step)
+    def propose(self, context: PredictionContext, state: RoleState) -> PredictedMove | None:
+        """Return the response along what is stepped along, and the share of it."""
+        response = _mixed(context, state)
+        if response is None:
+            return None
+        share = _share(state) if context.share is None else context.share
+        return PredictedMove(response, share.value, share)
 
-    def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
-        """Return the mean with this tangent in it."""
-        return RoleState() if response is None else _averaged(context, state)
+    def commit(self, context: PredictionContext, move: PredictedMove | None, state: RoleState) -> RoleState:
+        """Return the mean with this tangent in it, the share, and the move."""
+        news = _averaged(context, state)
+        if move is None:
+            return news
+        assert move.share is not None
+        place, square = on_host(*inners((context.lower.tensors(), move.response), (move.response, move.response)))
+        last = {
+            "moved": move.response if context.step > 0.0 else [],
+            "length": context.step,
+            "square": square,
+            "curvature": context.curvature if context.offsets is not None else state.shared.get("curvature", math.nan),
+            "kept": move.part,
+            "place": place + move.part * context.step * square,
+        }
+        return news._replace(shared={**news.shared, **move.share._asdict(), **last})
+
+
+def _share(state: RoleState) -> Share:
+    return Share(state.shared.get("slope", 0.0), state.shared.get("bend", 0.0))
 
 
 def _mixed(context: PredictionContext, state: RoleState) -> list[Tensor] | None:
@@ -128,10 +167,10 @@ def _tangent(context: PredictionContext, state: RoleState) -> list[Tensor] | Non
     if not all("along" in own for own in state.each):  # a parameter that has just begun
         return None
     last = list(map(scattered, last, tensors))  # a checkpoint that was read whole has whole ones
-    return foreach.mul(last, _share(context, state))
+    return foreach.mul(last, _part_along(context, state))
 
 
-def _share(context: PredictionContext, state: RoleState) -> float:
+def _part_along(context: PredictionContext, state: RoleState) -> float:
     """Return theta of `Always`."""
     before: float = state.shared["promised"]
     (along,) = agree(inner(context.gradient.values, [own["along"] for own in state.each]))
@@ -173,19 +212,25 @@ class _TangentMean:
         return foreach.lerp(mean, self._tangent, 1.0 - self._beta)
 
 
-def predicted(role: Prediction, context: PredictionContext, step: float, state: RoleState) -> RoleState:
+def observed(role: Prediction, model: ResponseModel, lower: Sequence[Tensor], state: RoleState) -> Share | None:
+    """Return what y and its gradient show of the moves so far, where the response knows that gradient."""
+    gradient = getattr(model, "lower_gradient", None)
+    return None if gradient is None else role.observe(gradient, lower, state)
+
+
+def predicted(role: Prediction, context: PredictionContext, state: RoleState) -> RoleState:
     """Let y move along if the step moved x, and return what is new in the prediction's state."""
-    response = role.propose(context, state)
-    news = role.commit(context, response, state)
-    if response is not None and step > 0.0:
-        role.deliver(context, response, step)
+    move = role.propose(context, state)
+    news = role.commit(context, move, state)
+    if move is not None and context.step > 0.0:
+        context.lower.carry(move.response, context.step * move.part)
     return news
 
 
 def prediction_of(option: Any) -> Prediction:
     """Return the role that the option ``carry`` names, or the user's own."""
     if option == "auto":
-        return Offered()
+        return BestShare()
     if isinstance(option, bool):
         return Always() if option else Never()
     role: Prediction = option

@@ -22,7 +22,6 @@ from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.reductions import on_host
 from ..evaluation.vectors import inner
-from ..hypergradient.loop_time import last_limit, observed
 from ..hypergradient.solution import HessianReport
 from ..optim.state import RoleState
 from ..policies.loss_range import spread
@@ -190,7 +189,12 @@ class Retreat:
         )
 
     def commit(
-        self, point: Point, before: Callable[[], list[Tensor]], state: RoleState, hessian: HessianReport | None
+        self,
+        point: Point,
+        before: Callable[[], list[Tensor]],
+        state: RoleState,
+        hessian: HessianReport | None,
+        limit: float | None,
     ) -> RoleState:
         """Return what is new in the state after a step.
 
@@ -199,17 +203,18 @@ class Retreat:
             before: Returns x at that point, for the tensors that have a hypergradient, and then y.
             state: See the class.
             hessian: What the step has seen of the lower Hessian.
+            limit: The largest eigenvalue at which lower steps do not diverge; None: not known.
         """
         value, losses, aside = point.value, state.shared["losses"], state.shared["aside"]
         usual = len(losses) < _FEW or value <= max(losses) + _spread(losses)
-        limit = last_limit(point.lower)
+        most = math.inf if limit is None else limit
         self._norm = 0.0 if hessian is None or math.isnan(hessian.norm) else hessian.norm
         self._age += usual
-        if not losses or (value <= median(losses) and self._is_due(len(losses), limit)):
+        if not losses or (value <= median(losses) and self._is_due(len(losses), most)):
             anchor = Anchor(before(), value, float(point.scale.previous), self._norm)
-            older = [last for last in self._points[-1:] if (last.norm <= limit) == (anchor.norm <= limit)]
+            older = [last for last in self._points[-1:] if (last.norm <= most) == (anchor.norm <= most)]
             self._points, self._age, self._used = [*older, anchor], 0, False
-            if observed(point.lower) is not None and self._norm > 0.0:
+            if limit is None and self._norm > 0.0:
                 self._keep(anchor)
         if not usual and len(aside) < _RECENT - 1:
             return RoleState({"aside": [*aside, value]})

@@ -18,7 +18,19 @@ from torch import Tensor
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
 from ..policies import Record
-from .context import Change, Mix, MomentumContext, PaceContext, Place, Point, PredictionContext, Redirect, Taken
+from .context import (
+    Change,
+    Mix,
+    MomentumContext,
+    PaceContext,
+    Place,
+    Point,
+    PredictedMove,
+    PredictionContext,
+    Redirect,
+    Taken,
+)
+from .share import Share
 
 __all__ = [
     "Diagnosis",
@@ -41,6 +53,9 @@ class ResponseModel(Protocol):
         slope_ratio: s / <h, d> for the user's hypergradient h and its direction.
         comparable: Whether a ratio far from 1 means that h is wrong.
         offsets: w, the response of y to one unit of the step, or None if it is not known.
+
+    A response may also have ``lower_gradient``, grad_y g at (x, y) after `close`, and ``curvature``, the Rayleigh
+    quotient <w, C^T d> / <w, w>, both for the Prediction role.
     """
 
     path: SearchPath
@@ -188,15 +203,21 @@ class Prediction(Protocol):
         """Return the state before the first step."""
         ...
 
-    def propose(self, context: PredictionContext, state: RoleState) -> list[Tensor] | None:
-        """Return the response of y to one unit of the step, or None if y stays."""
+    def observe(self, gradient: Sequence[Tensor], lower: Sequence[Tensor], state: RoleState) -> Share | None:
+        """Return what y and its gradient, where a search begins, show of the moves so far; None: nothing.
+
+        Args:
+            gradient: grad_y g at (x, y), on the lower sample of the step.
+            lower: y.
+            state: The role's.
+        """
         ...
 
-    def deliver(self, context: PredictionContext, response: Sequence[Tensor], step: float) -> None:
-        """Move y by step * response."""
+    def propose(self, context: PredictionContext, state: RoleState) -> PredictedMove | None:
+        """Return how y moves, or None if it stays."""
         ...
 
-    def commit(self, context: PredictionContext, response: Sequence[Tensor] | None, state: RoleState) -> RoleState:
+    def commit(self, context: PredictionContext, move: PredictedMove | None, state: RoleState) -> RoleState:
         """Return what is new in the state after the step."""
         ...
 

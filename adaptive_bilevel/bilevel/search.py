@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..evaluation.attempts import Attempts
-from ..hypergradient.observed_loop import Course
 from ..hypergradient.solution import HessianReport
 from ..optim.projection import Section
 from ..optim.search_path import SearchPath
@@ -21,6 +20,7 @@ from ..policies.armijo import armijo_threshold
 from .context import Point
 from .roles import ResponseModel, StepCheck
 from .secant import Lead, Seen
+from .share import Share
 
 __all__ = ["Answer", "Found", "Limits", "nothing_to_search", "search"]
 
@@ -98,14 +98,22 @@ class Answer(NamedTuple):
         comparable: See `ResponseModel`.
         state: The response's state after the step.
         hessian: What the response's solve has shown of the lower Hessian; None: not known.
-        course: Where lower loops would move y along w; None: not asked for.
+        curvature: <w, C^T d> / <w, w>; NaN: not known.
+        share: The result of `Prediction.observe`.
     """
 
-    offsets: Sequence[Tensor] | None
-    comparable: bool
-    state: RoleState
+    offsets: Sequence[Tensor] | None = None
+    comparable: bool = False
+    state: RoleState = RoleState()
     hessian: HessianReport | None = None
-    course: Course | None = None
+    curvature: float = math.nan
+    share: Share | None = None
+
+    @classmethod
+    def of(cls, model: ResponseModel, state: RoleState, share: Share | None) -> Answer:
+        """Return what is left of a model; what it does not have is not known."""
+        hessian, curvature = getattr(model, "hessian", None), getattr(model, "curvature", math.nan)
+        return cls(model.offsets, model.comparable, state, hessian, curvature, share)
 
 
 class Found(NamedTuple):

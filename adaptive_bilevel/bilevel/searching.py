@@ -27,7 +27,7 @@ from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis
 from .functional import UpperLoss
 from .last_step import departed, onward
 from .momentum import shrunk
-from .prediction import predicted
+from .prediction import observed, predicted
 from .retreat import Retreat
 from .roles import Diagnosis, ModelCheck, Momentum, Pace, Prediction, Response, StepCheck
 from .scale import visible
@@ -231,6 +231,7 @@ class SearchingOptimizer(StartingOptimizer):
         point.release()
         if model.path is not path and limits.onward is not None:  # along another hypergradient than the user's
             limits = limits._replace(onward=onward(model.path.gradient, states["last_step"]))
+        share = observed(roles.prediction, model, point.lower, states["prediction"])
         try:
             record, after = search(point, model, check, limits)
         except LowerLossChanged:
@@ -239,10 +240,8 @@ class SearchingOptimizer(StartingOptimizer):
         if getattr(model, "blind", False):
             record = record._replace(outcome=Outcome.no_descent)
             point.closure_checks.say("blind", _BLIND)
-        kept, shown = roles.response.commit(point, model, states["response"]), ("hessian", "course")
-        answer = Answer(model.offsets, model.comparable, kept, *(getattr(model, name, None) for name in shown))
-        if led is not None:
-            after = after._replace(previous=led[0].length)
+        answer = Answer.of(model, roles.response.commit(point, model, states["response"]), share)
+        after = after if led is None else after._replace(previous=led[0].length)
         return Found(record, model.path, after, answer, seen)
 
     # ------------------------------------------------------------------------------------------ what is left behind
@@ -252,6 +251,7 @@ class SearchingOptimizer(StartingOptimizer):
     ) -> list[str]:
         """Take the step, write the states of all roles at once, and return what the diagnosis says."""
         roles, record, path, answer = self.roles, found.record, found.path, found.answer
+        told = Answer() if answer is None else answer
         change, gain = motion(path, record.step_size) if answer is not None else (math.nan, math.nan)
         moved, step, excused = record.moved, self._scheduled(record).step_size, bool(getattr(check, "excused", False))
         context = MomentumContext(path.gradient, path.descent, point.beta)
@@ -266,7 +266,7 @@ class SearchingOptimizer(StartingOptimizer):
         if looks:
             whole = mix.along is None and step == record.step_size
             news["secants"] = Secants(paced.policy.c).commit(found.seen, point, record, searched, whole)
-        news["retreat"] = self._retreat.commit(point, paced.before, states["retreat"], answer and answer.hessian)
+        news["retreat"] = self._retreat.commit(point, paced.before, states["retreat"], told.hessian, self.lower.limit)
         if moved:
             path.take(step, mix.along)
         direction, messages = self._direction(), list[str]()
@@ -279,17 +279,17 @@ class SearchingOptimizer(StartingOptimizer):
         if answer is not None:
             comparable = answer.comparable and not getattr(point.objective, "rescaled", False)
             solver = getattr(roles.response, "solver", None)
-            taken = Taken(record, comparable, solver, answer.hessian, point.value, change, gain)
+            taken = Taken(record, comparable, solver, told.hessian, point.value, change, gain)
             messages = roles.diagnosis.propose(taken, states["diagnosis"])
             news["diagnosis"] = roles.diagnosis.commit(taken, messages, states["diagnosis"])
             news["response"] = answer.state
-        offsets = None if answer is None else answer.offsets
+        if told.offsets is not None or (answer is None and visible(step * path.promised, point.value, point.rounding)):
+            place = (path.promised, mix, point.beta, self.lower, path.gradient, step if moved else 0.0, along)
+            known = PredictionContext(told.offsets, *place, told.curvature, told.share)
+            news["prediction"] = predicted(roles.prediction, known, states["prediction"])
+            del place, known
         if moved:
             self.lower.upper_moved()
-        if offsets is not None or (answer is None and visible(step * path.promised, point.value, point.rounding)):
-            follows = PredictionContext(offsets, path.promised, mix, point.beta, self.lower, path.gradient, along)
-            news["prediction"] = predicted(roles.prediction, follows, step, states["prediction"])
-        self._expect_move(answer, path, mix, step if moved else 0.0)
         path.release()
         states.clear()
         del mix, context, along  # what is written takes the place of what these hold

@@ -16,10 +16,8 @@ from ..evaluation.guard import Guard, RandomState
 from ..evaluation.means import averaged
 from ..evaluation.objective import Objective
 from ..evaluation.parts import any_in_parts
-from ..evaluation.reductions import agree, on_host
+from ..evaluation.reductions import agree
 from ..evaluation.tensors import gradients_of
-from ..evaluation.vectors import inner
-from ..hypergradient.loop_time import observed
 from ..hypergradient.same_point import Handover
 from ..hypergradient.shared_basis import waits
 from ..optim.direction import Gradient
@@ -28,13 +26,13 @@ from ..optim.search_path import SearchPath
 from ..optim.state import RoleState, write_states
 from ..policies import Outcome, Record
 from ..policies.scalars import resolution
-from .context import Mix, PaceContext, Point
+from .context import PaceContext, Point
 from .last_step import departed
 from .lower import Lower, LowerLevel
 from .retreat import Retreat
 from .roles import Pace
 from .scale import Scale
-from .search import Answer, Found
+from .search import Found
 from .secant import Secants
 from .source import DirectLoss
 from .upper import UpperOptimizer
@@ -197,18 +195,6 @@ class StartingOptimizer(UpperOptimizer):
         write_states(self.state, news, tensors)
         self._save_rule_state(after, kept=0)
         return Found(record, paced.path, after)
-
-    def _expect_move(self, answer: Answer | None, path: SearchPath, mix: Mix, step: float) -> None:
-        """Leave what the step has done for the estimate of how long lower loops last, if there is one."""
-        lower = self.lower.tensors()
-        loop = observed(lower)
-        if loop is None:
-            return
-        course, gradient = None if answer is None else answer.course, path.gradient
-        if course is not None and mix.along is not None:
-            (part,) = on_host(inner(gradient.values, mix.along(), gradient.factors))
-            step *= part / path.promised
-        loop.expect(lower, course, step)
 
     def _paced(self, guard: Guard, path: SearchPath, objective: Closure, lower_closure: Any) -> PaceContext:
         """Return what the pace is given before f is evaluated."""

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from ..evaluation import foreach
 from ..evaluation.guard import RandomState
-from ..evaluation.reductions import agree
+from ..evaluation.reductions import on_host
 from ..evaluation.vectors import Vector, inners
 from ..hypergradient.difference_products import LowerLoss
 from ..hypergradient.lanczos import Lanczos
-from ..hypergradient.loop_time import observed
-from ..hypergradient.observed_loop import Course
 from ..hypergradient.products import Curvature, Sampled, curvature_of, resumed, say_unresolved
 from ..hypergradient.same_point import handover
 from ..hypergradient.shared_basis import build, expect, random_state, take
@@ -47,7 +45,7 @@ class TangentModel(abc.ABC):
     slope_ratio: float
     comparable: bool
     offsets: Sequence[Tensor] | None = None
-    course: Course | None = None
+    curvature = math.nan
     _step = 0.0
 
     def __init__(
@@ -83,7 +81,12 @@ class TangentModel(abc.ABC):
 
     @abc.abstractmethod
     def _pushes(self) -> list[Tensor]:
-        """Return C^T d of all problems."""
+        """Return C^T d of all problems, arranged as y."""
+
+    @property
+    @abc.abstractmethod
+    def lower_gradient(self) -> Sequence[Tensor]:
+        """grad_y g at (x, y), arranged as y; known after `close`."""
 
     @abc.abstractmethod
     def confirm(self, place: Place) -> None:
@@ -110,7 +113,9 @@ class TangentModel(abc.ABC):
     def _set_slope(self, offsets: Sequence[Tensor]) -> None:
         self.offsets = offsets
         direct, answered = inners((self._f_x, self.path.along), (self._f_y, offsets))
-        self.slope = float(agree(direct - answered)[0])
+        squares = inners((self._pushes(), offsets), (offsets, offsets))
+        self.slope, pushed, square = on_host(direct - answered, *squares)
+        self.curvature = pushed / square if square > 0.0 else math.nan
 
     @abc.abstractmethod
     def hypergradient(self) -> list[Tensor]:
@@ -206,6 +211,11 @@ class JointTangent(TangentModel):
     def _pushes(self) -> list[Tensor]:
         return list(self._push)
 
+    @property
+    def lower_gradient(self) -> Sequence[Tensor]:
+        """grad_y g of the sum at (x, y)."""
+        return self._gradient
+
     def _solve(self, *, finer: bool = False) -> None:
         initial = self.offsets if finer else None
         solved = self._inverse.solve(self._curvature.hvp, self._push, initial, finer=finer)
@@ -234,8 +244,6 @@ class JointTangent(TangentModel):
     def close(self) -> None:
         """Drop the graph and what only solves need."""
         self._gradient = self._curvature.gradient
-        if (loop := observed(self._lower)) is not None and self.offsets is not None:
-            self.course = self._inverse.course(loop, self.offsets, self._gradient, self._lower)
         super().close()
 
     def _drop_graph(self) -> None:

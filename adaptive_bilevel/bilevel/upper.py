@@ -36,7 +36,6 @@ class UpperOptimizer(AdaptiveOptimizer):
         lower: The lower level.
     """
 
-    takes_offers = False
     lower: Lower
     _source: Source = None
     _below: Mapping[str, Any] = {}
@@ -54,8 +53,8 @@ class UpperOptimizer(AdaptiveOptimizer):
     def answer(self) -> Any:
         """The lower variable of a step with ``lower=(tensors, loss)``, as the step left it: where a warm start goes on.
 
-        It is y + a w, moved along with x, or y itself with ``carry=False``: new leaves, arranged as the tensors that
-        were given, which require a gradient if those did.
+        It is y, moved along with x (or y itself with ``carry=False``): new leaves, arranged as the tensors that were
+        given, which require a gradient if those did.
 
         Raises:
             LowerLevelError: The last step was given no such variable.

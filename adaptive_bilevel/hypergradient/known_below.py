@@ -8,13 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from .difference_lengths import restore_lengths, saved_lengths
-from .loop_time import restore_loop, saved_loop
 
 __all__ = ["NAMES", "restore_below", "saved_below"]
 
 _KNOWN: Mapping[str, tuple[Callable[..., Any], Callable[..., None]]] = {
     "difference_lengths": (saved_lengths, restore_lengths),
-    "lower_loop": (saved_loop, restore_loop),
 }
 """How each is saved and restored."""
 

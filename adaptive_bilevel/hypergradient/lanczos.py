@@ -6,15 +6,13 @@ T = V^T H V, whose eigenvalues t are the Ritz values. The inverse is
     P      = V phi(T) V^T + c (I - V V^T)            symmetric and positive definite, whatever H is
     phi(t) = (1 - exp(-tau |t|)) / |t|               1/t where k steps resolve it, |t| for negative curvature, and at
                                                      most tau for flat directions
-    tau    = min(k^2 / max |t|, k s)                 k^2 is about the condition number that k steps of CG resolve
+    tau    = k^2 / max |t|                           k^2 is about the condition number that k steps of CG resolve
     c      = phi(sqrt(|<u, H u>| ||H u||))           u being the unit vector along the part of another right side that
                                                      is outside of V
 
-phi(t) is the effect of gradient flow of duration tau on an eigenvector. s is the duration of the lower loop, the sum of
-its step sizes, where that is known (see ``loop_time``), else infinite: the response leaves out what only more than k
-loops would do to y. With steps of 1 / max |t|, k of them make k s = k^2 / max |t|. The hypergradient's ``v = P f_y``
-takes k products; the response's ``w = P C^T d`` takes one more, H u. Because v is in the span of V, the slope of the
-searched function, ``<f_x, d> - <f_y, w>``, is that of the hypergradient for any c.
+phi(t) is the effect of gradient flow of duration tau on an eigenvector. The hypergradient's ``v = P f_y`` takes k
+products; the response's ``w = P C^T d`` takes one more, H u. Because v is in the span of V, the slope of the searched
+function, ``<f_x, d> - <f_y, w>``, is that of the hypergradient for any c.
 
 Why not c = 1 / <u, H u>: positive and negative curvature of a network cancel in it, w is far too long, and the first
 searches are cut to steps of 1e-5, from which later ones do not recover. 1 / ||H u|| is too short where H is definite.
@@ -105,13 +103,12 @@ class Lanczos:
         """
         return self.basis(matvec, rhs).solution
 
-    def basis(self, matvec: MatVec, rhs: Sequence[Tensor], time: float = math.inf) -> SpectralInverse:
+    def basis(self, matvec: MatVec, rhs: Sequence[Tensor]) -> SpectralInverse:
         """Return the inverse P that the Krylov space of ``rhs`` gives.
 
         Args:
             matvec: The product with H, symmetric. One that is not finite ends the basis before it.
             rhs: The right side b.
-            time: s, the duration of the lower loop.
         """
         layout, unit = Layout(rhs), 16.0 * rounding(rhs)
         following = layout.flat(rhs)
@@ -119,7 +116,7 @@ class Lanczos:
         finite = math.isfinite(size)
         rows = Rows(layout, min(self.k, layout.size) if finite and size > 0.0 else 0, self.dtype, self.device)
         columns, products, finite = rows.grow(matvec, following, length, unit) if finite else ([], 0, False)
-        spectrum = Spectrum.of(columns, self.k, unit, self.k * time)
+        spectrum = Spectrum.of(columns, self.k, unit)
         if not math.isfinite(size):
             first = Solution(tuple(t.detach().clone() for t in rhs), 0, math.nan, SolverStatus.non_finite)
         elif not columns:
@@ -133,7 +130,7 @@ class Lanczos:
                 spectrum.residual(coefficients),
                 spectrum.status if finite else SolverStatus.non_finite,
             )
-        return SpectralInverse(self.k, self.k * time, layout, rows, spectrum, size, first)
+        return SpectralInverse(self.k, layout, rows, spectrum, size, first)
 
 
 def _device(device: object) -> str | None:

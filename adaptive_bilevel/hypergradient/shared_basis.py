@@ -26,7 +26,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..evaluation.guard import RandomState
 from ..evaluation.vectors import rounding
 from .lanczos import Lanczos
-from .loop_time import loop_time
 from .solution import LinearSolver, MatVec, Solution
 from .spectral_inverse import SpectralInverse
 
@@ -111,7 +110,7 @@ def solve(
 
 
 def build(solver: Lanczos, matvec: MatVec, rhs: Sequence[Tensor], lower: Sequence[Tensor]) -> SpectralInverse:
-    """Return P from a basis of its own, as long as the lower loop lasts.
+    """Return P from a basis of its own.
 
     Args:
         solver: P.
@@ -119,7 +118,7 @@ def build(solver: Lanczos, matvec: MatVec, rhs: Sequence[Tensor], lower: Sequenc
         rhs: f_y.
         lower: The tensors of y.
     """
-    return solver.basis(matvec, rhs, loop_time(lower))
+    return solver.basis(matvec, rhs)
 
 
 def take(

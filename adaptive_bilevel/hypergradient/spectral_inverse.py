@@ -10,29 +10,12 @@ import torch
 from torch import Tensor
 
 from ..evaluation import foreach
-from ..evaluation.vectors import Vector, inners, zeros_like
+from ..evaluation.vectors import Vector, zeros_like
 from .krylov import Flat, Layout, Rows, on_host
-from .observed_loop import Course, ObservedLoop
 from .solution import HessianReport, MatVec, Solution, SolverStatus
-from .spectrum import Spectrum, flowed
+from .spectrum import Spectrum
 
 __all__ = ["Extension", "SpectralInverse"]
-
-
-class _Extended(NamedTuple):
-    """The last right side b, for `SpectralInverse.course`.
-
-    Attributes:
-        inside: V^T b.
-        coefficients: phi(T) V^T b.
-        length: The norm of b outside of V.
-        curvature: Where c is phi of it.
-    """
-
-    inside: Tensor
-    coefficients: Tensor
-    length: float
-    curvature: float
 
 
 class Extension(NamedTuple):
@@ -55,7 +38,6 @@ class SpectralInverse:
 
     Args:
         k: Of the solver.
-        longest: The most that tau may be.
         layout: Of the vectors.
         rows: V^T.
         spectrum: Of H in V.
@@ -76,20 +58,12 @@ class SpectralInverse:
     ((tensor([0.0000, 0.5000, 0.0000]),), (tensor([0.0000, 1.0000, 0.4944]),), 1)
     """
 
-    def __init__(
-        self, k: int, longest: float, layout: Layout, rows: Rows, spectrum: Spectrum, size: float, solution: Solution
-    ) -> None:
-        self._k, self._longest, self._layout, self._rows, self._size = k, longest, layout, rows, size
+    def __init__(self, k: int, layout: Layout, rows: Rows, spectrum: Spectrum, size: float, solution: Solution) -> None:
+        self._k, self._layout, self._rows, self._size = k, layout, rows, size
         self._inverse = spectrum.inverse()
         self.spectrum = spectrum
         self.solution = solution
         self.outside = 0.0
-        self._extended: _Extended | None = None
-
-    @property
-    def answered(self) -> bool:
-        """Whether there was an `extend` and H has curvature, which `course` needs."""
-        return self._extended is not None and math.isfinite(self.spectrum.horizon)
 
     @property
     def smallest(self) -> float:
@@ -136,7 +110,6 @@ class SpectralInverse:
             return Extension(Solution(passed, 0, math.nan, SolverStatus.non_finite), left)
         inside = on_host(inside)
         coefficients = self._inverse @ inside
-        self._extended = _Extended(inside, coefficients, 0.0, 0.0)
         answer, image = self._rows.combine(coefficients), self._image(coefficients)
         status, products = self.solution.status, 0
         if length > self.spectrum.unit * size:
@@ -148,8 +121,6 @@ class SpectralInverse:
             ).tolist()
             if math.isfinite(curvature) and math.isfinite(squared):
                 self.outside = self._measured(curvature, math.sqrt(squared))
-                seen = math.sqrt(abs(curvature) * math.sqrt(squared))
-                self._extended = _Extended(inside, coefficients, length, seen)
                 if status in (SolverStatus.zero_rhs, SolverStatus.flat):  # these say something of the basis only
                     status = SolverStatus.complete if self.outside > 0.0 else SolverStatus.flat
                 foreach.add_(answer, rest, alpha=self.outside)
@@ -161,37 +132,11 @@ class SpectralInverse:
         shaped = self._layout.shaped
         return Extension(Solution(shaped(answer), products, residual, status), shaped(remainder))
 
-    def course(
-        self, loop: ObservedLoop, answer: Sequence[Tensor], rest: Sequence[Tensor], y: Sequence[Tensor]
-    ) -> Course:
-        """Return where a lower loop would move y, along the solution of the last `extend`.
-
-        Args:
-            loop: The loop.
-            answer: That solution, w.
-            rest: grad_y g.
-            y: The lower tensors.
-        """
-        assert self._extended is not None
-        b, w, length, beyond = self._extended
-        durations = loop.durations(self._k**2 / float(self.spectrum.values.abs().max()))
-        here = [t.detach() for t in y]
-        place, left = on_host(torch.stack(inners((answer, here), (answer, rest)))).tolist()
-        g = on_host(self._rows.dots(self._layout.flat(rest)))
-        turned = self.spectrum.vectors.T
-        b, w, g = turned @ b, turned @ w, turned @ g
-        flow = flowed(durations, torch.cat([self.spectrum.values, torch.tensor([beyond], dtype=torch.float64)]))
-        answers = flow @ torch.cat([w * b, torch.tensor([self.outside * length**2], dtype=torch.float64)])
-        rests = flow @ torch.cat([w * g, torch.tensor([left - float(w @ g)], dtype=torch.float64)])
-        sizes = torch.cat([self.spectrum.values.abs(), torch.tensor([beyond], dtype=torch.float64)])
-        own = torch.cat([w.square(), torch.tensor([(self.outside * length) ** 2], dtype=torch.float64)])
-        return Course(answer, place, answers, rests, flow @ (own * sizes) / float(own.sum()))
-
     def _measured(self, curvature: float, norm: float) -> float:
         """Return c from <u, H u> and ||H u||."""
         spectrum = self.spectrum
         if math.isinf(spectrum.horizon) and norm > 0.0:
-            spectrum = spectrum._replace(horizon=min(self._k**2 / norm, self._longest))
+            spectrum = spectrum._replace(horizon=self._k**2 / norm)
         return spectrum.phi(math.sqrt(abs(curvature) * norm))
 
     def _image(self, coefficients: Tensor) -> Flat:

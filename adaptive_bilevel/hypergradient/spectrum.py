@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .solution import SolverStatus
 
-__all__ = ["Spectrum", "flowed"]
+__all__ = ["Spectrum"]
 
 ASYMMETRIC = 0.01
 """Products whose matrix differs from its transpose by this part of its norm are not those of one symmetric matrix."""
@@ -24,7 +24,7 @@ class Spectrum(NamedTuple):
         values: The Ritz values t, ascending: the eigenvalues of T = V^T H V.
         vectors: The eigenvectors of T, as columns.
         below: ``||H V - V T||``, 0 where the Krylov space is exhausted.
-        horizon: tau = min(k^2 / max |t|, longest), infinite where no curvature was seen.
+        horizon: tau = k^2 / max |t|, infinite where no curvature was seen.
         asymmetry: ``||T - T^T|| / ||T||`` before T was made symmetric.
         unit: What counts as rounding, relative to max |t|.
     """
@@ -37,7 +37,7 @@ class Spectrum(NamedTuple):
     unit: float
 
     @classmethod
-    def of(cls, columns: Sequence[Sequence[float]], k: int, unit: float, longest: float = math.inf) -> Spectrum:
+    def of(cls, columns: Sequence[Sequence[float]], k: int, unit: float) -> Spectrum:
         """Return the spectrum from the columns of V^T H V, each with the norm of what is left below it."""
         m = len(columns)
         full = torch.zeros(m + 1, m, dtype=torch.float64)
@@ -48,7 +48,7 @@ class Spectrum(NamedTuple):
         values, vectors = torch.linalg.eigh((T + T.T) / 2)
         largest = float(values.abs().max()) if norm > 0.0 else 0.0
         asymmetry = float((T - T.T).norm()) / norm if norm > 0.0 else 0.0
-        horizon = min(k**2 / largest, longest) if largest > 0.0 else math.inf
+        horizon = k**2 / largest if largest > 0.0 else math.inf
         return cls(values, vectors, float(full[m, -1]) if m else 0.0, horizon, asymmetry, unit)
 
     def phi(self, curvature: float) -> float:
@@ -96,10 +96,3 @@ class Spectrum(NamedTuple):
         if float(size.min()) * self.horizon < 1.0:
             return SolverStatus.singular
         return SolverStatus.converged if self.below == 0.0 else SolverStatus.complete
-
-
-def flowed(durations: Tensor, curvatures: Tensor) -> Tensor:
-    """Return (1 - exp(-s |t|)) / |t| for each duration s, a row, and each curvature t, a column."""
-    sizes = curvatures.abs()
-    exponents = durations[:, None] * sizes
-    return torch.where(sizes > 0.0, -torch.expm1(-exponents) / sizes, durations[:, None].expand_as(exponents))

@@ -20,7 +20,6 @@ from .batches import Pair, Source
 from .checks import POLYAK, SEARCHES
 from .directions import Directed
 from .notices import Notices
-from .offered import choose
 from .problem import Variable
 from .row import Row
 from .search import UpperSearch
@@ -98,8 +97,6 @@ class Driver:
             if "x" in group and row.multiplier is not None:
                 multiplier = row.multiplier.before(self._oracle, state.point, sample)
                 state.point = state.point._replace(multiplier=multiplier)
-            if group == "y" and state.offered is not None:
-                self._choose(state.offered, sample)
             # x first: its graph then also gives the gradient of y.
             for stepper in reversed(steppers):
                 stepper.look(self._oracle, state.point, sample)
@@ -119,12 +116,6 @@ class Driver:
             state.point = _put(state.point, name, state.first if there == "first" else getattr(state.point, there))
         if name in row.cold:
             self._steppers[name].restart()
-
-    def _choose(self, stayed: Vector, sample: Sample) -> None:
-        """Go to the share of the prediction, by which the upper search moved y along, that is kept."""
-        state = self.state
-        state.offered = None
-        state.point, state.share = choose(self._oracle, state.point, stayed, sample, state.share)
 
     def _move(self, group: str, sample: Sample) -> None:
         """Step all variables of a group from the present point."""
@@ -206,7 +197,6 @@ class Driver:
         stepper.taken.append(searched.record)
         stepper.stepped = gradient.total
         state.point = state.point._replace(x=searched.x, y=searched.y)
-        state.offered = searched.offered
 
     @property
     def _estimate(self) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,14 +34,12 @@ class Searched(NamedTuple):
 
     Attributes:
         x: x after the step.
-        y: y after it: carried along, or as before.
-        offered: Where y was before it was carried by choice; None: there is no choice to make.
+        y: y after it: moved along, or as before.
         record: Why.
     """
 
     x: Vector
     y: Vector
-    offered: Vector | None
     record: Record
 
 
@@ -70,7 +69,7 @@ class UpperSearch:
             lower_step: Step size of the last lower step, for response="step".
         """
         x, y = self._x, self._level.leaves
-        self._level.step_size, self._level.offset = lower_step, None
+        self._level.step_size = lower_step
         with torch.no_grad():
             foreach.copy_([*x, *y], [*point.x, *point.y])
         for p, h in zip(x, estimate.hypergradient, strict=True):
@@ -84,10 +83,8 @@ class UpperSearch:
         )
         record = self._optimizer.record
         assert record is not None
-        after, offered = tuple(t.detach().clone() for t in y), None
-        if self._level.offset is not None:
-            offered, after = point.y, tuple(foreach.add(point.y, self._level.offset))
-        return Searched(tuple(t.detach().clone() for t in x), after, offered, record)
+        after_x, after_y = (tuple(t.detach().clone() for t in leaves) for leaves in (x, y))
+        return Searched(after_x, after_y, record)
 
     def state_dict(self) -> PlainData:
         """Return the optimizer's state."""
@@ -136,12 +133,11 @@ class _Estimated(Objective):
 class _Level:
     """The driver's lower variable in the place of lower optimizers."""
 
-    follows = True  # the driver decides about predictions
-
     def __init__(self, y: Vector) -> None:
         self.leaves = [t.detach().clone().requires_grad_() for t in y]
         self.step_size = 0.0
-        self.offset: Sequence[Tensor] | None = None
+
+    limit = math.inf  # the driver's steps are rules of this package, or as the paper has them
 
     def tensors(self) -> list[Tensor]:
         """Return the lower variable."""
@@ -154,12 +150,8 @@ class _Level:
     def upper_moved(self) -> None:
         """Do nothing: the driver has no lower optimizer."""
 
-    watch = restart = upper_moved
+    restart = upper_moved
 
     def carry(self, response: Sequence[Tensor], step: float) -> None:
         """Move the lower variable along."""
         foreach.add_(self.leaves, response, alpha=step)
-
-    def follow(self, response: Sequence[Tensor], step: float) -> None:
-        """Keep the predicted response for the driver."""
-        self.offset = foreach.mul(response, step)

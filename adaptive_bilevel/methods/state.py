@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +11,6 @@ from ..errors import OptionError
 from ..evaluation.counts import Evaluations
 from ..evaluation.vectors import Vector
 from ..hypergradient.estimate import Point
-from ..optim.warm_start import Share
 from .stepper import Steppers
 
 __all__ = ["PlainData", "RunState", "load_counts", "saved_counts"]
@@ -28,8 +27,6 @@ class RunState:
         first: y at the start of the run.
         steppers: The variables, in the order of their steps.
         generator: Of all random numbers.
-        offered: Where y was before the upper search moved it along by choice; None: there is no choice to make.
-        share: How much of such moves was kept so far.
         lower_step: The last step size of y.
         count: k, the number of iterations so far.
     """
@@ -38,8 +35,6 @@ class RunState:
     first: Vector
     steppers: Steppers
     generator: torch.Generator
-    offered: Vector | None = None
-    share: Share = field(default_factory=Share)
     lower_step: float = 0.0
     count: int = 0
 
@@ -51,8 +46,6 @@ class RunState:
             "first": self.first,
             "rules": {name: stepper.rule._asdict() for name, stepper in self.steppers.items()},
             "directions": {name: stepper.past for name, stepper in self.steppers.items()},
-            "offered": self.offered,
-            "share": self.share._asdict(),
             "lower_step": self.lower_step,
             "generator": self.generator.get_state(),
         }
@@ -66,8 +59,7 @@ class RunState:
         point = Point(**saved["point"])
         _refuse_shapes("x", point.x, self.point.x)
         _refuse_shapes("y", point.y, self.point.y)
-        self.point, self.first, self.offered = point, saved["first"], saved["offered"]
-        self.share = Share(**saved["share"])
+        self.point, self.first = point, saved["first"]
         self.count, self.lower_step = saved["count"], saved["lower_step"]
         for name, stepper in self.steppers.items():
             stepper.rule = type(stepper.rule)(**saved["rules"][name])

@@ -13,7 +13,7 @@ from ..errors import warn
 from ..evaluation import foreach
 from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
-from ..evaluation.guard import Closure, Guard
+from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.objective import Objective
 from ..evaluation.reductions import on_host
 from ..policies import AutoSLS, SearchState, State
@@ -42,7 +42,6 @@ class AveragedSearch(AdaptiveOptimizer):
         super()._prepare()
         self._average: Average | None = None
         self._resting: list[Tensor] | None = None
-        self._stayed = math.nan
         self._moved = self._anew = False
         self._lost: tuple[float, float] | None = None
 
@@ -58,19 +57,18 @@ class AveragedSearch(AdaptiveOptimizer):
             return MeanGradient(self.param_groups[0]["betas"][0])
         return direction
 
-    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
+    def _evaluate(
+        self, guard: Guard, closure: Closure, params: list[Tensor], random: RandomState | None = None
+    ) -> Differentiated:
         """Return loss and gradients at the iterate, which is ahead of the parameters; see `AdaptiveOptimizer`."""
         self._average = self._resting = self._lost = None
-        before = self._warm_start.point(self.state, params)
         disagree = self._disagree(self._rule_state())
         place = Place.read(self.state) if self._agree(self._rule_state()) else Place()
-        self._moved = before is None and place.left(params)
+        self._moved = place.left(params)
         self._anew = self._moved and not place.moved
-        average = Average.read(self.state, params, offered=before is not None) if disagree else None
+        average = Average.read(self.state, params) if disagree else None
         if average is None:
-            start = self._decide(guard, closure, params, before, None)
-            self._stayed = start.stayed
-            return start.found
+            return super()._evaluate(guard, closure, params, random)
         known = closure.evaluated(params) if isinstance(closure, Objective) else None
         self._own_counts.values += known is None
         rests = Attempts().value(lambda: guard.value(closure)) if known is None else known.loss
@@ -78,12 +76,7 @@ class AveragedSearch(AdaptiveOptimizer):
         guard.copy()
         foreach.add_(params, average.ahead)
         guard.rebase()
-        point = None if before is None else foreach.add(before, average.ahead)
-        found, kept, _ = self._decide(guard, closure, params, point, guard.entry)
-        if before is not None and kept < 1.0:
-            # What was compared is at the prediction.
-            self._average, self._resting = average, foreach.lerp(before, resting, kept)
-            return found
+        found = super()._evaluate(guard, closure, params, guard.entry)
         at_rest, ahead = on_host(rests, found.loss)
         back = self._taken_back(guard, closure, params, average, resting, ahead)
         if back is not None:
@@ -110,10 +103,10 @@ class AveragedSearch(AdaptiveOptimizer):
             return None
         guard.rebase()
         self._lost, self._resting = (here, before), resting
-        return self._decide(guard, closure, params, None, guard.entry).found
+        return super()._evaluate(guard, closure, params, guard.entry)
 
-    def _reached(self, value: float) -> State:
-        """Return the policy's state; what a prediction changes of the loss is not due to the sample."""
+    def _reached(self) -> State:
+        """Return the policy's state, after a return or a start from elsewhere as these leave it."""
         state = self._rule_state()
         if not isinstance(self.policy, AutoSLS):
             return state
@@ -121,7 +114,7 @@ class AveragedSearch(AdaptiveOptimizer):
             return self.policy.returned(state)
         if self._anew:
             return self.policy.shifted(state, math.nan)
-        return state if math.isnan(self._stayed) else self.policy.shifted(state, value - self._stayed)
+        return state
 
     def upper_moved(self) -> None:
         """Evaluate the last sample again, if the next one could be taken to disagree because x has moved."""

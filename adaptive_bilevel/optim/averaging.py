@@ -11,8 +11,7 @@ schedule-free methods, and the level above sees xbar.
 
 The solution of a lower problem moves with the upper variable, and a mean is late. Each step therefore compares both
 points on its sample: once the mean of f(xbar) - f(z) is above 0 by two standard errors, the mean begins anew at z.
-Parameters that other code has moved (a cold start, a projection) begin anew, too; a prediction (`offer`) moves both
-points.
+Parameters that something else has moved (a cold start, a projection, a level above) begin anew, too.
 """
 
 from __future__ import annotations
@@ -89,18 +88,17 @@ class Average(NamedTuple):
     variance: float = 0.0
 
     @classmethod
-    def read(cls, state: Any, params: Sequence[Tensor], *, offered: bool) -> Average | None:
+    def read(cls, state: Any, params: Sequence[Tensor]) -> Average | None:
         """Return what the state holds; None if that is nothing, or if other code has moved the parameters since.
 
         Args:
             state: The optimizer's.
             params: Its parameters.
-            offered: Whether they were moved to a prediction.
         """
         kept = read_states(state, {_ENTRY: RoleState()}, params)[_ENTRY]
         if "at" not in kept.shared or not all("ahead" in own for own in kept.each):
             return None
-        if not offered and not unmoved(kept.shared["at"], params):
+        if not unmoved(kept.shared["at"], params):
             return None
         counts = (kept.shared[name] for name in ("count", "lead", "variance"))
         pairs = zip(params, kept.each, strict=True)  # what was frozen meanwhile stays where it is

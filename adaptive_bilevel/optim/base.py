@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from ..evaluation import foreach
-from ..evaluation.attempts import Attempts
 from ..evaluation.closures import Differentiated
 from ..evaluation.counts import Counts, Evaluations
 from ..evaluation.guard import Closure, Guard, RandomState
 from ..evaluation.means import averaged
 from ..evaluation.objective import Evaluated, Objective, Replay
 from ..evaluation.processes import checked
-from ..evaluation.reductions import on_host
-from ..evaluation.tensors import gradients_of
-from ..evaluation.vectors import inner
 from ..policies import SLS, AutoSLS, Record, validation
 from ..policies.scalars import Scalar
 from .conclusion import ConcludingOptimizer
 from .direction import Adam, AdamMetric, Descent, Direction, Gradient, Plain, Proposed
 from .options import merged
 from .state import RoleState, read_states, write_states
-from .warm_start import Parabola, Start, WarmStart, farther_end
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -66,15 +58,12 @@ class AdaptiveOptimizer(ConcludingOptimizer):
 
     mixes_momentum: ClassVar[bool] = False
     """Whether the step's momentum is not the direction's affair, see `adaptive_bilevel.bilevel.momentum`."""
-    takes_offers: ClassVar[bool] = True
-    """Whether the next step decides between two starting points, see `offer`."""
     unbound: ClassVar[Host | None] = None
     """The host of a new optimizer and of a copy: for classes of a host's, which say there how to bind."""
 
     def _prepare(self) -> None:
         super()._prepare()
         self._workspace.options = self._shared_options
-        self._warm_start = WarmStart()
         self.evaluations = Evaluations()
         self.sample: Replay | None = None
         self.host: Host | None = self.unbound  # a copy is the optimizer of no host yet
@@ -88,9 +77,6 @@ class AdaptiveOptimizer(ConcludingOptimizer):
     def _own_counts(self) -> Counts:
         """Where oracle calls of the loss that is stepped on are counted."""
         return self.evaluations.lower
-
-    def _restored(self) -> None:
-        self._warm_start.restored(self.state, self._parameters())
 
     @property
     def records(self) -> dict[str, Any]:
@@ -144,52 +130,12 @@ class AdaptiveOptimizer(ConcludingOptimizer):
 
     # ------------------------------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, guard: Guard, closure: Closure, params: list[Tensor]) -> Differentiated:
-        """Return loss and gradients on the sample; after a prediction, first go to the share of it that is kept.
-
-        See `adaptive_bilevel.optim.warm_start`.
-        """
-        return self._decide(guard, closure, params, self._warm_start.point(self.state, params), None).found
-
-    def _decide(
-        self,
-        guard: Guard,
-        closure: Closure,
-        params: list[Tensor],
-        before: list[Tensor] | None,
-        random: RandomState | None,
-    ) -> Start:
-        """Do what `_evaluate` does, and return the share too; `random` replays a sample evaluated elsewhere."""
+    def _evaluate(
+        self, guard: Guard, closure: Closure, params: list[Tensor], random: RandomState | None = None
+    ) -> Differentiated:
+        """Return loss and gradients on the sample; `random` replays one that was evaluated elsewhere."""
         known = _evaluated(closure, params) if random is None else None
-        if before is None:
-            return Start(self._gradient(guard, closure, params, random) if known is None else Differentiated(*known))
-        predicted = [p.clone() for p in guard.copy()]
-        offset = foreach.sub(predicted, before)
-
-        def go(share: float) -> None:
-            foreach.copy_(params, predicted if share == 1.0 else before)
-            if 0.0 < share < 1.0:
-                foreach.add_(params, offset, alpha=share)
-            guard.rebase()
-
-        def gradient(share: float) -> Differentiated:
-            go(share)
-            if share == 1.0 and known is not None:
-                return Differentiated(*known)
-            return self._gradient(guard, closure, params, guard.entry)
-
-        share = self._warm_start.share(self.state)
-        begun = share.value
-        go(farther_end(begun))
-        value = Attempts().value(lambda: guard.value(closure, random))
-        self._own_counts.values += 1
-        found = gradient(begun)
-        own = gradients_of(params, params, found.gradients if found.own is None else found.own)
-        along, here, there = on_host(inner(own, offset), found.loss, value)
-        parabola = Parabola.through(begun, here, along, there)
-        after, finite = self._warm_start.look(self.state, parabola), math.isfinite(here) and math.isfinite(along)
-        kept = after if not share.known else begun if finite else 0.0
-        return Start(found if kept == begun else gradient(kept), kept, parabola.stayed)
+        return self._gradient(guard, closure, params, random) if known is None else Differentiated(*known)
 
     def _measured_along(self, gradient: Gradient, descent: Descent, closure: Closure, loss: Tensor) -> list[Tensor]:
         """Return what the length of a step is found along, without the factors of groups."""
@@ -221,28 +167,11 @@ class AdaptiveOptimizer(ConcludingOptimizer):
     def process_group(self, group: Any) -> None:
         self._workspace.group = checked(type(self).__name__, group)
 
-    @property
-    def offered(self) -> list[Tensor] | None:
-        """The point before a prediction, which the next step may go back to; None if none, or if x was moved since."""
-        return self._warm_start.point(self.state, self._parameters())
-
-    def offer(self, points: Sequence[Tensor]) -> None:
-        """Offer another starting point for the next step, copies of all parameters in order.
-
-        The level above has moved the parameters to a prediction, and calls this with the point before. The next
-        `step(closure)` begins between the two, at the share of the prediction that is best along it on the mean of the
-        samples before (`adaptive_bilevel.optim.warm_start`). Whoever else moves the parameters voids the offer.
-        """
-        self._warm_start.offer(self.state, self._parameters(), points)
-
     def displaced(self) -> None:
         """Take note that a level above, or a host, has moved the parameters."""
 
     def upper_moved(self) -> None:
-        """Take note that the level above has moved its own variable. It does so before an `offer`."""
-
-    def _drop_offer(self) -> None:
-        self._warm_start.drop(self.state, self._parameters())
+        """Take note that the level above has moved its own variable, after it has moved these (see `displaced`)."""
 
     # ------------------------------------------------------------------------------------------ conclusion
 

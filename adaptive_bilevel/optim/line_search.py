@@ -105,7 +105,7 @@ class LineSearch(AveragedSearch):
             else:
                 guard.copy()
                 rounding = resolution(searched_loss)
-                before = self._reached(value)
+                before = self._reached()
                 trials = self._closure_checks.watch(trial, value, slope, rounding, gradient.tensors, directions)
                 most = most_ratio(value, slope, gradient.tensors, directions, gradient.factors)
                 sample = Context(
@@ -135,8 +135,6 @@ class LineSearch(AveragedSearch):
                 self._settle(params, guard.copy(), state)
                 self._commit_direction(gradient, proposed)
                 self._save_rule_state(state)
-            if record.outcome != Outcome.non_finite:
-                self._drop_offer()
         self.sample = Replay(searched, random, record.step_size)
         self._conclude(record, state, loss)
         return loss

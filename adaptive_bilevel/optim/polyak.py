@@ -93,11 +93,8 @@ class Polyak(PolyakOptimizer):
             record, state = self._polyak_step(gradient, rule_gradient, along, rule_loss, lower_bound, sample)
             if isinstance(record.outcome, Tensor):
                 guard.keep_buffers_if(record.outcome != int(Outcome.non_finite))
-                self._drop_offer()
             elif record.outcome == Outcome.non_finite:
                 guard.undo()
-            else:
-                self._drop_offer()
         if evaluated is not None:
             self.sample = Replay(evaluated, guard.entry, record.step_size)
         elif self.sample is not None:

@@ -2,7 +2,7 @@
 
 ``torch.distributed.checkpoint`` renames the entries of ``state_dict()["state"]`` from numbers to names of parameters.
 So what belongs to no parameter (the rule's state, that of roles) is saved in the first group, and each parameter has an
-entry, be it empty.
+entry. Its files keep no empty entries, so these have a number once steps were taken.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from ..evaluation.vectors import SHORT
 
 __all__ = ["fit", "packed", "unpacked"]
 
-_SHARED = "shared_state"
+_SHARED, _EMPTY = "shared_state", "empty"
 
 
 def packed(saved: dict[str, Any]) -> dict[str, Any]:
     """Return a state as torch makes it, in the form in which it is saved."""
     groups = [dict(group) for group in saved["param_groups"]]
     numbers = [number for group in groups for number in group["params"]]
-    state = {number: saved["state"].get(number, {}) for number in numbers}
-    groups[0][_SHARED] = {name: value for name, value in saved["state"].items() if isinstance(name, str)}
+    shared = {name: value for name, value in saved["state"].items() if isinstance(name, str)}
+    empty = {_EMPTY: 0} if shared else {}
+    state = {number: saved["state"].get(number, empty) for number in numbers}
+    groups[0][_SHARED] = shared
     return {**saved, "state": state, "param_groups": groups}
 
 
@@ -40,7 +42,7 @@ def unpacked(saved: dict[str, Any], owner: str) -> dict[str, Any]:
     groups = [dict(group) for group in saved["param_groups"]]
     holds_shared = any(_SHARED in group for group in groups)
     shared: dict[str, Any] = next((group.pop(_SHARED) for group in groups if _SHARED in group), {})
-    state = {name: value for name, value in saved["state"].items() if value}
+    state = {name: value for name, value in saved["state"].items() if value and _EMPTY not in value}
     if holds_shared and "policy" not in shared and any(float(group.get("step_size", 0.0)) > 0.0 for group in groups):
         raise OptionError(
             f"{owner}.load_state_dict: the saved optimizer has taken steps, and their state is missing. "

@@ -59,18 +59,14 @@ class LowerProblems:
         several = len(self._below) > 1
         return [_lower_problem(below, guard, answers if several else None) for below, answers in self._below]
 
-    def watch(self) -> None:
-        """Let hypergradients know how long lower loops last, see `LowerLevel.watch`."""
-        LowerLevel(self._optimizers()).watch()
+    @property
+    def limit(self) -> float | None:
+        """See `LowerLevel.limit`."""
+        return LowerLevel(self._optimizers()).limit
 
     def restart(self) -> None:
         """Clear the state of stock optimizers that does not fit an earlier point."""
         LowerLevel(self._optimizers()).restart()
-
-    @property
-    def follows(self) -> bool:
-        """Whether an optimizer below can go back; a stock optimizer cannot."""
-        return any(_goes_back(below) is not None for below, _ in self._below)
 
     def upper_moved(self) -> None:
         """Tell the optimizers of this package, see `AdaptiveOptimizer.upper_moved`."""
@@ -88,35 +84,6 @@ class LowerProblems:
                 below.callback.project(variable(below.problem))
             if isinstance(below.problem.optimizer, AdaptiveOptimizer):
                 below.problem.optimizer.displaced()
-
-    def follow(self, response: Sequence[Tensor], step: float) -> None:
-        """Move what belongs to optimizers that can go back, and offer them the point before.
-
-        With several upper problems that is the point before the first of their predictions. Neither the prediction nor
-        (in Betty 0.1.x) the point before it knows of a param_callback.
-        """
-        if self._rolled_back:
-            return
-        offsets = torch._foreach_mul(list(response), step)
-        by_id = {id(p): offset for p, offset in zip(self.tensors(), offsets, strict=True)}
-        for below, _ in self._below:
-            optimizer = _goes_back(below)
-            if optimizer is None:
-                continue  # in three levels, the middle one's optimizer may be an upper one, too
-            params = variable(below.problem)
-            before = optimizer.offered or [p.detach().clone() for p in params]
-            moved = [p for p in params if id(p) in by_id]
-            torch._foreach_add_(moved, [by_id[id(p)] for p in moved])
-            if below.callback.projects:
-                below.callback.project(params)
-                before = [point.clone() for point in before]
-                below.callback.project(before)
-            optimizer.offer(before)
-
-
-def _goes_back(below: BoundProblem) -> AdaptiveOptimizer | None:
-    optimizer = below.problem.optimizer
-    return optimizer if isinstance(optimizer, AdaptiveOptimizer) and optimizer.takes_offers else None
 
 
 def _lower_problem(below: BoundProblem, guard: Guard, answers: Sequence[int] | None) -> LowerProblem:

@@ -100,7 +100,6 @@ def test_the_problems_below() -> None:
         assert [first.answers, second.answers] == [[-1], [0]]
         assert [first.random, second.random] == [guard.entry, guard.entry]
         assert [first.step_size, second.step_size] == [1.0, 0.3]
-        assert lower.follows
         two.module.requires_grad_(False)
         with pytest.raises(LowerLevelError, match="'b' is frozen"):
             lower.problems(None, guard)
@@ -112,14 +111,12 @@ def test_the_problems_below() -> None:
 
 
 @only_new
-@pytest.mark.parametrize("carry", [True, "auto"])
-def test_nothing_is_carried_where_the_engine_rolls_back(carry: Any) -> None:
-    top, low = Ridge().levels(lambda p: BiSLS(p, carry=carry), SLS)
+def test_nothing_is_carried_where_the_engine_rolls_back() -> None:
+    top, low = Ridge().levels(BiSLS, SLS)
     bind(engine(low, top, roll_back=True))
     lower, before = LowerProblems(BoundProblem.of(top)), low.value.clone()
-    (lower.carry if carry is True else lower.follow)([torch.ones(8)], 1.0)
+    lower.carry([torch.ones(8)], 1.0)
     assert torch.equal(low.value, before)
-    assert low.optimizer.offered is None
 
 
 def test_a_solver_is_text_and_object() -> None:

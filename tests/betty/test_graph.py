@@ -177,7 +177,7 @@ def test_two_parents_of_one_child() -> None:
     assert torch.allclose(low.value, y, rtol=1e-9)
 
 
-def test_two_parents_offer_the_point_before_both() -> None:
+def test_two_parents_move_a_child_one_after_the_other() -> None:
     low = Level(
         "y", lambda p, b: weighted(p.module() - B @ p.one() - C @ p.two()), Variable(T1), SLS, type="adaptive_cg"
     )
@@ -187,9 +187,12 @@ def test_two_parents_offer_the_point_before_both() -> None:
     start = []
     one.on_inner_loop_start = lambda: start.append(low.value.clone())
     made.run()
-    assert one.optimizer.record.moved
-    assert two.optimizer.record.moved
-    assert torch.equal(low.optimizer.state[low.module.value]["warm_start"]["point"], start[0])
+    expected = start[0]
+    for parent in (one, two):
+        assert parent.optimizer.record.moved
+        moves = parent.optimizer.state["prediction"]
+        expected = expected + moves["kept"] * moves["length"] * moves["moved"][0]
+    assert torch.allclose(low.value, expected, rtol=1e-12)
 
 
 def test_the_clock_of_a_polyak_rule_counts_one_parent() -> None:

@@ -70,8 +70,7 @@ def with_parameters(cls: Any, warm: bool, iterations: int) -> tuple[list[Tensor]
     """Return where x and y are after each iteration of a loop over parameters that are written in place."""
     x, y = torch.zeros(6, requires_grad=True), [t.requires_grad_() for t in start()]
     inner = torch.optim.SGD(y, lr=STEP)
-    search = getattr(cls, "func", cls) is BiSLS
-    outer = cls([x], lower=inner, **({"carry": warm} if search else {}))
+    outer = cls([x], lower=inner)
     xs, ys = [], []
     for _ in range(iterations):
         if not warm:
@@ -115,9 +114,8 @@ def test_tensors_and_parameters_in_place_go_the_same_way(form: str, name: str, w
     assert not torch.equal(xs[0], xs[-1])
     for one, other in zip(expected_x, xs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    if warm or name not in ("sgd", "adam"):  # cold, the loop of parameters leaves y where it was
-        for one, other in zip(expected_y, ys, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for one, other in zip(expected_y, ys, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_one_tensor_is_a_variable_too() -> None:
@@ -191,7 +189,7 @@ def test_a_meta_batch_is_a_list_of_pairs() -> None:
                 outer.step(f, lower=list(zip(ws, closures, strict=True)))
                 ws = outer.answer
         else:
-            outer = BiSLS([x], lower=[torch.optim.SGD([w], lr=1.0) for w in ws], carry=True, hypergradient=implicit)
+            outer = BiSLS([x], lower=[torch.optim.SGD([w], lr=1.0) for w in ws], hypergradient=implicit)
             for _ in range(4):
                 outer.step(lambda: f(ws), [partial(c, w) for c, w in zip(closures, ws, strict=True)])
         reached.append(torch.stack([x.detach(), *(w.detach() for w in ws)]))

@@ -76,17 +76,17 @@ def copies(iterate: Callable[[], Any], iterations: int = 12) -> tuple[float, flo
     ("direction", "options", "upper", "lower", "both"),
     [
         # C^T d and the adjoint, while CG runs; x where the last searched step began, for the search's guard; two of
-        # x and y, where the run would go back to.
-        ("sgd", {"momentum": False}, 3, 4, 7),
+        # x and y, where the run would go back to; how y was moved along last.
+        ("sgd", {"momentum": False}, 3, 5, 8),
         # Also the means of hypergradients and tangents, and the last hypergradient.
-        ("sgd", {}, 5, 5, 10),
+        ("sgd", {}, 5, 6, 11),
         # x before a kept step, and the tangent that y follows there with its direction.
-        ("sgd", {"pace": "auto"}, 7, 6, 13),
+        ("sgd", {"pace": "auto"}, 7, 7, 14),
         ("sgd", {"carry": False}, 5, 4, 9),  # no tangents
         # Also Adam's metric and the direction, while CG runs. Adam has a mean of its own.
-        ("adam", {"momentum": False}, 3, 4, 8),
-        ("adam", {}, 5, 5, 11),
-        ("adam", {"pace": "auto"}, 7, 6, 14),
+        ("adam", {"momentum": False}, 3, 5, 9),
+        ("adam", {}, 5, 6, 12),
+        ("adam", {"pace": "auto"}, 7, 7, 15),
     ],
 )
 def test_the_peak_beyond_that_of_constant_steps(
@@ -108,6 +108,6 @@ def test_nothing_grows_over_200_iterations() -> None:
         gc.enable()
     assert later <= peak + 0.01
     # Of x: the gradient, the one before and their mean, Adam's second moment, and where the last searched step began.
-    # Of y: what the lower search goes back to, the mean of the tangents, and the point that the next lower step may
-    # prefer to the prediction. Of both, two points that the run would go back to.
+    # Of y: what the lower search goes back to, the mean of the tangents, and how y was moved along last. Of both, two
+    # points that the run would go back to.
     assert held <= 12 + SMALL_THINGS

@@ -182,4 +182,4 @@ def test_nothing_is_mixed_into_a_direction_of_ones_own(direction: Any, c: float)
         assign([point.x], implicit(point.upper, point.lower, [point.x], [point.y], CG(tolerance=1e-10)))
         outer.step(point.upper)
     assert outer.policy.c == c
-    assert ("prediction" in outer.state) == (direction == "sgd")
+    assert ("mean" in outer.state["prediction"]) == (direction == "sgd")

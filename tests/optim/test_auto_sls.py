@@ -198,21 +198,13 @@ def test_the_parameters_hold_the_mean_and_gradients_are_taken_ahead_of_it(direct
     assert (optimizer.evaluations.lower.values - values, optimizer.evaluations.lower.gradients - gradients) == (1, 1)
 
 
-def test_a_cold_start_forgets_the_mean_and_a_prediction_moves_it() -> None:
+def test_a_mean_that_is_moved_begins_anew() -> None:
     x = leaf(2.0)
     optimizer: Any = AutoSLS([x])
     run(optimizer, x, NOISE)
-    count = optimizer.state["averaging"]["count"]
-    before = [x.detach().clone()]
-    x.data += 1e-3
-    optimizer.offer(before)
-    seen: list[float] = []
-    run(optimizer, x, [0.0], seen)
-    ahead = seen[1] - seen[0]
-    assert optimizer.state["averaging"]["count"] == count + 1
-    assert abs(ahead) > 1e-3
+    assert optimizer.state["averaging"]["count"] > 1
     x.data.fill_(2.0)
-    seen.clear()
+    seen: list[float] = []
     run(optimizer, x, [0.0], seen)
     assert seen == [2.0]
     assert optimizer.state["averaging"]["count"] == 1

@@ -18,7 +18,7 @@ CHOSEN = [info for info in INFOS if info.cls in (SPSB, SLS, SLSB)]
 def work(rank: int) -> Any:
     found = {}
     for info in CHOSEN:
-        for form in ("closure", "backward", "two samples", "offer", "poison"):
+        for form in ("closure", "backward", "two samples", "poison"):
             torch.manual_seed(rank)
             module = net(dropout=0.3)
             model = nn.parallel.DistributedDataParallel(module)
@@ -35,14 +35,6 @@ def work(rank: int) -> Any:
                         return loss.item()
                     return loss * float("nan") if form == "poison" and k == 1 and rank == 1 else loss
 
-                if form == "offer":
-                    # On each rank's own sample, another start may be the better one.
-                    optimizer.offer(
-                        [
-                            p.detach() + 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
-                            for p in module.parameters()
-                        ]
-                    )
                 if form == "two samples":
                     optimizer.step(closure, step_closure=closure_of(model, data[k - 1]))
                 else:
@@ -59,7 +51,7 @@ def work(rank: int) -> Any:
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 def test_processes_agree() -> None:
     one, two = results_of(work)
-    assert len(one) == 5 * len(CHOSEN)
+    assert len(one) == 4 * len(CHOSEN)
     for key, value in one.items():
         assert value == two[key], key
         steps = value[0]

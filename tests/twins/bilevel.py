@@ -141,6 +141,39 @@ class Guard:
         self.last = self.last[0], self.last[1] + a * slope, self.last[2]
 
 
+class Move:
+    """Which share of p = a w y moves by: the minimizer of the mean of the parabolas along the p before.
+
+    They are in units of the sum of the sizes of their two terms, with weights .9^age. That of p is known in the next
+    search: y has gone to `there` in units of p, its slope there is <g_y, p>, and its curvature that of the last
+    tangent, <w, C^T d> / |w|^2. The first share is 1. What moves y by less than its rounding is not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.parabola, self.kept, self.curvature = (0.0, 0.0), 1.0, 0.0
+        self.p: tuple[Tensor, Tensor] | None = None
+
+    def look(self, y: Tensor, g_y: Tensor) -> None:
+        if self.p is None:
+            return
+        w, place = self.p
+        square = float(w @ w)
+        if self.a * self.a * square <= EPS * float(y @ y):
+            return
+        there = self.kept + float(y @ w - place) / (self.a * square)
+        curvature = self.curvature * self.a * self.a * square
+        linear, bend = self.a * float(g_y @ w) - there * curvature, curvature / 2
+        size = abs(linear) + abs(bend)
+        if size > 0:
+            self.parabola = 0.9 * self.parabola[0] + linear / size, 0.9 * self.parabola[1] + bend / size
+
+    def go(self, y: Tensor, w: Tensor, a: float) -> Tensor:
+        s, q = self.parabola
+        self.kept = (1.0 if s <= 0 else 0.0) if q <= 0 else min(max(-s / (2 * q), 0.0), 1.0)
+        self.p, self.a = (w, y @ w + self.kept * a * (w @ w)), a
+        return y.add(w, alpha=a * self.kept)
+
+
 class BiSLS:
     """x <- x - a e, with the first a of start, start / 2, ... that passes a test of decrease, and that of `Tangent`.
 
@@ -150,7 +183,7 @@ class BiSLS:
     last trial that was rejected and has 7/8 of the decrease that the slope promises. Where s is not positive, h is
     replaced by one of refined solves, twice at most; then nothing moves.
 
-    y moves to y + a w, with w averaged as the h in e are, and the next step of `SLS` keeps a share of that.
+    y moves by the share of a w that `Move` has found, with w averaged as the h in e are.
     No a is above that of `Guard`. After an a below a tenth of its first trial a_0, the next search starts from
     sqrt(a_0 a). Once a trial was rejected, a last step that promises less than the rounding of f is
     taken again without a trial; it promises a <h, d>, or as much more as the slope of the last search was steeper.
@@ -171,6 +204,7 @@ class BiSLS:
         self.ratio, self.excused = 1.0, False
         self.guard = Guard()
         self.retreat = Retreat()
+        self.move = Move()
         self.pace, self.kept, self.last = Pace(), 0, (torch.zeros_like(lower.x), 0.0, torch.zeros_like(x))
 
     def directions(self, h: Tensor) -> tuple[SecondMoment, Momentum, Tensor, Tensor]:
@@ -187,12 +221,12 @@ class BiSLS:
         promised = float(h @ d)
         assert value > 0 and promised > 0
         if self.pace.was_bad(value):
-            (self.x, self.lower.x), self.kept, self.lower.other = self.pace.undo(), 0, None
+            (self.x, self.lower.x), self.kept = self.pace.undo(), 0
             return
         point = self.retreat.back(f, value, x, h)
         if point is not None:
             self.pace.give_up()
-            (self.x, self.lower.x, length), self.lower.other = point, None
+            self.x, self.lower.x, length = point
             self.previous, self.kept = min(length, self.previous) / 4, 0
             self.guard.forget(self.x)
             return
@@ -218,6 +252,7 @@ class BiSLS:
         else:
             tangent = self.tangent(f_y, Lower(g, x, y), share, self.previous > 0)
             slope = tangent.along(d, f_x)
+            self.move.look(y, tangent.lower.g_y.detach())
             found, ratio = slope, abs(slope / promised)
             for refined in (1, 2):
                 if slope <= 0:
@@ -229,12 +264,13 @@ class BiSLS:
             w = tangent.w
             mean = self.tangents = (Mean(torch.zeros_like(w)) if momentum.restarted else self.tangents).add(w)
             self.last = w, float(h @ d), d
+            self.move.curvature = float(w @ tangent.pushed) / float(w @ w)
             self.pace.search(a, promised, phi, searched, found)
         self.second, self.momentum = second, momentum
         if a > 0:
             self.x, self.step_size = x.add(e, alpha=-a), a
             if w is not None:
-                self.lower.other, self.lower.x = y, y + torch.lerp(w, mean.corrected, momentum.theta) * a
+                self.lower.x = self.move.go(y, torch.lerp(w, mean.corrected, momentum.theta), a)
 
     def search(self, f: Function, value: float, slope: float, tangent: Tangent, h: Tensor) -> tuple[float, float]:
         """Return the step, 0 if none passes, and phi there."""

@@ -63,44 +63,13 @@ class SLS:
     """x <- x - a e, with the first a of start, start / 2, ... for which f(x - a d) <= f(x) - .1 a <g, d>.
 
     No a above f / (.1 <g, d>) can pass. The first search starts there, later ones at 1.2 times the last step.
-
-    `other` is a second starting point that BiSLS offers, the one before its prediction. The next step begins between
-    the two, at the minimizer along p of the mean of the parabolas of the predictions before, each in units of the sum
-    of the sizes of its two terms, with weights .9^age. A parabola is the one through loss and slope where the step
-    begins, and the loss at the farther of the two points. The first prediction has its own, with the slope at `other`.
     """
 
     def __init__(self, x: Tensor, direction: str = "sgd") -> None:
         self.x, self.direction = x, Direction(direction, x)
         self.previous, self.step_size = 0.0, 0.0
-        self.other: Tensor | None = None
-        self.parabola: tuple[float, ...] = (0.0, 0.0)
-
-    def choose_start(self, loss: Loss) -> None:
-        if self.other is not None:
-            stayed, moved = self.other, self.x
-            p, first = moved - stayed, self.parabola == (0.0, 0.0)
-            share = 0.0 if first else self.share
-            self.x = moved if share == 1 else torch.add(stayed, p, alpha=share) if share else stayed
-            end, far = (0, stayed) if share >= 0.5 else (1, moved)
-            (here, g), there = gradient(loss, self.x), float(loss(far))
-            square = (there - here - float(g @ p) * (end - share)) / (end - share) ** 2
-            linear = float(g @ p) - 2 * square * share
-            size = abs(linear) + abs(square)
-            if size > 0:
-                terms = zip(self.parabola, (linear, square), strict=True)
-                self.parabola = tuple(0.9 * old + new / size for old, new in terms)
-            if first and self.share > 0:
-                self.x = moved if self.share == 1 else torch.add(stayed, p, alpha=self.share)
-        self.other = None
-
-    @property
-    def share(self) -> float:
-        b, a = self.parabola
-        return (1.0 if b < 0 else 0.0) if a <= 0 else min(max(-b / (2 * a), 0.0), 1.0)
 
     def step(self, loss: Loss) -> None:
-        self.choose_start(loss)
         f, g = gradient(loss, self.x)
         d, e = self.direction.at(g)
         slope = float(g @ d)
