@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from ..evaluation import foreach
@@ -25,6 +26,9 @@ from .roles import Prediction, ResponseModel
 from .share import Parabola, Share
 
 __all__ = ["Always", "BestShare", "Never", "observed", "predicted", "prediction_of"]
+
+_SINGLE = torch.finfo(torch.float32).eps
+"""The rounding of inner products: those of half precision are taken in float32."""
 
 
 @final
@@ -104,7 +108,7 @@ class BestShare:
         moved = list(map(scattered, moved, lower))
         slope, place, size = on_host(*inners((gradient, moved), (lower, moved), (lower, lower)))
         length, square = known["length"], known["square"]
-        if length * length * square <= rounding(lower) * size:  # y is not known well enough
+        if length * length * square <= min(rounding(lower), _SINGLE) * size:  # <y, r> is not known well enough
             return None
         reached = known["kept"] + (place - known["place"]) / (length * square)
         curvature = known["curvature"] * length * length * square

@@ -8,13 +8,17 @@ minibatch says how y answers if the batch were the whole problem, and the whole 
 is the minimizer of the mean of g(y) + gamma s + gamma^2 q along the predictions so far, in units of |s| + |q|. Both
 sums decay. Before anything is known, gamma is 1.
 
-The parabola of a prediction is known at the next upper step, on its lower sample and after the lower loop: its slope at
-gamma is <grad_y g, p>, and its bend is half of p^T P^{-1} p, by the Rayleigh quotient <w, C^T d> / <w, w> of the
-response. (P is positive definite, the Hessian of a network is not.) It takes no evaluation, only a copy of p. If y has
-followed p by itself, the slope is 0, and gamma stays; if p led nowhere, the slope is positive.
+The parabola of a prediction is known at the next upper step, on its lower sample and after the lower loop, which has
+taken y to y'. Along p, y' is at
 
-In ``examples/benchmarks/NOTES.md``, "The share of a prediction", the same measured by the next lower step loses 4 % in
-f, costs a value per loop, and is not known for optimizers and loops of the user's.
+    t = gamma + <y' - y - gamma p, p> / ||p||^2.
+
+The slope there, s + 2 t q, is <grad_y g(y'), p>, and 2 q is p^T P^{-1} p, by the Rayleigh quotient <w, C^T d> / <w, w>
+of the response. (P is positive definite, the Hessian of a network is not.) The minimizer, t - slope / (2 q), is where
+the loop has taken y, and how far it has still to go. So this needs no evaluation, only a copy of p, and it works with
+every lower optimizer and every loop.
+
+``examples/benchmarks/NOTES.md`` has the figures, and what lost ("The share of a prediction").
 """
 
 from __future__ import annotations
@@ -44,8 +48,8 @@ class Parabola(NamedTuple):
         """Return the one with this slope at a share.
 
         Args:
-            share: gamma.
-            slope: s + 2 gamma q.
+            share: t.
+            slope: s + 2 t q.
             curvature: 2 q.
         """
         return cls(slope - share * curvature, 0.5 * curvature)

@@ -159,12 +159,20 @@ def test_the_next_move_is_by_the_share_that_was_best(best: float, part: float, l
     assert role.observe([torch.zeros(3)], [torch.zeros(3)], state) is None  # another variable
 
 
-def test_a_move_below_the_rounding_of_y_shows_nothing() -> None:
-    role, w = BestShare(), torch.full((2,), 1e-9)
-    for y, seen in ((torch.ones(2), False), (torch.full((2,), 1e-3), True)):
-        given = context(w, Mix(), Level(y))._replace(curvature=1.0)
-        state = advanced(RoleState({}, [{}]), predicted(role, given, RoleState({}, [{}])))
-        assert (role.observe([torch.ones(2)], [y], state) is not None) == seen
+@pytest.mark.parametrize(
+    ("dtype", "size", "seen"),
+    [
+        (torch.float64, 1e-9, False),
+        (torch.float64, 1e-6, True),
+        (torch.float32, 1e-2, True),
+        (torch.bfloat16, 1e-2, True),
+    ],
+)
+def test_a_move_below_the_rounding_of_y_shows_nothing(dtype: torch.dtype, size: float, seen: bool) -> None:
+    role, w, y = BestShare(), torch.full((2,), size, dtype=dtype), torch.ones(2, dtype=dtype)
+    given = context(w, Mix(), Level(y))._replace(curvature=1.0)
+    state = advanced(RoleState({}, [{}]), predicted(role, given, RoleState({}, [{}])))
+    assert (role.observe([torch.ones(2, dtype=dtype)], [y], state) is not None) == seen
 
 
 def test_the_option_names_it() -> None:
