@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from ..hypergradient.solution import HessianReport, SolverStatus
+from ..hypergradient.solution import HessianReport
 from ..optim.base import AdaptiveOptimizer
 from ..optim.conclusion import Past
 from ..optim.unwrap import unwrapped
 from ..policies import AutoSLS, Outcome
 from ..policies.scalars import resolution
 from .lower import LowerLevel, stability_limit
+from .remedies import OUTCOMES, SOLVES
 from .upper import UpperOptimizer
 
 __all__ = ["diagnose"]
@@ -26,74 +27,15 @@ __all__ = ["diagnose"]
 _SOME, _MOST = 0.1, 0.5
 """Parts of the last steps that are worth a sentence: of what should not be, and of what may be."""
 
-_OUTCOMES = {
-    Outcome.search_failed: (
-        "searches failed in {of}: no step gave sufficient decrease, and nothing moved. Compare the gradient with the "
-        "loss (of an upper level by hypergradient.check), or, near a solution, use float64"
-    ),
-    Outcome.no_descent: (
-        "the direction did not descend in {of}, and nothing moved. The hypergradient and the response disagree: use "
-        "one sample and one solver for both, and take more lower steps"
-    ),
-    Outcome.zero_gradient: (
-        "the gradient was zero in {of}, and nothing moved. That is a solution, or the loss does not depend on the "
-        "parameters: compute it from the very tensors, not from copies"
-    ),
-    Outcome.non_finite: (
-        "loss or gradient was not finite in {of}, and nothing moved. Look at the data and the loss at the present point"
-    ),
-    Outcome.undone: (
-        "steps whose length was kept were undone in {of}, since the loss did not fall: search in every step, "
-        'pace="every"'
-    ),
-    Outcome.returned: (
-        "the run went back to an earlier point in {of}, since the loss had left all of its recent values. Take more "
-        "lower steps, if there is a lower level, or see whether x can take all curvature from the lower loss"
-    ),
-    Outcome.below_lower_bound: (
-        "the loss was at or below lower_bound in {of}. Give lower_bound= a number that it never falls below"
-    ),
-}
-
-_DEFAULT_SOLVER = "leave solver= out (Lanczos holds there), or regularize the lower loss"
-
-_SOLVES = {
-    SolverStatus.negative_curvature: ("negative curvature", _DEFAULT_SOLVER),
-    SolverStatus.vanishing_curvature: ("a singular Hessian", _DEFAULT_SOLVER),
-    SolverStatus.indefinite: (
-        "negative curvature",
-        "Lanczos holds there, by 1/|t| at an eigenvalue t; solve the lower level further, or regularize it, for the "
-        "inverse itself",
-    ),
-    SolverStatus.singular: (
-        "a singular Hessian, or directions flatter than it resolves,",
-        "Lanczos holds there, by a bounded solution; regularize the lower loss for the inverse itself",
-    ),
-    SolverStatus.flat: ("no curvature at all", "the lower loss is linear in y and has no minimizer: look at it"),
-    SolverStatus.diverging: (
-        "a series that grows",
-        "give Neumann a smaller scale=, or leave solver= out for Lanczos",
-    ),
-    SolverStatus.asymmetric: (
-        "products of no symmetric matrix",
-        "let the lower closure use one batch and one dropout mask in each evaluation",
-    ),
-    SolverStatus.iteration_limit: (
-        "its iteration limit",
-        "raise max_iterations=, or scale the lower variables alike",
-    ),
-    SolverStatus.non_finite: ("numbers that are not finite", "look at the lower loss at the present point"),
-}
-"""What a solve has met, and the remedy. `indefinite` and `singular` are known to `Lanczos` alone."""
-
 
 def diagnose(optimizer: Any) -> list[str]:
     """Return sentences on what limits a run, each with a remedy. The list is empty if nothing limits it.
 
     The sentences are from the last 50 steps. They report failed searches and other steps that moved nothing, steps at
     their bound, many trials, solves at negative curvature or at a singular Hessian, slopes that disagree with the
-    hypergradient, losses that rise from step to step, closures that change at the same point, and steps below rounding.
-    For an upper optimizer, they also report on its lower optimizers, and whether these are far from their solution.
+    hypergradient, losses that rise from step to step, closures that change at the same point, steps below rounding, and
+    losses that hardly depend on the upper variable any more. For an upper optimizer, they also report on its lower
+    optimizers, and whether these are far from their solution.
 
     No loss is evaluated. On an accelerator, the call waits for the device. The history is not in ``state_dict``.
 
@@ -148,8 +90,8 @@ def _closures(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 
 def _outcomes(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     outcomes = [int(step.record.outcome) for step in past]
-    counts = {outcome: outcomes.count(outcome) for outcome in _OUTCOMES}
-    return [_OUTCOMES[o].format(of=_of(n, past)) for o, n in counts.items() if n > _SOME * len(past)]
+    counts = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
+    return [OUTCOMES[o].format(of=_of(n, past)) for o, n in counts.items() if n > _SOME * len(past)]
 
 
 def _bounds(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
@@ -181,7 +123,7 @@ def _trials(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
 
 def _solves(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     reports = [step.hessian for step in past if isinstance(step.hessian, HessianReport)]
-    met = [_SOLVES[report.status] for report in reports if report.status in _SOLVES]
+    met = [SOLVES[report.status] for report in reports if report.status in SOLVES]
     return [
         f"the solver met {what} in {_of(count, reports, 'solves')}: {remedy}"
         for (what, remedy), count in Counter(met).items()
@@ -238,11 +180,32 @@ def _still(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     return said
 
 
+def _faded(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    last = list(past)[-10:]
+    losses, promised = [float(step.loss) for step in last], statistics.median(map(_promised, last))
+    rises = [b - a for a, b in itertools.pairwise(losses) if b > a]
+    if not isinstance(optimizer, UpperOptimizer) or len(last) < 10 or len(rises) < 3:
+        return []
+    rise = statistics.median(rises)
+    if not (0.0 < promised <= 1e-3 * rise and rise > 1e-6 * max(map(abs, losses))):
+        return []
+    return [
+        f"the last {len(last)} steps promised to lower the loss by {promised:.2g}, and it rose by {rise:.2g} from one "
+        f"sample to the next in {len(rises)} of them (medians): it hardly depends on the upper variable any more. If "
+        "that feeds a sigmoid, a softmax or an exponential, bound it by project=Box(...), or take more lower steps "
+        "before the first upper one"
+    ]
+
+
+def _promised(step: Past) -> float:
+    """Return what the step last tried promises; 0 if that is not known."""
+    promised = max(float(step.record.step_size), float(step.record.proposed)) * float(step.record.slope)
+    return promised if math.isfinite(promised) else 0.0
+
+
 def _hidden(step: Past) -> bool:
     """Return whether what the step last tried promises is lost in the rounding of the loss."""
-    loss, slope = abs(float(step.loss)), float(step.record.slope)
-    length = max(float(step.record.step_size), float(step.record.proposed))
-    return slope > 0.0 and 0.0 < length * slope <= resolution(step.loss) * loss
+    return 0.0 < _promised(step) <= resolution(step.loss) * abs(float(step.loss))
 
 
 def _behind(lower: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
@@ -277,6 +240,7 @@ _PARTS: Sequence[Callable[[AdaptiveOptimizer, Sequence[Past]], list[str]]] = (
     _outcomes,
     _bounds,
     _still,
+    _faded,
     _solves,
     _slopes,
     _trials,

@@ -196,6 +196,30 @@ def stuck(f: Callable[[Tensor], Tensor], steps: int, **options: Any) -> tuple[An
     return outer, [str(w.message) for w in caught if issubclass(w.category, AdaptiveBilevelWarning)]
 
 
+@pytest.mark.parametrize("start", [0.0, -30.0])
+def test_an_upper_variable_without_effect(start: float) -> None:
+    """The sigmoid of x weighs the lower loss: from -30 on, f changes by the samples alone."""
+    torch.manual_seed(0)
+    x, y = leaf(start, start), leaf(0.3, -0.2)
+    inner = SLS([y])
+    outer = BiSLS([x], lower=inner, direction="adam")
+
+    def step() -> None:
+        aim, target = torch.randn(2), 1.0 + 0.3 * torch.randn(2)
+
+        def lower() -> Tensor:
+            return ((y - target) ** 2).sum() + (x.sigmoid() * (y - aim) ** 2).sum()
+
+        def upper() -> Tensor:
+            return ((y - 1.0) ** 2).sum()
+
+        inner.step(lower)
+        assign([x], implicit(upper, lower, [x], [y]))
+        outer.step(upper)
+
+    assert ("hardly depends on the upper variable" in told(outer, step, 15)) == (start < 0.0)
+
+
 def test_standing_still_is_said_once() -> None:
     outer, said = stuck(lambda x: (x**2).sum(), 30, max_step=1e-9)
     assert sum("stands still" in text for text in said) == 1
