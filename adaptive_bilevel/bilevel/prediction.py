@@ -101,7 +101,7 @@ class BestShare:
         return RoleState()
 
     def observe(self, gradient: Sequence[Tensor], lower: Sequence[Tensor], state: RoleState) -> Share | None:
-        """Return the share with what y and its gradient show of the last move."""
+        """Return the share with the parabola of the last move in it; None if there is no move that can be seen."""
         known, moved = state.shared, state.shared.get("moved", ())
         if not moved or [m.shape for m in moved] != [y.shape for y in lower]:
             return None

@@ -15,7 +15,7 @@ from ..evaluation.counts import Counts
 from ..evaluation.guard import Closure, Guard, Workspace
 from ..evaluation.objective import Objective
 from ..evaluation.opened import closing
-from ..hypergradient.known_below import NAMES, restore_below, saved_below
+from ..hypergradient.difference_lengths import restore_lengths, saved_lengths
 from ..optim.base import AdaptiveOptimizer
 from .between_steps import BetweenSteps
 from .functional import FunctionalLower, UpperLoss
@@ -24,6 +24,8 @@ from .lower import Lower, as_lower, refuse_shared
 from .source import DIRECT, DirectLoss, Source, checked_source, estimated, matched
 
 __all__ = ["UpperOptimizer"]
+
+_LENGTHS = "difference_lengths"
 
 
 class UpperOptimizer(AdaptiveOptimizer):
@@ -38,7 +40,7 @@ class UpperOptimizer(AdaptiveOptimizer):
 
     lower: Lower
     _source: Source = None
-    _below: Mapping[str, Any] = {}
+    _lengths: Mapping[str, Any] = {}
 
     @property
     def hypergradient(self) -> Source:
@@ -125,33 +127,32 @@ class UpperOptimizer(AdaptiveOptimizer):
         super()._restored()
         self._forget()
         self._between.hidden = HiddenLevel()
-        if self._below:  # of a copy
-            restore_below(self.lower.tensors(), self._below)
+        if self._lengths:  # of a copy
+            restore_lengths(self.lower.tensors(), self._lengths)
 
     @property
     def _own_counts(self) -> Counts:
         return self.evaluations.upper
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is saved, as `AdaptiveOptimizer.state_dict` does; also what is known of the lower tensors."""
-        entries, below = self._entries(), saved_below(self.lower.tensors())
-        entries.update(below)
+        """Return what is saved, as `AdaptiveOptimizer.state_dict` does; also the lengths of differences in y."""
+        entries, lengths = self._entries(), saved_lengths(self.lower.tensors())
+        if lengths:
+            entries[_LENGTHS] = lengths
         try:
             return super().state_dict()
         finally:
-            for name in below:
-                del entries[name]
+            entries.pop(_LENGTHS, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state_dict)
-        entries = self._entries()
-        self._below = {name: entries.pop(name) for name in NAMES if name in entries}
-        restore_below(self.lower.tensors(), self._below)
+        self._lengths = self._entries().pop(_LENGTHS, {})
+        restore_lengths(self.lower.tensors(), self._lengths)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
-        kept = {"lower": self.lower, "_source": self._source, "_below": saved_below(self.lower.tensors())}
+        kept = {"lower": self.lower, "_source": self._source, "_lengths": saved_lengths(self.lower.tensors())}
         return {**super().__getstate__(), **kept}
 
     def _one_closure(self, upper_closure: UpperLoss | None, closure: UpperLoss | None) -> UpperLoss | None:
@@ -221,7 +222,7 @@ class UpperOptimizer(AdaptiveOptimizer):
         level = FunctionalLower.of(owner, lower)
         level.refuse_shared(params)
         level.require_form(owner, before)
-        restore_below(level.tensors(), saved_below(before.tensors()) or self._below)
+        restore_lengths(level.tensors(), saved_lengths(before.tensors()) or self._lengths)
         return level
 
     def _sourced(

@@ -2,7 +2,7 @@
 
 ``torch.distributed.checkpoint`` renames the entries of ``state_dict()["state"]`` from numbers to names of parameters.
 So what belongs to no parameter (the rule's state, that of roles) is saved in the first group, and each parameter has an
-entry. Its files keep no empty entries, so these have a number once steps were taken.
+entry. Checkpoint files keep no empty entries. Once steps were taken, an empty entry therefore holds a number.
 """
 
 from __future__ import annotations
