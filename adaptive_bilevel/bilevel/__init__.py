@@ -18,7 +18,7 @@ prediction(lower, model, taken)               # where the next lower loop begins
 | ModelCheck | how far does the model hold? | ``curvature`` | `CurvatureCheck`, `NoCheck` |
 | Pace | search in this step? | ``pace`` | `AsLengthsAgree`, `EveryStep` |
 | Momentum | which direction does the step take? | ``momentum`` | `Predictive`, `Full`, `Certified` |
-| Prediction | does y move with x? | ``carry`` | `Offered`, `Always`, `Never` |
+| Prediction | does y move with x? | ``carry`` | `BestShare`, `Always`, `Never` |
 | Diagnosis | what limits this run? | attribute ``diagnosis`` | `SlopeDiagnosis` |
 
 **Your own role** is a class with three methods. ``init()`` returns the state before the first step, ``propose(context,

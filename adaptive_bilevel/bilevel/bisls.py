@@ -73,7 +73,7 @@ class UpperSearch(SearchingOptimizer):
             check=check_of(chosen.curvature),
             pace=pace_of(chosen.pace, certified=chosen.momentum is False),
             momentum=momentum_of(self._mixing()),
-            prediction=prediction_of(chosen.carry),
+            prediction=prediction_of(chosen.carry, self.solver),
             diagnosis=self.diagnosis,
         )
 
@@ -134,7 +134,7 @@ class BiSLS(UpperSearch):
         solver: P of the tangent. Give the solver of the hypergradient. `Identity` and a random draw do not estimate
             their error; `CG` replaces them if d descends along its tangent.
         carry: Whether y moves to y + a w. "auto": it moves by the share of that which earlier moves were worth
-            (`adaptive_bilevel.bilevel.share`). True, False, or a `Prediction`.
+            (`adaptive_bilevel.bilevel.share`); with `Neumann`, it stays. True, False, or a `Prediction`.
         curvature: Tolerance of the check of the tangent. A step is rejected if the smooth part of the change of the
             lower gradient exceeds curvature * (a ||C^T d|| + ||grad_y g||), or if it exceeds curvature * a ||C^T d||
             and x alone does not have the effect that the tangent assumes. With `Lanczos` and `CG`, it passes if f,

@@ -16,7 +16,7 @@ from ..hypergradient.solution import HessianReport, LinearSolver, MatVec, Refina
 from ..hypergradient.solvers import Identity, Neumann
 from ..hypergradient.spectral_inverse import SpectralInverse
 
-__all__ = ["Inverse", "IterativeInverse", "SharedInverse", "Solved", "certified", "inverse_of", "refined"]
+__all__ = ["Inverse", "IterativeInverse", "SharedInverse", "Solved", "certified", "inverse_of", "refined", "transient"]
 
 Left = Callable[[Lanczos], SpectralInverse]
 """Returns what the hypergradient left behind for this point and sample, if it is that of the solver; else a new one."""
@@ -238,6 +238,11 @@ def _solved(
 def certified(solver: LinearSolver) -> bool:
     """Return whether a solver knows how far it is from the inverse."""
     return not (isinstance(solver, Identity) or bool(getattr(solver, "resamples", False)))
+
+
+def transient(solver: LinearSolver) -> bool:
+    """Return whether P b is what a number of gradient steps make of b (a Neumann series), and no solution."""
+    return isinstance(solver, Neumann) and not solver.random
 
 
 def refined(solver: LinearSolver) -> LinearSolver | None:

@@ -5,6 +5,7 @@
 | False | `Never` | stays |
 | True | `Always` | moves by the step times its response |
 | "auto" | `BestShare` | moves by the share of that which earlier moves were worth |
+| "auto", `Neumann` | `Never` | stays: the lower loop makes the steps that the series has summed |
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from ..evaluation import foreach
 from ..evaluation.parts import scattered
 from ..evaluation.reductions import agree, on_host
 from ..evaluation.vectors import inner, inners, rounding
+from ..hypergradient.solution import LinearSolver
 from ..optim.state import RoleState
 from .context import PredictedMove, PredictionContext
+from .inverse import transient
 from .roles import Prediction, ResponseModel
 from .share import Parabola, Share
 
@@ -231,10 +234,10 @@ def predicted(role: Prediction, context: PredictionContext, state: RoleState) ->
     return news
 
 
-def prediction_of(option: Any) -> Prediction:
-    """Return the role that the option ``carry`` names, or the user's own."""
+def prediction_of(option: Any, solver: LinearSolver) -> Prediction:
+    """Return the role that the option ``carry`` names for the solver of the response, or the user's own."""
     if option == "auto":
-        return BestShare()
+        return Never() if transient(solver) else BestShare()
     if isinstance(option, bool):
         return Always() if option else Never()
     role: Prediction = option

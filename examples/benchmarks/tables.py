@@ -25,7 +25,7 @@ TASKS = {
     "hyper-cleaning-fashion-60": "60 %, Fashion-MNIST",
     "hyper-cleaning-minibatch": "40 %, batches of 128",
     "hyper-cleaning-fashion-minibatch": "40 %, batches of 128, Fashion-MNIST",
-    "distillation": "Neumann",
+    "distillation": "T = 20",
     "distillation-cg": "CG",
     "distillation-identity": "identity",
     "distillation-50": "T = 50",
@@ -153,10 +153,8 @@ def defaults(results: Path = RESULTS) -> str:
         for kind in ("adam", "sgd"):
             row = _ours(content["rows"], f"bisls-{kind}")
             rest = {bar.removeprefix(f"bisls-{kind}"): value for bar, value in found.items() if f"bisls-{kind}" in bar}
-            losses = [
-                [rest[f", no number / best of {grid}: {figure}"] for figure in ("f(x, y)", "F(x)")]
-                for grid in (f"the {kind} grid", "all grids")
-            ]
+            best = [f", no number / best of {grid}: " for grid in (f"the {kind} grid", "all grids")]
+            losses = [[value for bar, value in rest.items() if bar in (f"{own}f(x, y)", f"{own}F(x)")] for own in best]
             (trials,) = (value for bar, value in rest.items() if bar.startswith(", first trials"))
             time = rest[f", no number / best of the {kind} grid: seconds to its final loss"]
             cost = rest[" / its lower loop and hypergradient: cost of an iteration"]

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from adaptive_bilevel import BiSLS
 from adaptive_bilevel.bilevel import Mix, PredictionContext, RoleState
 from adaptive_bilevel.bilevel.prediction import Always, BestShare, Never, predicted, prediction_of
+from adaptive_bilevel.hypergradient import CG, Identity, Lanczos, Neumann
+from adaptive_bilevel.hypergradient.solution import LinearSolver
 from adaptive_bilevel.optim.direction import Gradient
 from adaptive_bilevel.optim.state import advanced
 
@@ -176,6 +179,24 @@ def test_a_move_below_the_rounding_of_y_shows_nothing(dtype: torch.dtype, size: 
 
 
 def test_the_option_names_it() -> None:
-    assert [type(prediction_of(option)) for option in ("auto", True, False)] == [BestShare, Always, Never]
+    assert [type(prediction_of(option, Lanczos())) for option in ("auto", True, False)] == [BestShare, Always, Never]
     own = Never()
-    assert prediction_of(own) is own
+    assert prediction_of(own, Lanczos()) is own
+
+
+@pytest.mark.parametrize(
+    ("solver", "role"),
+    [
+        (Lanczos(), BestShare),
+        (CG(), BestShare),
+        (Identity(), BestShare),
+        (Neumann(3, random=True), BestShare),
+        (Neumann(3, 0.1), Never),
+    ],
+)
+def test_what_the_lower_loop_does_by_itself_is_not_predicted(solver: LinearSolver, role: type) -> None:
+    """A Neumann series is a number of lower steps; for `Identity` and a random draw, `CG` solves for the response."""
+    x, y = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    outer = BiSLS([x], lower=torch.optim.SGD([y], lr=0.1), solver=solver)
+    assert type(outer.roles.prediction) is role
+    assert type(prediction_of(True, solver)) is Always
