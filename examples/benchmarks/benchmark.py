@@ -208,13 +208,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         "LeNet, 28x28, batch 128, CG 10", "hyper-representation-lenet", solver_steps=10
     ),
     "distillation": _distillation("14x14, T=20", paper="neumann"),
-    "distillation-50": _distillation("14x14, T=50", paper="neumann", lower_steps=50, solver_steps=50),
+    "distillation-50": _distillation("14x14, T=50, Neumann", lower_steps=50, solver_steps=50),
     "distillation-cg": _distillation("14x14, T=20, CG 10", solver="cg", solver_steps=10),
     "distillation-identity": _distillation(
         "14x14, T=20, identity", solver="identity",
         others=(f"bisls-sgd:{_STEP}", f"bisls-adam:{_STEP}"),
     ),
-    "distillation-28": _distillation("28x28, T=20", paper="neumann", pooled=False, iterations=200),
+    "distillation-28": _distillation("28x28, T=20, Neumann", pooled=False, iterations=200),
     "few-shot": bilevel(
         "Few-shot, Omniglot, 5-way 5-shot, T=5", "few-shot", paper="cg",
         adam=(1e-4, 1e-3, 1e-2, 1e-1), sgd=(1e-2, 1e-1, 1.0, 10.0), lowers=("search", 0.01, 0.1, 1.0),

@@ -111,6 +111,13 @@ class Table:
             **middle,
         }
 
+    def renewable(self) -> list[Row]:
+        """Our searches with no number, with what `renewal.renewed` needs beside their rows."""
+        methods = [method for method in self.named(self.benchmark.ours) if method.name.startswith("bisls")]
+        ratios = [median(_cost_ratio(run) for run in self.of(method)) for method in methods]
+        rows = self.rows(methods, "ours")
+        return [{**row, "cost_over_loop": ratio} for row, ratio in zip(rows, ratios, strict=True)]
+
     def all_rows(self) -> list[Row]:
         """Ours, the best of each grid by each figure, the others, the first trials."""
         benchmark = self.benchmark

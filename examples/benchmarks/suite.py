@@ -7,12 +7,14 @@ Each run leaves a JSON file in RUNS and is not repeated; delete what should be. 
 both levels: decades with the first seed, half decades around the winner, and the best two or three with all seeds. Ours
 get no number at either level, and then first trials (or bounds) over six decades. "loss" of a run is the median of its
 last three evaluations, "seconds" processor time without evaluations, "cost" that of all oracle calls in gradients.
-A second form runs the methods that are named instead of the benchmark's own, and writes nothing but their runs.
+A second form runs the methods that are named instead of the benchmark's own, and writes nothing but their runs. With
+``--renew``, ours alone are run, and take the place of those in the results (see `renewal`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +29,7 @@ import report
 import tables
 from benchmark import BENCHMARKS, QUICK, Benchmark
 from grid import best
+from renewal import renewed
 from runs import Job, Method, assignments, run
 from tasks.base import SOLVERS
 
@@ -57,9 +60,21 @@ def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Ta
     return table
 
 
+def renew(benchmark: Benchmark, name: str, output: Path, results: Path, folder: str | None) -> None:
+    """Runs our searches with no number, and writes them into the results of a task."""
+    methods = [Method.parse(text) for text in benchmark.ours if text.startswith("bisls")]
+    jobs = [Job(benchmark.task, benchmark.settings, m, seed) for m in methods for seed in benchmark.seeds]
+    table = report.Table(benchmark, *run(jobs, output, folder))
+    rows, path = table.renewable(), results / f"{name}.json"
+    commits = {"core_commit": table.every("core_commit")}
+    report.write(path, renewed(json.loads(path.read_text()), rows, commits))
+    print(f"\n{name}: {benchmark.title}\n{tables.text(rows)}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--renew", action="store_true", help="run ours alone, and put them into the results")
     parser.add_argument("--quick", action="store_true", help="a few iterations and steps of one task of each kind")
     parser.add_argument("--data", help="folder of the data sets (else the environment's, else a stand-in)")
     parser.add_argument("--output", type=Path, default=Path("benchmark-runs"), help="folder for the runs")
@@ -88,8 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table = report.Table(benchmark, *run(jobs, output, folder))
             print(tables.text(table.rows(methods)), flush=True)
             continue
-        table = execute(benchmark, output, folder)
         results = options.results or options.output
+        if options.renew:
+            renew(benchmark, name, output, results, folder)
+            continue
+        table = execute(benchmark, output, folder)
         results.mkdir(parents=True, exist_ok=True)
         words = ["--task", name, *["--quick"] * options.quick, "--data", "DIR", "--output", "RUNS"]
         words += ["--seeds", *map(str, options.seeds)] if options.seeds else []

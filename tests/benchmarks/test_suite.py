@@ -308,3 +308,28 @@ def test_the_rules_of_the_lower_level_are_compared(tmp_path: Path, monkeypatch: 
     assert all(tuple(row) == names for row in problems.values())
     same = [row for problem, row in problems.items() if problem.startswith("full batch")]
     assert all(row["SLS, sgd"] == pytest.approx(row["AutoSLS, sgd"], rel=1e-2) for row in same)
+
+
+def test_ours_are_renewed_beside_what_was_run_before(tmp_path: Path) -> None:
+    """The grids and the bars that need both in one process stay; losses are compared with the same grids anew."""
+    suite.main(["--task", "label-noise", "--quick", "--output", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    path = tmp_path / "label-noise.json"
+    before = json.loads(path.read_text())
+    ours, grids = ([row for row in before["rows"] if row["kind"] == kind] for kind in ("ours", "grid"))
+    stale = {**ours[0], "median": 9.0, "loss": [9.0]}
+    kept = {"bar": "bisls-adam, no number / best of the adam grid: seconds to its final loss", "measured": 0.5}
+    bars = [
+        kept,
+        {"bar": "bisls-adam, no number / best of all grids: f(x, y)", "measured": 9.0, "at most": 1.0, "holds": False},
+    ]
+    path.write_text(json.dumps({**before, "rows": [stale, *before["rows"][1:]], "bars": bars}))
+    command = ["--renew", "--task", "label-noise", "--quick", "--output", str(tmp_path / "again"), "--results"]
+    suite.main([*command, str(tmp_path)])
+    after = json.loads(path.read_text())
+    assert after["rows"][0]["loss"] == ours[0]["loss"]
+    assert "core_commit" in after["rows"][0]
+    assert [row for row in after["rows"] if row["kind"] == "grid"] == grids
+    least = min(row["median"] for row in grids)
+    assert after["bars"][0] == kept
+    assert after["bars"][1]["measured"] == pytest.approx(ours[0]["median"] / least, rel=1e-4)
+    assert after["bars"][1]["holds"] == (after["bars"][1]["measured"] <= 1.0)
