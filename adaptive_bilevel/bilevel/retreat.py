@@ -29,7 +29,7 @@ from .between_steps import BetweenSteps
 from .context import Point
 from .scale import visible
 
-__all__ = ["Anchor", "Retreat"]
+__all__ = ["Anchor", "Retreat", "half_lost"]
 
 _RECENT = 16
 """Number of values of f that count as recent."""
@@ -64,15 +64,15 @@ class Retreat:
     With low and high the least and the greatest f of the last n upper steps, 4 <= n <= 16, and f_0 the first of
     all, x and y go back to an earlier point if
 
-        f > high + r s,    f > (f_0 + low) / 2,    f - f' > r s,    s = max{1, 8 / n}^2 (high - low),
+        f > high + r s,    f > sqrt(f_0 low),    f - f' > r s,    s = max{1, 8 / n}^2 (high - low),
 
-    where f' is the loss of the present sample at that point, and r is 1 if the value before was above high + s as well,
-    and 2 otherwise. The first condition finds an unusual f. The second asks that half of the decrease since f_0 is
-    lost. The third costs one value, and is evaluated only if the others hold: it fails if this sample is harder than
-    the last ones, or if the losses have changed. The step also goes on if h is zero in the entries that make up half of
-    the move of x since that point, which happens where each sample depends on its own part of x. If y is not finite, it
-    is enough that f' is. After a return, the search starts from shrink^2 times the shorter of the two lengths, there
-    and now.
+    where f' is the loss of the present sample at that point, and r is 1 if the value before was above high + s as
+    well, and 2 otherwise. The first condition finds an unusual f. The second asks that half of the decrease since f_0
+    is lost, of the logarithm's (of f's own where one of the two is not positive). The third costs one value, and is
+    evaluated only if the others hold: it fails if this sample is harder than the last ones, or if the losses have
+    changed. The step also goes on if h is zero in the entries that make up half of the move of x since that point,
+    which happens where each sample depends on its own part of x. If y is not finite, it is enough that f' is. After a
+    return, the search starts from shrink^2 times the shorter of the two lengths, there and now.
 
     Values above high + s are set aside. They count as recent as soon as f is back, or when there are 16 of them. (f may
     leave in many small steps, each of which is usual beside the one before.)
@@ -120,7 +120,7 @@ class Retreat:
         if anchor is None or (len(losses) < _FEW if finite else _are_finite(point.lower)):
             return None
         varies = _spread(losses) * (1.0 if state.shared["aside"] else 2.0)
-        if finite and not point.value > max(max(losses) + varies, 0.5 * (state.shared["first"] + min(losses))):
+        if finite and not point.value > max(max(losses) + varies, half_lost(state.shared["first"], min(losses))):
             return None
         if between.elsewhere or [t.shape for t in tensors] != [t.shape for t in anchor.tensors]:
             self.forget()
@@ -234,6 +234,15 @@ class Retreat:
             self._calmer.pop()
         if not self._calmer or anchor.norm >= 2.0 * self._calmer[-1].norm:
             self._calmer = [*self._calmer, anchor][-_CALMER:]
+
+
+def half_lost(first: float, low: float) -> float:
+    """Return the loss at which half of the decrease since the first one is lost, see `Retreat`.
+
+    >>> half_lost(4.0, 1.0), half_lost(4.0, -1.0)
+    (2.0, 1.5)
+    """
+    return math.sqrt(first) * math.sqrt(low) if min(first, low) > 0.0 else 0.5 * (first + low)
 
 
 def _spread(losses: Sequence[float]) -> float:
