@@ -146,8 +146,8 @@ def test_the_whole_training_step_as_a_closure_is_refused(level: str, tmp_path: P
 
 
 def test_the_lines_of_the_page_run(tmp_path: Path) -> None:
-    page = Path(__file__).parents[2] / "docs" / "porting.md"
-    block = next(b for b in re.findall(r"```diff\n(.*?)```", page.read_text(), re.DOTALL) if "# transformers" in b)
+    page = Path(__file__).parents[2] / "docs" / "trainers.md"
+    block = next(b for b in re.findall(r"```diff\n(.*?)```", page.read_text(), re.DOTALL) if "(Trainer)" in b)
     lines = [line[1:] for line in block.splitlines() if line[0] != "-"]
     names: dict[str, Any] = {"Trainer": transformers.Trainer, "AutoSLS": AutoSLS, "BiSLS": BiSLS, "implicit": implicit}
     exec("\n".join(lines[:-1]), names)
