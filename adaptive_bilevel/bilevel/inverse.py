@@ -241,7 +241,7 @@ def certified(solver: LinearSolver) -> bool:
 
 
 def transient(solver: LinearSolver) -> bool:
-    """Return whether P b is what a number of gradient steps make of b (a Neumann series), and no solution."""
+    """Return whether P b is what a number of gradient steps make of b (a Neumann series), rather than a solution."""
     return isinstance(solver, Neumann) and not solver.random
 
 

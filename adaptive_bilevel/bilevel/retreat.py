@@ -67,8 +67,8 @@ class Retreat:
         f > high + r s,    f > sqrt(f_0 low),    f - f' > r s,    s = max{1, 8 / n}^2 (high - low),
 
     where f' is the loss of the present sample at that point, and r is 1 if the value before was above high + s as
-    well, and 2 otherwise. The first condition finds an unusual f. The second asks that half of the decrease since f_0
-    is lost, of the logarithm's (of f's own where one of the two is not positive). The third costs one value, and is
+    well, and 2 otherwise. The first condition finds an unusual f. The second asks that half of the decrease of log f
+    since f_0 is lost; if f_0 or low is not positive, the limit is (f_0 + low) / 2. The third costs one value, and is
     evaluated only if the others hold: it fails if this sample is harder than the last ones, or if the losses have
     changed. The step also goes on if h is zero in the entries that make up half of the move of x since that point,
     which happens where each sample depends on its own part of x. If y is not finite, it is enough that f' is. After a
@@ -237,7 +237,7 @@ class Retreat:
 
 
 def half_lost(first: float, low: float) -> float:
-    """Return the loss at which half of the decrease since the first one is lost, see `Retreat`.
+    """Return sqrt(first low), where half of the decrease of the logarithm is lost; the mean if one is not positive.
 
     >>> half_lost(4.0, 1.0), half_lost(4.0, -1.0)
     (2.0, 1.5)

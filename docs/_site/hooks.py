@@ -112,9 +112,9 @@ def result(name: str, content: dict[str, Any]) -> str:
     }
     parts = [f"# {name}", content["title"] + ".", f"```sh\n{content['command']}\n```"]
     parts.append(f"Data: {content['data']}. Commits of the package: {commits}. Settings: {settings}.")
-    renewed = {str(row["core_commit"]) for row in content["rows"] if "core_commit" in row}
+    renewed = ", ".join(sorted({f"`{row['core_commit']}`" for row in content["rows"] if "core_commit" in row}))
     if renewed:
-        parts.append(f"BiSLS was run again alone, with {', '.join(sorted(renewed))}. The picture is of the first run.")
+        parts.append(f"BiSLS was run again alone, with {renewed}. The picture is of the first run.")
     parts.append(f"![Loss against iterations, and the final loss of each method]({name}.png)")
     for kind, words in kinds.items():
         rows = [row for row in content["rows"] if row["kind"] == kind]

@@ -1,12 +1,12 @@
-"""Ours anew, in results whose grids and peers stay as they were run: constant steps do not depend on this package."""
+"""Ours anew, in results whose grids and peers stay as they were run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import bars
 from tables import RESOLVED, number
 
 Row = dict[str, Any]
@@ -25,32 +25,24 @@ def renewed(content: Row, rows: Sequence[Row], source: Row) -> Row:
     """
     replaced = {row["label"] for row in rows}
     others = [row for row in content["rows"] if row["kind"] != "ours" or row["label"] not in replaced]
-    measured: dict[str, float] = {}
-    for row in rows:
-        measured |= _measured(row, others)
-    bars = [_renewed_bar(bar, measured) for bar in content["bars"]]
-    return {**content, "rows": [*({**row, **source} for row in rows), *others], "bars": bars}
+    measured = {bar["bar"]: bar for row in rows for bar in _bars(row, others)}
+    kept = [measured.get(bar["bar"], bar) for bar in content["bars"]]
+    return {**content, "rows": [*({**row, **source} for row in rows), *others], "bars": kept}
 
 
-def _measured(row: Row, others: Sequence[Row]) -> dict[str, float]:
-    """Return the bars of a row of ours by their texts."""
+def _bars(row: Row, others: Sequence[Row]) -> list[Row]:
+    """Return the bars of a row of ours that need no other run."""
     name = row["method"].split()[0]
     rival = name.removeprefix("bisls-")
     grids = [other for other in others if other["kind"] == "grid"]
     own = [grid for grid in grids if _is_plain(grid["method"], rival)]
     swept = [other for other in others if other["kind"] == "first trial" and other["method"].split()[0] == name]
-    found = {
-        f"{name}, with and without a first trial: diverged runs": float(sum(r["diverged"] for r in (row, *swept))),
-        f"{name}: trials per iteration": max(r["trials_per_iteration"] for r in (row, *swept)),
-        f"{name}: share of failed searches": max(r["failed"] for r in (row, *swept)),
-        f"{name}: share of iterations without a move": 1 - min(r["moved"] for r in (row, *swept)),
-        f"{name} / its lower loop and hypergradient: cost of an iteration": row["cost_over_loop"],
-    }
-    for figure, key in (("f(x, y)", "loss"), ("F(x)", RESOLVED)):
+    found = bars.step_bars(name, row, swept)
+    for figure in ("loss", RESOLVED):
         for which, rivals in ((f"the {rival} grid", own), ("all grids", grids)):
-            known = [_value(grid, key) for grid in rivals if key in grid]
-            if known and key in row:
-                found[f"{name}, no number / best of {which}: {figure}"] = _value(row, key) / min(known)
+            known = [_value(grid, figure) for grid in rivals if figure in grid]
+            if known and figure in row:
+                found.append(bars.loss_bar(name, which, figure, _value(row, figure) / min(known)))
     return found
 
 
@@ -60,13 +52,5 @@ def _is_plain(method: str, rival: str) -> bool:
     return name == rival and not any(option.startswith(("solver=", "decay=")) for option in options)
 
 
-def _value(row: Row, key: str) -> float:
-    return median(map(number, row[key]))
-
-
-def _renewed_bar(bar: Row, measured: dict[str, float]) -> Row:
-    if bar["bar"] not in measured:
-        return bar
-    value = measured[bar["bar"]]
-    held = {"holds": math.isfinite(value) and value <= bar["at most"]} if "at most" in bar else {}
-    return {**bar, "measured": value, **held}
+def _value(row: Row, figure: str) -> float:
+    return median(map(number, row[figure]))

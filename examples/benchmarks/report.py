@@ -1,4 +1,4 @@
-"""Tables, bars and figures of the suite, from the content of its runs."""
+"""Tables and figures of the suite, from the content of its runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+import bars
 from benchmark import Benchmark
 from runs import Method, provenance
 from tables import RESOLVED, text
@@ -114,9 +115,13 @@ class Table:
     def renewable(self) -> list[Row]:
         """Our searches with no number, with what `renewal.renewed` needs beside their rows."""
         methods = [method for method in self.named(self.benchmark.ours) if method.name.startswith("bisls")]
-        ratios = [median(_cost_ratio(run) for run in self.of(method)) for method in methods]
-        rows = self.rows(methods, "ours")
-        return [{**row, "cost_over_loop": ratio} for row, ratio in zip(rows, ratios, strict=True)]
+        rows = zip(methods, self.rows(methods, "ours"), strict=True)
+        return [{**row, "cost_over_loop": self.cost_over_loop(method)} for method, row in rows]
+
+    def cost_over_loop(self, method: Method) -> float:
+        """Median over seeds of the cost of all calls of a run over that of its lower loop and hypergradients."""
+        costs = [run["cost"] for run in self.of(method)]
+        return median(sum(cost.values()) / (cost["lower"] + cost["hypergradient"]) for cost in costs)
 
     def all_rows(self) -> list[Row]:
         """Ours, the best of each grid by each figure, the others, the first trials."""
@@ -130,94 +135,6 @@ class Table:
                 rows.append(row)
         rows += self.rows(self.named(benchmark.others), "other")
         return rows + self.rows(self.named(benchmark.first_trials), "first trial")
-
-
-# Bars.
-
-
-def bars(table: Table) -> list[Row]:
-    return single_level_bars(table) if table.benchmark.single_level else bilevel_bars(table)
-
-
-def bilevel_bars(table: Table) -> list[Row]:
-    benchmark, seeds, found = table.benchmark, table.benchmark.seeds, []
-    ours = table.named(benchmark.ours)
-    searching = [m for m in ours if m.name.startswith("bisls")]
-    for method in searching:
-        rival = method.name.removeprefix("bisls-")
-        for figure in table.figures:
-            winner = table.best(rival, figure)
-            text = f"{method.name}, no number / best of the {rival} grid: {'F(x)' if figure == RESOLVED else 'f(x, y)'}"
-            own = table.score(method, seeds, figure)
-            found.append(_bar(text, own / table.score(winner, seeds, figure), 1.0))
-            least = min(table.score(table.best(label, figure), seeds, figure) for label in table.tried)
-            found.append(_bar(text.replace(f"the {rival} grid", "all grids"), own / least, 1.0))
-        winner = table.best(rival)
-        target = table.score(winner, seeds)
-        time, its = table.seconds_to(method, target), table.seconds_to(winner, target)
-        found.append(_bar(f"{method.name}, no number / best of the {rival} grid: seconds to its final loss",
-                          time / its if its else math.inf, 1.0))  # fmt: skip
-        spent = sum(run["summary"]["seconds"] for run in table.of(method)) / len(seeds)
-        found.append({"bar": f"the {rival} grid / one run of {method.name}: seconds",
-                      "measured": table.grid_seconds(rival) / spent})  # fmt: skip
-        swept = [m for m in table.named(benchmark.first_trials) if m.name == method.name]
-        if swept:
-            scores = [table.score(m, seeds) for m in swept]
-            found.append(_bar(f"{method.name}, first trials {_ends(swept)}: largest / smallest final loss",
-                              max(scores) / min(scores), benchmark.spread))  # fmt: skip
-        rows = table.rows([method, *swept])
-        found += [
-            _bar(f"{method.name}, with and without a first trial: diverged runs", sum(r["diverged"] for r in rows), 0),
-            _bar(f"{method.name}: trials per iteration", max(r["trials_per_iteration"] for r in rows), 1.5),
-            _bar(f"{method.name}: share of failed searches", max(r["failed"] for r in rows), 0.01),
-            _bar(f"{method.name}: share of iterations without a move", 1 - min(r["moved"] for r in rows), 0.05),
-            _bar(f"{method.name} / a constant step at both levels: cost of an iteration",
-                 rows[0]["cost_per_iteration"] / _constant_cost(table), 2.0),
-            _bar(f"{method.name} / its lower loop and hypergradient: cost of an iteration",
-                 median(_cost_ratio(run) for run in table.of(method)), 1.15),
-        ]  # fmt: skip
-    return found
-
-
-def single_level_bars(table: Table) -> list[Row]:
-    benchmark, seeds, found = table.benchmark, table.benchmark.seeds, []
-    figure = "last_loss"
-    swept = table.named(benchmark.first_trials)
-    bounded = [m for m in table.named(benchmark.others) if m.options.get("lr") == 1e3]
-    decaying = [m for m in table.tried["sgd decay=inverse_sqrt"] if m.options["lr"] == 1e3 and table.of(m)]
-    rivals = [table.score(m, [s for s in seeds if s in table._runs[str(m)]], figure) for m in [*bounded, *decaying]]
-    for method in table.named(benchmark.ours):
-        own = {m.options["lr"]: table.score(m, seeds, figure) for m in swept if m.name == method.name}
-        text = f"{method.name}, no number / best bound of {min(own):g} ... {max(own):g}: last loss"
-        found.append(_bar(text, table.score(method, seeds, figure) / min(own.values()), 1.25))
-        if 1e3 in own and rivals and benchmark.task == "logistic-regression":
-            text = f"{method.name} / best of decaying SGD, SPS_max, DecSPS, SLS, all at bound 1000: last loss"
-            found.append(_bar(text, own[1e3] / min(rivals), 0.2))
-    return found
-
-
-def _constant_cost(table: Table) -> float:
-    """Cost of an iteration of SGD at both levels, from any run of the grids with a constant lower step."""
-    for methods in table.tried.values():
-        for method in methods:
-            if not isinstance(method.options.get("lower"), str) and table.of(method):
-                return float(table.of(method)[0]["summary"]["cost_per_iteration"])
-    return math.nan
-
-
-def _cost_ratio(run: Row) -> float:
-    """Cost of all calls of a run over that of its lower loop and hypergradients."""
-    cost: dict[str, float] = run["cost"]
-    return sum(cost.values()) / (cost["lower"] + cost["hypergradient"])
-
-
-def _bar(text: str, measured: float, at_most: float) -> Row:
-    return {"bar": text, "measured": measured, "at most": at_most, "holds": measured <= at_most}
-
-
-def _ends(methods: Sequence[Method]) -> str:
-    lrs = [method.options["lr"] for method in methods]
-    return f"{min(lrs):g} ... {max(lrs):g}"
 
 
 # Output.
@@ -235,7 +152,7 @@ def label(method: Method) -> str:
 def publish(table: Table, name: str, results: Path, source: dict[str, str]) -> None:
     """Prints the table and the bars, and writes NAME.json and NAME.png."""
     quick = table.benchmark.title.endswith("(quick)")
-    rows, held = table.all_rows(), [] if quick else bars(table)  # after four iterations they say nothing
+    rows, held = table.all_rows(), [] if quick else bars.of(table)  # after four iterations they say nothing
     some = next(run for method in table.named(table.benchmark.ours) for run in table.of(method))
     write(results / f"{name}.json", {
         "title": table.benchmark.title,

@@ -34,13 +34,14 @@ from runs import Job, Method, assignments, run
 from tasks.base import SOLVERS
 
 
+def planned(benchmark: Benchmark, methods: Sequence[Method], seeds: Sequence[int]) -> list[Job]:
+    """The runs of some methods."""
+    return [Job(benchmark.task, benchmark.settings, method, seed) for method in methods for seed in seeds]
+
+
 def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Table:
     """Runs a benchmark in three rounds, of which the last two follow from the one before."""
-
-    def jobs(methods: Sequence[Method], seeds: Sequence[int]) -> list[Job]:
-        return [Job(benchmark.task, benchmark.settings, method, seed) for method in methods for seed in seeds]
-
-    first, every = benchmark.seeds[:1], benchmark.seeds
+    jobs, first, every = partial(planned, benchmark), benchmark.seeds[:1], benchmark.seeds
     named = [Method.parse(text) for text in (*benchmark.ours, *benchmark.others, *benchmark.first_trials)]
     tried = {grid.label: grid.coarse() for grid in benchmark.grids}
     known, missing = run([*jobs(named, every), *jobs([*chain(*tried.values())], first)], output, folder)
@@ -63,8 +64,7 @@ def execute(benchmark: Benchmark, output: Path, folder: str | None) -> report.Ta
 def renew(benchmark: Benchmark, name: str, output: Path, results: Path, folder: str | None) -> None:
     """Runs our searches with no number, and writes them into the results of a task."""
     methods = [Method.parse(text) for text in benchmark.ours if text.startswith("bisls")]
-    jobs = [Job(benchmark.task, benchmark.settings, m, seed) for m in methods for seed in benchmark.seeds]
-    table = report.Table(benchmark, *run(jobs, output, folder))
+    table = report.Table(benchmark, *run(planned(benchmark, methods, benchmark.seeds), output, folder))
     rows, path = table.renewable(), results / f"{name}.json"
     commits = {"core_commit": table.every("core_commit")}
     report.write(path, renewed(json.loads(path.read_text()), rows, commits))
@@ -99,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = options.output / (f"{name}-quick" if options.quick else name)
         if options.method:
             methods = [Method.parse(text) for text in options.method]
-            jobs = [Job(benchmark.task, benchmark.settings, m, seed) for m in methods for seed in benchmark.seeds]
-            table = report.Table(benchmark, *run(jobs, output, folder))
+            table = report.Table(benchmark, *run(planned(benchmark, methods, benchmark.seeds), output, folder))
             print(tables.text(table.rows(methods)), flush=True)
             continue
         results = options.results or options.output

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+import bars
 import data
 import figures
 import lower_rules
@@ -244,9 +245,7 @@ def test_the_suite_writes_a_table_and_a_figure(tmp_path: Path) -> None:
     suite.main(arguments)
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "penalties-a9a-quick").iterdir()}
     benchmark = BENCHMARKS["penalties-a9a"].quick()
-    held = {
-        entry["bar"]: entry for entry in report.bars(suite.execute(benchmark, tmp_path / "penalties-a9a-quick", None))
-    }
+    held = {entry["bar"]: entry for entry in bars.of(suite.execute(benchmark, tmp_path / "penalties-a9a-quick", None))}
     assert any("best of the adam grid: f(x, y)" in name for name in held)
     assert any("best of the sgd grid: F(x)" in name for name in held)
     cost = next(entry for name, entry in held.items() if "cost of an iteration" in name)
@@ -318,11 +317,11 @@ def test_ours_are_renewed_beside_what_was_run_before(tmp_path: Path) -> None:
     ours, grids = ([row for row in before["rows"] if row["kind"] == kind] for kind in ("ours", "grid"))
     stale = {**ours[0], "median": 9.0, "loss": [9.0]}
     kept = {"bar": "bisls-adam, no number / best of the adam grid: seconds to its final loss", "measured": 0.5}
-    bars = [
+    entries = [
         kept,
         {"bar": "bisls-adam, no number / best of all grids: f(x, y)", "measured": 9.0, "at most": 1.0, "holds": False},
     ]
-    path.write_text(json.dumps({**before, "rows": [stale, *before["rows"][1:]], "bars": bars}))
+    path.write_text(json.dumps({**before, "rows": [stale, *before["rows"][1:]], "bars": entries}))
     command = ["--renew", "--task", "label-noise", "--quick", "--output", str(tmp_path / "again"), "--results"]
     suite.main([*command, str(tmp_path)])
     after = json.loads(path.read_text())
