@@ -15,9 +15,11 @@ from ..errors import OptionError
 from ..hypergradient.solution import HessianReport
 from ..optim.base import AdaptiveOptimizer
 from ..optim.conclusion import Past
+from ..optim.state import read_states
 from ..optim.unwrap import unwrapped
 from ..policies import AutoSLS, Outcome
 from ..policies.scalars import resolution
+from . import stiffness
 from .lower import LowerLevel, stability_limit
 from .remedies import OUTCOMES, SOLVES
 from .upper import UpperOptimizer
@@ -32,10 +34,10 @@ def diagnose(optimizer: Any) -> list[str]:
     """Return sentences on what limits a run, each with a remedy. The list is empty if nothing limits it.
 
     The sentences are from the last 50 steps. They report failed searches and other steps that moved nothing, steps at
-    their bound, many trials, solves at negative curvature or at a singular Hessian, slopes that disagree with the
-    hypergradient, losses that rise from step to step, closures that change at the same point, steps below rounding, and
-    losses that hardly depend on the upper variable any more. For an upper optimizer, they also report on its lower
-    optimizers, and whether these are far from their solution.
+    their bound, many trials, solves at negative curvature or at a singular Hessian, lower losses that x has made too
+    steep, slopes that disagree with the hypergradient, losses that rise from step to step, closures that change at the
+    same point, steps below rounding, and losses that hardly depend on the upper variable any more. For an upper
+    optimizer, they also report on its lower optimizers, and whether these are far from their solution.
 
     No loss is evaluated. On an accelerator, the call waits for the device. The history is not in ``state_dict``.
 
@@ -128,6 +130,20 @@ def _solves(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
         f"the solver met {what} in {_of(count, reports, 'solves')}: {remedy}"
         for (what, remedy), count in Counter(met).items()
         if count > _SOME * len(reports)
+    ]
+
+
+def _stiff(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
+    if not isinstance(optimizer, UpperOptimizer):
+        return []
+    first = {"stiffness": stiffness.init()}
+    part = stiffness.part(read_states(optimizer.state, first, optimizer._parameters())["stiffness"])
+    if part == 1.0:
+        return []
+    return [
+        "steps of x have made the lower loss steep: curvatures that were its largest are not resolved any more, so "
+        f"upper steps are held to {part:.2g} of the length that they had before. Bound x (project=Box(...) for the "
+        "logarithm of a penalty), or scale what x multiplies"
     ]
 
 
@@ -242,6 +258,7 @@ _PARTS: Sequence[Callable[[AdaptiveOptimizer, Sequence[Past]], list[str]]] = (
     _still,
     _faded,
     _solves,
+    _stiff,
     _slopes,
     _trials,
     _noise,

@@ -17,12 +17,20 @@ from ..optim.slope_rounding import most_ratio
 from ..optim.state import RoleState
 from ..policies import Context, Outcome, Record
 from ..policies.armijo import armijo_threshold
+from . import stiffness
 from .context import Point
 from .roles import ResponseModel, StepCheck
 from .secant import Lead, Seen
 from .share import Share
 
 __all__ = ["Answer", "Found", "Limits", "nothing_to_search", "search"]
+
+
+_BLIND = (
+    "the hypergradient is of entries of the upper variable that neither the upper loss nor the last lower sample "
+    "depends on, so nothing moved. The last lower step was on another sample: compute the hypergradient on the sample "
+    "of the last lower step, or pass that of the hypergradient as step(..., lower_closure=...)"
+)
 
 
 class Limits(NamedTuple):
@@ -47,6 +55,10 @@ class Limits(NamedTuple):
     rounding: float
     onward: float | None = None
     baseline: bool = False
+
+    def calmed(self, state: RoleState) -> Limits:
+        """Return limits under which no step is longer than a stiff lower problem allows, see `stiffness`."""
+        return self._replace(most=min(self.most, stiffness.limit(state)))
 
     def led(self, point: Point, lead: Lead | None, section: Section | None) -> tuple[Lead, Limits] | None:
         """Return a lead whose path stays in the convex set, and the limits of a search from its first trial.
@@ -202,4 +214,7 @@ def search(point: Point, model: ResponseModel, check: StepCheck, limits: Limits)
         return float(guard.value(point.objective, guard.entry))
 
     record, state = trials.conclude(record, state, limits.state, look, compared=point.value)
+    if getattr(model, "blind", False):
+        record = record._replace(outcome=Outcome.no_descent)
+        point.closure_checks.say("blind", _BLIND)
     return record._replace(slope=model.slope, slope_ratio=model.slope_ratio), state

@@ -21,6 +21,7 @@ from ..optim.search_path import SearchPath, scaled
 from ..optim.state import RoleState, read_states, write_states
 from ..policies import GuardedSLS, Outcome, validation
 from ..policies.margin import shortened
+from . import stiffness
 from .between_steps import PROJECT
 from .context import LowerLossChanged, MomentumContext, PaceContext, Point, PredictionContext, Taken
 from .diagnosis import Diagnoses, SlopeDiagnosis, SolveDiagnosis, StallDiagnosis, motion
@@ -36,12 +37,6 @@ from .secant import Secants
 from .starting import StartingOptimizer
 
 __all__ = ["Roles", "SearchingOptimizer"]
-
-_BLIND = (
-    "the hypergradient is of entries of the upper variable that neither the upper loss nor the last lower sample "
-    "depends on, so nothing moved. The last lower step was on another sample: compute the hypergradient on the sample "
-    "of the last lower step, or pass that of the hypergradient as step(..., lower_closure=...)"
-)
 
 
 class Roles(NamedTuple):
@@ -92,6 +87,7 @@ class SearchingOptimizer(StartingOptimizer):
         self._make_roles()  # whenever the options have changed, as the policy
         direction, roles = self.conduct.direction, self.roles._asdict().items()
         own = {"last_step": RoleState(), "retreat": Retreat.init(), "secants": Secants.init()}
+        own["stiffness"] = stiffness.init()
         own["direction"] = RoleState() if isinstance(direction, str) else direction.init()
         self._first_states = {name: role.init() for name, role in roles} | own
         return super()._make_policy(rule)
@@ -203,7 +199,7 @@ class SearchingOptimizer(StartingOptimizer):
         record = nothing_to_search(point, path)
         if record is not None:
             return Found(record, path, before)
-        limits = self._limits(point, path)
+        limits = self._limits(point, path).calmed(states["stiffness"])
         if isinstance(limits.policy, GuardedSLS):
             limits = limits._replace(onward=onward(point.gradient, states["last_step"]))
 
@@ -232,14 +228,12 @@ class SearchingOptimizer(StartingOptimizer):
         if model.path is not path and limits.onward is not None:  # along another hypergradient than the user's
             limits = limits._replace(onward=onward(model.path.gradient, states["last_step"]))
         share = observed(roles.prediction, model, point.lower, states["prediction"])
+        calm = stiffness.seen(states["stiffness"], getattr(model, "hessian", None), float(before.previous))
         try:
-            record, after = search(point, model, check, limits)
+            record, after = search(point, model, check, limits.calmed(calm))
         except LowerLossChanged:
             point.differentiated = False
             return self._find(point, paced, section, check, states)
-        if getattr(model, "blind", False):
-            record = record._replace(outcome=Outcome.no_descent)
-            point.closure_checks.say("blind", _BLIND)
         answer = Answer.of(model, roles.response.commit(point, model, states["response"]), share)
         after = after if led is None else after._replace(previous=led[0].length)
         return Found(record, model.path, after, answer, seen)
@@ -266,6 +260,7 @@ class SearchingOptimizer(StartingOptimizer):
         if looks:
             whole = mix.along is None and step == record.step_size
             news["secants"] = Secants(paced.policy.c).commit(found.seen, point, record, searched, whole)
+        news["stiffness"] = stiffness.seen(states["stiffness"], told.hessian, float(point.scale.state.previous))
         news["retreat"] = self._retreat.commit(point, paced.before, states["retreat"], told.hessian, self.lower.limit)
         if moved:
             path.take(step, mix.along)

@@ -129,6 +129,8 @@ class HessianReport(NamedTuple):
         largest: The largest Ritz value, likewise.
         negative: The share of ||f_y||^2 along negative curvature, in [0, 1], likewise.
         error: Measured relative error of a product by differences; NaN for products by autograd.
+        horizon: tau of `Lanczos`: curvatures below 1 / tau are not resolved. Infinite if its Krylov space is exhausted,
+            so that all are; NaN for other solvers.
     """
 
     status: SolverStatus
@@ -137,6 +139,7 @@ class HessianReport(NamedTuple):
     largest: float = math.nan
     negative: float = math.nan
     error: float = math.nan
+    horizon: float = math.nan
 
     @property
     def norm(self) -> float:

@@ -83,7 +83,8 @@ class SpectralInverse:
     def report(self) -> HessianReport:
         """Return what the basis has shown of H."""
         first = self.solution
-        return HessianReport(first.status, first.residual, self.smallest, self.largest, self.negative)
+        horizon = self.spectrum.horizon if self.spectrum.below > 0.0 else math.inf
+        return HessianReport(first.status, first.residual, self.smallest, self.largest, self.negative, horizon=horizon)
 
     def built_from(self, rhs: Sequence[Tensor]) -> bool:
         """Return whether ``rhs`` is the right side b up to rounding; False where b was zero or not finite."""
