@@ -137,13 +137,13 @@ def _stiff(optimizer: AdaptiveOptimizer, past: Sequence[Past]) -> list[str]:
     if not isinstance(optimizer, UpperOptimizer):
         return []
     first = {"stiffness": stiffness.init()}
-    part = stiffness.part(read_states(optimizer.state, first, optimizer._parameters())["stiffness"])
-    if part == 1.0:
+    longest = stiffness.limit(read_states(optimizer.state, first, optimizer._parameters())["stiffness"])
+    if math.isinf(longest):
         return []
     return [
         "steps of x have made the lower loss steep: curvatures that were its largest are not resolved any more, so "
-        f"upper steps are held to {part:.2g} of the length that they had before. Bound x (project=Box(...) for the "
-        "logarithm of a penalty), or scale what x multiplies"
+        f"upper steps are held to a length of {longest:.2g}. Bound x (project=Box(...) for the logarithm of a "
+        "penalty), or scale what x multiplies"
     ]
 
 

@@ -111,7 +111,8 @@ def report(norm: float, horizon: float) -> HessianReport:
         ([2.0, 199.0], math.inf),
         ([2.0, 400.0], 0.5 * 3.0),
         ([400.0, 2.0, 300.0], 2.0 / 3.0 * 3.0),
-        ([2.0, 400.0, 800.0], 0.25 * 3.0),  # the length is that before the first of them
+        ([2.0, 400.0, 800.0], 2 * 0.25 * 3.0),  # the length is that before the first of them
+        ([2.0, *[400.0] * 9], 9 * 0.5 * 3.0),  # steep once and for all: the limit fades
         ([2.0, 400.0, 100.0], math.inf),
         ([2.0, 400.0, 100.0, 800.0], 0.25 * 5.0),
         ([2.0, math.nan, 400.0], 0.5 * 3.0),
