@@ -18,6 +18,7 @@ from adaptive_bilevel.hypergradient.solution import HessianReport, SolverStatus
 from adaptive_bilevel.optim.state import RoleState, read_states
 
 ENTRIES = 20
+NONE = stiffness.init()
 
 
 class Penalties:
@@ -98,6 +99,20 @@ def test_no_limit_where_all_curvatures_are_resolved_or_none_is_known(solver: Any
     problem = Penalties(solver)
     problem.run(60)
     assert stiffness.limit(read(problem.outer)) == math.inf
+    assert problem.outer.hessian is not None
+    if isinstance(solver, Lanczos):
+        assert problem.outer.hessian.horizon == math.inf
+    else:
+        assert read(problem.outer).shared == NONE.shared
+
+
+def test_the_horizon_is_that_of_the_solver() -> None:
+    problem = Penalties(Lanczos(5))
+    problem.run(3)
+    found = problem.outer.hessian
+    assert found is not None
+    assert found.horizon == pytest.approx(25.0 / found.norm)
+    assert read(problem.outer).shared["least"] > 0.0
 
 
 def report(norm: float, horizon: float) -> HessianReport:
