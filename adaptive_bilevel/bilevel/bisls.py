@@ -131,8 +131,10 @@ class BiSLS(UpperSearch):
             step, and F cannot rise if y and the hypergradient are exact. Or a `Momentum`. A `Direction` has its own
             momentum. See `adaptive_bilevel.bilevel.momentum`.
         response: How y answers to a move of x: "tangent", or a `Response`. See `adaptive_bilevel.bilevel.response`.
-        solver: P of the tangent. Give the solver of the hypergradient. `Identity` and a random draw do not estimate
-            their error; `CG` replaces them if d descends along its tangent.
+        solver: P of the tangent, `Lanczos()` by default. With the same `Lanczos` in `implicit`, both share their
+            products; with another hypergradient, P is used in k / 2 steps (`adaptive_bilevel.bilevel.kept_inverse`).
+            `Identity` and a random draw do not estimate their error; `CG` replaces them if d descends along its
+            tangent.
         carry: Whether y moves to y + a w. "auto": it moves by the share of that which earlier moves were worth
             (`adaptive_bilevel.bilevel.share`); with `Neumann`, it stays. True, False, or a `Prediction`.
         curvature: Tolerance of the check of the tangent. A step is rejected if the smooth part of the change of the

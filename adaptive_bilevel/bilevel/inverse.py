@@ -18,8 +18,8 @@ from ..hypergradient.spectral_inverse import SpectralInverse
 
 __all__ = ["Inverse", "IterativeInverse", "SharedInverse", "Solved", "certified", "inverse_of", "refined", "transient"]
 
-Left = Callable[[Lanczos], SpectralInverse]
-"""Returns what the hypergradient left behind for this point and sample, if it is that of the solver; else a new one."""
+Left = Callable[[Lanczos], SpectralInverse | None]
+"""Returns what the hypergradient left behind for this point and sample, if it is that of the solver; else None."""
 
 
 class Solved(NamedTuple):
@@ -42,10 +42,14 @@ class Inverse(abc.ABC):
     Attributes:
         certified: Whether the solver given measures its error, so that its slope can be compared with the user's.
         report: What the last solve has shown of H; None: there was none.
+        built: What `Lanczos` has built, for want of an inverse that the hypergradient left; None: nothing.
+        again: Whether the inverse of an earlier step is used in its place.
     """
 
     certified = True
     report: HessianReport | None = None
+    built: SpectralInverse | None = None
+    again = False
 
     @abc.abstractmethod
     def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
@@ -54,7 +58,7 @@ class Inverse(abc.ABC):
         Args:
             functional: f_y.
             product: v -> H v.
-            left: Returns the basis that `Lanczos` has built from f_y.
+            left: Returns the basis that the hypergradient's `Lanczos` has built from f_y, or None.
         """
 
     @abc.abstractmethod
@@ -102,18 +106,26 @@ class SharedInverse(Inverse):
 
     Args:
         solver: The solver given.
+        earlier: The inverse of an earlier step, for want of one that the hypergradient left; None: there is none.
     """
 
-    def __init__(self, solver: Lanczos) -> None:
-        self._solver = solver
+    def __init__(self, solver: Lanczos, earlier: SpectralInverse | None = None) -> None:
+        self._solver, self._earlier = solver, earlier
         self._basis: SpectralInverse | None = None
         self._dual: Sequence[Tensor] | None = None
+        self._functional: Sequence[Tensor] = ()
         self._redirected = False
 
     def observe(self, functional: Sequence[Tensor], product: MatVec, left: Left) -> None:
-        """Take the basis that the hypergradient left, or build one."""
-        self._basis = left(self._solver)
-        self._dual, self.report = self._basis.solution.tensors, self._basis.report()
+        """Take the basis that the hypergradient left, or the earlier one, or build one."""
+        self._functional = functional
+        found = left(self._solver)
+        if found is None and self._earlier is not None:
+            found, self.again = self._earlier, True
+        elif found is None:
+            found = self.built = self._solver.basis(product, functional)
+        self._basis, self.report = found, found.report()
+        self._dual = None if self.again else found.solution.tensors
 
     def solve(
         self, product: MatVec, rhs: Sequence[Tensor], initial: Sequence[Tensor] | None = None, *, finer: bool = False
@@ -121,7 +133,11 @@ class SharedInverse(Inverse):
         """Return P rhs, with the basis of f_y, or with one of its own if f_y is not known."""
         if self._basis is None:
             return _solved(self, self._solver, product, rhs)
+        if self.again and self._redirected:  # P is that of the hypergradient: c as it is
+            return Solved(self._basis.apply(rhs), 0.0)
         solution, remainder = self._basis.extend(product, rhs)
+        if self.again:
+            self._dual = self._basis.apply(self._functional)
         return Solved(solution.tensors, 0.0, remainder)
 
     def dual(self, product: MatVec, functional: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -130,7 +146,7 @@ class SharedInverse(Inverse):
 
     def close(self) -> None:
         """Drop the basis, and keep P f_y."""
-        self._basis = None
+        self._basis, self._earlier, self._functional = None, None, ()
 
     @property
     def refinable(self) -> bool:
@@ -214,9 +230,14 @@ class IterativeInverse(Inverse):
         return None if self._adjoint is None else self._adjoint.correction(moved, gradient)
 
 
-def inverse_of(solver: LinearSolver) -> Inverse:
-    """Return P of one upper step."""
-    return SharedInverse(solver) if isinstance(solver, Lanczos) else IterativeInverse(solver)
+def inverse_of(solver: LinearSolver, earlier: SpectralInverse | None = None) -> Inverse:
+    """Return P of one upper step.
+
+    Args:
+        solver: The solver given.
+        earlier: As for `SharedInverse`.
+    """
+    return SharedInverse(solver, earlier) if isinstance(solver, Lanczos) else IterativeInverse(solver)
 
 
 def _solved(

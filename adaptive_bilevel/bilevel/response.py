@@ -21,6 +21,7 @@ from ..evaluation.vectors import inner
 from ..hypergradient.solution import LinearSolver
 from ..optim.search_path import SearchPath
 from ..optim.state import RoleState
+from . import kept_inverse
 from .context import Change, Place, Point, Redirect
 from .inverse import inverse_of
 from .multilevel import MultilevelTangent
@@ -82,6 +83,9 @@ class Tangent:
     not that of the hypergradient; the step gives a warning. Without a lower level, y stays, and f must depend on x
     directly.
 
+    If the hypergradient has left no inverse, `Lanczos` builds one, and the next steps use it, too: see
+    `adaptive_bilevel.bilevel.kept_inverse`.
+
     Args:
         solver: P. `Identity` and a random draw approximate the direction of a solution, but not its length. `CG`
             replaces them if d descends along its tangent.
@@ -92,8 +96,8 @@ class Tangent:
         self.solver, self._products = solver, products
 
     def init(self) -> RoleState:
-        """Return an empty state."""
-        return RoleState()
+        """Return the state before the first step."""
+        return kept_inverse.init()
 
     def propose(self, point: Point, path: SearchPath, redirect: Redirect, state: RoleState) -> ResponseModel:
         """Return the tangent along the path, or along that of its own hypergradient.
@@ -101,9 +105,10 @@ class Tangent:
         Raises:
             LowerLevelError: There is no lower level, and f does not depend on x directly.
         """
-        problems, inverse = point.problems(), inverse_of(self.solver)
+        problems = point.problems()
         if not problems:
             return _direct(point, path)
+        inverse = inverse_of(self.solver, kept_inverse.recall(state, self.solver, point))
         several = any(problem.answers is not None for problem in problems)
         model: TangentModel = (MultilevelTangent if several else JointTangent)(point, problems, inverse, self._products)
         model.along(path)
@@ -114,8 +119,8 @@ class Tangent:
         return model
 
     def commit(self, point: Point, model: ResponseModel, state: RoleState) -> RoleState:
-        """Return nothing new."""
-        return RoleState()
+        """Return the state with the inverse in it that the next steps may use."""
+        return kept_inverse.keep(model.inverse, state) if isinstance(model, TangentModel) else RoleState()
 
 
 def _direct(point: Point, path: SearchPath) -> Unanswered:

@@ -18,7 +18,7 @@ from ..hypergradient.difference_products import LowerLoss
 from ..hypergradient.lanczos import Lanczos
 from ..hypergradient.products import Curvature, Sampled, curvature_of, resumed, say_unresolved
 from ..hypergradient.same_point import handover
-from ..hypergradient.shared_basis import build, expect, random_state, take
+from ..hypergradient.shared_basis import expect, random_state, take
 from ..hypergradient.solution import HessianReport
 from ..hypergradient.spectral_inverse import SpectralInverse
 from ..optim.search_path import SearchPath
@@ -61,6 +61,11 @@ class TangentModel(abc.ABC):
         """What the last solve has shown of the lower Hessian."""
         found = self._inverse.report
         return found if found is None else found._replace(error=self._error)
+
+    @property
+    def inverse(self) -> Inverse:
+        """P."""
+        return self._inverse
 
     def along(self, path: SearchPath) -> None:
         """Solve for w and the slope s along a path."""
@@ -194,11 +199,10 @@ class JointTangent(TangentModel):
         loss = LowerLoss(self._guard, [(p.closure, p.random) for p in self._problems])
         return resumed(self._products, exact, loss, self._upper, self._lower)
 
-    def _left(self, solver: Lanczos) -> SpectralInverse:
-        """Return the inverse that the hypergradient left for this point and sample, or build one."""
+    def _left(self, solver: Lanczos) -> SpectralInverse | None:
+        """Return the inverse that the hypergradient left for this point and sample, if it did."""
         expect(self._lower)
-        left = take(self._lower, solver, self._f_y, self._loss)
-        return left or build(solver, self._curvature.hvp, self._f_y, self._lower)
+        return take(self._lower, solver, self._f_y, self._loss)
 
     def _push_forward(self, direction: Sequence[Tensor]) -> None:
         if self._pushed:

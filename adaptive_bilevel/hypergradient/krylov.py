@@ -93,17 +93,31 @@ class Rows:
         dtype: What the rows are stored in; None: as they are. They are used as they were stored.
         device: Where they are stored, and projected on; None: where the vectors are. Vectors come and go, one at a
             time.
+        stored: Matrices of rows that were stored before (`stored`), in place of empty ones.
     """
 
     def __init__(
-        self, layout: Layout, most: int, dtype: torch.dtype | None, device: str | torch.device | None = None
+        self,
+        layout: Layout,
+        most: int,
+        dtype: torch.dtype | None,
+        device: str | torch.device | None = None,
+        stored: Sequence[Tensor] | None = None,
     ) -> None:
         self._layout = layout
-        self._kept = [torch.empty(most + 1, n, device=device or at, dtype=dtype or own) for n, at, own in layout.blocks]
+        self._kept = list(stored) if stored is not None else self._empty(layout, most, dtype, device)
         self._wide = [own for _, _, own in layout.blocks]
         self.unit = max(torch.finfo(kept.dtype).eps for kept in self._kept)
         self._home = layout.blocks[0][1]
-        self.most, self.count = most, 0
+        self.most, self.count = most, 0 if stored is None else most
+
+    @staticmethod
+    def _empty(layout: Layout, most: int, dtype: torch.dtype | None, device: str | torch.device | None) -> list[Tensor]:
+        return [torch.empty(most + 1, n, device=device or at, dtype=dtype or own) for n, at, own in layout.blocks]
+
+    def stored(self, dropped: bool) -> list[Tensor]:
+        """Return the matrices, one for each device and dtype; ``dropped``: with the row that was dropped last."""
+        return [kept[: self.count + dropped] for kept in self._kept]
 
     def append(self, row: Flat) -> Flat:
         """Store a row, and return it as it was stored."""

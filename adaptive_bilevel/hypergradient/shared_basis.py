@@ -29,7 +29,7 @@ from .lanczos import Lanczos
 from .solution import LinearSolver, MatVec, Solution
 from .spectral_inverse import SpectralInverse
 
-__all__ = ["build", "expect", "leave", "random_state", "solve", "take", "waits"]
+__all__ = ["expect", "leave", "random_state", "solve", "take", "waits"]
 
 
 class _Left(NamedTuple):
@@ -104,21 +104,9 @@ def solve(
     """
     if not isinstance(solver, Lanczos):
         return solver.solve(matvec, rhs, initial)
-    inverse = build(solver, matvec, rhs, lower)
+    inverse = solver.basis(matvec, rhs)
     leave(lower, solver, inverse, loss, random)
     return inverse.solution
-
-
-def build(solver: Lanczos, matvec: MatVec, rhs: Sequence[Tensor], lower: Sequence[Tensor]) -> SpectralInverse:
-    """Return P from a basis of its own.
-
-    Args:
-        solver: P.
-        matvec: The product with H.
-        rhs: f_y.
-        lower: The tensors of y.
-    """
-    return solver.basis(matvec, rhs)
 
 
 def take(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, final
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -64,6 +64,26 @@ class SpectralInverse:
         self.spectrum = spectrum
         self.solution = solution
         self.outside = 0.0
+
+    def saved(self) -> dict[str, Any]:
+        """Return what `restored` needs: numbers, and tensors of k + 1 vectors, which are shared."""
+        rows = self._rows.stored(dropped=self.spectrum.below > 0.0)
+        own = {"k": self._k, "rows": rows, "size": self._size, "residual": self.solution.residual}
+        return {**own, **self.spectrum._asdict()}
+
+    @classmethod
+    def restored(cls, like: Sequence[Tensor], saved: Mapping[str, Any]) -> SpectralInverse | None:
+        """Return the inverse from what `saved` has returned; None if it is one of other tensors than ``like``.
+
+        Its `solution` has no tensors.
+        """
+        layout, rows = Layout(like), saved["rows"]
+        if [block.shape[1] for block in rows] != [size for size, _, _ in layout.blocks]:
+            return None
+        spectrum = Spectrum(*(saved[name] for name in Spectrum._fields))
+        first = Solution((), 0, saved["residual"], spectrum.status)
+        kept = Rows(layout, len(spectrum.values), None, stored=rows)
+        return cls(saved["k"], layout, kept, spectrum, saved["size"], first)
 
     @property
     def smallest(self) -> float:
@@ -132,6 +152,13 @@ class SpectralInverse:
         residual = math.sqrt(float(self._layout.square(remainder))) / size
         shaped = self._layout.shaped
         return Extension(Solution(shaped(answer), products, residual, status), shaped(remainder))
+
+    def apply(self, rhs: Sequence[Tensor]) -> Vector:
+        """Return ``P rhs`` with c as it is, without a product."""
+        inside, rest = self._rows.outside(self._layout.flat(rhs))
+        answer = self._rows.combine(self._inverse @ on_host(inside))
+        foreach.add_(answer, rest, alpha=self.outside)
+        return self._layout.shaped(answer)
 
     def _measured(self, curvature: float, norm: float) -> float:
         """Return c from <u, H u> and ||H u||."""

@@ -64,12 +64,15 @@ def test_the_solver_is_of_the_declared_kind_unless_one_is_given() -> None:
 @pytest.mark.parametrize("name", ["default", "cg"])
 def test_lanczos_answers_where_it_is_given(name: str) -> None:
     inner, meta, _ = pair(ridge_hpo(), solver=ab.hypergradient.Lanczos(), linear_solve=SOLVERS[name])
-    for _ in range(3):
+    products = []
+    for k in range(3):
         before = meta.evaluations.lower.hvps
         iterate(inner, meta)
-        assert 0 < meta.evaluations.lower.hvps - before <= 11
-        assert meta.record is not None and meta.record.slope_ratio == pytest.approx(1.0, rel=1e-2)
+        products.append(meta.evaluations.lower.hvps - before)
+        error = 1e-2 if k < 2 else 0.3  # the third step has the inverse of the second
+        assert meta.record is not None and meta.record.slope_ratio == pytest.approx(1.0, rel=error)
         assert meta.optimizer.hessian is not None and meta.optimizer.hessian.smallest > 0.0
+    assert 0 < products[0] == products[1] <= 11 and products[2] <= 1
 
 
 RIDGES = {
