@@ -262,7 +262,7 @@ def work(every: bool, rank: int) -> Any:
 SLOW = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[(2, False), (4, False), *(pytest.param((n, True), marks=SLOW) for n in (2, 4))])
+@pytest.fixture(scope="module", params=[(2, False), *(pytest.param(of, marks=SLOW) for of in ((4, False), (2, True), (4, True)))])
 def processes(request: Any) -> list[Any]:
     count, every = request.param
     return results_of(partial(work, every), count)

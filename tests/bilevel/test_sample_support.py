@@ -114,12 +114,12 @@ class WithoutShare:
 def test_consistent_samples_are_solved(direction: str, momentum: Any) -> None:
     """Nothing is nonlinear, so nothing is allowed: steps are as short as without a share, and x_i = 1 is found."""
     problem, whole = (
-        Samples(64, direction=direction, momentum=momentum),
-        Samples(64, direction=direction, momentum=momentum, curvature=WithoutShare()),
+        Samples(32, direction=direction, momentum=momentum),
+        Samples(32, direction=direction, momentum=momentum, curvature=WithoutShare()),
     )
-    for k in range(12 * 64):
-        problem.step(k % 64)
-        whole.step(k % 64)
+    for k in range(12 * 32):
+        problem.step(k % 32)
+        whole.step(k % 32)
     rounding = 1e-5 if direction == "sgd" and not momentum else 0.0  # solved to 1e-32, where rounding decides
     torch.testing.assert_close(problem.x, whole.x, rtol=0.0, atol=rounding)
     assert float((problem.x.detach() - 1.0).square().mean().sqrt()) < 0.2
