@@ -262,7 +262,10 @@ def work(every: bool, rank: int) -> Any:
 SLOW = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[(2, False), *(pytest.param(of, marks=SLOW) for of in ((4, False), (2, True), (4, True)))])
+REPEATED = [pytest.param(of, marks=SLOW) for of in ((4, False), (2, True), (4, True))]
+
+
+@pytest.fixture(scope="module", params=[(2, False), *REPEATED])
 def processes(request: Any) -> list[Any]:
     count, every = request.param
     return results_of(partial(work, every), count)
