@@ -42,7 +42,7 @@ bench: $(INSTALLED) ## tasks x methods x seeds; ARGS="--quick", ARGS="--task hyp
 	OMP_NUM_THREADS=1 $(PY) examples/benchmarks/suite.py $(ARGS)
 
 test: lint $(DOCS) ## all gates: lint, types, the site, doctests, tests
-	$(MAKE) --jobs 2 types docs
+	$(MAKE) --jobs 2 types docs  # after $(DOCS), so that no package is installed while mypy reads them
 	$(MAKE) pytest
 
 lint: $(INSTALLED) ## ruff: rules and format

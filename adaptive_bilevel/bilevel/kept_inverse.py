@@ -9,12 +9,13 @@ So P is used again,
     P = V phi(T) V^T + c (I - V V^T),    V and T of the step that built it, c of each step,
 
 in 1, 2, 4, ... and at last k / 2 steps: x and y move most at first. A step then takes three products with H on average,
-two for V and one to measure c, and one with C. The slope of the searched
-function, <f_x, d> - <f_y, P C^T d>, is still that of the hypergradient f_x - C P f_y, since P is symmetric. On
-minibatches, V comes from another sample than f_y and C^T d, so P does not depend on what a sample has by chance.
+two for V and one to measure c, and one with C. The slope of the searched function, <f_x, d> - <f_y, P C^T d>, is still
+that of the hypergradient f_x - C P f_y, since P is symmetric. On minibatches, V comes from another sample than f_y and
+C^T d, so P does not depend on what a sample has by chance. ``docs/decisions/kept_inverse.md`` has what was measured.
 
-If the tangent does not descend along d, the step follows that hypergradient: P is positive definite. Where y is in
-parts (`fully_shard`) each step builds its own, and where the hypergradient leaves its inverse nothing is kept.
+If d does not descend along the tangent, the step follows f_x - C P f_y, which does, since P is positive definite.
+Nothing is kept where the hypergradient leaves its inverse, with several lower problems of which one answers to another,
+and where y is in parts (`fully_shard`).
 """
 
 from __future__ import annotations

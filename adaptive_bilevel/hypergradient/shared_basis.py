@@ -8,7 +8,8 @@ for which an upper step `expect`s one. It is given away once, and only if it is 
 * the lower loss g(x, y) has the value that it had then: another batch, or an x or y that has moved, have another one;
 * the solver is the same.
 
-Otherwise the step builds a basis of its own, for k products more. Nothing wrong comes of a miss.
+Otherwise the step uses a basis of its own (`adaptive_bilevel.bilevel.kept_inverse`), for up to k products more. Nothing
+wrong comes of a miss.
 
 A lower loss that draws random numbers (dropout, noise, a batch) is another one at each evaluation. So the random state
 before its evaluation is left, too: under it, the step evaluates the same loss again.

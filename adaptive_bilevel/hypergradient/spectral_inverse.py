@@ -73,7 +73,7 @@ class SpectralInverse:
 
     @classmethod
     def restored(cls, like: Sequence[Tensor], saved: Mapping[str, Any]) -> SpectralInverse | None:
-        """Return the inverse from what `saved` has returned; None if it is one of other tensors than ``like``.
+        """Return the inverse from what `saved` has returned; None if ``like`` has other numbers of entries.
 
         Its `solution` has no tensors.
         """

@@ -132,14 +132,14 @@ def test_other_lower_tensors_have_an_inverse_of_their_own() -> None:
 def test_the_slope_is_that_of_the_hypergradient_with_the_same_inverse(
     batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with the inverse of an earlier step: where d does not descend, the step follows that hypergradient."""
-    found, search = [], JointTangent._drop_graph
+    """Also with the inverse of an earlier step."""
+    found, drop = [], JointTangent._drop_graph
 
     def looked(self: JointTangent) -> None:
         if self.offsets is not None:
             promised = sum(float(torch.vdot(*pair)) for pair in zip(self.hypergradient(), self.path.along, strict=True))
             found.append((self._inverse.again, self.slope, promised))
-        search(self)
+        drop(self)
 
     monkeypatch.setattr(JointTangent, "_drop_graph", looked)
     problem = Weighted(batch=batch)
@@ -147,6 +147,22 @@ def test_the_slope_is_that_of_the_hypergradient_with_the_same_inverse(
     assert [again for again, _, _ in found].count(False) == 6
     for _, slope, expected in found:
         assert slope == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("batch", [None, 12])
+def test_where_d_ascends_the_step_follows_the_hypergradient_with_the_same_inverse(batch: int | None) -> None:
+    """Downhill, and without a second product with H where the inverse is an earlier one: its c stays."""
+
+    def ascending(problem: Weighted) -> None:
+        problem.virtual()
+        assert problem.x.grad is not None
+        problem.x.grad.neg_()
+
+    problem = Weighted(batch=batch)
+    for products in [K + 2, K + 2, 1, K + 2, 1, 1, 1]:
+        assert problem.run(1, ascending) == [products]
+        record = problem.outer.record
+        assert record is not None and record.slope > 0.0 and record.moved
 
 
 @pytest.mark.parametrize("rank", [3, 12])
